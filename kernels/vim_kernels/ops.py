@@ -1,0 +1,193 @@
+"""The public ops: check what comes in, then run the chosen backend. Definitions: `vim_kernels.reference`.
+
+Tokens are channel-last, `(batch, length, channels)`; packed rows are `(1, total, channels)` with `cu_seqlens`.
+"""
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from vim_kernels import backend as backends
+from vim_kernels.checks import check_cu_seqlens, check_float, check_same_device, check_shape
+from vim_kernels.types import ScanWeights
+
+
+@overload
+def selective_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = ..., z: Tensor | None = ...,
+    dt_bias: Tensor | None = ..., *, dt_softplus: bool = ..., reverse: bool = ..., cu_seqlens: Tensor | None = ...,
+    initial_state: Tensor | None = ..., return_final_state: Literal[False] = ..., backend: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def selective_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = ..., z: Tensor | None = ...,
+    dt_bias: Tensor | None = ..., *, dt_softplus: bool = ..., reverse: bool = ..., cu_seqlens: Tensor | None = ...,
+    initial_state: Tensor | None = ..., return_final_state: Literal[True], backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    *,
+    dt_softplus: bool = False,
+    reverse: bool = False,
+    cu_seqlens: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Selective scan of Mamba-1 (arXiv 2312.00752, equation 2) in one direction.
+
+    h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t and y_t = <C_t, h_t> + D x_t, times silu(z_t) where z is given.
+
+    Args:
+        x, dt, z: (batch, length, d_inner); float32, bfloat16, float16 or float64.
+        A: (d_inner, d_state), negative. B, C: (batch, length, d_state). D, dt_bias: (d_inner,).
+        dt_softplus: dt becomes softplus(dt + dt_bias).
+        reverse: scan from the last token to the first; y stays in the order of x.
+        cu_seqlens: int32 (images + 1,) borders of the images packed into one row; the state restarts at each.
+        initial_state: (batch or images, d_inner, d_state), the state before the first token that is scanned.
+        return_final_state: also return the state after the last token scanned, float32.
+        backend: "reference", or another that `available_backends` lists; None picks the fastest for the device.
+
+    Returns:
+        y like x, or (y, final_state).
+
+    Raises:
+        ValueError or TypeError, naming the argument, for a wrong shape, dtype, device or cu_seqlens.
+    """
+    check_float("x", x)
+    check_shape("x", x, (None, None, None))
+    b, l, d = x.shape
+    n = A.shape[-1]
+    check_shape("dt", dt, (b, l, d))
+    check_shape("A", A, (d, n))
+    check_shape("B", B, (b, l, n))
+    check_shape("C", C, (b, l, n))
+    if D is not None:
+        check_shape("D", D, (d,))
+    if z is not None:
+        check_shape("z", z, (b, l, d))
+    if dt_bias is not None:
+        check_shape("dt_bias", dt_bias, (d,))
+    sequences = check_cu_seqlens(cu_seqlens, x)
+    if initial_state is not None:
+        check_shape("initial_state", initial_state, (sequences, d, n))
+    check_same_device(
+        x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, cu_seqlens=cu_seqlens, initial_state=initial_state
+    )
+    y, state = backends.resolve(backend, x.device).selective_scan(
+        x, dt, A, B, C, D, z, dt_bias,
+        dt_softplus=dt_softplus, reverse=reverse, cu_seqlens=cu_seqlens, initial_state=initial_state,
+    )  # fmt: skip
+    return (y, state) if return_final_state else y
+
+
+def bidirectional_scan(
+    xz: Tensor,
+    forward: ScanWeights,
+    backward: ScanWeights,
+    *,
+    gated: bool = True,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Everything of a Vim mixer between in_proj and out_proj (Vim, arXiv 2401.09417, algorithm 1).
+
+    Each direction: causal convolution, SiLU, x_proj, dt_proj, softplus, selective scan, D skip; the backward one reads
+    the tokens from the last to the first. The two are averaged and gated once by silu(z).
+
+    Args:
+        xz: (batch, length, 2 d_inner), x in the first half and z in the second; only x, (batch, length, d_inner),
+            when `gated` is False (for blocks that normalise before the gate).
+        forward, backward: the parameters of the two directions.
+        cu_seqlens: int32 (images + 1,) borders of packed images; convolution and state restart at each.
+
+    Returns:
+        (batch, length, d_inner) in the dtype of xz.
+
+    Raises:
+        ValueError or TypeError, naming the argument, for a wrong shape, dtype, device or cu_seqlens.
+    """
+    check_float("xz", xz)
+    d, n = forward.A_log.shape
+    check_shape("xz", xz, (None, None, 2 * d if gated else d))
+    for name, weights in (("forward", forward), ("backward", backward)):
+        r = weights.dt_proj.shape[-1]
+        check_shape(f"{name}.conv_weight", weights.conv_weight, (d, None))
+        check_shape(f"{name}.x_proj", weights.x_proj, (r + 2 * n, d))
+        check_shape(f"{name}.dt_proj", weights.dt_proj, (d, r))
+        check_shape(f"{name}.A_log", weights.A_log, (d, n))
+        for field in ("conv_bias", "dt_bias", "D"):
+            vector = getattr(weights, field)
+            if vector is not None:
+                check_shape(f"{name}.{field}", vector, (d,))
+        check_same_device(xz, **{f"{name}.{field}": tensor for field, tensor in weights._asdict().items()})
+    check_cu_seqlens(cu_seqlens, xz)
+    check_same_device(xz, cu_seqlens=cu_seqlens)
+    module = backends.resolve(backend, xz.device)
+    with torch.autocast(xz.device.type, enabled=False):
+        return module.bidirectional_scan(xz, forward, backward, gated=gated, cu_seqlens=cu_seqlens)
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: Literal["silu"] | None = "silu",
+    *,
+    reverse: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Depthwise causal convolution, then SiLU.
+
+    Args:
+        x: (batch, length, channels). weight: (channels, width), the last tap meets the token itself. bias: (channels,).
+        activation: "silu" or None.
+        reverse: anti-causal: token t sees t .. t + width - 1.
+        cu_seqlens: int32 (images + 1,) borders that the convolution does not cross.
+
+    Returns:
+        (batch, length, channels) like x.
+    """
+    check_float("x", x)
+    check_shape("x", x, (None, None, None))
+    check_shape("weight", weight, (x.shape[-1], None))
+    if bias is not None:
+        check_shape("bias", bias, (x.shape[-1],))
+    if activation not in ("silu", None):
+        raise ValueError(f"activation must be 'silu' or None, got {activation!r}")
+    check_cu_seqlens(cu_seqlens, x)
+    check_same_device(x, weight=weight, bias=bias, cu_seqlens=cu_seqlens)
+    module = backends.resolve(backend, x.device)
+    return module.causal_conv1d(x, weight, bias, activation=activation, reverse=reverse, cu_seqlens=cu_seqlens)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float = 1e-5, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Add the residual stream, then RMS norm (arXiv 1910.07467), with the stream kept in float32.
+
+    Args:
+        x: (..., channels). residual: same shape, float32, or None before the first block. weight: (channels,).
+
+    Returns:
+        normed, like x; residual + x, float32.
+    """
+    check_float("x", x)
+    check_shape("weight", weight, (x.shape[-1],))
+    if residual is not None:
+        check_shape("residual", residual, tuple(x.shape))
+    check_same_device(x, weight=weight, residual=residual)
+    return backends.resolve(backend, x.device).add_rms_norm(x, residual, weight, eps)

@@ -1,0 +1,144 @@
+"""The definition of every op, in plain PyTorch: what each fast backend must equal, forward and gradient.
+
+Shape letters: b batch, l tokens, d inner channels, n states, r dt rank, w conv taps, s sequences (b, or the images of a
+packed row). Everything is computed in float32 (float64 for float64 inputs) and rounded once, on the way out.
+"""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vim_kernels.types import ScanWeights
+
+
+def unavailable(device: torch.device) -> str | None:  # noqa: ARG001 - one signature for all backends
+    """The reference runs wherever PyTorch does."""
+    return None
+
+
+def selective_scan(
+    x: Tensor,  # (b, l, d)
+    dt: Tensor,  # (b, l, d)
+    A: Tensor,  # (d, n)
+    B: Tensor,  # (b, l, n)
+    C: Tensor,  # (b, l, n)
+    D: Tensor | None,  # (d,)
+    z: Tensor | None,  # (b, l, d)
+    dt_bias: Tensor | None,  # (d,)
+    *,
+    dt_softplus: bool,
+    reverse: bool,
+    cu_seqlens: Tensor | None,  # (s + 1,)
+    initial_state: Tensor | None,  # (s, d, n)
+) -> tuple[Tensor, Tensor]:
+    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t; y_t = <C_t, h_t> + D x_t, times silu(z_t). Returns y, final state."""
+    work = _work_dtype(x)
+    u, dt, A, B, C = (t.to(work) for t in (x, dt, A, B, C))
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(work)
+    if dt_softplus:
+        dt = F.softplus(dt)
+    pieces, final_states = [], []
+    for row, start, stop in sequences(u, cu_seqlens):
+        h = u.new_zeros(A.shape) if initial_state is None else initial_state[len(final_states)].to(work)
+        decay_l = torch.exp(dt[row, start:stop, :, None] * A).unbind(0)  # l x (d, n)
+        drive_l = ((dt * u)[row, start:stop, :, None] * B[row, start:stop, None, :]).unbind(0)
+        states: list[Tensor] = []
+        for t in range(stop - start - 1, -1, -1) if reverse else range(stop - start):
+            h = torch.addcmul(drive_l[t], decay_l[t], h)
+            states.append(h)
+        final_states.append(h)
+        if states:
+            states_ldn = torch.stack(states[::-1] if reverse else states)
+            pieces.append(torch.einsum("ldn,ln->ld", states_ldn, C[row, start:stop]))
+    y = torch.cat(pieces).view(u.shape) if pieces else torch.zeros_like(u)
+    if D is not None:
+        y = y + D.to(work) * u
+    if z is not None:
+        y = y * F.silu(z.to(work))
+    return y.to(x.dtype), torch.stack(final_states) if final_states else u.new_zeros(0, *A.shape)
+
+
+def causal_conv1d(
+    x: Tensor,  # (b, l, d)
+    weight: Tensor,  # (d, w), the last tap meets the token itself
+    bias: Tensor | None,  # (d,)
+    *,
+    activation: str | None,
+    reverse: bool,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """Depthwise convolution that looks back w - 1 tokens of its own sequence (ahead, when reverse), then SiLU."""
+    work = _work_dtype(x)
+    channels, taps = weight.shape
+    kernel = weight.to(work)[:, None]
+    pad = (0, taps - 1) if reverse else (taps - 1, 0)
+    if reverse:
+        kernel = kernel.flip(-1)
+    pieces = []
+    for row, start, stop in sequences(x, cu_seqlens):
+        padded = F.pad(x[row, start:stop].to(work).t(), pad)
+        pieces.append(F.conv1d(padded, kernel, None if bias is None else bias.to(work), groups=channels).t())
+    y = torch.cat(pieces).view(x.shape) if pieces else torch.zeros_like(x, dtype=work)
+    return (F.silu(y) if activation == "silu" else y).to(x.dtype)
+
+
+def bidirectional_scan(
+    xz: Tensor,  # (b, l, 2 d): x | z; (b, l, d) when not gated
+    forward: ScanWeights,
+    backward: ScanWeights,
+    *,
+    gated: bool,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """Both directions of a Vim mixer, averaged, and gated once by silu(z). (Vim, arXiv 2401.09417, algorithm 1.)"""
+    work = _work_dtype(xz)
+    channels = forward.A_log.shape[0]
+    x = xz[..., :channels].to(work)
+    total = torch.zeros_like(x)
+    for weights, reverse in ((forward, False), (backward, True)):
+        states, rank = weights.A_log.shape[1], weights.dt_proj.shape[1]
+        u = causal_conv1d(
+            x, weights.conv_weight, weights.conv_bias, activation="silu", reverse=reverse, cu_seqlens=cu_seqlens
+        )
+        low_rank, B, C = F.linear(u, weights.x_proj.to(work)).split([rank, states, states], dim=-1)
+        y, _ = selective_scan(
+            u,
+            F.linear(low_rank, weights.dt_proj.to(work)),
+            -torch.exp(weights.A_log.to(work)),
+            B,
+            C,
+            weights.D,
+            None,
+            weights.dt_bias,
+            dt_softplus=True,
+            reverse=reverse,
+            cu_seqlens=cu_seqlens,
+            initial_state=None,
+        )
+        total = total + y
+    if gated:
+        total = total * F.silu(xz[..., channels:].to(work))
+    return (total / 2).to(xz.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Residual + x, and its RMS norm in x's dtype. The sum stays in float32 (float64 for float64 inputs)."""
+    work = _work_dtype(x)
+    total = x.to(work) if residual is None else x.to(work) + residual.to(work)
+    normed = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + eps) * weight.to(work)
+    return normed.to(x.dtype), total
+
+
+def sequences(x: Tensor, cu_seqlens: Tensor | None) -> list[tuple[int, int, int]]:
+    """(row, first token, end) of every sequence: each row of a batch, or each image of a packed row."""
+    if cu_seqlens is None:
+        return [(row, 0, x.shape[1]) for row in range(x.shape[0])]
+    borders = cu_seqlens.tolist()
+    return [(0, start, stop) for start, stop in itertools.pairwise(borders)]
+
+
+def _work_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
