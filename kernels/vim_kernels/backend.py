@@ -1,6 +1,5 @@
 """Which implementation of the ops runs: chosen by device, or asked for by argument, context, call or environment."""
 
-import importlib
 import os
 import warnings
 from collections.abc import Iterator
@@ -10,8 +9,12 @@ from types import ModuleType
 
 import torch
 
-MODULES = {"reference": "vim_kernels.reference"}
-"""Backend name -> module that defines the four ops, and `unavailable(device)`: why it cannot run there, or None."""
+from vim_kernels import reference
+from vim_kernels.fast_ops import FastOps
+from vim_kernels.interface import FAST_MODULES
+
+_OPS: dict[str, ModuleType | FastOps] = {"reference": reference, **{name: FastOps(name) for name in FAST_MODULES}}
+"""Backend name -> its four functions, and `unavailable(device)`: why it cannot run there, or None."""
 
 FASTEST_FIRST = {"cuda": ("reference",), "cpu": ("reference",)}
 """Device type -> backends to try when the user asked for none."""
@@ -39,14 +42,20 @@ def use_backend(name: str) -> Iterator[None]:
 
 def available_backends(device: torch.device | str = "cpu") -> dict[str, str | None]:
     """Backend name -> None where it can run on `device`, else the reason why not."""
-    return {name: _load(name).unavailable(torch.device(device)) for name in MODULES}
+    return {name: ops.unavailable(torch.device(device)) for name, ops in _OPS.items()}
 
 
-def resolve(argument: str | None, device: torch.device) -> ModuleType:
-    """The module that runs an op on `device`. Order: argument, context, `set_backend`, VIM_KERNELS_BACKEND, device.
+def resolve(argument: str | None, device: torch.device) -> ModuleType | FastOps:
+    """What runs an op on `device`, with the functions of `vim_kernels.reference`.
 
-    Raises ValueError for an unknown backend and RuntimeError for one that was asked for and cannot run.
+    Order: argument, context, `set_backend`, VIM_KERNELS_BACKEND, device. `torch.compile` keeps the choice made while it
+    traced. Raises ValueError for an unknown backend and RuntimeError for one that was asked for and cannot run.
     """
+    return _OPS[_choose(argument, device)]
+
+
+@torch.compiler.assume_constant_result
+def _choose(argument: str | None, device: torch.device) -> str:
     environment = os.environ.get("VIM_KERNELS_BACKEND") or None
     for name, source in (
         (argument, "backend="),
@@ -55,28 +64,22 @@ def resolve(argument: str | None, device: torch.device) -> ModuleType:
         (environment, "VIM_KERNELS_BACKEND"),
     ):
         if name:
-            module = _load(_known(name, source))
-            if reason := module.unavailable(device):
+            if reason := _OPS[_known(name, source)].unavailable(device):
                 usable = [n for n, why in available_backends(device).items() if why is None]
                 raise RuntimeError(f"backend {name!r} ({source}) cannot run on {device}: {reason}; available: {usable}")
-            return module
+            return name
     for name in FASTEST_FIRST.get(device.type, ("reference",)):
-        module = _load(name)
-        reason = module.unavailable(device)
+        reason = _OPS[name].unavailable(device)
         if reason is None:
-            return module
+            return name
         _tell_once(f"vim_kernels: backend {name!r} is not used on {device.type}: {reason}")
-    return _load("reference")
+    return "reference"
 
 
 def _known(name: str, source: str) -> str:
-    if name not in MODULES:
-        raise ValueError(f"{source}: unknown backend {name!r}; choose from {sorted(MODULES)}")
+    if name not in _OPS:
+        raise ValueError(f"{source}: unknown backend {name!r}; choose from {sorted(_OPS)}")
     return name
-
-
-def _load(name: str) -> ModuleType:
-    return importlib.import_module(MODULES[name])
 
 
 def _tell_once(message: str) -> None:
