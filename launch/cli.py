@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from launch.config import RunConfig, field_names
+from launch.config import RunConfig, field_types
 from launch.signals import Stopped
 from vim_backbone.errors import UserError, nearest
 
@@ -57,12 +57,16 @@ def _spell_out_flags(config_class: type, argv: list[str]) -> list[str]:
 
 
 def _one_line(message: str, config_class: type) -> str:
+    """Jsonargparse's message of several lines as one of ours."""
     text = " ".join(message.split())
-    names = field_names(config_class)
     unknown = re.search(r"unrecognized arguments: --([\w.\-]+)", text) or re.search(r"'([\w.]+)' is not accepted", text)
+    types = field_types(config_class)
     if unknown:
-        return f"no such field: {unknown[1]}; {nearest(unknown[1], names)} (--help explains all)"
-    return text.replace("typing.", "").replace("<class ", "").replace(">.", ".").replace("Parser key ", "field ")
+        return f"no such field: {unknown[1]}; {nearest(unknown[1], types)} (--help explains all)"
+    wrong = re.search(r'Parser key "([\w.]+)":.*(?:Got|Given) value: (.*)$', text)
+    if wrong and wrong[1] in types:
+        return f"{wrong[1]} is {wrong[2]}: it must be {types[wrong[1]]}"
+    return text.replace("Parser key ", "field ")
 
 
 def _say(line: str) -> Any:

@@ -1,8 +1,9 @@
 """The part of a run's configuration that every kind of run shares, and the resolved file that records it."""
 
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -77,13 +78,27 @@ def differences(config: Any, path: Path) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def field_names(config_class: Any, prefix: str = "") -> list[str]:
-    """Dotted names of all fields, those of nested configs included."""
-    names = []
-    for f in fields(config_class):
-        inner = f.type if is_dataclass(f.type) else None
-        names += field_names(inner, f"{prefix}{f.name}.") if inner else [prefix + f.name]
-    return names
+def field_types(config_class: Any, prefix: str = "") -> dict[str, str]:
+    """Dotted name -> type, in words, of all fields, those of nested configs included."""
+    types: dict[str, str] = {}
+    for name, hint in get_type_hints(config_class).items():
+        if is_dataclass(hint):
+            types |= field_types(hint, f"{prefix}{name}.")
+        else:
+            types[prefix + name] = _in_words(hint)
+    return types
+
+
+def _in_words(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, get_args(hint)))
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(_in_words(part) for part in get_args(hint))
+    if get_origin(hint) in (list, tuple):
+        return "[" + ", ".join(_in_words(part) for part in get_args(hint)) + "]"
+    if hint is NoneType:
+        return "null"
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(hint, str(hint))
 
 
 def _listed(value: Any) -> Any:

@@ -64,9 +64,9 @@ class RunLog:
                 file.write(json.dumps({"step": step} | values) + "\n")
         self.accelerator.log(values, step=step)
 
-    def progress(self, step: int, loss: float, images_per_second: float) -> None:
-        """Move the bar; without a terminal, print a line now and then."""
-        shown = f"loss {loss:.4f}  {images_per_second:.1f} images/s"
+    def progress(self, step: int, latest: dict[str, float]) -> None:
+        """Move the bar, with the latest metrics beside it; without a terminal, print a line now and then."""
+        shown = f"loss {latest['loss']:.4f}  {latest['images_per_second']:.1f} images/s" if latest else ""
         self._bar.update(self._task, completed=step, shown=shown)
         now = time.monotonic()
         if (

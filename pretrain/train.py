@@ -103,15 +103,15 @@ def train(run: Run) -> None:
     config, state, accelerator = run.config, run.state, run.accelerator
     patches = run.view.grid[0] * run.view.grid[1]
     speed = Throughput(tokens_per_image=patches - config.mask.num_masked(patches))
-    shown: dict[str, float] = {"loss": float("nan"), "images_per_second": 0.0}
+    latest: dict[str, float] = {}
     run.model.train()
     while state.step < run.total_steps and not must_stop(run):
         torch.manual_seed(seed_of(config.seed, state.step, accelerator.process_index))  # for stochastic depth
         rate = learning_rate(state.step, config.optim, config.batch_size, run.total_steps)
         set_learning_rate(state.optimizer, rate)
-        losses, grad_norm, batch = [], torch.zeros(()), None
+        losses, batches, grad_norm = [], [], torch.zeros(())
         for _ in range(config.accumulation):
-            batch = speed.waiting(run.batches)
+            batches.append(batch := speed.waiting(run.batches))
             for line in run.bad.add(batch):
                 run.log.say(line)
             with accelerator.accumulate(run.model):
@@ -131,11 +131,11 @@ def train(run: Run) -> None:
         if state.step % config.log_every == 0 or state.step == run.total_steps:
             mean_loss = accelerator.reduce(torch.stack(losses).mean(), reduction="mean")
             assert isinstance(mean_loss, Tensor)
-            shown = {"loss": mean_loss.item(), "lr": rate, "grad_norm": float(grad_norm or 0.0)} | speed.read()
-            run.log.metrics(state.step, shown | {"memory_gb": peak_memory_gb(accelerator.device)})
-        run.log.progress(state.step, shown["loss"], shown["images_per_second"])
+            latest = {"loss": mean_loss.item(), "lr": rate, "grad_norm": float(grad_norm or 0.0)} | speed.read()
+            run.log.metrics(state.step, latest | {"memory_gb": peak_memory_gb(accelerator.device)})
+        run.log.progress(state.step, latest)
         if state.step % config.picture_every == 0 or state.step == run.total_steps:
-            show_reconstructions(run, batch)
+            show_reconstructions(run, batches[-1])
         if state.step % config.checkpoint_every == 0 or state.step == run.total_steps:
             save(run)
     if state.step < run.total_steps:
@@ -169,7 +169,7 @@ def save(run: Run) -> Path:
     return folder / f"step-{run.state.step:08d}"
 
 
-def show_reconstructions(run: Run, batch: Batch | None) -> None:
+def show_reconstructions(run: Run, batch: Batch) -> None:
     """Write reconstructions/step-N.png: views of the same pictures each time (of a stream: of the batch at hand)."""
     if not run.accelerator.is_main_process:
         return
@@ -185,7 +185,7 @@ def show_reconstructions(run: Run, batch: Batch | None) -> None:
     device = run.accelerator.device
     grid = reconstruction_grid(model, to_model(images, device), masks.to(device))
     hidden = round(100 * masks.float().mean().item())
-    title = f"{run.config.name}: step {run.state.step}, {hidden} % of the patches hidden, views never trained on"
+    title = f"{run.config.name}: step {run.state.step}, {hidden} % of the patches hidden, crops never trained on"
     draw_reconstructions(grid, title, run.config.folder / "reconstructions" / f"step-{run.state.step:08d}.png")
 
 
@@ -214,6 +214,6 @@ def introduction(run: Run, pictures: int | None) -> str:
     return (
         f"{config.model.name} ({encoder:.1f} M parameters) on {pictures if pictures is not None else 'streamed'} "
         f"pictures of {config.data.source!r}, {run.view.img_size[0]} x {run.view.img_size[1]}, {start}"
-        f"to step {run.total_steps}, {accelerator.num_processes} process(es) on {accelerator.device.type}, "
+        f"to step {run.total_steps}, {accelerator.num_processes} x {accelerator.device.type}, "
         f"{config.precision}"
     )
