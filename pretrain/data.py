@@ -1,7 +1,7 @@
 """Samples and batches: crop, flip and mask keyed by (seed, epoch, picture), in an order that any resume reproduces."""
 
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -70,8 +70,8 @@ class Sample(NamedTuple):
 class Batch:
     """Views of one forward pass."""
 
-    images: Tensor
-    """(b, 3, h, w) uint8."""
+    images: Tensor | None
+    """(b, 3, h, w) uint8; None where a sample had to be given up."""
     masks: Tensor
     """(b, l) bool, True = hidden."""
     names: list[str]
@@ -159,44 +159,53 @@ class Views(Dataset[Sample]):
                     return Sample(self.view.cut(image, rng), mask, self.source.name(chosen), bad)
             except Exception as error:  # a decoder may raise anything on damaged data
                 bad.append((self.source.name(chosen), reason(error)))
-        return Sample(None, torch.zeros(0, dtype=torch.bool), "", bad)
+        return Sample(None, self.view.draw_mask(generator(self.seed, epoch, index)), "", bad)
 
 
 class StreamedViews(IterableDataset[Sample | None]):
     """Views of a stream. Exact on resume with the same numbers of processes and workers: what was used is skipped.
 
-    `skip` batches are passed over without decoding; they come out as None.
+    `skip` batches are passed over without decoding and come out as None; pictures of `known_bad` count for nothing,
+    as they did when they were first met.
     """
 
-    def __init__(self, cells: StreamCells, view: View, seed: int, rank: int, world: int, batch: int, skip: int) -> None:
+    def __init__(
+        self, cells: StreamCells, view: View, seed: int, plan: "BatchPlan", skip: int, known_bad: frozenset[str]
+    ) -> None:
         self.cells = cells
         self.view = view
         self.seed = seed
-        self.rank, self.world, self.batch, self.skip = rank, world, batch, skip
+        self.plan = plan
+        self.skip = skip
+        self.known_bad = known_bad
 
     def __iter__(self) -> Iterator[Sample | None]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        rank = self.plan.rank
         # the loader takes batch k from worker k % workers
-        to_skip = self.batch * len(range(worker, self.skip, workers))
+        to_skip = self.plan.micro_batch * len(range(worker, self.skip, workers))
+        used = 0
         bad: list[tuple[str, str]] = []
-        for count, (name, cell) in enumerate(self._good_or_bad()):
-            if count < to_skip:
-                yield None
+        for place, cell in self.cells.cells(seed_of(self.seed) % 2**31, rank, self.plan.world):
+            name = f"rank {rank} worker {worker} {place}"
+            if used < to_skip:
+                if name not in self.known_bad:
+                    used += 1
+                    yield None
                 continue
-            rng = generator(self.seed, self.rank, worker, count)
+            rng = generator(self.seed, rank, worker, used)
             mask = self.view.draw_mask(rng)
             try:
                 with open_cell(cell) as image:
-                    yield Sample(self.view.cut(image, rng), mask, name, bad)
-                bad = []
+                    sample = Sample(self.view.cut(image, rng), mask, name, bad)
             except Exception as error:  # a decoder may raise anything on damaged data
                 bad.append((name, reason(error)))
                 if len(bad) >= MAX_TRIES:
                     yield Sample(None, mask, "", bad)
-
-    def _good_or_bad(self) -> Iterator[tuple[str, Any]]:
-        return self.cells.cells(seed_of(self.seed) % 2**31, self.rank, self.world)
+                continue
+            used, bad = used + 1, []
+            yield sample
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
@@ -250,9 +259,18 @@ class BatchPlan:
 
 
 def build_loader(
-    source: Any, view: View, seed: int, plan: BatchPlan, start_step: int, total_steps: int
+    source: Any,
+    view: View,
+    seed: int,
+    plan: BatchPlan,
+    start_step: int,
+    total_steps: int,
+    known_bad: Collection[str] = (),
 ) -> Iterable[Batch | None]:
-    """Batches of this process from `start_step` on. On a stream, the batches already used come first, as None."""
+    """Batches of this process from `start_step` on. On a stream, the batches already used come first, as None.
+
+    `known_bad` names the pictures that an earlier part of the run found to be bad.
+    """
     workers = view.data.workers
     options: dict[str, Any] = {
         "num_workers": workers,
@@ -266,7 +284,7 @@ def build_loader(
     }
     if isinstance(source, StreamCells):
         skip = start_step * plan.accumulation
-        streamed = StreamedViews(source, view, seed, plan.rank, plan.world, plan.micro_batch, skip)
+        streamed = StreamedViews(source, view, seed, plan, skip, frozenset(known_bad))
         return cast("Iterable[Batch | None]", DataLoader(streamed, batch_size=plan.micro_batch, **options))
     sampler = StepSampler(len(source), seed, plan, start_step, total_steps)
     return cast("Iterable[Batch | None]", DataLoader(Views(source, view, seed), batch_sampler=sampler, **options))
@@ -279,10 +297,10 @@ def collate(samples: list[Sample | None]) -> Batch | None:
         return None
     bad = [entry for sample in taken for entry in sample.bad]
     images = [sample.image for sample in taken if sample.image is not None]
-    if len(images) < len(taken):
-        name, why = bad[-1]
-        raise UserError(f"{len(bad)} pictures in a row cannot be used, the last one {name} ({why}): check data.source")
-    return Batch(torch.stack(images), torch.stack([s.mask for s in taken]), [s.name for s in taken], bad)
+    images = images if len(images) == len(taken) else []  # given up; the training process says so
+    return Batch(
+        torch.stack(images) if images else None, torch.stack([s.mask for s in taken]), [s.name for s in taken], bad
+    )
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:
@@ -318,6 +336,11 @@ class BadPictures:
     def add(self, batch: Batch) -> list[str]:
         """Take note of a batch; returns a line for each picture not met before. Raises UserError past the share."""
         self.seen += len(batch.names) + len(batch.bad)
+        if batch.images is None:
+            name, why = batch.bad[-1]
+            raise UserError(
+                f"{len(batch.bad)} pictures in a row cannot be used, the last {name} ({why}): see data.source"
+            )
         fresh = {name: why for name, why in batch.bad if name not in self.known}
         if not fresh:
             return []

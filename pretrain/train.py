@@ -72,9 +72,9 @@ def pretrain(config: PretrainConfig) -> Path:
     model, optimizer = accelerator.prepare(state.model, state.optimizer)
     architecture = config.model.architecture()
     view = View(architecture.img_size, architecture.grid(*architecture.img_size), data, config.mask)
-    loader = build_loader(source, view, config.seed, plan, state.step, total_steps)
-    batches = (batch for batch in loader if batch is not None)
     bad = BadPictures(config.folder / "bad_pictures.txt", pictures, data.max_bad_share)
+    loader = build_loader(source, view, config.seed, plan, state.step, total_steps, bad.known)
+    batches = (batch for batch in loader if batch is not None)
     with RunLog(config, accelerator, total_steps, state.step) as log, stop_requests() as stop:
         run = Run(
             config, source, view, state, model, optimizer, batches, accelerator, log, bad, stop, total_steps
@@ -109,13 +109,11 @@ def train(run: Run) -> None:
         torch.manual_seed(seed_of(config.seed, state.step, accelerator.process_index))  # for stochastic depth
         rate = learning_rate(state.step, config.optim, config.batch_size, run.total_steps)
         set_learning_rate(state.optimizer, rate)
-        losses, batches, grad_norm = [], [], torch.zeros(())
+        losses, grad_norm, images, masks = [], torch.zeros(()), torch.empty(0), torch.empty(0)
         for _ in range(config.accumulation):
-            batches.append(batch := speed.waiting(run.batches))
-            for line in run.bad.add(batch):
-                run.log.say(line)
+            images, masks = checked(run, speed.waiting(run.batches))
             with accelerator.accumulate(run.model):
-                loss = run.model(to_model(batch.images, accelerator.device), batch.masks.to(accelerator.device))
+                loss = run.model(to_model(images, accelerator.device), masks.to(accelerator.device))
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     limit = config.optim.clip_grad or float("inf")
@@ -135,7 +133,7 @@ def train(run: Run) -> None:
             run.log.metrics(state.step, latest | {"memory_gb": peak_memory_gb(accelerator.device)})
         run.log.progress(state.step, latest)
         if state.step % config.picture_every == 0 or state.step == run.total_steps:
-            show_reconstructions(run, batches[-1])
+            show_reconstructions(run, images, masks)
         if state.step % config.checkpoint_every == 0 or state.step == run.total_steps:
             save(run)
     if state.step < run.total_steps:
@@ -169,11 +167,19 @@ def save(run: Run) -> Path:
     return folder / f"step-{run.state.step:08d}"
 
 
-def show_reconstructions(run: Run, batch: Batch) -> None:
+def checked(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Images and masks of a batch, its bad pictures counted and named."""
+    for line in run.bad.add(batch):
+        run.log.say(line)
+    assert batch.images is not None
+    return batch.images, batch.masks
+
+
+def show_reconstructions(run: Run, images: Tensor, masks: Tensor) -> None:
     """Write reconstructions/step-N.png: views of the same pictures each time (of a stream: of the batch at hand)."""
     if not run.accelerator.is_main_process:
         return
-    images, masks = batch.images[:SAMPLES_SHOWN], batch.masks[:SAMPLES_SHOWN]
+    images, masks = images[:SAMPLES_SHOWN], masks[:SAMPLES_SHOWN]
     if not isinstance(run.source, StreamCells):
         views = Views(run.source, run.view, run.config.seed)
         count = len(run.source)

@@ -5,15 +5,12 @@ recomputes the states of a tile from the state saved at its start. Shape letters
 tile, states are (tokens, b, n, d).
 """
 
-import itertools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vim_kernels.torch_scan import empty_tile_states, pieces, scan_gradients, scan_tiles
 from vim_kernels.types import ScanWeights
-
-TILE = 64
 
 
 def unavailable(device: torch.device) -> str | None:  # noqa: ARG001 - one signature for all backends
@@ -24,7 +21,7 @@ def unavailable(device: torch.device) -> str | None:  # noqa: ARG001 - one signa
 def selective_scan_saved(x: Tensor, A: Tensor, cu_seqlens: Tensor | None, initial_state: Tensor | None) -> list[Tensor]:
     """Empty [states at the start of every tile], float32: d n / 16 bytes per token."""
     del initial_state
-    return [_empty_tile_states(x, A, cu_seqlens)]
+    return [empty_tile_states(x, A, cu_seqlens)]
 
 
 def selective_scan_forward(
@@ -47,7 +44,7 @@ def selective_scan_forward(
     saved = selective_scan_saved(x, A, cu_seqlens, initial_state) if save else []
     u, raw, A, B, C = (t.float() for t in (x, dt, A, B, C))
     step = _step_size(raw, dt_bias, dt_softplus)
-    y, final = _scan(u, step, A, B, C, reverse, cu_seqlens, initial_state, saved[0] if save else None)
+    y, final = scan_tiles(u, step, A, B, C, reverse, cu_seqlens, initial_state, saved[0] if save else None)
     if D is not None:
         y.addcmul_(D.float(), u)
     if z is not None:
@@ -77,7 +74,7 @@ def selective_scan_backward(
     u, raw, dy = x.float(), dt.float(), dy.float()
     step = _step_size(raw, dt_bias, dt_softplus)
     dscan = dy if z is None else dy * F.silu(z.float())
-    y, du, dstep, dA, dB, dC, dinitial = _scan_gradients(
+    y, du, dstep, dA, dB, dC, dinitial = scan_gradients(
         dscan, dfinal_state, u, step, A.float(), B.float(), C.float(), reverse, cu_seqlens, saved[0]
     )
     dD = dz = None
@@ -98,7 +95,7 @@ def bidirectional_scan_saved(
 ) -> list[Tensor]:
     """Empty tile states of both directions, float32: d n / 8 bytes per token."""
     del z
-    return [_empty_tile_states(x, weights.A_log, cu_seqlens) for weights in (forward, backward)]
+    return [empty_tile_states(x, weights.A_log, cu_seqlens) for weights in (forward, backward)]
 
 
 def bidirectional_scan_forward(
@@ -116,7 +113,7 @@ def bidirectional_scan_forward(
         u, low, B, C, raw = _project(x, weights, bool(reverse), cu_seqlens)
         del low
         A, states = -torch.exp(weights.A_log.float()), saved[reverse] if save else None
-        y, _ = _scan(u, F.softplus(raw), A, B, C, bool(reverse), cu_seqlens, None, states)
+        y, _ = scan_tiles(u, F.softplus(raw), A, B, C, bool(reverse), cu_seqlens, None, states)
         total += y.addcmul_(weights.D.float(), u)
     if z is not None:
         total *= F.silu(z.float())
@@ -139,7 +136,7 @@ def bidirectional_scan_backward(
     for reverse, weights in enumerate((forward, backward)):
         u, low, B, C, raw = _project(x, weights, bool(reverse), cu_seqlens)
         A = -torch.exp(weights.A_log.float())
-        y, du, dstep, dA, dB, dC, _ = _scan_gradients(
+        y, du, dstep, dA, dB, dC, _ = scan_gradients(
             dscan, None, u, F.softplus(raw), A, B, C, bool(reverse), cu_seqlens, saved[reverse]
         )
         total += y.addcmul_(weights.D.float(), u)
@@ -234,135 +231,6 @@ def _like(gradient: Tensor | None, given: Tensor | None) -> Tensor | None:
     return torch.empty(given.shape, dtype=given.dtype, device=given.device).copy_(gradient)
 
 
-def _pieces(x: Tensor, cu_seqlens: Tensor | None) -> list[slice]:
-    """Token ranges that run through the recurrence at once: the whole batch, or each packed image."""
-    if cu_seqlens is None:
-        return [slice(0, x.shape[1])]
-    borders = cu_seqlens.tolist()
-    return [slice(start, stop) for start, stop in itertools.pairwise(borders)]
-
-
-def _empty_tile_states(x: Tensor, A: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """(tiles of all sequences at most, n, d)"""
-    images = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    tiles = (x.shape[1] + TILE - 1) // TILE if cu_seqlens is None else x.shape[1] // TILE + images
-    return x.new_empty((x.shape[0] * tiles, A.shape[1], A.shape[0]), dtype=torch.float32)
-
-
-def _scan(
-    u: Tensor,
-    step: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    reverse: bool,
-    cu_seqlens: Tensor | None,
-    initial: Tensor | None,
-    tile_states: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Y (b, l, d) without the skip, final states (s, d, n); fills tile_states if given."""
-    y, finals, used = torch.empty_like(u, memory_format=torch.contiguous_format), [], 0
-    A_nd = A.t().contiguous()
-    for index, piece in enumerate(_pieces(u, cu_seqlens)):
-        steps, drives, B_lbn, C_lbn = _in_scan_order(reverse, piece, step, step * u, B, C)
-        rows = steps.shape[1]
-        h = u.new_zeros(rows, *A_nd.shape)
-        if initial is not None:
-            h = initial.float().transpose(1, 2)[index : index + 1] if cu_seqlens is not None else initial.mT.float()
-        outputs = []
-        for start in range(0, len(steps), TILE):
-            tile = slice(start, start + TILE)
-            if tile_states is not None:
-                tile_states[used : used + rows] = h
-                used += rows
-            _, states = _tile_states(steps[tile], drives[tile], A_nd, B_lbn[tile], h)
-            outputs.append((C_lbn[tile].unsqueeze(2) @ states).squeeze(2))
-            h = states[-1].clone()
-        if outputs:
-            out = torch.cat(outputs).transpose(0, 1)
-            y[:, piece] = out.flip(1) if reverse else out
-        finals.append(h.mT)
-    return y, torch.cat(finals).contiguous()
-
-
-def _in_scan_order(reverse: bool, piece: slice, *tensors: Tensor) -> list[Tensor]:
-    """(b, l, ...) -> the piece as (tokens, b, ...) in the order of the scan."""
-    cut = [t[:, piece].transpose(0, 1) for t in tensors]
-    return [t.flip(0) if reverse else t for t in cut]
-
-
-def _tile_states(steps: Tensor, drives: Tensor, A_nd: Tensor, B: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """Decays and states (tokens, b, n, d) of a tile that starts from state h."""
-    decays = (steps.unsqueeze(2) * A_nd).exp_()
-    states = drives.unsqueeze(2) * B.unsqueeze(3)
-    for decay, state in zip(decays.unbind(0), states.unbind(0), strict=True):
-        h = torch.addcmul(state, decay, h, out=state)
-    return decays, states
-
-
-def _scan_gradients(
-    dy: Tensor,
-    dfinal: Tensor | None,
-    u: Tensor,
-    step: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    reverse: bool,
-    cu_seqlens: Tensor | None,
-    tile_states: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Y again (no skip), and the gradients of u, step, A, B, C and of the initial states."""
-    A_nd = A.t().contiguous()
-    y, du, dstep, dB, dC = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (u, u, u, B, C))
-    dA_nd, dinitials, used = torch.zeros_like(A_nd), [], 0
-    for index, piece in enumerate(_pieces(u, cu_seqlens)):
-        steps, us, Bs, Cs, dys = _in_scan_order(reverse, piece, step, u, B, C, dy)
-        rows, tokens = u.shape[0], len(steps)
-        if dfinal is None:
-            carried = u.new_zeros(rows, *A_nd.shape)
-        else:
-            carried = (dfinal if cu_seqlens is None else dfinal[index : index + 1]).mT
-        starts = range(0, tokens, TILE)
-        parts: list[list[Tensor]] = []
-        for number in reversed(range(len(starts))):
-            tile = slice(starts[number], starts[number] + TILE)
-            first = tile_states[used + rows * number : used + rows * (number + 1)]
-            *part, tile_dA, carried = _tile_gradients(
-                steps[tile], us[tile], Bs[tile], Cs[tile], dys[tile], A_nd, first, carried
-            )
-            parts.append(part)
-            dA_nd += tile_dA
-        used += rows * len(starts)
-        dinitials.append(carried.mT)
-        for target, chunks in zip((y, du, dstep, dB, dC), zip(*parts[::-1], strict=True), strict=False):
-            joined = torch.cat(chunks).transpose(0, 1)
-            target[:, piece] = joined.flip(1) if reverse else joined
-    return y, du, dstep, dA_nd.t(), dB, dC, torch.cat(dinitials)
-
-
-def _tile_gradients(
-    step: Tensor, u: Tensor, B: Tensor, C: Tensor, dy: Tensor, A_nd: Tensor, first: Tensor, carried: Tensor
-) -> tuple[Tensor, ...]:
-    """y, du, dstep, dB, dC, dA of a tile in scan order, and what the adjoint carries to the tile before."""
-    drives = step * u
-    decays, states = _tile_states(step, drives, A_nd, B, first)
-    y = (C.unsqueeze(2) @ states).squeeze(2)
-    dC = (states @ dy.unsqueeze(3)).squeeze(3)
-    adjoints = C.unsqueeze(3) * dy.unsqueeze(2)
-    adjoints[-1] += carried
-    for k in range(len(adjoints) - 2, -1, -1):
-        adjoints[k].addcmul_(decays[k + 1], adjoints[k + 1])
-    dB = (adjoints @ drives.unsqueeze(3)).squeeze(3)
-    ddrive = (B.unsqueeze(2) @ adjoints).squeeze(2)
-    decayed = adjoints.mul_(decays)
-    carried = decayed[0].clone()
-    dexponent = decayed * torch.cat([first.unsqueeze(0), states[:-1]])
-    dA = torch.einsum("tbnd,tbd->nd", dexponent, step)
-    dstep = (dexponent * A_nd).sum(2) + ddrive * u
-    return y, ddrive * step, dstep, dB, dC, dA, carried
-
-
 def _project(
     x: Tensor, weights: ScanWeights, reverse: bool, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -378,7 +246,7 @@ def _pre_activation(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: boo
     if bias is not None:
         pre += bias.float()
     taps = weight.shape[1]
-    for piece in _pieces(x, cu_seqlens):
+    for piece in pieces(x, cu_seqlens):
         for k in range(taps):
             to, source = _shifted(piece, taps - 1 - k, reverse)
             pre[:, to] += x[:, source] * weight[:, k].float()
@@ -407,7 +275,7 @@ def _conv_gradients(
     dx = torch.zeros_like(dy)
     dweight = torch.zeros_like(weight, dtype=torch.float32)
     taps = weight.shape[1]
-    for piece in _pieces(x, cu_seqlens):
+    for piece in pieces(x, cu_seqlens):
         for k in range(taps):
             to, source = _shifted(piece, taps - 1 - k, reverse)
             dx[:, source] += dy[:, to] * weight[:, k].float()

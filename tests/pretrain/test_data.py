@@ -2,6 +2,7 @@
 
 import io
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -169,8 +170,10 @@ def test_the_share_of_bad_pictures_decides(spoiled_folder, tmp_path):
 def test_a_folder_of_nothing_but_bad_pictures(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.jpg").write_bytes(b"x")
-    with pytest.raises(UserError, match="3 pictures in a row cannot be used, the last one"):
-        draw(folder_source(tmp_path), batch=2, stop=1)
+    batch = draw(folder_source(tmp_path), batch=2, stop=1)[0]
+    assert batch.images is None
+    with pytest.raises(UserError, match="6 pictures in a row cannot be used, the last"):
+        BadPictures(tmp_path / "bad.txt", 3, 1.0).add(batch)
 
 
 def test_a_batch_that_does_not_divide():
@@ -179,9 +182,8 @@ def test_a_batch_that_does_not_divide():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_stream_goes_on_where_it_was(tmp_path, picture_folder, workers):
-    import datasets
-
+def test_a_resumed_stream_goes_on_where_it_was(tmp_path, picture_folder, workers, monkeypatch):
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
     cells = [{"bytes": p.read_bytes(), "path": None} for p in sorted(picture_folder.rglob("*.*"))]
     cells[4] = {"bytes": b"broken", "path": None}
     features = datasets.Features({"image": datasets.Image()})
@@ -189,13 +191,14 @@ def test_a_resumed_stream_goes_on_where_it_was(tmp_path, picture_folder, workers
         rows = {"image": cells[part * 5 : part * 5 + 5]}
         datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"part-{part}.parquet")
 
-    def stream(start, stop):
+    def stream(start, stop, known_bad=()):
         source = open_source(str(tmp_path / "part-*.parquet"), split="train", column=None, streaming=True)
-        loader = build_loader(source, view(workers=workers), 3, BatchPlan(3, 1, 1, 0), start, stop)
+        loader = build_loader(source, view(workers=workers), 3, BatchPlan(3, 1, 1, 0), start, stop, known_bad)
         return [b for _, b in zip(range(stop), loader, strict=False)]
 
     whole = stream(0, 8)
-    resumed = stream(5, 8)
+    known_bad = [name for b in whole[:5] for name, _ in b.bad]
+    assert known_bad
+    resumed = stream(5, 8, known_bad)
     assert resumed[:5] == [None] * 5
     assert all(same(a, b) for a, b in zip(whole[5:], resumed[5:], strict=True))
-    assert any(b.bad for b in whole)

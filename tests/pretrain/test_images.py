@@ -82,7 +82,8 @@ def test_folder_of_any_depth(picture_folder):
 
 
 @pytest.fixture
-def parquet(tmp_path, picture_folder):
+def parquet(tmp_path, picture_folder, monkeypatch):
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
     paths = ImageFiles(sorted(picture_folder.rglob("*.*"))).paths
     cells = [{"bytes": path.read_bytes(), "path": None} for path in paths]
     features = datasets.Features({"label": datasets.Value("int64"), "photo": datasets.Image()})

@@ -22,7 +22,7 @@ SCAN = _record(
     " B C bc_stride"
     # float32: dt_proj (rank, channels); dt_bias, skip (channels,); decay = A log2(e), (channels / 16, states, 16)
     " dt_proj dt_bias skip decay"
-    # float32 (sequences or tiles, channels / 16, states, 16)
+    # float32 (sequences or tiles, channels / 16, states, 16)  # noqa: ERA001
     " initial final checkpoints"
     # All by tokens and channels; partial is float32 and added before the gate.
     " partial out out_stride out_bf16",
@@ -39,7 +39,7 @@ SCAN_GRADIENT = _record(
     " dbc dbc_stride dbc_group_stride"
     # float32 (sequences, states + 2, channels): dA blocked like decay, then skip, then dt_bias
     " dweights"
-    # float32 (sequences, channels / 16, states, 16)
+    # float32 (sequences, channels / 16, states, 16)  # noqa: ERA001
     " dfinal dinitial"
 )
 """The gradients that go with a SCAN record."""
