@@ -10,7 +10,8 @@ import torch
 
 def seed_of(*key: int) -> int:
     """A 63-bit seed that depends on every number of the key and on their order."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    # the length goes in first, because SeedSequence takes (0,) and (0, 0) for the same
+    return int(np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def generator(*key: int) -> torch.Generator:

@@ -8,11 +8,14 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
 
 @pytest.fixture(autouse=True)
-def _fixed_threads_and_seed():
+def _fresh_process_state():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
     torch.set_num_threads(2)
     torch.manual_seed(0)
 
