@@ -1,0 +1,1 @@
+"""Scripts that print tables: ours beside peers, measured in one run."""

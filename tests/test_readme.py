@@ -1,0 +1,84 @@
+"""Every command and every line of Python in the README and the docs runs."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.vim_backbone import official
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SMALL = "--model.depth=1 --model.name=vim_tiny --decoder.depth=1 --batch_size=4 --optim.warmup_steps=1 --data.workers=0"
+RUN_BY_CI = {"make pretrain", "make test", "make lint"}
+NOT_RUN = {"source .venv/bin/activate", ".venv/bin/pre-commit install"}  # they change the shell or the clone, not files
+
+
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def commands():
+    return [line for page in PAGES for block in blocks(page, "bash") for line in block.strip().splitlines()]
+
+
+def test_ci_runs_the_make_commands():
+    ci = (ROOT / ".ci/run").read_text()
+    for line in {c for c in commands() if c.startswith("make")}:
+        assert line in RUN_BY_CI
+        assert line in ci
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, request):
+    """A folder that looks like the checkout, with pictures and an official checkpoint of small size."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("pretrain", "launch", "vim_backbone", "kernels", "benchmarks"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+@pytest.mark.slow
+def test_all_other_commands(place, picture_folder):
+    (place / "path/to").mkdir(parents=True)
+    (place / "path/to/pictures").symlink_to(picture_folder)
+    torch.save(official.random_state(d=32, depth=2, patches=16, classes=5), place / "vim_t_midclstok_76p1acc.pth")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    ran = 0
+    for line in commands():
+        if line in RUN_BY_CI | NOT_RUN or line.startswith("python -m benchmarks"):
+            continue
+        if "pretrain/main.py" in line and "--help" not in line:
+            line = line.replace("--model.img_size 224", "--model.img_size 32")
+            epochs = line.replace("--epochs 100", "--epochs 1") + f" {SMALL}"
+            line = f"{epochs} --model.img_size=32 --epochs=1 --model.patch_size=8"
+        done = subprocess.run(
+            line, shell=True, cwd=place, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+        ran += 1
+    assert ran >= 5
+
+
+@pytest.mark.slow
+def test_the_python_in_the_readme(place):
+    argv = [sys.executable, "pretrain/main.py", "--steps=1", *SMALL.split(), "--overwrite"]
+    subprocess.run(argv, cwd=place, check=True, capture_output=True)
+    for block in blocks(ROOT / "README.md", "python"):
+        shapes = "\nassert features.shape == (1, 192)\nassert [m.shape for m in maps] == [(1, 192, 16, 24)]"
+        assert "# two maps" in block
+        one_block = block.replace("indices=2", "indices=1")  # the model of this test has one block
+        done = subprocess.run(
+            [sys.executable, "-c", one_block + shapes], cwd=place, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
