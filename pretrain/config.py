@@ -63,7 +63,7 @@ class PretrainConfig(RunConfig):
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(base_lr=8e-3, warmup_steps=20))
     steps: int | None = None
-    """Optimiser steps; give this or epochs. 160 when neither is given."""
+    """Optimiser steps; give this or epochs. 120 when neither is given."""
     epochs: float | None = None
     """Passes over the pictures."""
     batch_size: int = 32
@@ -88,6 +88,6 @@ class PretrainConfig(RunConfig):
     def total_steps(self, pictures: int | None) -> int:
         """Optimiser steps of the run over a source of so many pictures (None: a stream)."""
         if self.epochs is None:
-            return self.steps or 160
+            return self.steps or 120
         require(pictures is not None, "epochs", self.epochs, "a stream has no length, give steps instead")
         return max(1, round(self.epochs * (pictures or 0) / self.batch_size))
