@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vim_kernels.types import ScanWeights
 
-FAST_MODULES: dict[str, str] = {}
+FAST_MODULES: dict[str, str] = {"triton": "vim_kernels.triton_backend"}
 """Fast backend name -> module that implements `FastBackend`."""
 
 

@@ -1,0 +1,144 @@
+"""How a scan is cut into programs: sequences, chunks, blocks of channels, and the tuned sizes that ship.
+
+Nothing is tuned at run time. The sizes were measured on the devices named in docs/kernels.md.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vim_kernels.triton_backend.forward_kernels import chunk_table_kernel
+
+INTERVAL = 64
+"""Tokens between two states saved for the backward: 4 n / INTERVAL bytes a token, channel and direction."""
+
+
+class ForwardSizes(NamedTuple):
+    """Channels a program, warps a program, tokens prefetched ahead."""
+
+    block: int
+    warps: int
+    ahead: int
+
+
+class BackwardSizes(NamedTuple):
+    """Channels a program, warps a program, tokens whose states are in registers at a time."""
+
+    block: int
+    warps: int
+    group: int
+
+
+class MixerSizes(NamedTuple):
+    """Rows and channels of a tile, warps, stages of the loads of weights."""
+
+    rows: int
+    block: int
+    warps: int
+    stages: int
+
+
+FORWARD = {"cuda": ForwardSizes(32, 1, 4), "hip": ForwardSizes(64, 1, 0), "interpreter": ForwardSizes(32, 1, 0)}
+STATE = {"cuda": ForwardSizes(32, 1, 4), "hip": ForwardSizes(64, 1, 0), "interpreter": ForwardSizes(32, 1, 0)}
+BACKWARD = {"cuda": BackwardSizes(32, 1, 4), "hip": BackwardSizes(64, 1, 2), "interpreter": BackwardSizes(32, 1, 4)}
+MIXER = {"cuda": MixerSizes(32, 64, 4, 2), "hip": MixerSizes(32, 64, 4, 1), "interpreter": MixerSizes(16, 64, 4, 1)}
+CARRY_BLOCK, CARRY_CHUNKS = 32, 64
+PROGRAMS_WANTED = 16
+"""Programs of one warp a multiprocessor, under which a scan is cut into chunks: below this the chip waits."""
+
+
+class Tokens(NamedTuple):
+    """Sequences laid one after the other: a batch of equal ones, or packed ones between the borders cu_seqlens."""
+
+    rows: int
+    length: int  # of a sequence; of all where packed
+    sequences: int
+    cu_seqlens: Tensor | None
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_seqlens is not None
+
+    def slots(self) -> int:
+        """Saved states a channel and direction, an upper bound where packed."""
+        if self.packed:
+            return self.rows // INTERVAL + self.sequences
+        return self.sequences * triton.cdiv(self.length, INTERVAL)
+
+    def segment(self, like: Tensor) -> Tensor:
+        """(rows,) int32, the sequence of every row where packed; otherwise unused."""
+        if self.cu_seqlens is None:
+            return like
+        rows = torch.arange(self.rows, dtype=torch.int32, device=like.device)
+        return torch.searchsorted(self.cu_seqlens, rows, right=True, out_int32=True)
+
+
+class Chunks(NamedTuple):
+    """Runs of at most `size` rows of one sequence, each scanned by one program."""
+
+    size: int
+    count: int  # an upper bound where packed: the rest have no rows
+    per_sequence: int
+    table: Tensor | None  # (count, 3) first row, rows, first slot
+    sequence_table: Tensor | None  # (sequences, 2) first chunk, chunks
+
+    @property
+    def one_each(self) -> bool:
+        """A sequence is one chunk."""
+        return self.per_sequence == 1
+
+
+def tokens_of(x: Tensor, cu_seqlens: Tensor | None) -> Tokens:
+    """x (b, l, d); a packed x has b = 1."""
+    b, l, _ = x.shape
+    return Tokens(b * l, l, b if cu_seqlens is None else cu_seqlens.shape[0] - 1, cu_seqlens)
+
+
+def cut(tokens: Tokens, size: int | None, device: torch.device) -> Chunks:
+    """Chunks of `size` rows, or each sequence whole where None."""
+    size = tokens.length if size is None else min(size, tokens.length)
+    whole = size == tokens.length
+    if tokens.cu_seqlens is None:
+        per_sequence = triton.cdiv(tokens.length, size)
+        return Chunks(size, tokens.sequences * per_sequence, per_sequence, None, None)
+    count = tokens.sequences if whole else tokens.rows // size + tokens.sequences
+    table = torch.empty(count, 3, dtype=torch.int32, device=device)
+    sequence_table = torch.empty(tokens.sequences, 2, dtype=torch.int32, device=device)
+    chunk_table_kernel[(triton.cdiv(count, 128),)](
+        tokens.cu_seqlens, table, sequence_table, tokens.sequences, count, size, INTERVAL=INTERVAL, BLOCK=128
+    )
+    return Chunks(size, count, 1 if whole else 0, table, sequence_table)
+
+
+def chunk_size(tokens: Tokens, blocks: int, processors: int) -> int | None:
+    """Rows a chunk, a multiple of INTERVAL, or None where whole sequences are enough programs for the chip."""
+    programs = blocks * tokens.sequences
+    wanted = PROGRAMS_WANTED * processors
+    if programs >= wanted // 2 or tokens.length <= 2 * INTERVAL:
+        return None
+    intervals = max(1, programs * triton.cdiv(tokens.rows // tokens.sequences, INTERVAL) // wanted)
+    return intervals * INTERVAL
+
+
+def target(device: torch.device) -> str:
+    """Which column of the tables of sizes a device reads."""
+    if device.type != "cuda":
+        return "interpreter"
+    return "hip" if torch.version.hip else "cuda"
+
+
+def dot_dtype(x: Tensor) -> tl.dtype:
+    """What the small products are taken in; the interpreter's bfloat16 product is wrong."""
+    if x.device.type != "cuda" or x.dtype == torch.float32:
+        return tl.float32
+    return tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the device; 0 under the interpreter, where chunks only cost."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
