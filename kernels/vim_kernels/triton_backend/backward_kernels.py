@@ -22,11 +22,12 @@ LN2 = tl.constexpr(0.6931471805599453)
 def scan_backward_kernel(
     u_ptr, dt_ptr, bc_ptr, dy_ptr,  # (q, rows, d), (q, rows, d), (q, rows, 2 n) float32, (rows, d)
     rates_ptr, D0_ptr, D1_ptr,  # (q, n, d) float32, (d,)
-    states_ptr, adjoint_ptr, scratch_ptr,  # (q, slots, n, d), (q, chunks, n, d), a block a program
+    states_ptr, adjoint_ptr,  # (q, slots, n, d), (q, chunks, n, d)
     du_ptr, ddt_ptr, dbc_ptr,  # (q, rows, d), (q, rows, d), (q, blocks, rows, 2 n) partial sums
     drates_ptr, dD_ptr, dh0_ptr,  # (q, chunks, n, d), (q, chunks, d) partial sums, (q, chunks, n, d)
     table_ptr, length, chunk_size, chunks_per_sequence, slots_per_sequence,
-    channels, u_direction, bc_direction, chunk_direction, slot_direction, block_stride, scratch_stride,
+    channels, u_direction, bc_direction, chunk_direction, slot_direction, block_stride,
+    scratch_ptr, scratch_stride,  # a block a program
     REVERSE: tl.constexpr, PACKED: tl.constexpr, HAS_D: tl.constexpr, HAS_ADJOINT: tl.constexpr,
     STORE_DH0: tl.constexpr, SOFTPLUS: tl.constexpr,
     N: tl.constexpr, BLOCK: tl.constexpr, INTERVAL: tl.constexpr, GROUP: tl.constexpr,

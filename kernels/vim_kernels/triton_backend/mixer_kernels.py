@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from vim_kernels.triton_backend.token_kernels import convolve, segment, sigmoid, softplus
+from vim_kernels.triton_backend.token_kernels import convolve, segment, sigmoid, softplus, softplus_coarse
 
 DT_MAX = tl.constexpr(65504.0)  # the largest float16; exp(-65504 |A|) is 0 either way
 
@@ -23,11 +23,11 @@ def mixer_inputs_kernel(
     x_ptr, x_stride,
     conv0_ptr, conv1_ptr, bias0_ptr, bias1_ptr, x_proj0_ptr, x_proj1_ptr, dt_proj0_ptr, dt_proj1_ptr,
     dt_bias0_ptr, dt_bias1_ptr,
-    u_ptr, dt_ptr, bc_ptr, low_ptr,  # (2, rows, d), (2, rows, d), (2, rows, 2 STATES) float32, (2, rows, r)
+    u_ptr, dt_ptr, bc_ptr, low_ptr,  # (2, rows, d), (2, rows, d), (2, rows, 2 STATES) float32, (2, rows, RANK_BLOCK)
     segment_ptr, rows, length, channels, u_direction, bc_direction, low_direction,
     HAS_BIAS: tl.constexpr, PACKED: tl.constexpr, STORE_LOW: tl.constexpr, WIDTH: tl.constexpr,
     N: tl.constexpr, STATES: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """Grid (directions, blocks of rows): both directions of a block of rows run together and share its x in the cache.
 
@@ -68,8 +68,8 @@ def mixer_inputs_kernel(
     tl.store(bc, B, mask=here[:, None])
     tl.store(bc + STATES, C, mask=here[:, None])
     if STORE_LOW:
-        kept = low_ptr + direction * low_direction + wide_row[:, None] * RANK + r[None, :]
-        tl.store(kept, low.to(low_ptr.dtype.element_ty), mask=here[:, None] & (r < RANK)[None, :])
+        kept = low_ptr + direction * low_direction + wide_row[:, None] * RANK_BLOCK + r[None, :]
+        tl.store(kept, low.to(low_ptr.dtype.element_ty), mask=here[:, None])
     low = low.to(DOT)
     for start in range(0, channels, BLOCK):
         d = start + tl.arange(0, BLOCK)
@@ -79,8 +79,10 @@ def mixer_inputs_kernel(
         )
         v = tl.dot(low, weight.to(DOT), input_precision=PRECISION)
         v += tl.load(dt_bias_ptr + d, mask=ok, other=0.0).to(tl.float32)[None, :]
-        dt = softplus(v)
-        if dt_ptr.dtype.element_ty == tl.float16:
+        if dt_ptr.dtype.element_ty == tl.float32:
+            dt = softplus(v)
+        else:
+            dt = softplus_coarse(v, HARDWARE)
             dt = tl.where(dt > DT_MAX, DT_MAX, dt)
         at = wide_row[:, None] * channels + d[None, :]
         tl.store(

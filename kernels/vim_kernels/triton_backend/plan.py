@@ -33,6 +33,16 @@ class BackwardSizes(NamedTuple):
     group: int
 
 
+class TiledSizes(NamedTuple):
+    """Of the Gluon kernels: states and channels a thread, warps a program, tokens a tile, tokens a step."""
+
+    states_thread: int
+    channels_thread: int
+    warps: int
+    tile: int
+    step: int  # forward: tokens unrolled; backward: tokens whose states are in registers at a time
+
+
 class MixerSizes(NamedTuple):
     """Rows and channels of a tile, warps, stages of the loads of weights."""
 
@@ -45,6 +55,8 @@ class MixerSizes(NamedTuple):
 FORWARD = {"cuda": ForwardSizes(32, 1, 4), "hip": ForwardSizes(64, 1, 0), "interpreter": ForwardSizes(32, 1, 0)}
 STATE = {"cuda": ForwardSizes(32, 1, 4), "hip": ForwardSizes(64, 1, 0), "interpreter": ForwardSizes(32, 1, 0)}
 BACKWARD = {"cuda": BackwardSizes(32, 1, 4), "hip": BackwardSizes(64, 1, 2), "interpreter": BackwardSizes(32, 1, 4)}
+TILED_FORWARD = TiledSizes(16, 1, 1, 16, 4)
+TILED_BACKWARD = TiledSizes(4, 4, 1, INTERVAL, 2)
 MIXER = {"cuda": MixerSizes(32, 64, 4, 2), "hip": MixerSizes(32, 64, 4, 1), "interpreter": MixerSizes(16, 64, 4, 1)}
 CARRY_BLOCK, CARRY_CHUNKS = 32, 64
 PROGRAMS_WANTED = 16
@@ -122,6 +134,11 @@ def chunk_size(tokens: Tokens, blocks: int, processors: int) -> int | None:
         return None
     intervals = max(1, programs * triton.cdiv(tokens.rows // tokens.sequences, INTERVAL) // wanted)
     return intervals * INTERVAL
+
+
+def tiled(device: torch.device) -> bool:
+    """Whether the Gluon kernels run: they are written for warps of 32, and the interpreter does not know Gluon."""
+    return target(device) == "cuda"
 
 
 def target(device: torch.device) -> str:

@@ -13,7 +13,9 @@ from torch import Tensor
 from vim_kernels.triton_backend import plan
 from vim_kernels.triton_backend.backward_kernels import scan_backward_kernel
 from vim_kernels.triton_backend.forward_kernels import carry_kernel, chunk_state_kernel, scan_forward_kernel
+from vim_kernels.triton_backend.layouts import block_of, tile_layouts
 from vim_kernels.triton_backend.plan import Chunks, Tokens
+from vim_kernels.triton_backend.tiled_kernels import tiled_backward_kernel, tiled_forward_kernel
 
 
 class ScanInputs(NamedTuple):
@@ -58,28 +60,44 @@ def scan_forward(
     """Fill `out` with scale times the sum of the directions, gated by silu(z); returns the final states if wanted."""
     q, d, n = inputs.sizes
     device = out.device
+    tiled = plan.tiled(device)
     sizes = plan.FORWARD[plan.target(device)]
-    blocks = triton.cdiv(d, sizes.block)
+    s = plan.TILED_FORWARD
+    block = block_of(s.states_thread, s.channels_thread, s.warps, n) if tiled else sizes.block
+    blocks = triton.cdiv(d, block)
     chunks = plan.cut(tokens, plan.chunk_size(tokens, blocks, plan.processors(device)), device)
     final = out.new_empty(q, tokens.sequences, n, d, dtype=torch.float32) if want_final else None
     entering = initial
     if not chunks.one_each:
         entering = _entering_states(inputs, inputs.u, tokens, chunks, initial, final, adjoint=False)
     skips = inputs.skips or (out,)
-    scan_forward_kernel[(blocks, chunks.count)](
+    tensors = (
         inputs.u, inputs.dt, inputs.bc, z if z is not None else out, out, ungated if ungated is not None else out,
         inputs.rates, skips[0], skips[-1],
         entering if entering is not None else out, final if final is not None else out,
         states if states is not None else out,
         chunks.table if chunks.table is not None else out, tokens.length, chunks.size, chunks.per_sequence,
-        triton.cdiv(tokens.length, plan.INTERVAL),
-        d, d, z.stride(0) if z is not None else d, tokens.rows * d, tokens.rows * 2 * n, chunks.count * n * d,
-        tokens.slots() * n * d,
-        DIRECTIONS=q, REVERSE=inputs.reverse, PACKED=tokens.packed, GATE=z is not None, SAVE=states is not None,
-        HAS_D=inputs.skips is not None, HAS_H0=entering is not None,
-        STORE_FINAL=want_final and chunks.one_each, SCALE=scale,
-        N=n, BLOCK=sizes.block, INTERVAL=plan.INTERVAL, AHEAD=sizes.ahead, num_warps=sizes.warps, num_stages=1,
+        triton.cdiv(tokens.length, plan.INTERVAL), d,
     )  # fmt: skip
+    strides = (
+        z.stride(0) if z is not None else d, tokens.rows * d, tokens.rows * 2 * n, chunks.count * n * d,
+        tokens.slots() * n * d,
+    )  # fmt: skip
+    flags = {
+        "DIRECTIONS": q, "REVERSE": inputs.reverse, "PACKED": tokens.packed, "GATE": z is not None,
+        "SAVE": states is not None, "HAS_D": inputs.skips is not None, "HAS_H0": entering is not None,
+        "STORE_FINAL": want_final and chunks.one_each, "SCALE": scale, "N": n, "BLOCK": block,
+        "INTERVAL": plan.INTERVAL,
+    }  # fmt: skip
+    if tiled:
+        layouts = tile_layouts(s.states_thread, s.channels_thread, s.warps, block, n)
+        tiled_forward_kernel[(blocks, chunks.count)](
+            *tensors, *strides, **flags, TILE=s.tile, UNROLL=s.step, **layouts, num_warps=s.warps, num_stages=1
+        )
+    else:
+        scan_forward_kernel[(blocks, chunks.count)](
+            *tensors, d, *strides, **flags, AHEAD=sizes.ahead, num_warps=sizes.warps, num_stages=1
+        )
     return final
 
 
@@ -96,8 +114,11 @@ def scan_backward(
     """Gradients of one scan; that of dt is for the value before softplus where `softplus`."""
     q, d, n = inputs.sizes
     device = dy.device
+    tiled = plan.tiled(device)
     sizes = plan.BACKWARD[plan.target(device)]
-    blocks = triton.cdiv(d, sizes.block)
+    s = plan.TILED_BACKWARD
+    block = block_of(s.states_thread, s.channels_thread, s.warps, n) if tiled else sizes.block
+    blocks = triton.cdiv(d, block)
     chunks = plan.cut(tokens, plan.chunk_size(tokens, q * blocks, plan.processors(device)), device)
     initial = dy.new_empty(q, tokens.sequences, n, d, dtype=torch.float32) if want_initial else None
     adjoint = dfinal
@@ -107,21 +128,31 @@ def scan_backward(
     dbc = dy.new_empty(q, blocks, tokens.rows, 2 * n, dtype=torch.float32)
     drates = dy.new_empty(q, chunks.count, n, d, dtype=torch.float32)
     dskips = dy.new_empty(q, chunks.count, d, dtype=torch.float32) if inputs.skips else None
-    kept = triton.cdiv(plan.INTERVAL, sizes.group) * n * sizes.block
-    scratch = dy.new_empty(q * chunks.count * blocks * kept, dtype=torch.float32)
     skips = inputs.skips or (dy,)
-    scan_backward_kernel[(blocks, chunks.count, q)](
+    tensors = (
         inputs.u, inputs.dt, inputs.bc, dy, inputs.rates, skips[0], skips[-1],
-        states, adjoint if adjoint is not None else dy, scratch,
+        states, adjoint if adjoint is not None else dy,
         du, ddt, dbc, drates, dskips if dskips is not None else dy, initial if initial is not None else dy,
         chunks.table if chunks.table is not None else dy, tokens.length, chunks.size, chunks.per_sequence,
         triton.cdiv(tokens.length, plan.INTERVAL),
         d, tokens.rows * d, tokens.rows * 2 * n, chunks.count * n * d, tokens.slots() * n * d, tokens.rows * 2 * n,
-        kept,
-        REVERSE=inputs.reverse, PACKED=tokens.packed, HAS_D=inputs.skips is not None, HAS_ADJOINT=adjoint is not None,
-        STORE_DH0=want_initial and chunks.one_each, SOFTPLUS=softplus,
-        N=n, BLOCK=sizes.block, INTERVAL=plan.INTERVAL, GROUP=sizes.group, num_warps=sizes.warps, num_stages=1,
     )  # fmt: skip
+    flags = {
+        "REVERSE": inputs.reverse, "PACKED": tokens.packed, "HAS_D": inputs.skips is not None,
+        "HAS_ADJOINT": adjoint is not None, "STORE_DH0": want_initial and chunks.one_each, "SOFTPLUS": softplus,
+        "N": n, "BLOCK": block, "INTERVAL": plan.INTERVAL,
+    }  # fmt: skip
+    if tiled:
+        layouts = tile_layouts(s.states_thread, s.channels_thread, s.warps, block, n)
+        tiled_backward_kernel[(blocks, chunks.count, q)](
+            *tensors, **flags, GROUP=s.step, **layouts, num_warps=s.warps, num_stages=1
+        )
+    else:
+        kept = triton.cdiv(plan.INTERVAL, sizes.group) * n * block
+        scratch = dy.new_empty(q * chunks.count * blocks * kept, dtype=torch.float32)
+        scan_backward_kernel[(blocks, chunks.count, q)](
+            *tensors, scratch, kept, **flags, GROUP=sizes.group, num_warps=sizes.warps, num_stages=1
+        )
     return ScanGradients(
         du, ddt, dbc.sum(1), drates.sum(1), dskips.sum(1) if dskips is not None else None, initial
     )

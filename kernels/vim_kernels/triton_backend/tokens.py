@@ -15,6 +15,7 @@ from vim_kernels.triton_backend.token_kernels import (
 )
 
 TILE = {"ROWS": 32, "BLOCK": 64}
+SUMMING_TILE = {"ROWS": 16, "BLOCK": 64}
 SUMMING_PROGRAMS = 256
 """Programs that share the rows when a sum over all rows is taken: fixed, so that the sum is the same everywhere."""
 NORM_ELEMENTS = 4096
@@ -96,14 +97,14 @@ def conv_backward(
     weights = tuple(w.contiguous() for w in weights)
     width = weights[0].shape[1]
     g = du if in_place or not silu else torch.empty_like(du)
-    blocks = triton.cdiv(rows, TILE["ROWS"])
+    blocks = triton.cdiv(rows, SUMMING_TILE["ROWS"])
     programs = max(1, min(SUMMING_PROGRAMS, blocks))
     partial = du.new_empty(q, programs, width + 1, d, dtype=torch.float32)
-    conv_backward_kernel[(programs, triton.cdiv(d, TILE["BLOCK"]), q)](
+    conv_backward_kernel[(programs, triton.cdiv(d, SUMMING_TILE["BLOCK"]), q)](
         source, source.stride(0), weights[0], weights[-1],
         biases[0] if biases[0] is not None else du, biases[-1] if biases[-1] is not None else du, du, g, partial,
         tokens.segment(du), rows, tokens.length, d, rows * d, triton.cdiv(blocks, programs),
-        REVERSE=reverse, SILU=silu, HAS_BIAS=biases[0] is not None, PACKED=tokens.packed, WIDTH=width, **TILE,
+        REVERSE=reverse, SILU=silu, HAS_BIAS=biases[0] is not None, PACKED=tokens.packed, WIDTH=width, **SUMMING_TILE,
     )  # fmt: skip
     return g, partial.sum(1)
 
