@@ -4,7 +4,7 @@ Shape letters: b batch, l tokens, d inner channels, n states, r dt rank, w conv 
 packed row). Everything is computed in float32 (float64 for float64 inputs) and rounded once, on the way out.
 """
 
-import itertools
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -41,24 +41,25 @@ def selective_scan(
     if dt_softplus:
         dt = F.softplus(dt)
     pieces, final_states = [], []
-    for row, start, stop in sequences(u, cu_seqlens):
-        h = u.new_zeros(A.shape) if initial_state is None else initial_state[len(final_states)].to(work)
-        decay_l = torch.exp(dt[row, start:stop, :, None] * A).unbind(0)  # l x (d, n)
-        drive_l = ((dt * u)[row, start:stop, :, None] * B[row, start:stop, None, :]).unbind(0)
+    for index, (start, stop) in enumerate(sequences(u, cu_seqlens)):
+        here = slice(None) if cu_seqlens is None else slice(index, index + 1)
+        h = u.new_zeros(len(u), *A.shape) if initial_state is None else initial_state[here].to(work)
+        decay_l = torch.exp(dt[:, start:stop, :, None] * A).unbind(1)  # l x (b, d, n)
+        drive_l = ((dt * u)[:, start:stop, :, None] * B[:, start:stop, None, :]).unbind(1)
         states: list[Tensor] = []
         for t in range(stop - start - 1, -1, -1) if reverse else range(stop - start):
             h = torch.addcmul(drive_l[t], decay_l[t], h)
             states.append(h)
         final_states.append(h)
         if states:
-            states_ldn = torch.stack(states[::-1] if reverse else states)
-            pieces.append(torch.einsum("ldn,ln->ld", states_ldn, C[row, start:stop]))
-    y = torch.cat(pieces).view(u.shape) if pieces else torch.zeros_like(u)
+            states_bldn = torch.stack(states[::-1] if reverse else states, dim=1)
+            pieces.append(torch.einsum("bldn,bln->bld", states_bldn, C[:, start:stop]))
+    y = torch.cat(pieces, dim=1) if pieces else torch.zeros_like(u)
     if D is not None:
         y = y + D.to(work) * u
     if z is not None:
         y = y * F.silu(z.to(work))
-    return y.to(x.dtype), torch.stack(final_states) if final_states else u.new_zeros(0, *A.shape)
+    return y.to(x.dtype), torch.cat(final_states)
 
 
 def causal_conv1d(
@@ -71,6 +72,8 @@ def causal_conv1d(
     cu_seqlens: Tensor | None,
 ) -> Tensor:
     """Depthwise convolution that looks back w - 1 tokens of its own sequence (ahead, when reverse), then SiLU."""
+    if x.shape[1] == 0:
+        return x.clone()
     work = _work_dtype(x)
     channels, taps = weight.shape
     kernel = weight.to(work)[:, None]
@@ -78,10 +81,11 @@ def causal_conv1d(
     if reverse:
         kernel = kernel.flip(-1)
     pieces = []
-    for row, start, stop in sequences(x, cu_seqlens):
-        padded = F.pad(x[row, start:stop].to(work).t(), pad)
-        pieces.append(F.conv1d(padded, kernel, None if bias is None else bias.to(work), groups=channels).t())
-    y = torch.cat(pieces).view(x.shape) if pieces else torch.zeros_like(x, dtype=work)
+    for start, stop in sequences(x, cu_seqlens):
+        padded = F.pad(x[:, start:stop].to(work).transpose(1, 2), pad)
+        y = F.conv1d(padded, kernel, None if bias is None else bias.to(work), groups=channels)
+        pieces.append(y.transpose(1, 2))
+    y = torch.cat(pieces, dim=1)
     return (F.silu(y) if activation == "silu" else y).to(x.dtype)
 
 
@@ -132,12 +136,9 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     return normed.to(x.dtype), total
 
 
-def sequences(x: Tensor, cu_seqlens: Tensor | None) -> list[tuple[int, int, int]]:
-    """(row, first token, end) of every sequence: each row of a batch, or each image of a packed row."""
-    if cu_seqlens is None:
-        return [(row, 0, x.shape[1]) for row in range(x.shape[0])]
-    borders = cu_seqlens.tolist()
-    return [(0, start, stop) for start, stop in itertools.pairwise(borders)]
+def sequences(x: Tensor, cu_seqlens: Tensor | None) -> list[tuple[int, int]]:
+    """(first token, end) of every image of a packed row; of a batch, one range for all rows."""
+    return [(0, x.shape[1])] if cu_seqlens is None else list(pairwise(cu_seqlens.tolist()))
 
 
 def _work_dtype(x: Tensor) -> torch.dtype:

@@ -1,0 +1,37 @@
+# From a fresh clone, with Python 3.11 and make alone: `make pretrain` trains, `make test` tests. `make help` lists all.
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+ARGS ?=
+
+.PHONY: help setup pretrain test lint format clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+setup: .venv/done  ## make .venv with the exact versions of constraints.txt
+
+.venv/done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch torchvision
+	$(BIN)/python -m pip install --quiet -c constraints.txt --editable '.[pretrain,cpu,dev]'
+	touch $@
+
+pretrain: setup  ## pretrain a small Vim on built-in photographs: make pretrain ARGS='--steps 50'
+	$(BIN)/accelerate launch --quiet pretrain/main.py --overwrite $(ARGS)
+
+test: setup  ## all tests that CI runs
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup  ## style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: setup  ## put the code into the house format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## delete the environment and caches, never a run
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

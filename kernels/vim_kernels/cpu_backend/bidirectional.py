@@ -1,0 +1,249 @@
+"""The core of a Vim mixer: convolutions, projections, both scans and the gate, forward and backward.
+
+Kernels do all but the projections to dt's low rank, B and C, which are matrix products. dt_proj is part of the scan.
+Saved for the backward, in bytes per token: 2 * 4 * (r + 2 n, filled up to 16) for the projections and, for the states
+once a tile of 32 tokens, d n / 4: 384 + 1,536 for Vim-Ti (d 384, n 16, r 12). The convolutions are recomputed.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vim_kernels.cpu_backend.conv_kernels import conv_backward, conv_forward
+from vim_kernels.cpu_backend.plan import Plan, plan_for, tile_bound
+from vim_kernels.cpu_backend.records import CONV, SCAN, SCAN_GRADIENT
+from vim_kernels.cpu_backend.scan_backward import scan_backward
+from vim_kernels.cpu_backend.scan_forward import scan_forward
+from vim_kernels.cpu_backend.tensors import (
+    DirectionWeights,
+    address,
+    direction_weights,
+    fresh,
+    kernel_dtype,
+    record,
+    token_rows,
+    unblocked,
+)
+from vim_kernels.cpu_backend.vector import LANES
+from vim_kernels.types import ScanWeights
+
+
+def bidirectional_scan_saved(
+    x: Tensor, z: Tensor | None, forward: ScanWeights, backward: ScanWeights, cu_seqlens: Tensor | None
+) -> list[Tensor]:
+    """Empty [projections, states] of the forward direction, then of the backward one, float32."""
+    del z
+    tokens, channels, tiles = x.shape[0] * x.shape[1], _whole(x.shape[-1]), tile_bound(x, cu_seqlens)
+    saved = []
+    for weights in (forward, backward):
+        states = weights.A_log.shape[1]
+        saved.append(x.new_empty(tokens, _whole(weights.x_proj.shape[0]), dtype=torch.float32))
+        saved.append(x.new_empty(tiles, channels * states, dtype=torch.float32))
+    return saved
+
+
+def _whole(size: int) -> int:
+    return (size + LANES - 1) // LANES * LANES
+
+
+def bidirectional_scan_forward(
+    x: Tensor,
+    z: Tensor | None,
+    forward: ScanWeights,
+    backward: ScanWeights,
+    cu_seqlens: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """See `vim_kernels.interface.FastBackend`."""
+    saved = bidirectional_scan_saved(x, z, forward, backward, cu_seqlens) if save else []
+    dtype = kernel_dtype(x, z)
+    rows, gate = token_rows(x, dtype), None if z is None else token_rows(z, dtype)
+    plan = plan_for(rows, cu_seqlens)
+    two = [direction_weights(weights, rows) for weights in (forward, backward)]
+    us = _convolve(rows, two, plan)
+    projections = [(u @ weights.x_proj.t()).float() for u, weights in zip(us, two, strict=True)]
+    out = torch.empty_like(us[0])
+    partial = out if dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+    directions = _scan_records(rows, gate, two, us, projections, partial)
+    first, last = directions[:1], directions[1:]
+    first["gate"], first["out"], first["scale"] = 0, partial.data_ptr(), 1.0
+    last["partial"], last["out"], last["out_bf16"] = partial.data_ptr(), out.data_ptr(), dtype == torch.bfloat16
+    for k, (projection, states) in enumerate(zip(saved[::2], saved[1::2], strict=True)):
+        projection.copy_(projections[k])
+        directions[k]["checkpoints"] = states.data_ptr()
+    scan_forward(directions, plan.borders, plan.chunks, plan.tasks, plan.task_starts)
+    return out.view(rows.shape)[..., : x.shape[-1]].to(x.dtype).contiguous(), saved
+
+
+def bidirectional_scan_backward(
+    dout: Tensor,
+    x: Tensor,
+    z: Tensor | None,
+    forward: ScanWeights,
+    backward: ScanWeights,
+    cu_seqlens: Tensor | None,
+    saved: list[Tensor],
+) -> tuple[Tensor, Tensor | None, ScanWeights, ScanWeights]:
+    """See `vim_kernels.interface.FastBackend`."""
+    dtype = kernel_dtype(x, z)
+    rows, gate = token_rows(x, dtype), None if z is None else token_rows(z, dtype)
+    dout_rows = token_rows(dout, dtype)
+    plan = plan_for(rows, cu_seqlens)
+    b, l, d = rows.shape
+    halves = 1 if z is None else 2
+    dxz = torch.empty(b, l, halves * d, dtype=dtype)
+    dx, dz = dxz[..., :d], None if z is None else dxz[..., d:]
+    two = [direction_weights(weights, rows) for weights in (forward, backward)]
+    us = _convolve(rows, two, plan)
+    projections = saved[::2]
+    partial = torch.empty(plan.tokens, d)
+    directions = _scan_records(rows, gate, two, us, projections, partial)
+    directions[1:]["partial"] = partial.data_ptr()
+    directions["checkpoints"] = [states.data_ptr() for states in saved[1::2]]
+    gradients, kept = _gradient_records(dout_rows, two, plan)
+    gradients[:1]["y_out"] = partial.data_ptr()
+    gradients[1:]["dgate"], gradients[1:]["dgate_stride"] = address(dz), halves * d
+    scan_backward(directions, gradients, plan.borders, plan.chunks, plan.tasks, plan.task_starts)
+    found = []
+    for weights, (du, ddt, dbc, dweights), u, projection, given in zip(
+        two, kept, us, projections, (forward, backward), strict=True
+    ):
+        found.append(_projection_gradients(weights, given, u, projection, du, ddt, dbc, dweights.sum(0)))
+    conv = _conv_gradients(rows, two, [du for du, *_ in kept], dx, plan)
+    dforward, dbackward = (
+        _like(given, partial._replace(conv_weight=weight, conv_bias=bias))
+        for given, partial, (weight, bias) in zip((forward, backward), found, conv, strict=True)
+    )
+    if d != x.shape[-1] or dtype != x.dtype:
+        dx = dx[..., : x.shape[-1]].to(x.dtype).contiguous()
+        dz = None if dz is None else dz[..., : x.shape[-1]].to(x.dtype).contiguous()
+    return dx, dz, dforward, dbackward
+
+
+def _convolve(rows: Tensor, two: list[DirectionWeights], plan: Plan) -> list[Tensor]:
+    """U (tokens, channels) of both directions, in the dtype of rows."""
+    us = [torch.empty(plan.tokens, rows.shape[-1], dtype=rows.dtype) for _ in two]
+    records = [_conv_record(rows, weights, k, out=u) for k, (weights, u) in enumerate(zip(two, us, strict=True))]
+    conv_forward(np.concatenate(records), plan.borders, plan.pieces, plan.piece_starts)
+    return us
+
+
+def _conv_record(
+    rows: Tensor, weights: DirectionWeights, reverse: int, out: Tensor | None = None, **more: int
+) -> np.ndarray:
+    channels = rows.shape[-1]
+    return record(
+        CONV, channels=channels, taps=len(weights.conv_weight), reverse=reverse, silu=1,
+        bf16=rows.dtype == torch.bfloat16, x=address(rows), x_stride=rows.stride(1),
+        weight=address(weights.conv_weight), bias=address(weights.conv_bias), out=address(out), out_stride=channels,
+        **more,
+    )  # fmt: skip
+
+
+def _scan_records(
+    rows: Tensor,
+    gate: Tensor | None,
+    two: list[DirectionWeights],
+    us: list[Tensor],
+    projections: list[Tensor],
+    partial: Tensor,
+) -> np.ndarray:
+    """The scans of both directions, all but outputs and checkpoints."""
+    channels = rows.shape[-1]
+    records = []
+    for k, (weights, u, projection) in enumerate(zip(two, us, projections, strict=True)):
+        low, columns = address(projection), projection.shape[1]
+        records.append(
+            record(
+                SCAN, channels=channels, states=weights.states, rank=weights.rank, reverse=k, softplus=1,
+                bf16=rows.dtype == torch.bfloat16, u=address(u), u_stride=channels, low=low, low_stride=columns,
+                gate=address(gate), gate_stride=0 if gate is None else gate.stride(1),
+                B=low + 4 * weights.rank, C=low + 4 * (weights.rank + weights.states), bc_stride=columns,
+                dt_proj=address(weights.dt_proj), dt_bias=address(weights.dt_bias), skip=address(weights.skip),
+                decay=address(weights.decay), out_stride=partial.shape[-1], scale=0.5,
+            )
+        )  # fmt: skip
+    return np.concatenate(records)
+
+
+def _gradient_records(
+    dout: Tensor, two: list[DirectionWeights], plan: Plan
+) -> tuple[np.ndarray, list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
+    """Records of both directions, and what they point to: du, ddt, dB | dC by group, dA | dskip | ddt_bias."""
+    channels, records, kept = dout.shape[-1], [], []
+    for weights in two:
+        du, ddt = torch.empty(plan.tokens, channels), torch.empty(plan.tokens, channels)
+        dbc = torch.empty(plan.groups, plan.tokens, 2 * weights.states)
+        dweights = torch.empty(plan.sequences, (weights.states + 2) * channels)
+        kept.append((du, ddt, dbc, dweights))
+        records.append(
+            record(
+                SCAN_GRADIENT, dout=address(dout), dout_stride=dout.stride(1), du=address(du), ddt=address(ddt),
+                dbc=address(dbc), dbc_stride=2 * weights.states, dbc_group_stride=plan.tokens * 2 * weights.states,
+                dweights=address(dweights),
+            )
+        )  # fmt: skip
+    return np.concatenate(records), kept
+
+
+def _projection_gradients(
+    weights: DirectionWeights,
+    given: ScanWeights,
+    u: Tensor,
+    projection: Tensor,
+    du: Tensor,
+    ddt: Tensor,
+    dbc: Tensor,
+    dweights: Tensor,
+) -> ScanWeights:
+    """Through dt_proj and x_proj: adds to du in place; the convolution's fields are left to the caller."""
+    rank, states, channels = weights.rank, weights.states, du.shape[1]
+    work = u.dtype
+    ddt_work = ddt.to(work)
+    dprojection = torch.zeros(projection.shape, dtype=work)
+    dprojection[:, :rank] = ddt_work @ weights.dt_proj.t().to(work)
+    dprojection[:, rank : rank + 2 * states] = dbc.sum(0) if len(dbc) > 1 else dbc[0]
+    if work == torch.float32:
+        du.addmm_(dprojection, weights.x_proj)
+    else:
+        du += dprojection @ weights.x_proj
+    dA = unblocked(dweights[: states * channels].view(-1, states, LANES), channels)
+    dskip, dbias = dweights[states * channels :].view(2, channels)
+    size = len(given.D)
+    return ScanWeights(
+        conv_weight=given.conv_weight,
+        conv_bias=None,
+        x_proj=(dprojection.t() @ u)[: rank + 2 * states, :size],
+        dt_proj=(ddt_work.t() @ projection[:, :rank].to(work))[:size],
+        dt_bias=dbias[:size],
+        A_log=dA[:size] * -torch.exp(given.A_log.detach().float()),
+        D=dskip[:size],
+    )
+
+
+def _conv_gradients(
+    rows: Tensor, two: list[DirectionWeights], dus: list[Tensor], dx: Tensor, plan: Plan
+) -> list[tuple[Tensor, Tensor]]:
+    """Fills dx; returns each direction's (weight, bias) gradients, (channels, taps) and (channels,)."""
+    channels, bf16 = rows.shape[-1], rows.dtype == torch.bfloat16
+    partial = torch.empty(dx.shape) if bf16 else dx
+    records, kept = [], []
+    for k, (weights, du) in enumerate(zip(two, dus, strict=True)):
+        target = dx if k else partial
+        dweights = torch.empty(plan.sequences, len(weights.conv_weight) + 1, channels)
+        kept.append(dweights)
+        records.append(
+            _conv_record(
+                rows, weights, k, dout=address(du), dout_stride=channels, dx=address(target),
+                dx_stride=target.stride(1), dx_bf16=target.dtype == torch.bfloat16, dweights=address(dweights),
+                dx_partial=address(partial) if k else 0, dx_partial_stride=partial.stride(1),
+            )
+        )  # fmt: skip
+    conv_backward(np.concatenate(records), plan.borders, plan.tasks, plan.task_starts)
+    totals = [dweights.sum(0) for dweights in kept]
+    return [(total[:-1].t(), total[-1]) for total in totals]
+
+
+def _like(given: ScanWeights, found: ScanWeights) -> ScanWeights:
+    """Gradients in the shapes and dtypes of the weights given, None for a None."""
+    return ScanWeights(*(fresh(gradient, weight) for weight, gradient in zip(given, found, strict=True)))  # pyright: ignore

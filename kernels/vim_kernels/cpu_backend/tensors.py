@@ -1,0 +1,110 @@
+"""Between PyTorch tensors and the kernels' records: layouts, dtypes, addresses."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vim_kernels.cpu_backend.vector import LANES
+from vim_kernels.types import ScanWeights
+
+LOG2_E = 1.4426950408889634
+
+
+def record(dtype: np.dtype, **fields: int | float) -> np.ndarray:
+    """One record; fields not named are 0."""
+    assert dtype.names is not None
+    assert fields.keys() <= set(dtype.names)
+    return np.array([tuple(fields.get(name, 0) for name in dtype.names)], dtype)
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where the tensor starts; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def kernel_dtype(*tokens: Tensor | None) -> torch.dtype:
+    """The dtype that the kernels read the tokens in: bfloat16 if all are, else float32."""
+    return torch.bfloat16 if all(t is None or t.dtype == torch.bfloat16 for t in tokens) else torch.float32
+
+
+def padded(tensor: Tensor, dim: int = -1) -> Tensor:
+    """The tensor with `dim` filled up with zeros to whole vectors; Vim's widths need no filling."""
+    missing = -tensor.shape[dim] % LANES
+    if not missing:
+        return tensor
+    return F.pad(tensor, [0, 0] * (-dim - 1) + [0, missing])
+
+
+def token_rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """(b, l, d) as rows a constant stride apart, in `dtype`, d filled up to whole vectors."""
+    tensor = padded(tensor.to(dtype))
+    b, l, d = tensor.shape
+    is_rows = tensor.stride(2) == 1 and (b == 1 or tensor.stride(0) == l * tensor.stride(1))
+    return (tensor if is_rows or d == 0 else tensor.contiguous()).detach()
+
+
+def float_rows(tensor: Tensor) -> Tensor:
+    """Contiguous float32."""
+    return tensor.detach().float().contiguous()
+
+
+def vector_or_zeros(vector: Tensor | None, like: Tensor) -> Tensor:
+    """(channels,) float32, filled up to whole vectors; zeros for None."""
+    if vector is None:
+        return like.new_zeros(like.shape[-1], dtype=torch.float32)
+    return padded(float_rows(vector))
+
+
+def blocked(states: Tensor) -> Tensor:
+    """(..., channels, n) -> (..., channels / 16, n, 16) float32: sixteen channels side by side for each state."""
+    states = padded(states.detach().float(), dim=-2)
+    return states.unflatten(-2, (-1, LANES)).transpose(-1, -2).contiguous()
+
+
+def unblocked(states: Tensor, channels: int) -> Tensor:
+    """The inverse of `blocked`, without the filling."""
+    return states.transpose(-1, -2).flatten(-3, -2)[..., :channels, :].contiguous()
+
+
+def fresh(gradient: Tensor | None, given: Tensor | None) -> Tensor | None:
+    """The gradient without its filling, in the shape and dtype of what was given, in memory of its own."""
+    if gradient is None or given is None:
+        return None
+    inside = gradient[tuple(slice(size) for size in given.shape)]
+    return torch.empty(given.shape, dtype=given.dtype).copy_(inside)
+
+
+class DirectionWeights(NamedTuple):
+    """`ScanWeights` in the kernels' layouts, float32 but for x_proj."""
+
+    conv_weight: Tensor
+    """(taps, channels)"""
+    conv_bias: Tensor
+    x_proj: Tensor
+    """(columns, channels) in the dtype of the tokens; rows filled up with zeros to whole vectors."""
+    dt_proj: Tensor
+    """(rank, channels)"""
+    dt_bias: Tensor
+    skip: Tensor
+    decay: Tensor
+    """(channels / 16, n, 16): A log2(e)."""
+    rank: int
+    states: int
+
+
+def direction_weights(weights: ScanWeights, x: Tensor) -> DirectionWeights:
+    """Lay out one direction's weights for tokens x, already filled up."""
+    return DirectionWeights(
+        conv_weight=padded(float_rows(weights.conv_weight.t())),
+        conv_bias=vector_or_zeros(weights.conv_bias, x),
+        x_proj=padded(padded(weights.x_proj.detach().to(x.dtype), dim=-2)).contiguous(),
+        dt_proj=padded(float_rows(weights.dt_proj.t())),
+        dt_bias=vector_or_zeros(weights.dt_bias, x),
+        skip=vector_or_zeros(weights.D, x),
+        decay=blocked(torch.exp(weights.A_log.detach().float()) * -LOG2_E),
+        rank=weights.dt_proj.shape[1],
+        states=weights.A_log.shape[1],
+    )

@@ -1,0 +1,114 @@
+"""The part of a run's configuration that every kind of run shares, and the resolved file that records it."""
+
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from vim_backbone.errors import UserError
+from vim_backbone.files import write_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run lives, how it starts again, and how it is watched."""
+
+    name: str = "run"
+    """Name of the run; its folder is OUT/NAME."""
+    out: str = "runs"
+    """Folder that holds the runs."""
+    resume: bool = False
+    """Go on from the newest checkpoint of the run."""
+    overwrite: bool = False
+    """Delete an earlier run of the same name first."""
+    seed: int = 0
+    """Seed of weights, data order, crops and masks."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast; parameters, scan state and residual stream stay float32."""
+    log_every: int = 10
+    """Steps between rows of metrics.jsonl."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; one more is written at the end and on an interrupt."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints to keep."""
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Trackers of Accelerate that get the metrics too: tensorboard, wandb, trackio, ..."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    def __post_init__(self) -> None:
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise UserError(f"name is {self.name!r}: it must be a plain folder name")
+        for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "it must be at least 1")
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.out) / self.name
+
+
+def require(condition: bool, name: str, value: Any, remedy: str) -> None:
+    """Raise UserError "NAME is VALUE: REMEDY" unless the condition holds."""
+    if not condition:
+        raise UserError(f"{name} is {value!r}: {remedy}")
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A config as plain data: dicts, lists, strings and numbers."""
+    return _listed(asdict(config))
+
+
+def write_config(config: Any, path: Path) -> None:
+    """Write the resolved config as YAML that `--config` reads again."""
+    write_text(path, yaml.safe_dump(plain(config), sort_keys=False))
+
+
+def differences(config: Any, path: Path) -> dict[str, tuple[Any, Any]]:
+    """Dotted field -> (value in the file, value now) for every field that differs."""
+    try:
+        saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    old, new = _flat(saved), _flat(plain(config))
+    return {
+        key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
+    }
+
+
+def field_types(config_class: Any, prefix: str = "") -> dict[str, str]:
+    """Dotted name -> type, in words, of all fields, those of nested configs included."""
+    types: dict[str, str] = {}
+    for name, hint in get_type_hints(config_class).items():
+        if is_dataclass(hint):
+            types |= field_types(hint, f"{prefix}{name}.")
+        else:
+            types[prefix + name] = _in_words(hint)
+    return types
+
+
+def _in_words(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, get_args(hint)))
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(_in_words(part) for part in get_args(hint))
+    if get_origin(hint) in (list, tuple):
+        return "[" + ", ".join(_in_words(part) for part in get_args(hint)) + "]"
+    if hint is NoneType:
+        return "null"
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(hint, str(hint))
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _listed(inner) for key, inner in value.items()}
+    return [_listed(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

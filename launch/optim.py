@@ -1,0 +1,58 @@
+"""AdamW with the right parameters undecayed, and the learning-rate schedule as a pure function of the step."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from timm.optim import param_groups_weight_decay  # pyright: ignore[reportPrivateImportUsage]
+from torch import nn
+
+from launch.config import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW, base learning rate scaled by batch / 256, linear warm-up, cosine decay."""
+
+    base_lr: float = 1.5e-4
+    """Learning rate per 256 images of a step; the rate used is base_lr * batch_size / 256."""
+    min_lr: float = 0.0
+    """Learning rate at the last step."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay; norms, biases, tokens, positions, A and D have none."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's averaging factors."""
+    clip_grad: float = 0.0
+    """Largest gradient norm; 0 does not clip."""
+
+    def __post_init__(self) -> None:
+        require(self.base_lr > 0, "optim.base_lr", self.base_lr, "it must be positive")
+        require(self.min_lr >= 0, "optim.min_lr", self.min_lr, "it cannot be negative")
+        require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "it cannot be negative")
+        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "it cannot be negative")
+        require(self.clip_grad >= 0, "optim.clip_grad", self.clip_grad, "it cannot be negative")
+        require(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "each must lie in [0, 1)")
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig, batch_size: int) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; `model.no_weight_decay()` names those of two axes or more to leave alone."""
+    undecayed = model.no_weight_decay() if callable(getattr(model, "no_weight_decay", None)) else set()  # pyright: ignore
+    groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=tuple(undecayed))
+    return torch.optim.AdamW(groups, lr=config.base_lr * batch_size / 256, betas=config.betas)
+
+
+def learning_rate(step: int, config: OptimConfig, batch_size: int, total_steps: int) -> float:
+    """The rate of step 0 .. total_steps - 1: linear warm-up, then cosine from base_lr * batch_size / 256 to min_lr."""
+    peak = config.base_lr * batch_size / 256
+    if step < config.warmup_steps:
+        return peak * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    return config.min_lr + (peak - config.min_lr) * (1 + math.cos(math.pi * done)) / 2
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every parameter group the rate, times its own `lr_scale` where it has one."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_scale", 1.0)

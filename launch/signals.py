@@ -1,0 +1,53 @@
+"""Interrupts: a run that is told to stop finishes its step, saves, and leaves with the signal's exit code."""
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(Exception):  # noqa: N818 - it is no error
+    """The run ended early because of a signal, with everything saved."""
+
+    def __init__(self, signal_number: int, message: str) -> None:
+        super().__init__(message)
+        self.signal = signal_number
+
+
+class StopRequest:
+    """Which signal asked the run to stop, if any."""
+
+    received: int | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Note the signal; a second one ends the process at once."""
+        del frame
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Catch Ctrl-C and SIGTERM inside the block."""
+    request = StopRequest()
+    before = {number: signal.signal(number, request) for number in STOPPING}
+    stop_with_launcher()
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stop_with_launcher() -> None:
+    """Ask Linux to send SIGTERM when the launcher that started this process dies, so that no run is orphaned."""
+    launched = any(name.startswith("ACCELERATE_") for name in os.environ)
+    if launched and sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)

@@ -1,0 +1,369 @@
+"""Samples and batches: crop, flip and mask keyed by (seed, epoch, picture), in an order that any resume reproduces."""
+
+import signal
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+
+from launch.config import require
+from launch.randomness import generator, seed_of
+from pretrain.images import ImageSource, StreamCells, check_size, open_cell, to_rgb
+from pretrain.masking import MaskConfig, draw_mask
+from vim_backbone.errors import UserError
+from vim_backbone.folder import IMAGENET_MEAN, IMAGENET_STD
+
+MAX_TRIES = 100
+"""Bad pictures in a row, after which a sample is given up and the run ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Pictures, and how a training view is cut from one."""
+
+    source: str = "photos"
+    """A folder of pictures (any depth), parquet file(s), hf:NAME for `datasets.load_dataset`, or photos (built in)."""
+    split: str = "train"
+    """Split of a data set."""
+    column: str | None = None
+    """Image column of a data set; the first one when not given."""
+    streaming: bool = False
+    """Read a data set as a stream, without a copy on disk."""
+    min_scale: float = 0.2
+    """Smallest share of a picture's area that a random crop takes."""
+    flip: bool = True
+    """Mirror half of the crops left to right."""
+    workers: int = 2
+    """Processes that read and decode pictures, for each training process; 0 reads in the training process."""
+    max_bad_share: float = 0.5
+    """Share of the pictures that may be unreadable or too large before the run fails."""
+    max_megapixels: float = 200.0
+    """Largest picture that is decoded, in millions of pixels."""
+
+    def __post_init__(self) -> None:
+        require(0.0 < self.min_scale <= 1.0, "data.min_scale", self.min_scale, "it must lie in (0, 1]")
+        require(self.workers >= 0, "data.workers", self.workers, "it cannot be negative")
+        require(0.0 <= self.max_bad_share <= 1.0, "data.max_bad_share", self.max_bad_share, "it must lie in [0, 1]")
+        require(self.max_megapixels > 0, "data.max_megapixels", self.max_megapixels, "it must be positive")
+
+
+class Sample(NamedTuple):
+    """One training view."""
+
+    image: Tensor | None
+    """(3, h, w) uint8; None where no picture could be used."""
+    mask: Tensor
+    """(l,) bool, True = hidden."""
+    name: str
+    """The picture it was cut from."""
+    bad: list[tuple[str, str]]
+    """Pictures passed over on the way, with the reason."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Views of one forward pass."""
+
+    images: Tensor | None
+    """(b, 3, h, w) uint8; None where a sample had to be given up."""
+    masks: Tensor
+    """(b, l) bool, True = hidden."""
+    names: list[str]
+    """Pictures the views were cut from."""
+    bad: list[tuple[str, str]]
+    """Pictures passed over, with the reason."""
+
+
+@dataclass(frozen=True)
+class View:
+    """Cuts training views out of pictures."""
+
+    img_size: tuple[int, int]
+    """Height and width in pixels."""
+    grid: tuple[int, int]
+    """Rows and columns of patches."""
+    data: DataConfig
+    mask: MaskConfig
+
+    def cut(self, image: Image.Image, rng: torch.Generator) -> Tensor:
+        """An opened picture -> random crop, resized and maybe mirrored, (3, h, w) uint8.
+
+        A JPEG is decoded at the lowest of its built-in scales (1/2, 1/4, 1/8) that still holds the crop in full detail.
+        """
+        check_size(image, self.data.max_megapixels)
+        height, width = self.img_size
+        turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 swap width and height
+        full = (image.height, image.width) if turned else (image.width, image.height)
+        box = random_crop(*full, self.data.min_scale, rng)
+        mirror = self.data.flip and torch.rand((), generator=rng) < 0.5
+        surplus = min((box[2] - box[0]) / width, (box[3] - box[1]) / height)
+        if surplus >= 2:
+            image.draft("RGB", (int(image.width / surplus), int(image.height / surplus)))
+        image = to_rgb(image, self.data.max_megapixels)
+        scale = (image.width / full[0], image.height / full[1])
+        box = (box[0] * scale[0], box[1] * scale[1], box[2] * scale[0], box[3] * scale[1])
+        image = image.resize((width, height), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+        if mirror:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+    def draw_mask(self, rng: torch.Generator) -> Tensor:
+        """(l,) bool."""
+        return draw_mask(self.grid, self.mask, rng)
+
+
+def random_crop(width: int, height: int, min_scale: float, rng: torch.Generator) -> tuple[float, float, float, float]:
+    """Box (left, upper, right, lower) of RandomResizedCrop: area in [min_scale, 1], aspect in [3/4, 4/3], log-uniform.
+
+    Falls back to the largest centred box of a legal aspect after ten misses, as torchvision does.
+    """
+    low, high = np.log(3 / 4), np.log(4 / 3)
+    for _ in range(10):
+        u = torch.rand(4, generator=rng).tolist()
+        area = width * height * (min_scale + (1 - min_scale) * u[0])
+        aspect = np.exp(low + (high - low) * u[1])
+        w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+        if 0 < w <= width and 0 < h <= height:
+            left, upper = int(u[2] * (width - w + 1)), int(u[3] * (height - h + 1))
+            return left, upper, left + w, upper + h
+    aspect = min(max(width / height, 3 / 4), 4 / 3)
+    w, h = min(width, round(height * aspect) or 1), min(height, round(width / aspect) or 1)
+    left, upper = (width - w) // 2, (height - h) // 2
+    return left, upper, left + w, upper + h
+
+
+class Views(Dataset[Sample]):
+    """Views of an indexed source; item (epoch, index) is the same wherever and whenever it is drawn."""
+
+    def __init__(self, source: ImageSource, view: View, seed: int) -> None:
+        self.source = source
+        self.view = view
+        self.seed = seed
+
+    def __getitem__(self, item: tuple[int, int]) -> Sample:
+        """A bad picture is replaced by the next good one of the source."""
+        epoch, index = item
+        bad: list[tuple[str, str]] = []
+        for attempt in range(min(MAX_TRIES, len(self.source))):
+            chosen = (index + attempt) % len(self.source)
+            rng = generator(self.seed, epoch, index)
+            mask = self.view.draw_mask(rng)
+            try:
+                with self.source.open(chosen) as image:
+                    return Sample(self.view.cut(image, rng), mask, self.source.name(chosen), bad)
+            except Exception as error:  # a decoder may raise anything on damaged data
+                bad.append((self.source.name(chosen), reason(error)))
+        return Sample(None, self.view.draw_mask(generator(self.seed, epoch, index)), "", bad)
+
+
+class StreamedViews(IterableDataset[Sample | None]):
+    """Views of a stream. Exact on resume with the same numbers of processes and workers: what was used is skipped.
+
+    `skip` batches are passed over without decoding and come out as None; pictures of `known_bad` count for nothing,
+    as they did when they were first met.
+    """
+
+    def __init__(
+        self, cells: StreamCells, view: View, seed: int, plan: "BatchPlan", skip: int, known_bad: frozenset[str]
+    ) -> None:
+        self.cells = cells
+        self.view = view
+        self.seed = seed
+        self.plan = plan
+        self.skip = skip
+        self.known_bad = known_bad
+
+    def __iter__(self) -> Iterator[Sample | None]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        rank = self.plan.rank
+        # the loader takes batch k from worker k % workers
+        to_skip = self.plan.micro_batch * len(range(worker, self.skip, workers))
+        used = 0
+        bad: list[tuple[str, str]] = []
+        for place, cell in self.cells.cells(seed_of(self.seed) % 2**31, rank, self.plan.world):
+            name = f"rank {rank} worker {worker} {place}"
+            if used < to_skip:
+                if name not in self.known_bad:
+                    used += 1
+                    yield None
+                continue
+            rng = generator(self.seed, rank, worker, used)
+            mask = self.view.draw_mask(rng)
+            try:
+                with open_cell(cell) as image:
+                    sample = Sample(self.view.cut(image, rng), mask, name, bad)
+            except Exception as error:  # a decoder may raise anything on damaged data
+                bad.append((name, reason(error)))
+                if len(bad) >= MAX_TRIES:
+                    yield Sample(None, mask, "", bad)
+                continue
+            used, bad = used + 1, []
+            yield sample
+
+
+class StepSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index): sample k of the run is the k-th of endless shuffled passes over the source.
+
+    Step s takes samples s * batch_size and on, whatever the number of processes; each process takes its share.
+    """
+
+    def __init__(self, count: int, seed: int, plan: "BatchPlan", start_step: int, total_steps: int) -> None:
+        self.count = count
+        self.seed = seed
+        self.plan = plan
+        self.steps = range(start_step, total_steps)
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.plan.accumulation
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        plan = self.plan
+        epoch, order = -1, torch.empty(0, dtype=torch.int64)
+        for step in self.steps:
+            for part in range(plan.accumulation):
+                first = step * plan.batch_size + (part * plan.world + plan.rank) * plan.micro_batch
+                items = []
+                for position in range(first, first + plan.micro_batch):
+                    if position // self.count != epoch:
+                        epoch = position // self.count
+                        order = torch.randperm(self.count, generator=generator(self.seed, epoch))
+                    items.append((epoch, int(order[position % self.count])))
+                yield items
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How the images of one step are spread over processes and forward passes."""
+
+    batch_size: int
+    accumulation: int
+    world: int
+    rank: int
+    micro_batch: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        parts = self.world * self.accumulation
+        if self.batch_size % parts:
+            raise UserError(
+                f"batch_size {self.batch_size} does not divide into {self.world} processes x {self.accumulation} "
+                f"accumulation steps: use a multiple of {parts}"
+            )
+        object.__setattr__(self, "micro_batch", self.batch_size // parts)
+
+
+def build_loader(
+    source: Any,
+    view: View,
+    seed: int,
+    plan: BatchPlan,
+    start_step: int,
+    total_steps: int,
+    known_bad: Collection[str] = (),
+) -> Iterable[Batch | None]:
+    """Batches of this process from `start_step` on. On a stream, the batches already used come first, as None.
+
+    `known_bad` names the pictures that an earlier part of the run found to be bad.
+    """
+    workers = view.data.workers
+    options: dict[str, Any] = {
+        "num_workers": workers,
+        "collate_fn": collate,
+        "pin_memory": torch.cuda.is_available(),
+        "worker_init_fn": leave_signals_to_the_trainer,
+        "persistent_workers": workers > 0,
+        "prefetch_factor": 4 if workers else None,
+        # workers draw nothing from it; without its own generator a loader would advance torch's global one
+        "generator": generator(seed),
+    }
+    if isinstance(source, StreamCells):
+        skip = start_step * plan.accumulation
+        streamed = StreamedViews(source, view, seed, plan, skip, frozenset(known_bad))
+        return cast("Iterable[Batch | None]", DataLoader(streamed, batch_size=plan.micro_batch, **options))
+    sampler = StepSampler(len(source), seed, plan, start_step, total_steps)
+    return cast("Iterable[Batch | None]", DataLoader(Views(source, view, seed), batch_sampler=sampler, **options))
+
+
+def collate(samples: list[Sample | None]) -> Batch | None:
+    """Samples to a batch; None for a batch that a resumed stream passes over."""
+    taken = [sample for sample in samples if sample is not None]
+    if not taken:
+        return None
+    bad = [entry for sample in taken for entry in sample.bad]
+    images = [sample.image for sample in taken if sample.image is not None]
+    images = images if len(images) == len(taken) else []  # given up; the training process says so
+    return Batch(
+        torch.stack(images) if images else None, torch.stack([s.mask for s in taken]), [s.name for s in taken], bad
+    )
+
+
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """Let Ctrl-C and SIGTERM reach only the training process, which stops its workers after it has saved."""
+    del worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def to_model(images: Tensor, device: torch.device) -> Tensor:
+    """(b, 3, h, w) uint8 -> float on the device, normalised with ImageNet's mean and deviation."""
+    images = images.to(device, non_blocking=True).float().div_(255)
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images - mean) / std
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """The inverse of `to_model`, in [0, 1]."""
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images * std + mean).clamp(0, 1)
+
+
+class BadPictures:
+    """Counts and names pictures that cannot be used, in bad_pictures.txt of the run; fails the run past a share."""
+
+    def __init__(self, path: Path, total: int | None, max_share: float) -> None:
+        self.path = path
+        self.total = total
+        self.max_share = max_share
+        self.known = self._read()
+        self.seen = 0
+
+    def add(self, batch: Batch) -> list[str]:
+        """Take note of a batch; returns a line for each picture not met before. Raises UserError past the share."""
+        self.seen += len(batch.names) + len(batch.bad)
+        if batch.images is None:
+            name, why = batch.bad[-1]
+            raise UserError(
+                f"{len(batch.bad)} pictures in a row cannot be used, the last {name} ({why}): see data.source"
+            )
+        fresh = {name: why for name, why in batch.bad if name not in self.known}
+        if not fresh:
+            return []
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.writelines(f"{name}\t{why}\n" for name, why in fresh.items())
+        self.known = self._read()  # other processes write to it too
+        total = self.total or max(self.seen, 1000)
+        if len(self.known) > self.max_share * total:
+            first, why = next(iter(self.known.items()))
+            raise UserError(
+                f"{len(self.known)} of {total} pictures cannot be used, over data.max_bad_share {self.max_share:g}; "
+                f"the first is {first} ({why}), all are in {self.path}"
+            )
+        return [f"skipped {name}: {why} ({len(self.known)} of {total} so far)" for name, why in fresh.items()]
+
+    def _read(self) -> dict[str, str]:
+        if not self.path.exists():
+            return {}
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        return dict(line.split("\t", 1) for line in lines if "\t" in line)
+
+
+def reason(error: Exception) -> str:
+    """Why a picture cannot be used, on one line."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return "no picture format that can be read, or an empty file" if "cannot identify image file" in text else text

@@ -1,0 +1,155 @@
+"""Masked autoencoding on Vim: the encoder scans the visible patches, a shallow Vim decoder rebuilds the hidden ones.
+
+Shape letters: b batch, c channels, l patches, v visible patches, m hidden patches, s special tokens, d encoder width,
+p pixels of a patch (side * side * channels).
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from launch.config import require
+from vim_backbone import VimConfig, VisionMamba
+from vim_backbone.block import Block, RMSNorm
+from vim_backbone.errors import UserError
+from vim_backbone.position import sincos_table
+from vim_backbone.weights import init_mixer
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The decoder, thrown away after pretraining."""
+
+    width: int = 512
+    """Channels."""
+    depth: int = 2
+    """Vim blocks."""
+
+    def __post_init__(self) -> None:
+        require(self.width >= 4 and self.width % 4 == 0, "decoder.width", self.width, "it must be a multiple of 4")
+        require(self.depth >= 1, "decoder.depth", self.depth, "it must be at least 1")
+
+
+class Reconstruction(NamedTuple):
+    """What `MaskedAutoencoder.reconstruct` gives."""
+
+    predicted: Tensor
+    """(b, l, p) normalised pixels predicted for every patch."""
+    pixels: Tensor
+    """(b, c, h, w): the prediction with each patch's true mean and deviation put back, visible patches as they were."""
+
+
+class MaskedAutoencoder(nn.Module):
+    """MAE (arXiv 2111.06377) with a Vim encoder and decoder; visible tokens stay in scan order.
+
+    Class token and registers sit where `TokenLayout` puts them, in the visible sequence, in the decoder's and in the
+    published backbone alike.
+    """
+
+    def __init__(self, encoder: VisionMamba, decoder: DecoderConfig) -> None:
+        super().__init__()
+        config = encoder.config
+        if config.stride != config.patch_size:
+            raise UserError(
+                f"stride {config.stride} differs from patch_size {config.patch_size}: patches that overlap would show "
+                "hidden pixels; pretrain with stride = patch_size"
+            )
+        self.encoder = encoder
+        self.patch_size = config.patch_size
+        self.layout = encoder.layout
+        blocks = VimConfig(d_model=decoder.width, depth=decoder.depth, norm_eps=config.norm_eps)
+        self.decoder_embed = nn.Linear(config.d_model, decoder.width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder.width))
+        self.decoder_pos_embed = nn.Parameter(sincos_table(encoder.grid_size, decoder.width)[None], requires_grad=False)
+        self.decoder_layers = nn.ModuleList(Block(blocks, drop_path=0.0) for _ in range(decoder.depth))
+        self.decoder_norm = RMSNorm(decoder.width, config.norm_eps)
+        self.decoder_pred = nn.Linear(decoder.width, self.patch_size**2 * config.in_chans)
+        self._init_decoder(decoder.depth)
+
+    def _init_decoder(self, depth: int) -> None:
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        for linear in (self.decoder_embed, self.decoder_pred):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        for block in self.decoder_layers:
+            assert isinstance(block, Block)
+            init_mixer(block.mixer, depth)
+
+    def forward(self, images: Tensor, mask: Tensor) -> Tensor:
+        """Loss: mean squared error on the normalised pixels of hidden patches.
+
+        Args:
+            images: (b, c, h, w) of the encoder's img_size.
+            mask: (b, l) bool, True = hidden, as many in every row.
+        """
+        order, num_visible = scan_order(mask)
+        hidden = order[:, num_visible:]
+        predicted = self.decoder_pred(select(self._decode(images, order, num_visible), hidden))
+        target, _, _ = normalise(select(patchify(images, self.patch_size), hidden))
+        return (predicted.float() - target).square().mean()
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, mask: Tensor) -> Reconstruction:
+        """Predictions for every patch, and the picture they make; arguments as `forward`."""
+        order, num_visible = scan_order(mask)
+        predicted = self.decoder_pred(self._decode(images, order, num_visible)).float()
+        patches = patchify(images, self.patch_size)
+        _, mean, deviation = normalise(patches)
+        pixels = torch.where(mask[..., None], predicted * deviation + mean, patches)
+        return Reconstruction(predicted, unpatchify(pixels, self.patch_size, self.encoder.grid_size))
+
+    def _decode(self, images: Tensor, order: Tensor, num_visible: int) -> Tensor:
+        """(b, l, decoder width) for all patches."""
+        visible = order[:, :num_visible]
+        special, seen = self.encoder.encode(select(self.encoder.embed_patches(images), visible))
+        special, seen = self.decoder_embed(special), self.decoder_embed(seen)
+        tokens = self.mask_token.to(seen.dtype).expand(*order.shape, -1)
+        tokens = tokens.scatter(1, visible[..., None].expand_as(seen), seen) + self.decoder_pos_embed
+        h, residual = self.layout.join(special.to(tokens.dtype), tokens), None
+        for block in self.decoder_layers:
+            h, residual = block(h, residual)
+        return self.layout.split(self.decoder_norm(h, residual)[0])[1]
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that decay would harm although they have two axes or more."""
+        ends = (".A_log", ".A_b_log")
+        inner = {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
+        return inner | {"mask_token"} | {name for name, _ in self.named_parameters() if name.endswith(ends)}
+
+
+def scan_order(mask: Tensor) -> tuple[Tensor, int]:
+    """Patch indices, visible ones first and each part in scan order (b, l), and how many are visible.
+
+    `mask` is (b, l) bool, True = hidden, as many in every row.
+    """
+    order = torch.argsort(mask.to(torch.uint8), dim=1, stable=True)
+    return order, mask.shape[1] - int(mask[0].sum())
+
+
+def select(tokens: Tensor, indices: Tensor) -> Tensor:
+    """Tokens (b, l, d) at indices (b, n) -> (b, n, d)."""
+    return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def patchify(images: Tensor, side: int) -> Tensor:
+    """(b, c, h, w) -> (b, l, p): patches row by row; within a patch row, column, channel."""
+    b, c, h, w = images.shape
+    grid = images.reshape(b, c, h // side, side, w // side, side)
+    return grid.permute(0, 2, 4, 3, 5, 1).reshape(b, (h // side) * (w // side), side * side * c)
+
+
+def unpatchify(patches: Tensor, side: int, grid: tuple[int, int]) -> Tensor:
+    """The inverse of `patchify`."""
+    b, (rows, columns) = len(patches), grid
+    image = patches.reshape(b, rows, columns, side, side, -1).permute(0, 5, 1, 3, 2, 4)
+    return image.reshape(b, -1, rows * side, columns * side)
+
+
+def normalise(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each patch with mean 0 and deviation 1 (b, l, p), and that mean and deviation (b, l, 1)."""
+    patches = patches.float()
+    mean = patches.mean(-1, keepdim=True)
+    deviation = (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+    return (patches - mean) / deviation, mean, deviation

@@ -1,0 +1,29 @@
+"""Entry of masked pretraining: `accelerate launch pretrain/main.py [--config FILE.yaml] [--field VALUE ...]`."""
+
+if not __package__:  # started as a file: import from this checkout, never from the folder of this file
+    import sys
+    from pathlib import Path
+
+    _ROOT = Path(__file__).resolve().parents[1]
+    sys.path[:1] = [str(_ROOT), str(_ROOT / "kernels")]
+
+import os
+import sys
+
+from launch.cli import parse, run
+from pretrain.config import PretrainConfig
+from pretrain.train import pretrain
+
+DESCRIPTION = "Pretrain a Vision Mamba backbone on pictures by masked autoencoding, and publish it."
+
+
+def main(argv: list[str]) -> None:
+    """Parse, train, and print the run's folder last."""
+    config = parse(PretrainConfig, argv, "pretrain/main.py", DESCRIPTION)
+    folder = pretrain(config)
+    if os.environ.get("RANK", "0") == "0":
+        print(folder)  # noqa: T201 - the command's result
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

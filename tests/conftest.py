@@ -1,0 +1,44 @@
+"""Shared by all tests: no network, few threads, and small pictures in every format that people have."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+
+
+@pytest.fixture(autouse=True)
+def _fresh_process_state():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def photo():
+    """(height, width) -> an RGB picture with structure: a colour ramp with a bright square."""
+
+    def make(height: int = 48, width: int = 64, shift: int = 0) -> Image.Image:
+        y, x = np.mgrid[:height, :width]
+        pixels = np.stack([x * 255 // width, y * 255 // height, (x + y + 20 * shift) % 256], axis=-1).astype(np.uint8)
+        pixels[height // 4 : height // 2, width // 4 : width // 2] = 240
+        return Image.fromarray(pixels)
+
+    return make
+
+
+@pytest.fixture
+def picture_folder(tmp_path, photo):
+    """A nested folder of ten good pictures in several formats."""
+    folder = tmp_path / "pictures"
+    for i in range(10):
+        where = folder / ("deep/er" if i % 2 else "top")
+        where.mkdir(parents=True, exist_ok=True)
+        photo(40 + i, 60 - i, shift=i).save(where / f"{i}.{('jpg', 'png', 'webp')[i % 3]}")
+    return folder

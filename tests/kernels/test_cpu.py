@@ -1,0 +1,196 @@
+"""The CPU backends, Numba's and plain PyTorch's, against the float64 reference: values and gradients of every op."""
+
+import itertools
+
+import pytest
+import torch
+
+from vim_kernels import ScanWeights, add_rms_norm, available_backends, bidirectional_scan, causal_conv1d, selective_scan
+
+BACKENDS = [name for name in ("cpu", "torch") if available_backends()[name] is None]
+VALUE, GRADIENT = 2e-6, 5e-6  # float32: relative RMS error; gradients sum over tokens and channels
+BF16_VALUE, BF16_GRADIENT = 6e-3, 1.5e-2
+BORDERS = {2: [0, 1, 2], 7: [0, 3, 4, 7], 33: [0, 1, 17, 33], 65: [0, 64, 65], 130: [0, 31, 33, 97, 130]}
+
+pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def draw(*shape, seed=0):
+    generator = torch.Generator().manual_seed(1000 * seed + sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def assert_close(got, want, tolerance, name=""):
+    assert got.shape == want.shape, name
+    error = (got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30)
+    assert error <= tolerance, f"{name}: relative error {error:.2e} > {tolerance}"
+
+
+def compare(op, tensors, backend, dtype=torch.float32, value=VALUE, gradient=GRADIENT):
+    """Outputs and gradients of op(tensors, backend) in `dtype` against the reference in float64 on the same inputs."""
+    rounded = {k: None if t is None else t.to(dtype if k in LOW else torch.float32) for k, t in tensors.items()}
+    fast = {k: None if t is None else t.detach().clone().requires_grad_() for k, t in rounded.items()}
+    exact = {k: None if t is None else t.double().requires_grad_() for k, t in rounded.items()}
+    got, want = op(fast, backend), op(exact, "reference")
+    weights = [draw(*w.shape, seed=77) for w in want]
+    for g, w, output in zip(got, want, weights, strict=True):
+        torch.autograd.backward(g, output.to(g.dtype), retain_graph=True)
+        if w.requires_grad:  # the reference's final state of no tokens does not
+            torch.autograd.backward(w, output.to(g.dtype).double(), retain_graph=True)
+    for i, (g, w) in enumerate(zip(got, want, strict=True)):
+        assert_close(g, w, value, f"output {i}")
+    for name, tensor in fast.items():
+        if tensor is not None:
+            assert tensor.grad.dtype == tensor.dtype
+            wanted = exact[name].grad  # None where the reference never touches it: no tokens
+            assert_close(tensor.grad, torch.zeros_like(tensor) if wanted is None else wanted, gradient, name)
+
+
+LOW = {"x", "dt", "B", "C", "z", "xz"}
+"""Inputs that come in the dtype of the tokens; weights and states stay in float32."""
+
+
+def scan_tensors(b, l, d, n, *, options=True, states=0):
+    given = {
+        "x": draw(b, l, d),
+        "dt": draw(b, l, d, seed=1),
+        "A": -draw(d, n, seed=2).exp(),
+        "B": draw(b, l, n, seed=3),
+        "C": draw(b, l, n, seed=4),
+    }
+    names = ("D", "z", "dt_bias")
+    shapes = ((d,), (b, l, d), (d,))
+    given |= {k: draw(*s, seed=5 + i) if options else None for i, (k, s) in enumerate(zip(names, shapes, strict=True))}
+    return given | {"h0": draw(states, d, n, seed=9) if states else None}
+
+
+def run_scan(t, backend, **options):
+    t = dict(t)
+    h0 = t.pop("h0")
+    return selective_scan(**t, initial_state=h0, return_final_state=True, backend=backend, **options)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("length", [1, 2, 7, 33, 65, 130])
+def test_scan(backend, length, reverse):
+    tensors = scan_tensors(2, length, 16, 16, states=2)
+    compare(lambda t, name: run_scan(t, name, dt_softplus=True, reverse=reverse), tensors, backend)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("length", list(BORDERS))
+def test_scan_packed(backend, length, reverse):
+    cu = torch.tensor(BORDERS[length], dtype=torch.int32)
+    tensors = scan_tensors(1, length, 16, 16, states=len(cu) - 1)
+    compare(lambda t, name: run_scan(t, name, dt_softplus=True, reverse=reverse, cu_seqlens=cu), tensors, backend)
+
+
+@pytest.mark.parametrize(("d", "n"), [(1, 1), (5, 3), (24, 16), (48, 7), (32, 40)])
+def test_scan_of_any_width_without_options(backend, d, n):
+    tensors = scan_tensors(2, 37, d, n, options=False)
+    tensors["dt"] = tensors["dt"].abs()
+    compare(lambda t, name: run_scan(t, name), tensors, backend)
+
+
+def mixer_tensors(b, l, d, n, r, w, *, gated=True, bias=True):
+    tensors = {"xz": draw(b, l, 2 * d if gated else d)}
+    for seed, direction in ((10, "f"), (20, "b")):
+        tensors |= {
+            f"{direction}.conv_weight": draw(d, w, seed=seed),
+            f"{direction}.conv_bias": draw(d, seed=seed + 1) if bias else None,
+            f"{direction}.x_proj": draw(r + 2 * n, d, seed=seed + 2) / d**0.5,
+            f"{direction}.dt_proj": draw(d, r, seed=seed + 3) / r**0.5,
+            f"{direction}.dt_bias": draw(d, seed=seed + 4) - 2,
+            f"{direction}.A_log": draw(d, n, seed=seed + 5) / 2 + 1,
+            f"{direction}.D": draw(d, seed=seed + 6),
+        }
+    return tensors
+
+
+def run_mixer(t, backend, **options):
+    forward, backward = (ScanWeights(**{f: t[f"{q}.{f}"] for f in ScanWeights._fields}) for q in "fb")
+    return (bidirectional_scan(t["xz"], forward, backward, backend=backend, **options),)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 33, 65, 130])
+def test_mixer(backend, length):
+    compare(run_mixer, mixer_tensors(2, length, 32, 16, 12, 4), backend)
+
+
+@pytest.mark.parametrize("length", list(BORDERS))
+def test_mixer_packed(backend, length):
+    cu = torch.tensor(BORDERS[length], dtype=torch.int32)
+    compare(lambda t, name: run_mixer(t, name, cu_seqlens=cu), mixer_tensors(1, length, 32, 16, 12, 4), backend)
+
+
+@pytest.mark.parametrize(("d", "n", "r", "w"), [(3, 2, 1, 1), (24, 16, 5, 3), (40, 5, 2, 6)])
+@pytest.mark.parametrize("gated", [True, False])
+def test_mixer_of_any_width(backend, d, n, r, w, gated):
+    tensors = mixer_tensors(2, 41, d, n, r, w, gated=gated, bias=gated)
+    compare(lambda t, name: run_mixer(t, name, gated=gated), tensors, backend)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("d", "w", "activation", "bias"), [(16, 4, "silu", True), (20, 3, None, False)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_conv(backend, d, w, activation, bias, reverse, packed):
+    for length in (1, 2, 7, 33, 65):
+        borders = BORDERS.get(length) if packed else None
+        cu = None if borders is None else torch.tensor(borders, dtype=torch.int32)
+        tensors = {"x": draw(1 if packed else 2, length, d), "weight": draw(d, w), "bias": draw(d) if bias else None}
+
+        def op(t, name, cu=cu):
+            return (causal_conv1d(**t, activation=activation, reverse=reverse, cu_seqlens=cu, backend=name),)
+
+        compare(op, tensors, backend)
+
+
+@pytest.mark.parametrize("width", [16, 48, 7])
+@pytest.mark.parametrize("has_residual", [True, False])
+def test_norm(backend, width, has_residual):
+    tensors = {"x": draw(2, 5, width), "residual": draw(2, 5, width, seed=1) if has_residual else None}
+    tensors["weight"] = draw(width, seed=2)
+    compare(lambda t, name: add_rms_norm(**t, backend=name), tensors, backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(backend, dtype):
+    low = {"dtype": dtype, "value": BF16_VALUE, "gradient": BF16_GRADIENT}
+    compare(run_mixer, mixer_tensors(2, 65, 48, 16, 12, 4), backend, **low)
+    compare(lambda t, name: run_scan(t, name, dt_softplus=True), scan_tensors(2, 65, 32, 16), backend, **low)
+    conv = {"x": draw(2, 33, 32), "weight": draw(32, 4), "bias": draw(32)}
+    compare(lambda t, name: (causal_conv1d(**t, backend=name),), conv, backend, **low)
+    norm = {"x": draw(2, 9, 32), "residual": draw(2, 9, 32, seed=1), "weight": draw(32, seed=2)}
+    compare(lambda t, name: add_rms_norm(**t, backend=name), norm, backend, **low)
+
+
+def test_empty_inputs(backend):
+    for b, l in ((0, 3), (2, 0)):
+        tensors = scan_tensors(b, l, 16, 4, states=b)
+        compare(lambda t, name: run_scan(t, name, dt_softplus=True), tensors, backend)
+        compare(run_mixer, mixer_tensors(b, l, 16, 4, 2, 4), backend)
+        conv = {"x": draw(b, l, 16), "weight": draw(16, 4), "bias": None}
+        compare(lambda t, name: (causal_conv1d(**t, backend=name),), conv, backend)
+        norm = {"x": draw(b, l, 16), "residual": None, "weight": draw(16)}
+        compare(lambda t, name: add_rms_norm(**t, backend=name), norm, backend)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_bad_dt_stays_in_its_packed_image(backend, bad, reverse):
+    borders = [0, 40, 75, 110]
+    cu = torch.tensor(borders, dtype=torch.int32)
+    given = {k: None if t is None else t.float() for k, t in scan_tensors(1, 110, 32, 16).items()}
+    given.pop("h0")
+    clean = selective_scan(**given, dt_softplus=True, reverse=reverse, cu_seqlens=cu, backend=backend)
+    given["dt"][0, 50, 3] = bad
+    given = {k: t.requires_grad_() for k, t in given.items()}
+    y = selective_scan(**given, dt_softplus=True, reverse=reverse, cu_seqlens=cu, backend=backend)
+    seen = slice(40, 51) if reverse else slice(50, 75)
+    assert not torch.isfinite(y[0, seen, 3]).any()
+    for start, stop in itertools.pairwise(borders):
+        if start != 40:
+            assert torch.equal(y[0, start:stop], clean[0, start:stop])
+    y.sum().backward()
+    for start, stop in ((0, 40), (75, 110)):
+        assert torch.isfinite(given["x"].grad[0, start:stop]).all()

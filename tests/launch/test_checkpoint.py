@@ -1,0 +1,91 @@
+"""Checkpoints: complete or absent, without pickles, newest kept; what is damaged or foreign is named."""
+
+import errno
+
+import pytest
+import torch
+from torch import nn
+
+import vim_backbone.files
+from launch.checkpoint import TrainState, checkpoints, load_checkpoint, save_checkpoint
+from vim_backbone import UserError
+
+
+def state(width=4, seed=0, steps=2):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, width), nn.LayerNorm(width), nn.Linear(width, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    made = TrainState(model, optimizer, extra={"note": "x"})
+    for _ in range(steps):
+        advance(made)
+    return made
+
+
+def advance(state):
+    generator = torch.Generator().manual_seed(state.step)
+    state.model(torch.randn(8, 3, generator=generator)).square().mean().backward()
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    state.step += 1
+
+
+def test_going_on_from_a_checkpoint_is_exact(tmp_path):
+    whole = state()
+    save_checkpoint(whole, tmp_path, keep=1)
+    resumed = state(seed=9, steps=0)
+    load_checkpoint(resumed, tmp_path / "step-00000002")
+    assert resumed.step == 2
+    assert resumed.extra == {"note": "x"}
+    for _ in range(3):
+        advance(whole)
+        advance(resumed)
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_nothing_is_pickled(tmp_path):
+    folder = save_checkpoint(state(), tmp_path, keep=1)
+    assert {p.suffix for p in folder.iterdir()} == {".safetensors", ".json"}
+
+
+def test_the_newest_are_kept(tmp_path):
+    made = state(steps=0)
+    for _ in range(4):
+        advance(made)
+        save_checkpoint(made, tmp_path, keep=2)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
+
+
+def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
+    made = state()
+    save_checkpoint(made, tmp_path, keep=1)
+    advance(made)
+
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(vim_backbone.files, "save_file", full)
+    with pytest.raises(UserError, match=r"step 3 not saved: .*the disk is full.*step-00000002 is intact") as caught:
+        save_checkpoint(made, tmp_path, keep=1)
+    assert "\n" not in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"]
+    load_checkpoint(state(steps=0), tmp_path / "step-00000002")
+
+
+def test_a_killed_save_leaves_no_checkpoint(tmp_path):
+    (tmp_path / ".step-00000009.partial").mkdir()
+    assert checkpoints(tmp_path) == []
+
+
+def test_damaged_and_foreign_checkpoints(tmp_path):
+    folder = save_checkpoint(state(), tmp_path, keep=1)
+    with pytest.raises(UserError, match=r"0\.bias has shape \(4,\), the model wants \(5,\)"):
+        load_checkpoint(state(width=5, steps=0), folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:40])
+    with pytest.raises(UserError, match=r"cannot read .*model\.safetensors.*delete that checkpoint"):
+        load_checkpoint(state(steps=0), folder)
+    (folder / "state.json").unlink()
+    with pytest.raises(UserError, match=r"cannot read .*state\.json"):
+        load_checkpoint(state(steps=0), folder)

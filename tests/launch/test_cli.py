@@ -1,0 +1,87 @@
+"""The command line: overrides, files, and one line for everything a user gets wrong."""
+
+import pytest
+import yaml
+
+from launch.cli import parse, run
+from launch.config import differences, field_types, write_config
+from launch.signals import Stopped
+from pretrain.config import PretrainConfig
+from vim_backbone import UserError
+
+
+def parsed(*argv):
+    return parse(PretrainConfig, list(argv), "pretrain/main.py", "")
+
+
+def test_overrides_win_over_the_file(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("steps: 7\nmodel: {name: vim_small, img_size: [64, 96]}\noptim: {base_lr: 2e-4}\n")
+    config = parsed("--config", str(file), "--steps", "9", "--resume", "--data.flip=false")
+    assert (config.steps, config.resume, config.data.flip) == (9, True, False)
+    assert (config.model.name, config.model.img_size, config.optim.base_lr) == ("vim_small", (64, 96), 2e-4)
+    assert config.mask.ratio == 0.75
+
+
+def test_the_resolved_config_reads_back(tmp_path):
+    config = parsed("--model.name=vim_small", "--optim.betas", "[0.8, 0.99]")
+    write_config(config, tmp_path / "config.yaml")
+    assert parsed("--config", str(tmp_path / "config.yaml")) == config
+    assert differences(config, tmp_path / "config.yaml") == {}
+    changed = parsed("--model.name=vim_base", "--optim.betas", "[0.8, 0.99]")
+    assert differences(changed, tmp_path / "config.yaml") == {"model.name": ("vim_small", "vim_base")}
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["optim"]["betas"] == [0.8, 0.99]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--modle.depth", "3"], "no such field: modle.depth; did you mean 'model.depth'"),
+        (["--optim.base_lr", "high"], "optim.base_lr is high: it must be a number"),
+        (["--steps", "5.5"], "steps is 5.5: it must be a whole number or null"),
+        (["--mask.kind", "blok"], "mask.kind is blok: it must be one of random, block"),
+        (["--mask.ratio", "1.0"], "mask.ratio is 1.0: it must lie between 0 and 1"),
+        (["--model.img_size", "97"], "image height is 97 pixels: it must be a multiple of the stride 8"),
+        (["--model.name", "vim_tny"], "unknown model 'vim_tny': did you mean 'vim_tiny'"),
+        (["--steps", "3", "--epochs", "2"], "give steps or epochs, not both"),
+        (["--config", "nowhere.yaml"], "File does not exist"),
+        (["--name", "a/b"], "name is 'a/b': it must be a plain folder name"),
+        (["--batch_size", "0"], "batch_size is 0: it must be at least 1"),
+        (["--ema_decay", "1"], "ema_decay is 1.0"),
+    ],
+)
+def test_mistakes_get_one_line(argv, words):
+    with pytest.raises(UserError, match=words) as caught:
+        parsed(*argv)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_misspelt_field_in_a_file(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("data: {sauce: photos}\n")
+    with pytest.raises(UserError, match="sauce"):
+        parsed("--config", str(tmp_path / "recipe.yaml"))
+
+
+def test_every_field_is_explained(capsys):
+    with pytest.raises(SystemExit):
+        parsed("--help")
+    shown = capsys.readouterr().out
+    for name in field_types(PretrainConfig):
+        assert f"--{name}" in shown
+    assert "in pixels" in shown
+    assert shown.count("(type:") == len(field_types(PretrainConfig))
+
+
+def test_exit_codes(capsys):
+    def fail(argv):
+        raise UserError("what: value, remedy")
+
+    def stop(argv):
+        raise Stopped(15, "stopped by SIGTERM")
+
+    assert run(lambda argv: None, []) == 0
+    assert run(fail, []) == 2
+    assert capsys.readouterr().err == "error: what: value, remedy\n"
+    assert run(stop, []) == 143
+    with pytest.raises(UserError):
+        run(fail, ["--debug"])

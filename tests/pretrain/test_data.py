@@ -1,0 +1,204 @@
+"""Views and batches: the same whatever the workers, processes or restarts; bad pictures counted, never fatal alone."""
+
+import io
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from launch.randomness import generator
+from pretrain.data import (
+    BadPictures,
+    BatchPlan,
+    DataConfig,
+    StepSampler,
+    View,
+    Views,
+    build_loader,
+    random_crop,
+    to_model,
+    to_pixels,
+)
+from pretrain.images import open_source
+from pretrain.masking import MaskConfig
+from vim_backbone import UserError
+
+
+def view(**changes):
+    return View((32, 48), (4, 6), DataConfig(**({"workers": 0} | changes)), MaskConfig())
+
+
+def folder_source(folder):
+    return open_source(str(folder), split="train", column=None, streaming=False)
+
+
+def draw(source, *, workers=0, start=0, stop=4, batch=6, accumulation=1, world=1, rank=0):
+    loader = build_loader(source, view(workers=workers), 3, BatchPlan(batch, accumulation, world, rank), start, stop)
+    return [b for b in loader if b is not None]
+
+
+def same(a, b):
+    return torch.equal(a.images, b.images) and torch.equal(a.masks, b.masks) and a.names == b.names
+
+
+def test_workers_and_restarts_change_nothing(picture_folder):
+    source = folder_source(picture_folder)
+    whole = draw(source)
+    assert len(whole) == 4
+    assert whole[0].images.shape == (6, 3, 32, 48)
+    assert whole[0].images.dtype == torch.uint8
+    assert all(same(a, b) for a, b in zip(whole, draw(source, workers=2), strict=True))
+    assert all(same(a, b) for a, b in zip(whole[2:], draw(source, workers=1, start=2), strict=True))
+
+
+@pytest.mark.parametrize(("world", "accumulation"), [(2, 1), (1, 3), (3, 2)])
+def test_processes_and_accumulation_split_the_same_batches(picture_folder, world, accumulation):
+    source = folder_source(picture_folder)
+    whole = draw(source)
+    parts = [draw(source, world=world, accumulation=accumulation, rank=rank) for rank in range(world)]
+    for step in range(4):
+        pieces = [parts[rank][step * accumulation + a] for a in range(accumulation) for rank in range(world)]
+        assert torch.equal(torch.cat([p.images for p in pieces]), whole[step].images)
+        assert torch.equal(torch.cat([p.masks for p in pieces]), whole[step].masks)
+
+
+@given(
+    count=st.integers(1, 40),
+    micro=st.integers(1, 5),
+    world=st.integers(1, 3),
+    accumulation=st.integers(1, 3),
+    start=st.integers(0, 6),
+)
+def test_an_epoch_has_every_picture_once(count, micro, world, accumulation, start):
+    batch = micro * world * accumulation
+    steps = -(-3 * count // batch) + start
+    order = [[] for _ in range(steps)]
+    for step in range(start):
+        for rank in range(world):
+            sampler = iter(StepSampler(count, 5, BatchPlan(batch, accumulation, world, rank), step, step + 1))
+            order[step] += [(a, rank, items) for a, items in enumerate(sampler)]
+    for rank in range(world):  # resumed: one sampler from `start` on
+        for index, items in enumerate(StepSampler(count, 5, BatchPlan(batch, accumulation, world, rank), start, steps)):
+            order[start + index // accumulation].append((index % accumulation, rank, items))
+    drawn = [item for step in order for _, _, items in sorted(step) for item in items]
+    for epoch in range(len(drawn) // count):
+        passed = drawn[epoch * count : (epoch + 1) * count]
+        assert sorted(passed) == [(epoch, i) for i in range(count)]
+
+
+def test_epochs_are_shuffled_differently():
+    drawn = [item for items in StepSampler(50, 5, BatchPlan(50, 1, 1, 0), 0, 2) for item in items]
+    assert [i for _, i in drawn[:50]] != [i for _, i in drawn[50:]]
+
+
+@given(width=st.integers(1, 3000), height=st.integers(1, 3000), key=st.integers(0, 10**6))
+def test_crops_lie_inside_and_are_neither_thin_nor_tiny(width, height, key):
+    left, upper, right, lower = random_crop(width, height, 0.2, generator(key))
+    assert 0 <= left < right <= width
+    assert 0 <= upper < lower <= height
+    if 0.75 <= width / height <= 4 / 3 and min(width, height) > 50:
+        assert 0.2 * 0.95 <= (right - left) * (lower - upper) / (width * height) <= 1.0
+        assert 0.70 <= (right - left) / (lower - upper) <= 1.43
+
+
+def test_reduced_jpeg_decoding_gives_the_same_view(photo):
+    """A large JPEG is decoded at a fraction of its size; the view must look as if it had not been."""
+    smooth = photo(64, 64).resize((1024, 1024), Image.Resampling.BICUBIC)
+    jpeg = io.BytesIO()
+    smooth.save(jpeg, "jpeg", quality=95)
+    for key in range(5):
+        reduced = view().cut(Image.open(io.BytesIO(jpeg.getvalue())), generator(key)).float()
+        whole = view().cut(Image.open(io.BytesIO(jpeg.getvalue())).convert("RGB"), generator(key)).float()
+        assert (reduced - whole).abs().mean().item() < 2.0
+
+
+def test_normalisation_is_undone():
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8, generator=generator(0))
+    model_input = to_model(images, torch.device("cpu"))
+    red = (images[0, 0, 0, 0].item() / 255 - 0.485) / 0.229
+    assert model_input[0, 0, 0, 0].item() == pytest.approx(red, rel=1e-5)
+    torch.testing.assert_close(to_pixels(model_input), images.float() / 255, atol=1e-6, rtol=0)
+
+
+@pytest.fixture
+def spoiled_folder(picture_folder, photo):
+    """Ten good pictures, four that cannot be used, and odd ones that can."""
+    (picture_folder / "empty.jpg").write_bytes(b"")
+    (picture_folder / "text.png").write_bytes(b"no picture at all")
+    photo(400, 400).save(picture_folder / "cut.jpg")
+    (picture_folder / "cut.jpg").write_bytes((picture_folder / "cut.jpg").read_bytes()[:2000])
+    Image.new("1", (3000, 3000)).save(picture_folder / "huge.png")
+    photo().convert("L").save(picture_folder / "grey.png")
+    photo().convert("CMYK").save(picture_folder / "cmyk.jpg")
+    Image.fromarray(np.full((40, 40), 30000, np.uint16)).save(picture_folder / "deep16.png")
+    photo().save(picture_folder / "moving.gif", save_all=True, append_images=[photo(shift=1)])
+    return picture_folder
+
+
+BAD = {"empty.jpg", "text.png", "cut.jpg", "huge.png"}
+
+
+def test_bad_pictures_are_replaced_and_named(spoiled_folder):
+    source = folder_source(spoiled_folder)
+    views = Views(source, view(max_megapixels=5), seed=0)
+    samples = [views[0, i] for i in range(len(source))]
+    assert all(s.image is not None for s in samples)
+    reasons = dict(entry for s in samples for entry in s.bad)
+    assert reasons.keys() == BAD
+    assert "truncated" in reasons["cut.jpg"]
+    assert "9 megapixels" in reasons["huge.png"]
+    assert "empty file" in reasons["empty.jpg"]
+    assert {"grey.png", "cmyk.jpg", "deep16.png", "moving.gif"} <= {s.name for s in samples}
+
+
+def test_the_share_of_bad_pictures_decides(spoiled_folder, tmp_path):
+    source = folder_source(spoiled_folder)
+    loader = build_loader(source, view(max_megapixels=5), 3, BatchPlan(18, 1, 1, 0), 0, 2)
+    batches = [b for b in loader if b is not None]
+    counted = BadPictures(tmp_path / "bad.txt", len(source), 0.5)
+    lines = [line for b in batches for line in counted.add(b)]
+    assert len(lines) == 4  # each is said once, though met in both epochs
+    assert {line.split("\t")[0] for line in (tmp_path / "bad.txt").read_text().splitlines()} == BAD
+    with pytest.raises(UserError, match=r"of 18 pictures cannot be used, over data\.max_bad_share 0\.1"):
+        BadPictures(tmp_path / "strict.txt", len(source), 0.1).add(batches[0])
+
+
+def test_a_folder_of_nothing_but_bad_pictures(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_bytes(b"x")
+    batch = draw(folder_source(tmp_path), batch=2, stop=1)[0]
+    assert batch.images is None
+    with pytest.raises(UserError, match="6 pictures in a row cannot be used, the last"):
+        BadPictures(tmp_path / "bad.txt", 3, 1.0).add(batch)
+
+
+def test_a_batch_that_does_not_divide():
+    with pytest.raises(UserError, match="batch_size 10 does not divide into 2 processes x 3"):
+        BatchPlan(10, 3, 2, 0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_stream_goes_on_where_it_was(tmp_path, picture_folder, workers, monkeypatch):
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+    cells = [{"bytes": p.read_bytes(), "path": None} for p in sorted(picture_folder.rglob("*.*"))]
+    cells[4] = {"bytes": b"broken", "path": None}
+    features = datasets.Features({"image": datasets.Image()})
+    for part in range(2):
+        rows = {"image": cells[part * 5 : part * 5 + 5]}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"part-{part}.parquet")
+
+    def stream(start, stop, known_bad=()):
+        source = open_source(str(tmp_path / "part-*.parquet"), split="train", column=None, streaming=True)
+        loader = build_loader(source, view(workers=workers), 3, BatchPlan(3, 1, 1, 0), start, stop, known_bad)
+        return [b for _, b in zip(range(stop), loader, strict=False)]
+
+    whole = stream(0, 8)
+    known_bad = [name for b in whole[:5] for name, _ in b.bad]
+    assert known_bad
+    resumed = stream(5, 8, known_bad)
+    assert resumed[:5] == [None] * 5
+    assert all(same(a, b) for a, b in zip(whole[5:], resumed[5:], strict=True))

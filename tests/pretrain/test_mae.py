@@ -1,0 +1,133 @@
+"""The masked autoencoder: only visible patches reach the encoder, in scan order, and the loss is MAE's."""
+
+import numpy as np
+import pytest
+import torch
+
+from launch.randomness import generator
+from pretrain.mae import DecoderConfig, MaskedAutoencoder, patchify, scan_order, select, unpatchify
+from pretrain.masking import MaskConfig, draw_mask
+from vim_backbone import UserError, VimConfig, VisionMamba
+
+GRID = (4, 6)
+
+
+def autoencoder(**changes):
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "depth": 2, "img_size": (32, 48), "patch_size": 8, "num_classes": 0, "position": "sincos"}
+    return MaskedAutoencoder(VisionMamba(VimConfig(**(sizes | changes))), DecoderConfig(width=32, depth=1)).eval()
+
+
+def inputs(kind="random", count=2):
+    images = torch.randn(count, 3, 32, 48, generator=generator(1))
+    masks = torch.stack([draw_mask(GRID, MaskConfig(kind=kind), generator(i)) for i in range(count)])
+    return images, masks
+
+
+def test_patchify_and_back():
+    images, _ = inputs()
+    patches = patchify(images, 8)
+    assert patches.shape == (2, 24, 192)
+    assert torch.equal(patches[1, 7], images[1, :, 8:16, 8:16].permute(1, 2, 0).flatten())  # row 1, column 1
+    assert torch.equal(unpatchify(patches, 8, GRID), images)
+
+
+def test_visible_patches_stay_in_scan_order():
+    _, masks = inputs()
+    order, visible = scan_order(masks)
+    assert visible == 6
+    for row, mask in zip(order, masks, strict=True):
+        assert row[:visible].tolist() == torch.nonzero(~mask).flatten().tolist()
+        assert row[visible:].tolist() == torch.nonzero(mask).flatten().tolist()
+
+
+@pytest.mark.parametrize("class_token", ["middle", "first", "none"])
+def test_hidden_pixels_reach_nothing_but_the_target(class_token):
+    pool = "avg" if class_token == "none" else "token"
+    model = autoencoder(class_token=class_token, global_pool=pool, num_registers=2)
+    images, masks = inputs()
+    hidden = unpatchify(masks[..., None].expand(-1, -1, 192).float(), 8, GRID).bool()
+    changed = torch.where(hidden, images.flip(0) * 3 + 1, images)
+    predicted = model.reconstruct(images, masks).predicted
+    torch.testing.assert_close(model.reconstruct(changed, masks).predicted, predicted, rtol=0, atol=0)
+    visible = (~masks).nonzero()[0, 1].item()
+    poked = images.clone()
+    poked[:, :, 8 * (visible // 6), 8 * (visible % 6)] += 1.0
+    assert not torch.allclose(model.reconstruct(poked, masks).predicted[0], predicted[0])
+
+
+@pytest.mark.parametrize("kind", ["random", "block"])
+def test_loss_is_the_normalised_error_on_hidden_patches(kind):
+    model = autoencoder()
+    images, masks = inputs(kind)
+    loss = model(images, masks).item()
+    predicted = model.reconstruct(images, masks).predicted.double().numpy()
+    errors = []
+    for image, mask, guess in zip(images.double().numpy(), masks.numpy(), predicted, strict=True):
+        for patch in np.flatnonzero(mask):
+            y, x = 8 * (patch // 6), 8 * (patch % 6)
+            pixels = image[:, y : y + 8, x : x + 8].transpose(1, 2, 0).ravel()
+            target = (pixels - pixels.mean()) / np.sqrt(pixels.var(ddof=1) + 1e-6)
+            errors.append(np.mean((guess[patch] - target) ** 2))
+    assert loss == pytest.approx(np.mean(errors), rel=1e-5)
+
+
+def test_the_encoder_scans_the_visible_patches_with_the_published_layout():
+    """What the encoder makes of a masked picture equals a plain pass over just those patches."""
+    model = autoencoder(num_registers=2)
+    images, masks = inputs()
+    order, visible = scan_order(masks)
+    seen = []
+    model.encoder.layers[0].register_forward_hook(lambda module, given, out: seen.append(given[0]))
+    model(images, masks)
+    patches = select(model.encoder.embed_patches(images), order[:, :visible])
+    special, tokens = model.encoder.layout.split(seen[0])
+    torch.testing.assert_close(tokens, patches)
+    assert model.encoder.layout.slots(6) == [4, 2, 6]  # class token before patch 3; registers before patches 2 and 4
+    position = model.encoder.position_layout.split(model.encoder.pos_embed)[0]
+    torch.testing.assert_close(special[:, :1], (model.encoder.cls_token + position).expand(2, -1, -1))
+
+
+def test_positions_are_those_of_the_whole_picture():
+    model = autoencoder()
+    blank = torch.zeros(1, 3, 32, 48)
+    embedded = model.encoder.embed_patches(blank)
+    special, table = model.encoder.position_layout.split(model.encoder.pos_embed)
+    torch.testing.assert_close(embedded, table)
+    assert special.abs().max().item() == 0.0  # the class slot, at index 12 of 25, holds no sine or cosine
+    assert model.encoder.pos_embed[0, 12].abs().max().item() == 0.0
+
+
+def test_reconstruction_keeps_what_was_visible():
+    model = autoencoder()
+    images, masks = inputs()
+    pixels = patchify(model.reconstruct(images, masks).pixels, 8)
+    torch.testing.assert_close(pixels[~masks], patchify(images, 8)[~masks])
+    assert not torch.allclose(pixels[masks], patchify(images, 8)[masks])
+
+
+def test_every_trained_parameter_gets_a_gradient():
+    model = autoencoder(num_registers=2, mixer_norm=True).train()
+    model(*inputs()).backward()
+    without = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert without == []
+    frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
+    assert frozen == ["decoder_pos_embed", "encoder.pos_embed"]
+
+
+def test_undecayed_names_exist():
+    model = autoencoder(num_registers=2)
+    names = dict(model.named_parameters()).keys()
+    undecayed = model.no_weight_decay()
+    assert undecayed <= names
+    assert {
+        "mask_token",
+        "encoder.cls_token",
+        "encoder.layers.0.mixer.A_log",
+        "decoder_layers.0.mixer.A_b_log",
+    } <= undecayed
+
+
+def test_overlapping_patches_are_refused():
+    with pytest.raises(UserError, match="pretrain with stride = patch_size"):
+        autoencoder(stride=4)

@@ -1,0 +1,236 @@
+"""Whole runs: what they leave behind, that they learn, and that stopping anywhere changes nothing."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from launch.cli import parse
+from launch.metrics import read_metrics
+from launch.signals import Stopped, StopRequest
+from pretrain.config import PretrainConfig
+from pretrain.mae import MaskedAutoencoder
+from pretrain.train import build_state, pretrain
+from vim_backbone import UserError, from_pretrained
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--model.img_size=32", "--model.depth=2", "--decoder.width=32", "--decoder.depth=1", "--batch_size=4",
+         "--optim.warmup_steps=1", "--log_every=1", "--data.workers=0", "--trackers=[]"]  # fmt: skip
+
+
+def config(folder, *argv):
+    return parse(PretrainConfig, [*SMALL, f"--out={folder}", *argv], "pretrain/main.py", "")
+
+
+def losses(folder):
+    return {row["step"]: (row["loss"], row["grad_norm"], row["lr"]) for row in read_metrics(folder / "metrics.jsonl")}
+
+
+def weights(folder, step, part="model"):
+    return load_file(folder / f"checkpoints/step-{step:08d}/{part}.safetensors")
+
+
+def test_what_a_run_leaves_behind(tmp_path, picture_folder):
+    folder = pretrain(
+        config(
+            tmp_path, "--steps=4", "--picture_every=2", f"--data.source={picture_folder}", "--trackers=[tensorboard]"
+        )
+    )
+    assert folder == tmp_path / "pretrain"
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    fields = {
+        "step",
+        "loss",
+        "lr",
+        "grad_norm",
+        "images_per_second",
+        "tokens_per_second",
+        "data_wait_share",
+        "memory_gb",
+    }
+    assert rows[0].keys() == fields
+    assert 0 <= rows[0]["data_wait_share"] <= 1
+    assert rows[3]["tokens_per_second"] == pytest.approx(4 * rows[3]["images_per_second"])  # 4 of 16 patches are seen
+    assert list(folder.rglob("events.out.tfevents.*"))
+    pictures = sorted(p.name for p in (folder / "reconstructions").iterdir())
+    assert pictures == ["step-00000002.png", "step-00000004.png"]
+    with Image.open(folder / "reconstructions/step-00000004.png") as image:
+        assert image.width > 600
+    assert config(tmp_path, "--config", str(folder / "config.yaml")).data.source == str(picture_folder)
+
+
+def test_the_published_backbone_is_the_one_that_was_trained(tmp_path):
+    folder = pretrain(config(tmp_path, "--steps=2", "--ema_decay=0.5", "--model.num_registers=2"))
+    backbone = from_pretrained(folder / "backbone")
+    trained = {k[8:]: v for k, v in weights(folder, 2, "ema").items() if k.startswith("encoder.")}
+    torch.testing.assert_close(backbone.state_dict(), trained, rtol=0, atol=0)
+    model = build_state(config(tmp_path, "--steps=2", "--model.num_registers=2")).model
+    assert isinstance(model, MaskedAutoencoder)
+    model.load_state_dict(weights(folder, 2, "ema"))
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(backbone.forward_features(images), model.encoder.eval().forward_features(images))
+    card = (folder / "backbone/README.md").read_text()
+    assert "2 steps of 4 pictures, 12 of 16 patches hidden" in card
+
+
+def test_it_learns(tmp_path):
+    folder = pretrain(config(tmp_path, "--steps=60", "--optim.base_lr=0.02", "--batch_size=16"))
+    seen = [loss for loss, _, _ in losses(folder).values()]
+    assert sum(seen[-5:]) / 5 < 0.8 * sum(seen[:3]) / 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param((), id="plain"),
+        pytest.param(
+            (
+                "--accumulation=2",
+                "--ema_decay=0.9",
+                "--model.drop_path_rate=0.5",
+                "--data.workers=2",
+                "--optim.clip_grad=1",
+            ),
+            id="everything",
+        ),
+        pytest.param(("--precision=bf16", "--mask.kind=block"), id="bf16"),
+    ],
+)
+def test_resume_is_exact(tmp_path, options):
+    whole = pretrain(config(tmp_path / "whole", "--steps=6", "--checkpoint_every=2", *options))
+    cut = tmp_path / "cut/pretrain"
+    shutil.copytree(whole, cut)
+    for step in (4, 6):
+        shutil.rmtree(cut / f"checkpoints/step-{step:08d}")
+    shutil.rmtree(cut / "backbone")
+    pretrain(config(tmp_path / "cut", "--steps=6", "--checkpoint_every=2", "--resume", *options))
+    assert losses(cut) == losses(whole)
+    parts = ["model", "optimizer", *(["ema"] if "--ema_decay=0.9" in options else [])]
+    for part in parts:
+        torch.testing.assert_close(weights(cut, 6, part), weights(whole, 6, part), rtol=0, atol=0)
+
+
+def test_another_seed_is_another_run(tmp_path):
+    a = pretrain(config(tmp_path / "a", "--steps=2"))
+    b = pretrain(config(tmp_path / "b", "--steps=2", "--seed=1"))
+    assert losses(a) != losses(b)
+
+
+def test_accumulation_follows_the_same_curve(tmp_path):
+    a = pretrain(config(tmp_path / "a", "--steps=4"))
+    b = pretrain(config(tmp_path / "b", "--steps=4", "--accumulation=4"))
+    for step, (loss, norm, rate) in losses(a).items():
+        assert losses(b)[step] == (pytest.approx(loss, rel=1e-4), pytest.approx(norm, rel=1e-3), rate)
+
+
+def test_an_interrupt_saves_and_resume_goes_on(tmp_path, monkeypatch):
+    whole = pretrain(config(tmp_path / "whole", "--steps=5"))
+    calls = {"left": 3}
+
+    def received(self):
+        calls["left"] -= 1
+        return signal.SIGTERM if calls["left"] <= 0 else None
+
+    monkeypatch.setattr(StopRequest, "received", property(received, lambda self, value: None), raising=False)
+    with pytest.raises(Stopped, match=r"stopped by SIGTERM at step 2 of 5, saved in .*step-00000002"):
+        pretrain(config(tmp_path / "cut", "--steps=5"))
+    monkeypatch.undo()
+    cut = pretrain(config(tmp_path / "cut", "--steps=5", "--resume"))
+    assert losses(cut) == losses(whole)
+
+
+def test_another_architecture_is_refused_on_resume(tmp_path):
+    pretrain(config(tmp_path, "--steps=1"))
+    with pytest.raises(UserError, match=r"was trained with model\.depth = 2, not 3"):
+        pretrain(config(tmp_path, "--steps=2", "--resume", "--model.depth=3"))
+
+
+def test_bad_pictures_among_good_ones_are_named_in_the_run(tmp_path, picture_folder):
+    (picture_folder / "broken.jpg").write_bytes(b"broken")
+    folder = pretrain(config(tmp_path, "--steps=4", f"--data.source={picture_folder}"))
+    assert (folder / "bad_pictures.txt").read_text().startswith("broken.jpg\t")
+
+
+def command(*argv):
+    return [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--quiet",
+        str(ROOT / "pretrain/main.py"),
+        *SMALL,
+        *argv,
+    ]
+
+
+def environment():
+    return {k: v for k, v in os.environ.items() if not k.startswith(("PYTHONPATH", "ACCELERATE"))}
+
+
+@pytest.mark.slow
+def test_the_command_prints_the_folder_last(tmp_path):
+    done = subprocess.run(
+        command("--steps=2"), cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1] == "runs/pretrain"
+    assert "step 2/2" in done.stderr
+    assert (tmp_path / "runs/pretrain/backbone/model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_real_command(tmp_path, number):
+    argv = [sys.executable, str(ROOT / "pretrain/main.py"), *SMALL, "--steps=2000", "--data.workers=1"]
+    process = subprocess.Popen(argv, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "runs/pretrain/metrics.jsonl"
+    for _ in range(600):
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= 3:
+            break
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, printed
+    assert f"stopped by {number.name} at step" in printed
+    assert "Traceback" not in printed
+    saved = json.loads(next((tmp_path / "runs/pretrain/checkpoints").glob("*/state.json")).read_text())
+    assert saved["step"] == len(metrics.read_text().splitlines())
+
+
+@pytest.mark.slow
+def test_a_mistake_in_the_real_command_is_one_line(tmp_path):
+    argv = [sys.executable, str(ROOT / "pretrain/main.py"), "--data.source", "nowhere"]
+    done = subprocess.run(argv, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: data.source nowhere does not exist")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_full_disk_for_real(tmp_path):
+    """A limit on the size of files stands for the full disk: the write itself fails, in the library that writes."""
+    limited = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000)); sys.argv = sys.argv[1:];"
+        "import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    argv = [sys.executable, "-c", limited, str(ROOT / "pretrain/main.py"), *SMALL, "--steps=2"]
+    environ = environment() | {"NUMBA_CACHE_DIR": str(tmp_path / "cache"), "VIM_KERNELS_BACKEND": "reference"}
+    done = subprocess.run(argv, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "checkpoint at step 2 not saved" in done.stderr
+    assert "the disk is full" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "runs/pretrain/checkpoints").iterdir())

@@ -1,0 +1,118 @@
+"""Official checkpoints: read safely, converted, and equal to the official equations in float64."""
+
+import argparse
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.vim_backbone import official
+from vim_backbone import UserError, from_pretrained
+from vim_backbone.convert import convert, main
+
+SMALL = {"d": 32, "depth": 2, "patches": 16, "patch": 16, "classes": 5}
+
+
+def deit_file(path, state, ema=None, **arguments):
+    parts = {"model": state, "optimizer": {"state": {}}, "lr_scheduler": {}, "epoch": 3, "scaler": {}}
+    if ema is not None:
+        parts["model_ema"] = ema
+    torch.save(parts | {"args": argparse.Namespace(**arguments)}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("sizes", "pixels", "stride"),
+    [
+        pytest.param({"d": 192, "depth": 24}, 224, 16, id="tiny"),
+        pytest.param({"d": 192, "depth": 2, "patches": 729}, 224, 8, id="tiny-stride-8"),
+        pytest.param({"d": 384, "depth": 3}, 224, 16, id="small"),
+        pytest.param({"d": 768, "depth": 2}, 224, 16, id="base"),
+    ],
+)
+def test_equals_the_official_equations(tmp_path, sizes, pixels, stride):
+    state = official.random_state(**sizes)
+    convert(deit_file(tmp_path / "vim.pth", state, input_size=pixels), tmp_path / "out")
+    model = from_pretrained(tmp_path / "out")
+    images = torch.randn(1, 3, pixels, pixels, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        got = model(images)
+    want = official.forward(state, images, stride)
+    assert ((got.double() - want).norm() / want.norm()) < 1e-5
+    assert model.config.stride == stride
+    assert model.config.img_size == (pixels, pixels)
+
+
+def test_raw_state_dict_and_averaged_weights(tmp_path):
+    plain, ema = official.random_state(**SMALL), official.random_state(**SMALL, seed=1)
+    torch.save(plain, tmp_path / "raw.pth")
+    deit_file(tmp_path / "full.pth", plain, ema)
+    convert(tmp_path / "raw.pth", tmp_path / "raw")
+    convert(tmp_path / "full.pth", tmp_path / "ema", ema=True)
+    torch.testing.assert_close(from_pretrained(tmp_path / "raw").state_dict(), plain, rtol=0, atol=0)
+    torch.testing.assert_close(from_pretrained(tmp_path / "ema").state_dict(), ema, rtol=0, atol=0)
+
+
+def test_picture_size_that_fits_no_grid(tmp_path):
+    torch.save(official.random_state(**SMALL), tmp_path / "raw.pth")
+    with pytest.raises(UserError, match="fit no stride at 100 pixels; give the right --img-size"):
+        convert(tmp_path / "raw.pth", tmp_path / "out", img_size=100)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: s.pop("layers.1.mixer.D_b"), r"lacks 1 tensor\(s\): layers.1.mixer.D_b"),
+        (lambda s: s.update(extra=torch.ones(1)), r"has unknown 1 tensor\(s\): extra"),
+        (lambda s: s.pop("cls_token"), "lacks the tensor 'cls_token'"),
+        (
+            lambda s: s.update({"norm_f.weight": torch.ones(3)}),
+            r"norm_f.weight has shape \(3,\), the model wants \(32,\)",
+        ),
+        (lambda s: s.update(pos_embed=torch.ones(1, 12, 32)), "11 patches, which is no square grid"),
+        (lambda s: s.update(note="x"), "'note' is a str, wanted a tensor"),
+    ],
+)
+def test_wrong_tensors_are_named(tmp_path, change, words):
+    state = official.random_state(**SMALL)
+    change(state)
+    torch.save(state, tmp_path / "raw.pth")
+    with pytest.raises(UserError, match=words):
+        convert(tmp_path / "raw.pth", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+class Harmful:
+    def __reduce__(self):
+        return (print, ("this must never run",))
+
+
+def test_code_in_a_pickle_never_runs(tmp_path, capsys):
+    torch.save({"model": official.random_state(**SMALL), "args": Harmful()}, tmp_path / "bad.pth")
+    assert main([str(tmp_path / "bad.pth"), str(tmp_path / "out")]) == 2
+    printed = capsys.readouterr()
+    assert "must never run" not in printed.out
+    assert "no checkpoint that can be read safely" in printed.err
+    assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
+def test_damaged_or_missing_files(tmp_path, content):
+    (tmp_path / "bad.pth").write_bytes(content)
+    with pytest.raises(UserError, match=r"bad\.pth"):
+        convert(tmp_path / "bad.pth", tmp_path / "out")
+    with pytest.raises(UserError, match="no such file"):
+        convert(tmp_path / "none.pth", tmp_path / "out")
+    torch.save({"epoch": 1, "model_ema": None, "args": None}, tmp_path / "empty.pth")
+    with pytest.raises(UserError, match="has no 'model' part"):
+        convert(tmp_path / "empty.pth", tmp_path / "out")
+
+
+def test_the_command(tmp_path):
+    torch.save(official.random_state(**SMALL), tmp_path / "raw.pth")
+    command = [sys.executable, "-m", "vim_backbone.convert", str(tmp_path / "raw.pth"), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / "out")
+    assert from_pretrained(tmp_path / "out").num_classes == 5

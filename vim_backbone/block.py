@@ -1,0 +1,46 @@
+"""One Vim block: add to the residual stream, RMS norm, mixer; with stochastic depth."""
+
+import torch
+from torch import Tensor, nn
+
+from vim_backbone.config import VimConfig
+from vim_backbone.mixer import Mixer
+from vim_kernels import add_rms_norm
+
+
+class RMSNorm(nn.Module):
+    """The residual add and RMS norm (arXiv 1910.07467) as one step; the stream is float32."""
+
+    def __init__(self, d_model: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d_model))
+        self.eps = eps
+
+    def forward(self, h: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(batch, length, d_model) twice -> normed, new residual stream."""
+        return add_rms_norm(h, residual, self.weight, self.eps)
+
+
+class Block(nn.Module):
+    """residual += drop_path(h); h = mixer(norm(residual)). The first block starts the stream with h itself."""
+
+    def __init__(self, config: VimConfig, drop_path: float) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mixer = Mixer(config)
+        self.drop_path = drop_path
+
+    def forward(self, h: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(batch, length, d_model) twice -> output of the mixer, residual stream."""
+        if residual is not None:
+            h = drop_path(h, self.drop_path, self.training)
+        normed, stream = self.norm(h, residual)
+        return self.mixer(normed), stream
+
+
+def drop_path(h: Tensor, rate: float, training: bool) -> Tensor:
+    """Stochastic depth (arXiv 1603.09382): zero whole samples with probability `rate`, scale up the others."""
+    if rate == 0.0 or not training:
+        return h
+    keep = torch.rand(h.shape[0], 1, 1, device=h.device) >= rate
+    return h * keep.to(h.dtype) / (1.0 - rate)

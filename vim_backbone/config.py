@@ -1,0 +1,126 @@
+"""Architecture of a Vim backbone: every size, checked once, and the named sizes of the papers."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from vim_backbone.errors import UserError, nearest
+
+SIZES: dict[str, dict[str, Any]] = {
+    "vim_tiny": {"d_model": 192, "depth": 24},
+    "vim_small": {"d_model": 384, "depth": 24},
+    "vim_base": {"d_model": 768, "depth": 24},
+    "vim_large": {"d_model": 1024, "depth": 48},
+    "vim_huge": {"d_model": 1280, "depth": 64, "patch_size": 14},
+}
+"""Ti, S, B of Vim (arXiv 2401.09417); L, H as FastVim (arXiv 2502.00594) pretrains them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VimConfig:
+    """Architecture of a Vim backbone; the whole content of config.json."""
+
+    d_model: int
+    """Width of the residual stream, in channels."""
+    depth: int
+    """Number of blocks."""
+    img_size: tuple[int, int] = (224, 224)
+    """Height and width in pixels that the position table is made for; the model takes other sizes too."""
+    patch_size: int = 16
+    """Side of a patch in pixels."""
+    stride: int | None = None
+    """Pixels from one patch to the next; None means patch_size, 8 gives overlapping patches."""
+    in_chans: int = 3
+    """Channels of the picture."""
+    num_classes: int = 1000
+    """Outputs of the classifier; 0 for none, then the model returns pooled features."""
+    class_token: Literal["middle", "first", "none"] = "middle"
+    """Where the class token sits in the scan."""
+    num_registers: int = 0
+    """Learned tokens spread evenly over the scan (Mamba-Reg, arXiv 2405.14858)."""
+    position: Literal["learned", "sincos"] = "learned"
+    """Position table: learned, or the fixed 2-D sine-cosine of MAE."""
+    global_pool: Literal["token", "avg"] = "token"
+    """What the classifier reads: the class token, or the mean of the patch tokens."""
+    d_state: int = 16
+    """States of the scan per inner channel."""
+    d_conv: int = 4
+    """Taps of the causal convolution."""
+    expand: int = 2
+    """Inner channels per channel of the residual stream."""
+    dt_rank: int | None = None
+    """Rank of the time-step projection; None means d_model / 16, rounded up."""
+    mixer_norm: bool = False
+    """LayerNorm between scan and gate; removes the loss spikes of large models (FastVim)."""
+    norm_eps: float = 1e-5
+    """Epsilon of the RMS norms."""
+    drop_path_rate: float = 0.0
+    """Stochastic depth at the last block; rises linearly from 0."""
+
+    def __post_init__(self) -> None:
+        size = self.img_size
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        object.__setattr__(self, "img_size", size)
+        object.__setattr__(self, "stride", self.stride or self.patch_size)
+        object.__setattr__(self, "dt_rank", self.dt_rank or -(-self.d_model // 16))
+        if len(size) != 2:
+            raise UserError(f"img_size is {size}: give one side or (height, width) in pixels")
+        for name in ("d_model", "depth", "patch_size", "stride", "in_chans", "d_state", "d_conv", "expand", "dt_rank"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.num_classes < 0 or self.num_registers < 0:
+            raise UserError("num_classes and num_registers cannot be negative")
+        for name, choices in (
+            ("class_token", ("middle", "first", "none")),
+            ("position", ("learned", "sincos")),
+            ("global_pool", ("token", "avg")),
+        ):
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name} is {getattr(self, name)!r}: choose from {', '.join(choices)}")
+        if self.global_pool == "token" and self.class_token == "none":
+            raise UserError("global_pool is 'token' but class_token is 'none': set global_pool to 'avg'")
+        if self.position == "sincos" and self.d_model % 4:
+            raise UserError(f"d_model is {self.d_model}: sine-cosine positions need a multiple of 4")
+        if not 0.0 <= self.drop_path_rate < 1.0:
+            raise UserError(f"drop_path_rate is {self.drop_path_rate}: it must lie in [0, 1)")
+        self.grid(*size)
+
+    @property
+    def d_inner(self) -> int:
+        """Channels inside the mixer."""
+        return self.expand * self.d_model
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches of a picture. Raises UserError for a size the stride does not divide."""
+        stride = self.stride or self.patch_size
+        for side, pixels in (("height", height), ("width", width)):
+            if pixels % stride or pixels < self.patch_size:
+                near = max(self.patch_size, round(pixels / stride) * stride)
+                near += -near % stride
+                raise UserError(
+                    f"image {side} is {pixels} pixels: it must be a multiple of the stride {stride} "
+                    f"and at least one patch ({self.patch_size}); the nearest is {near}"
+                )
+        return (height - self.patch_size) // stride + 1, (width - self.patch_size) // stride + 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self) | {"img_size": list(self.img_size)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "VimConfig":
+        """From plain data. Raises UserError naming a field that does not exist or is missing."""
+        known = {f.name for f in fields(cls)}
+        for name in data:
+            if name not in known:
+                raise UserError(f"{name!r} is no field of a Vim backbone: {nearest(name, known)}")
+        for name in ("d_model", "depth"):
+            if name not in data:
+                raise UserError(f"the backbone's config lacks {name!r}")
+        return cls(**data)
+
+
+def named_config(name: str, **overrides: Any) -> VimConfig:
+    """The config of a named size ("vim_tiny" .. "vim_huge"), with fields overridden."""
+    if name not in SIZES:
+        raise UserError(f"unknown model {name!r}: {nearest(name, SIZES)}")
+    return VimConfig.from_dict(SIZES[name] | overrides)

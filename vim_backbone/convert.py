@@ -1,0 +1,138 @@
+"""Official hustvl/Vim checkpoints to the folder format: `python -m vim_backbone.convert CHECKPOINT.pth OUT_DIR`."""
+
+import argparse
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vim_backbone.config import VimConfig
+from vim_backbone.errors import UserError
+from vim_backbone.pretrained import load_state
+from vim_backbone.vim import VisionMamba
+
+
+def convert(checkpoint: str | Path, out_dir: str | Path, *, ema: bool = False, img_size: int | None = None) -> Path:
+    """Convert an official checkpoint, or a raw state dict, into a backbone folder.
+
+    The file is read with `weights_only` and argparse.Namespace as the only class allowed besides tensors.
+
+    Args:
+        ema: take the averaged weights ("model_ema") instead of "model".
+        img_size: side in pixels of the pictures it was trained on; found from the file when None.
+
+    Raises:
+        UserError: no such file, no Vim checkpoint, or a tensor that is missing, unknown or misshapen, by name.
+    """
+    path = Path(checkpoint)
+    state, trained_side = read_checkpoint(path, ema)
+    config = infer_config(state, path, img_size or trained_side)
+    model = VisionMamba(config)
+    load_state(model, {name: tensor.float() for name, tensor in state.items()}, config, path)
+    return model.save_pretrained(out_dir)
+
+
+def read_checkpoint(path: Path, ema: bool) -> tuple[dict[str, Tensor], int | None]:
+    """The state dict, and the picture side that the training arguments in the file name, if any."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            data = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder: give the .pth file inside") from None
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} is no checkpoint that can be read safely: {_first_line(error)}") from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged or no PyTorch checkpoint: {_first_line(error)}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path} holds a {type(data).__name__}, wanted a dict of tensors or a training checkpoint")
+    side = None
+    if "model" in data or "model_ema" in data:
+        part = "model_ema" if ema else "model"
+        if not isinstance(data.get(part), dict):
+            raise UserError(f"{path} has no {part!r} part; it has {', '.join(map(str, data))}")
+        side = getattr(data.get("args"), "input_size", None)
+        data = data[part]
+    elif ema:
+        raise UserError(f"{path} is a raw state dict without averaged weights: leave out --ema")
+    for name, tensor in data.items():
+        if not isinstance(tensor, Tensor):
+            raise UserError(f"{path}: {name!r} is a {type(tensor).__name__}, wanted a tensor")
+    return data, side
+
+
+def infer_config(state: dict[str, Tensor], path: Path, img_size: int | None) -> VimConfig:
+    """The architecture behind an official state dict, from the shapes of its tensors."""
+
+    def tensor(name: str) -> Tensor:
+        if name not in state:
+            raise UserError(f"{path} lacks the tensor {name!r}: it is no official Vim checkpoint")
+        return state[name]
+
+    mixer = "layers.0.mixer"
+    d_model, in_chans, patch_size, _ = tensor("patch_embed.proj.weight").shape
+    d_inner, d_state = tensor(f"{mixer}.A_log").shape
+    tensor("cls_token")
+    num_patches = tensor("pos_embed").shape[1] - 1
+    side = round(num_patches**0.5)
+    if side * side != num_patches:
+        raise UserError(f"{path}: pos_embed has {num_patches} patches, which is no square grid")
+    stride, img_size = _stride_and_size(side, patch_size, img_size, path)
+    return VimConfig(
+        d_model=d_model,
+        depth=1 + max((int(name.split(".")[1]) for name in state if name.startswith("layers.")), default=0),
+        img_size=(img_size, img_size),
+        patch_size=patch_size,
+        stride=stride,
+        in_chans=in_chans,
+        num_classes=state["head.weight"].shape[0] if "head.weight" in state else 0,
+        d_state=d_state,
+        d_conv=tensor(f"{mixer}.conv1d.weight").shape[-1],
+        expand=d_inner // d_model,
+        dt_rank=tensor(f"{mixer}.dt_proj.weight").shape[1],
+    )
+
+
+def _stride_and_size(side: int, patch_size: int, img_size: int | None, path: Path) -> tuple[int, int]:
+    """Stride and picture side behind a grid of `side` patches: half-overlapping patches give odd grids of 224."""
+    if img_size is None:
+        half = patch_size // 2
+        img_size = (side - 1) * half + patch_size if side == 27 else side * patch_size
+    if side == 1:
+        return patch_size, img_size
+    stride, rest = divmod(img_size - patch_size, side - 1)
+    if rest or not 1 <= stride <= patch_size or img_size % stride:
+        raise UserError(
+            f"{path}: {side} x {side} patches of {patch_size} pixels fit no stride at {img_size} pixels; "
+            "give the right --img-size"
+        )
+    return stride, img_size
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def main(argv: list[str] | None = None) -> Any:
+    """Command line; prints one line on an error and returns 2."""
+    parser = argparse.ArgumentParser(prog="python -m vim_backbone.convert", description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="official .pth file, or a raw state dict")
+    parser.add_argument("out_dir", type=Path, help="folder to write the backbone into")
+    parser.add_argument("--ema", action="store_true", help="take the averaged weights")
+    parser.add_argument("--img-size", type=int, help="side of the training pictures in pixels (found from the file)")
+    arguments = parser.parse_args(argv)
+    try:
+        folder = convert(arguments.checkpoint, arguments.out_dir, ema=arguments.ema, img_size=arguments.img_size)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201 - command line
+        return 2
+    print(folder)  # noqa: T201 - command line
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""The folder of a backbone: which files it has, what is in them, and how they are written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vim_backbone.config import VimConfig
+from vim_backbone.errors import UserError
+from vim_backbone.files import write_json, write_tensors, write_text
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MODEL_TYPE = "vim"
+WEIGHTS = "model.safetensors"
+
+
+def save_pretrained(
+    model: nn.Module,
+    config: VimConfig,
+    folder: str | Path,
+    *,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+    card: str | None = None,
+) -> Path:
+    """Write config.json, model.safetensors, preprocessor_config.json and README.md into `folder`.
+
+    Args:
+        mean, std: what pictures in [0, 1] were normalised with, a value a channel.
+        card: Markdown text of README.md; a short one is made when None.
+
+    Raises:
+        UserError: the folder cannot be written, or the disk is full.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
+    write_tensors(folder / WEIGHTS, model.state_dict())
+    write_json(folder / "preprocessor_config.json", preprocessor(config, mean, std))
+    write_text(folder / "README.md", card or model_card(config, folder.name))
+    write_json(folder / "config.json", {"model_type": MODEL_TYPE, "architectures": ["VisionMamba"]} | config.to_dict())
+    return folder
+
+
+def read_config(folder: Path) -> VimConfig:
+    """The config of a backbone folder. Raises UserError naming what is missing."""
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise UserError(f"no backbone at {folder}: the folder does not exist")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no backbone at {folder}: config.json is missing") from None
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    if not isinstance(data, dict) or data.get("model_type") != MODEL_TYPE:
+        raise UserError(f"{path} describes no Vim backbone: its model_type is not {MODEL_TYPE!r}")
+    return VimConfig.from_dict({k: v for k, v in data.items() if k not in ("model_type", "architectures")})
+
+
+def preprocessor(config: VimConfig, mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, Any]:
+    """preprocessor_config.json, in the keys that transformers reads."""
+    height, width = config.img_size
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
+    }
+
+
+def model_card(config: VimConfig, name: str) -> str:
+    """A short README.md for a backbone folder."""
+    height, width = config.img_size
+    return f"""---
+library_name: vim_backbone
+tags: [vision-mamba, image-feature-extraction]
+---
+# {name}
+
+Vision Mamba (Vim, arXiv 2401.09417) backbone: {config.depth} blocks of width {config.d_model}, patches of
+{config.patch_size} pixels every {config.stride}, made for pictures of {height} x {width}; other sizes work too.
+
+```python
+import torch
+import vim_backbone
+
+model = vim_backbone.from_pretrained("{name}")
+features = model.forward_features(torch.rand(1, {config.in_chans}, {height}, {width}))
+```
+
+Pictures: RGB in [0, 1], normalised as `preprocessor_config.json` says.
+"""

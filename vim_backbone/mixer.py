@@ -1,0 +1,48 @@
+"""The bidirectional Mamba mixer of a Vim block: projections around the scan op of `vim_kernels`."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vim_backbone.config import VimConfig
+from vim_kernels import ScanWeights, bidirectional_scan
+
+
+class Mixer(nn.Module):
+    """Vim mixer (arXiv 2401.09417, algorithm 1), parameters named as in the official checkpoints.
+
+    Both directions share in_proj and out_proj; each owns its convolution, x_proj, dt_proj, A and D (`_b`: backward).
+    """
+
+    def __init__(self, config: VimConfig) -> None:
+        super().__init__()
+        d, e, n = config.d_model, config.d_inner, config.d_state
+        r = config.dt_rank or 0  # never None after VimConfig has checked itself
+        self.in_proj = nn.Linear(d, 2 * e, bias=False)
+        self.conv1d = nn.Conv1d(e, e, config.d_conv, groups=e)
+        self.x_proj = nn.Linear(e, r + 2 * n, bias=False)
+        self.dt_proj = nn.Linear(r, e)
+        self.A_log = nn.Parameter(self.in_proj.weight.new_empty(e, n))
+        self.D = nn.Parameter(self.in_proj.weight.new_empty(e))
+        self.conv1d_b = nn.Conv1d(e, e, config.d_conv, groups=e)
+        self.x_proj_b = nn.Linear(e, r + 2 * n, bias=False)
+        self.dt_proj_b = nn.Linear(r, e)
+        self.A_b_log = nn.Parameter(self.in_proj.weight.new_empty(e, n))
+        self.D_b = nn.Parameter(self.in_proj.weight.new_empty(e))
+        self.out_proj = nn.Linear(e, d, bias=False)
+        self.scan_norm = nn.LayerNorm(e) if config.mixer_norm else None
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(batch, length, d_model) -> the same."""
+        xz = self.in_proj(h)
+        forward = _weights(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
+        backward = _weights(self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
+        if self.scan_norm is None:
+            y = bidirectional_scan(xz, forward, backward)
+        else:
+            x, z = xz.chunk(2, dim=-1)
+            y = self.scan_norm(bidirectional_scan(x, forward, backward, gated=False)) * F.silu(z)
+        return self.out_proj(y)
+
+
+def _weights(conv: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: Tensor, D: Tensor) -> ScanWeights:
+    return ScanWeights(conv.weight.squeeze(1), conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias, A_log, D)

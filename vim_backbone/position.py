@@ -1,0 +1,33 @@
+"""The position table: made, and resampled to another grid with the class slot left alone."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vim_backbone.tokens import TokenLayout
+
+
+def sincos_table(grid: tuple[int, int], d_model: int) -> Tensor:
+    """Fixed 2-D sine-cosine positions of MAE (arXiv 2111.06377): (rows * columns, d_model).
+
+    The first half of the channels encodes the row and the second the column, each as sines then cosines of
+    geometrically spaced frequencies from 1 to 1/10000 per patch.
+    """
+    quarter = d_model // 4
+    frequency = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
+    row, column = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+    angles = [axis.flatten()[:, None] * frequency for axis in (row, column)]
+    return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1).float()
+
+
+def resize_table(table: Tensor, layout: TokenLayout, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """(1, l + class, d) for the grid `old` -> the same for `new`: bicubic over patches, the class slot moved along.
+
+    `layout` says where the class slot is; it must have no registers, which own no position.
+    """
+    if old == new:
+        return table
+    special, patches = layout.split(table)
+    image = patches.reshape(1, *old, -1).permute(0, 3, 1, 2)
+    image = F.interpolate(image.float(), size=new, mode="bicubic", antialias=True, align_corners=False)
+    return layout.join(special, image.flatten(2).transpose(1, 2).to(table.dtype))

@@ -1,0 +1,249 @@
+"""Vision Mamba: patches, positions, class token and registers, a stack of bidirectional blocks, a head.
+
+Shape letters: b batch, c h w picture, l patch tokens, s special tokens (class token, registers), d width.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vim_backbone.block import Block, RMSNorm, drop_path
+from vim_backbone.config import VimConfig
+from vim_backbone.errors import UserError
+from vim_backbone.folder import save_pretrained
+from vim_backbone.position import resize_table, sincos_table
+from vim_backbone.tokens import TokenLayout
+from vim_backbone.weights import init_mixer, lecun_normal_
+
+
+class PatchEmbed(nn.Module):
+    """Patches to tokens by one strided convolution."""
+
+    def __init__(self, config: VimConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(config.in_chans, config.d_model, config.patch_size, config.stride or config.patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(b, c, h, w) -> (b, l, d), row by row."""
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class VisionMamba(nn.Module):
+    """Vim (arXiv 2401.09417); parameter names are those of the official checkpoints.
+
+    Calling it with pictures (b, c, h, w), any h and w that the stride divides, gives logits (b, num_classes), or the
+    pooled features (b, d_model) when `num_classes` is 0. The feature methods follow timm.
+    """
+
+    def __init__(self, config: VimConfig) -> None:
+        super().__init__()
+        self.config = config
+        d = config.d_model
+        self.num_features = self.embed_dim = d
+        self.num_classes = config.num_classes
+        self.global_pool = config.global_pool
+        self.layout = TokenLayout(config.class_token, config.num_registers)
+        self.position_layout = TokenLayout(config.class_token, 0)
+        self.grid_size = config.grid(*config.img_size)
+        self.grad_checkpointing = False
+
+        self.patch_embed = PatchEmbed(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, d)) if config.class_token != "none" else None
+        self.register_tokens = nn.Parameter(torch.zeros(1, config.num_registers, d)) if config.num_registers else None
+        table = torch.zeros(1, self.grid_size[0] * self.grid_size[1] + self.position_layout.num_special, d)
+        self.pos_embed = nn.Parameter(table, requires_grad=config.position == "learned")
+        # the official model shifts the linear schedule by one block; the full rate falls on the add before norm_f
+        rates = [config.drop_path_rate * max(0, i - 1) / max(1, config.depth - 1) for i in range(config.depth)]
+        self.layers = nn.ModuleList(Block(config, rate) for rate in rates)
+        self.norm_f = RMSNorm(d, config.norm_eps)
+        self.head = nn.Linear(d, config.num_classes) if config.num_classes else nn.Identity()
+        reduction = config.stride or config.patch_size
+        self.feature_info = [
+            {"num_chs": d, "reduction": reduction, "module": f"layers.{i}"} for i in range(config.depth)
+        ]
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw every parameter afresh from torch's generator."""
+        lecun_normal_(self.patch_embed.proj.weight)
+        assert self.patch_embed.proj.bias is not None
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        for token in (self.cls_token, self.register_tokens):
+            if token is not None:
+                nn.init.trunc_normal_(token, std=0.02)
+        if self.config.position == "sincos":
+            patches = sincos_table(self.grid_size, self.embed_dim)[None]
+            special = patches.new_zeros(1, self.position_layout.num_special, self.embed_dim)
+            self.pos_embed.copy_(self.position_layout.join(special, patches))
+        else:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for block in self.layers:
+            assert isinstance(block, Block)
+            init_mixer(block.mixer, self.config.depth)
+        self._init_head()
+
+    def _init_head(self) -> None:
+        if isinstance(self.head, nn.Linear):
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(b, c, h, w) -> logits (b, num_classes), or pooled features (b, d) without a head."""
+        return self.forward_head(self.forward_features(images))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """(b, c, h, w) -> normed tokens (b, s + l, d): class token, registers, then patches row by row."""
+        return torch.cat(self.encode(self.embed_patches(images)), dim=1)
+
+    def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens of `forward_features` -> pooled (b, d) when `pre_logits`, else through the classifier."""
+        pooled = tokens[:, 0] if self.global_pool == "token" else tokens[:, self.num_prefix_tokens :].mean(dim=1)
+        return pooled if pre_logits else self.head(pooled)
+
+    def embed_patches(self, images: Tensor) -> Tensor:
+        """(b, c, h, w) -> patch tokens with their positions (b, l, d)."""
+        grid = self.config.grid(*images.shape[-2:])
+        if images.shape[1] != self.config.in_chans:
+            raise UserError(f"pictures have {images.shape[1]} channels, the backbone wants {self.config.in_chans}")
+        return self.patch_embed(images) + self._positions(grid)[1]
+
+    def encode(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Patch tokens in scan order, all or the visible ones -> normed special (b, s, d), normed patches (b, l, d)."""
+        h, residual = self._join_special(patches), None
+        for block in self.layers:
+            h, residual = self._run(block, h, residual)
+        h = drop_path(h, self.config.drop_path_rate, self.training)
+        normed, _ = self.norm_f(h, residual)
+        return self.layout.split(normed)
+
+    def _join_special(self, patches: Tensor) -> Tensor:
+        special = []
+        if self.cls_token is not None:
+            special.append(self.cls_token + self._positions(self.grid_size)[0])
+        if self.register_tokens is not None:
+            special.append(self.register_tokens)
+        if not special:
+            return patches
+        return self.layout.join(torch.cat(special, dim=1).to(patches.dtype).expand(len(patches), -1, -1), patches)
+
+    def _positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Positions of the class token (1, 0 or 1, d) and of the patches of `grid` (1, l, d)."""
+        return self.position_layout.split(resize_table(self.pos_embed, self.position_layout, self.grid_size, grid))
+
+    def _run(self, block: nn.Module, h: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(block, h, residual, use_reentrant=False)  # pyright: ignore[reportReturnType]
+        return block(h, residual)
+
+    def forward_intermediates(
+        self,
+        images: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Residual streams after chosen blocks, as timm's method of this name.
+
+        Args:
+            images: (b, c, h, w).
+            indices: blocks to take, counted from 0 or from the end; an int n takes the last n; None takes all.
+            return_prefix_tokens: give each as (patches, prefix tokens).
+            norm: pass each through the final norm.
+            stop_early: run no block after the last one taken.
+            output_fmt: "NCHW" (b, d, rows, columns) or "NLC" (b, l, d).
+            intermediates_only: leave out the final tokens.
+
+        Returns:
+            The list of intermediates, or (final tokens as `forward_features` gives them, that list).
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise UserError(f"output_fmt is {output_fmt!r}: choose NCHW or NLC")
+        taken = self._block_indices(indices)
+        grid = self.config.grid(*images.shape[-2:])
+        last = max(taken) + 1 if stop_early and intermediates_only else len(self.layers)
+        h, residual, found = self._join_special(self.embed_patches(images)), None, {}
+        for index, block in enumerate(self.layers[:last]):
+            h, residual = self._run(block, h, residual)
+            if index in taken:
+                normed, stream = self.norm_f(h, residual)
+                special, patches = self.layout.split(normed if norm else stream.to(h.dtype))
+                if output_fmt == "NCHW":
+                    patches = patches.transpose(1, 2).reshape(len(patches), -1, *grid)
+                found[index] = (patches, special) if return_prefix_tokens else patches
+        intermediates = [found[index] for index in taken]
+        if intermediates_only:
+            return intermediates
+        h = drop_path(h, self.config.drop_path_rate, self.training)
+        return torch.cat(self.layout.split(self.norm_f(h, residual)[0]), dim=1), intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the blocks after the last one taken, and the norm or head; returns the indices taken."""
+        taken = self._block_indices(indices)
+        self.layers = self.layers[: max(taken) + 1]
+        if prune_norm:
+            nn.init.ones_(self.norm_f.weight)
+        if prune_head:
+            self.reset_classifier(0)
+        return taken
+
+    def _block_indices(self, indices: int | Sequence[int] | None) -> list[int]:
+        depth = len(self.layers)
+        if indices is None:
+            return list(range(depth))
+        wanted = list(range(depth - indices, depth)) if isinstance(indices, int) else list(indices)
+        for index in wanted:
+            if not -depth <= index < depth or (isinstance(indices, int) and index < 0):
+                raise UserError(f"block index {index} is out of range: the model has {depth} blocks")
+        return [index % depth for index in wanted]
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> Path:
+        """Write this backbone as a folder that `vim_backbone.from_pretrained` reads; see `folder.save_pretrained`."""
+        return save_pretrained(self, self.config, folder, **options)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches in `forward_features`: class token and registers."""
+        return self.layout.num_special
+
+    def get_classifier(self) -> nn.Module:
+        """The head."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: Literal["token", "avg"] | None = None) -> None:
+        """Put on a fresh head for `num_classes` (0: none), and maybe pool otherwise."""
+        data = self.config.to_dict() | {"num_classes": num_classes}
+        if global_pool is not None:
+            data["global_pool"] = global_pool
+        self.config = VimConfig.from_dict(data)
+        self.num_classes, self.global_pool = num_classes, self.config.global_pool
+        weight = self.norm_f.weight
+        self.head = nn.Linear(self.embed_dim, num_classes, device=weight.device) if num_classes else nn.Identity()
+        with torch.no_grad():
+            self._init_head()
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that decay would harm although they have two axes or more."""
+        own = {"cls_token", "register_tokens", "pos_embed"}
+        ends = (".A_log", ".A_b_log", ".D", ".D_b")
+        return {name for name, _ in self.named_parameters() if name in own or name.endswith(ends)}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that sort parameters into stem and blocks, for layer-wise learning rates."""
+        stem = r"^(?:cls_token|register_tokens|pos_embed|patch_embed)"
+        if coarse:
+            return {"stem": stem, "blocks": r"^layers"}
+        return {"stem": stem, "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))]}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of storing its activations."""
+        self.grad_checkpointing = enable
