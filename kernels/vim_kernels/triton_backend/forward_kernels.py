@@ -6,8 +6,10 @@ rows of one sequence that one program scans; an interval is the run of rows betw
 from the first row of a sequence in either direction. Shapes: q directions, n states, d channels.
 """
 
-# pyright: basic
-# mypy: ignore-errors
+# ruff: noqa: SIM102, SIM108 - Triton's language has no starred tuples, and folds only plain `if`s on constants
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportAssignmentType=false
+# pyright: reportPossiblyUnboundVariable=false
 import triton
 import triton.language as tl
 
@@ -163,7 +165,7 @@ def chunk_state_kernel(
     table_ptr, length, chunk_size, chunks_per_sequence,
     channels, state_stride, u_direction, dt_direction, bc_direction, chunk_direction, total_direction,
     REVERSE: tl.constexpr, ADJOINT: tl.constexpr, PACKED: tl.constexpr,
-    N: tl.constexpr, BLOCK: tl.constexpr,
+    N: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks, chunks, directions). The state after each chunk if it began at zero, and the sum of its dt.
 
@@ -187,7 +189,12 @@ def chunk_state_kernel(
     bc_row = bc_ptr + direction * bc_direction + row * (2 * N)
     h = tl.zeros([N, BLOCK], tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
-    for _ in range(0, count):
+    for i in range(0, count):
+        if AHEAD > 0:
+            if i + AHEAD < count:
+                _prefetch(bc_row + step * AHEAD * (2 * N) + tl.arange(0, 32))
+                _prefetch(u_row + step * AHEAD * channels + d)
+                _prefetch(dt_row + step * AHEAD * channels + d)
         u = tl.load(u_row + d, mask=ok, other=0.0).to(tl.float32)
         dt = tl.load(dt_row + d, mask=ok, other=0.0).to(tl.float32)
         decay = tl.exp2(dt[None, :] * rates)

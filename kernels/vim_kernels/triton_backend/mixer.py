@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 
 from vim_kernels.triton_backend import plan
+from vim_kernels.triton_backend.launch import launch
 from vim_kernels.triton_backend.mixer_kernels import mixer_inputs_kernel
 from vim_kernels.triton_backend.plan import Tokens, tokens_of
 from vim_kernels.triton_backend.scan import ScanInputs, scan_backward, scan_forward
@@ -81,7 +82,7 @@ def bidirectional_scan_backward(
     dxz = x.new_empty(b, l, d if z is None else 2 * d)
     dx, dz = dxz[..., :d], None if z is None else dxz[..., d:]
     if x.numel() == 0:
-        return dx, dz, *(ScanWeights(*(None if t is None else torch.zeros_like(t) for t in w)) for w in (forward, backward))
+        return dx, dz, _zeros(forward), _zeros(backward)
     tokens = tokens_of(x, cu_seqlens)
     inputs, low = mixer_inputs(x, forward, backward, tokens, store_low=True)
     dy = gate_backward(
@@ -96,7 +97,7 @@ def bidirectional_scan_backward(
     assert found.skips is not None
     du, ddt_proj, dx_proj = _projections_backward(found.u, found.dt, found.bc, inputs.u, low, forward, backward)
     g, dtaps = conv_backward(
-        du, x, (forward.conv_weight, backward.conv_weight), (forward.conv_bias, backward.conv_bias), cu_seqlens,
+        du, x, (forward.conv_weight, backward.conv_weight), _conv_biases(forward, backward), cu_seqlens,
         reverse=False, silu=True, in_place=True,
     )  # fmt: skip
     convolve(g, (forward.conv_weight, backward.conv_weight), None, flat(dx), x, cu_seqlens, True, False)
@@ -121,33 +122,34 @@ def mixer_inputs(
     d, n = forward.A_log.shape
     rank, states, rows = forward.dt_proj.shape[1], _states(n), tokens.rows
     source = flat(x)
-    f, b = (ScanWeights(*(None if t is None else t.contiguous() for t in w)) for w in (forward, backward))
+    f, b = _contiguous(forward), _contiguous(backward)
+    biases = _conv_biases(f, b)
     u = x.new_empty(2, rows, d)
     dt = x.new_empty(2, rows, d, dtype=torch.float32 if x.dtype == torch.float32 else torch.float16)
     bc = x.new_empty(2, rows, 2 * states, dtype=torch.float32)
     low = x.new_empty(2, rows, _rank(rank)) if store_low else None
     sizes = plan.MIXER[plan.target(x.device)]
-    mixer_inputs_kernel[(2, triton.cdiv(rows, sizes.rows))](
+    launch(mixer_inputs_kernel, (2, triton.cdiv(rows, sizes.rows)),
         source, source.stride(0), f.conv_weight, b.conv_weight,
-        f.conv_bias if f.conv_bias is not None else x, b.conv_bias if b.conv_bias is not None else x,
+        *(biases or (x, x)),
         f.x_proj, b.x_proj, f.dt_proj, b.dt_proj, f.dt_bias, b.dt_bias,
         u, dt, bc, low if low is not None else x, tokens.segment(x), rows, tokens.length, d,
         rows * d, rows * 2 * states, rows * _rank(rank),
-        HAS_BIAS=f.conv_bias is not None, PACKED=tokens.packed, STORE_LOW=store_low, WIDTH=f.conv_weight.shape[1],
+        HAS_BIAS=biases is not None, PACKED=tokens.packed, STORE_LOW=store_low, WIDTH=f.conv_weight.shape[1],
         N=n, STATES=states, RANK=rank, RANK_BLOCK=_rank(rank),
         ROWS=sizes.rows, BLOCK=sizes.block, DOT=plan.dot_dtype(x), PRECISION="ieee",
         HARDWARE=plan.target(x.device) == "cuda",
         num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip
     rates = x.new_empty(2, states, d, dtype=torch.float32)
-    decay_rates_kernel[(triton.cdiv(d, 64), 2)](f.A_log, b.A_log, rates, d, N=n, STATES=states, BLOCK=64)
+    launch(decay_rates_kernel, (triton.cdiv(d, 64), 2), f.A_log, b.A_log, rates, d, N=n, STATES=states, BLOCK=64)
     return MixerInputs(ScanInputs(u, dt, bc, rates, (f.D, b.D), False), low)
 
 
 def _projections_backward(
     du: Tensor, ddt: Tensor, dbc: Tensor, u: Tensor, low: Tensor, forward: ScanWeights, backward: ScanWeights
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """du with the path through x_proj added, in place; gradients (2, d, r) of dt_proj and (2, r + 2 n, d) of x_proj.
+    """Du with the path through x_proj added, in place; gradients (2, d, r) of dt_proj and (2, r + 2 n, d) of x_proj.
 
     The columns are padded as in the kernels, to r', n', n': products over 12 columns run at a tenth of the speed of 16.
     """
@@ -176,6 +178,23 @@ def _rank(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
 
 
+def _contiguous(weights: ScanWeights) -> ScanWeights:
+    return ScanWeights._make(None if t is None else t.contiguous() for t in weights)
+
+
+def _zeros(weights: ScanWeights) -> ScanWeights:
+    return ScanWeights._make(None if t is None else torch.zeros_like(t) for t in weights)
+
+
+def _conv_biases(forward: ScanWeights, backward: ScanWeights) -> tuple[Tensor, Tensor] | None:
+    """Of both directions; zeros for the one that has none beside one that has."""
+    f, b = forward.conv_bias, backward.conv_bias
+    if f is None and b is None:
+        return None
+    nothing = torch.zeros_like(forward.D)
+    return (nothing if f is None else f).contiguous(), (nothing if b is None else b).contiguous()
+
+
 def _states(n: int) -> int:
-    """n padded to what a product of tiles takes."""
+    """N padded to what a product of tiles takes."""
     return max(16, triton.next_power_of_2(n))

@@ -1,6 +1,8 @@
 """What a Vim mixer does before its scan, in one core-Triton kernel: convolution, SiLU, x_proj, dt_proj, softplus."""
 
-# pyright: basic
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportAssignmentType=false
+# pyright: reportPossiblyUnboundVariable=false
 import triton
 import triton.language as tl
 
@@ -11,7 +13,7 @@ DT_MAX = tl.constexpr(65504.0)  # the largest float16; exp(-65504 |A|) is 0 eith
 
 @triton.jit
 def _project(u, weight_ptr, first, r, wanted, d, ok, channels, total, PRECISION: tl.constexpr):
-    """total (rows, columns) + u (rows, d) times rows `first + r` of the weight (r + 2 n, d), transposed."""
+    """Total (rows, columns) + u (rows, d) times rows `first + r` of the weight (r + 2 n, d), transposed."""
     weight = tl.load(
         weight_ptr + (first + r)[None, :] * channels + d[:, None], mask=(r < wanted)[None, :] & ok[:, None], other=0.0
     )

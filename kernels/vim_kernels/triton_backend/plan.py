@@ -12,8 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from vim_kernels.triton_backend.forward_kernels import chunk_table_kernel
+from vim_kernels.triton_backend.launch import launch
 
-INTERVAL = 64
+INTERVAL = 32
 """Tokens between two states saved for the backward: 4 n / INTERVAL bytes a token, channel and direction."""
 
 
@@ -52,15 +53,18 @@ class MixerSizes(NamedTuple):
     stages: int
 
 
-FORWARD = {"cuda": ForwardSizes(32, 1, 4), "hip": ForwardSizes(64, 1, 0), "interpreter": ForwardSizes(32, 1, 0)}
-STATE = {"cuda": ForwardSizes(32, 1, 4), "hip": ForwardSizes(64, 1, 0), "interpreter": ForwardSizes(32, 1, 0)}
-BACKWARD = {"cuda": BackwardSizes(32, 1, 4), "hip": BackwardSizes(64, 1, 2), "interpreter": BackwardSizes(32, 1, 4)}
-TILED_FORWARD = TiledSizes(16, 1, 1, 16, 4)
+TILED_FORWARD = TiledSizes(16, 1, 1, 16, 2)
 TILED_BACKWARD = TiledSizes(4, 4, 1, INTERVAL, 2)
-MIXER = {"cuda": MixerSizes(32, 64, 4, 2), "hip": MixerSizes(32, 64, 4, 1), "interpreter": MixerSizes(16, 64, 4, 1)}
+TILED_STATES = 16
+"""The state size that the Gluon kernels are laid out for, Mamba's; another takes the core-Triton kernels."""
+
+FORWARD = {"cuda": ForwardSizes(32, 1, 2), "hip": ForwardSizes(64, 1, 0), "interpreter": ForwardSizes(32, 1, 0)}
+STATE = {"cuda": ForwardSizes(32, 1, 2), "hip": ForwardSizes(64, 1, 0), "interpreter": ForwardSizes(32, 1, 0)}
+BACKWARD = {"cuda": BackwardSizes(32, 1, 4), "hip": BackwardSizes(64, 1, 2), "interpreter": BackwardSizes(32, 1, 4)}
+MIXER = {"cuda": MixerSizes(64, 32, 4, 3), "hip": MixerSizes(64, 32, 4, 1), "interpreter": MixerSizes(16, 64, 4, 1)}
 CARRY_BLOCK, CARRY_CHUNKS = 32, 64
-PROGRAMS_WANTED = 16
-"""Programs of one warp a multiprocessor, under which a scan is cut into chunks: below this the chip waits."""
+FEW_WARPS, WANTED_WARPS = 4, 16
+"""Warps a multiprocessor: under FEW_WARPS a scan of whole sequences waits, and is cut into chunks for WANTED_WARPS."""
 
 
 class Tokens(NamedTuple):
@@ -73,6 +77,7 @@ class Tokens(NamedTuple):
 
     @property
     def packed(self) -> bool:
+        """Whether the sequences have sizes of their own."""
         return self.cu_seqlens is not None
 
     def slots(self) -> int:
@@ -93,9 +98,9 @@ class Chunks(NamedTuple):
     """Runs of at most `size` rows of one sequence, each scanned by one program."""
 
     size: int
-    count: int  # an upper bound where packed: the rest have no rows
+    total: int  # an upper bound where packed: the rest have no rows
     per_sequence: int
-    table: Tensor | None  # (count, 3) first row, rows, first slot
+    table: Tensor | None  # (total, 3) first row, rows, first slot
     sequence_table: Tensor | None  # (sequences, 2) first chunk, chunks
 
     @property
@@ -105,7 +110,7 @@ class Chunks(NamedTuple):
 
 
 def tokens_of(x: Tensor, cu_seqlens: Tensor | None) -> Tokens:
-    """x (b, l, d); a packed x has b = 1."""
+    """X (b, l, d); a packed x has b = 1."""
     b, l, _ = x.shape
     return Tokens(b * l, l, b if cu_seqlens is None else cu_seqlens.shape[0] - 1, cu_seqlens)
 
@@ -120,25 +125,38 @@ def cut(tokens: Tokens, size: int | None, device: torch.device) -> Chunks:
     count = tokens.sequences if whole else tokens.rows // size + tokens.sequences
     table = torch.empty(count, 3, dtype=torch.int32, device=device)
     sequence_table = torch.empty(tokens.sequences, 2, dtype=torch.int32, device=device)
-    chunk_table_kernel[(triton.cdiv(count, 128),)](
-        tokens.cu_seqlens, table, sequence_table, tokens.sequences, count, size, INTERVAL=INTERVAL, BLOCK=128
+    launch(
+        chunk_table_kernel,
+        (triton.cdiv(count, 128),),
+        tokens.cu_seqlens,
+        table,
+        sequence_table,
+        tokens.sequences,
+        count,
+        size,
+        INTERVAL=INTERVAL,
+        BLOCK=128,
     )
     return Chunks(size, count, 1 if whole else 0, table, sequence_table)
 
 
-def chunk_size(tokens: Tokens, blocks: int, processors: int) -> int | None:
-    """Rows a chunk, a multiple of INTERVAL, or None where whole sequences are enough programs for the chip."""
-    programs = blocks * tokens.sequences
-    wanted = PROGRAMS_WANTED * processors
-    if programs >= wanted // 2 or tokens.length <= 2 * INTERVAL:
+def chunk_size(tokens: Tokens, warps: int, processors: int) -> int | None:
+    """Rows a chunk, a multiple of INTERVAL, or None where `warps` warps a sequence fill the chip as they are.
+
+    Cutting costs a second pass over the exponentials. From docs/kernels.md: in chunks an H200 makes 0.8e12 state
+    updates a second; whole, a token takes 0.36 us and direction whatever the batch; they meet at 4 warps a processor.
+    """
+    programs = warps * tokens.sequences
+    if programs >= FEW_WARPS * processors or tokens.length <= 2 * INTERVAL:
         return None
-    intervals = max(1, programs * triton.cdiv(tokens.rows // tokens.sequences, INTERVAL) // wanted)
-    return intervals * INTERVAL
+    length = tokens.rows // tokens.sequences
+    intervals = programs * triton.cdiv(length, INTERVAL) // (WANTED_WARPS * processors)
+    return max(2, intervals) * INTERVAL
 
 
-def tiled(device: torch.device) -> bool:
+def tiled(device: torch.device, states: int) -> bool:
     """Whether the Gluon kernels run: they are written for warps of 32, and the interpreter does not know Gluon."""
-    return target(device) == "cuda"
+    return target(device) == "cuda" and states == TILED_STATES
 
 
 def target(device: torch.device) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 from vim_kernels.triton_backend import plan
 from vim_kernels.triton_backend.backward_kernels import scan_backward_kernel
 from vim_kernels.triton_backend.forward_kernels import carry_kernel, chunk_state_kernel, scan_forward_kernel
+from vim_kernels.triton_backend.launch import launch
 from vim_kernels.triton_backend.layouts import block_of, tile_layouts
 from vim_kernels.triton_backend.plan import Chunks, Tokens
 from vim_kernels.triton_backend.tiled_kernels import tiled_backward_kernel, tiled_forward_kernel
@@ -59,13 +60,10 @@ def scan_forward(
 ) -> Tensor | None:
     """Fill `out` with scale times the sum of the directions, gated by silu(z); returns the final states if wanted."""
     q, d, n = inputs.sizes
-    device = out.device
-    tiled = plan.tiled(device)
-    sizes = plan.FORWARD[plan.target(device)]
-    s = plan.TILED_FORWARD
-    block = block_of(s.states_thread, s.channels_thread, s.warps, n) if tiled else sizes.block
+    tiled = plan.tiled(out.device, n)
+    block, warps = _block(plan.TILED_FORWARD, plan.FORWARD[plan.target(out.device)], tiled, n)
     blocks = triton.cdiv(d, block)
-    chunks = plan.cut(tokens, plan.chunk_size(tokens, blocks, plan.processors(device)), device)
+    chunks = plan.cut(tokens, plan.chunk_size(tokens, blocks * warps, plan.processors(out.device)), out.device)
     final = out.new_empty(q, tokens.sequences, n, d, dtype=torch.float32) if want_final else None
     entering = initial
     if not chunks.one_each:
@@ -80,7 +78,7 @@ def scan_forward(
         triton.cdiv(tokens.length, plan.INTERVAL), d,
     )  # fmt: skip
     strides = (
-        z.stride(0) if z is not None else d, tokens.rows * d, tokens.rows * 2 * n, chunks.count * n * d,
+        z.stride(0) if z is not None else d, tokens.rows * d, tokens.rows * 2 * n, chunks.total * n * d,
         tokens.slots() * n * d,
     )  # fmt: skip
     flags = {
@@ -89,15 +87,24 @@ def scan_forward(
         "STORE_FINAL": want_final and chunks.one_each, "SCALE": scale, "N": n, "BLOCK": block,
         "INTERVAL": plan.INTERVAL,
     }  # fmt: skip
+    options = {"num_warps": warps, "num_stages": 1}
     if tiled:
-        layouts = tile_layouts(s.states_thread, s.channels_thread, s.warps, block, n)
-        tiled_forward_kernel[(blocks, chunks.count)](
-            *tensors, *strides, **flags, TILE=s.tile, UNROLL=s.step, **layouts, num_warps=s.warps, num_stages=1
+        sizes = plan.TILED_FORWARD
+        layouts = tile_layouts(sizes.states_thread, sizes.channels_thread, warps, block, n)
+        launch(
+            tiled_forward_kernel,
+            (blocks, chunks.total),
+            *tensors,
+            *strides,
+            **flags,
+            TILE=sizes.tile,
+            UNROLL=sizes.step,
+            **layouts,
+            **options,
         )
     else:
-        scan_forward_kernel[(blocks, chunks.count)](
-            *tensors, d, *strides, **flags, AHEAD=sizes.ahead, num_warps=sizes.warps, num_stages=1
-        )
+        ahead = plan.FORWARD[plan.target(out.device)].ahead
+        launch(scan_forward_kernel, (blocks, chunks.total), *tensors, d, *strides, **flags, AHEAD=ahead, **options)
     return final
 
 
@@ -113,21 +120,18 @@ def scan_backward(
 ) -> ScanGradients:
     """Gradients of one scan; that of dt is for the value before softplus where `softplus`."""
     q, d, n = inputs.sizes
-    device = dy.device
-    tiled = plan.tiled(device)
-    sizes = plan.BACKWARD[plan.target(device)]
-    s = plan.TILED_BACKWARD
-    block = block_of(s.states_thread, s.channels_thread, s.warps, n) if tiled else sizes.block
+    tiled = plan.tiled(dy.device, n)
+    block, warps = _block(plan.TILED_BACKWARD, plan.BACKWARD[plan.target(dy.device)], tiled, n)
     blocks = triton.cdiv(d, block)
-    chunks = plan.cut(tokens, plan.chunk_size(tokens, q * blocks, plan.processors(device)), device)
+    chunks = plan.cut(tokens, plan.chunk_size(tokens, q * blocks * warps, plan.processors(dy.device)), dy.device)
     initial = dy.new_empty(q, tokens.sequences, n, d, dtype=torch.float32) if want_initial else None
     adjoint = dfinal
     if not chunks.one_each:
         adjoint = _entering_states(inputs, dy, tokens, chunks, dfinal, initial, adjoint=True)
     du, ddt = torch.empty_like(inputs.u), torch.empty_like(inputs.u)
     dbc = dy.new_empty(q, blocks, tokens.rows, 2 * n, dtype=torch.float32)
-    drates = dy.new_empty(q, chunks.count, n, d, dtype=torch.float32)
-    dskips = dy.new_empty(q, chunks.count, d, dtype=torch.float32) if inputs.skips else None
+    drates = dy.new_empty(q, chunks.total, n, d, dtype=torch.float32)
+    dskips = dy.new_empty(q, chunks.total, d, dtype=torch.float32) if inputs.skips else None
     skips = inputs.skips or (dy,)
     tensors = (
         inputs.u, inputs.dt, inputs.bc, dy, inputs.rates, skips[0], skips[-1],
@@ -135,27 +139,37 @@ def scan_backward(
         du, ddt, dbc, drates, dskips if dskips is not None else dy, initial if initial is not None else dy,
         chunks.table if chunks.table is not None else dy, tokens.length, chunks.size, chunks.per_sequence,
         triton.cdiv(tokens.length, plan.INTERVAL),
-        d, tokens.rows * d, tokens.rows * 2 * n, chunks.count * n * d, tokens.slots() * n * d, tokens.rows * 2 * n,
+        d, tokens.rows * d, tokens.rows * 2 * n, chunks.total * n * d, tokens.slots() * n * d, tokens.rows * 2 * n,
     )  # fmt: skip
     flags = {
         "REVERSE": inputs.reverse, "PACKED": tokens.packed, "HAS_D": inputs.skips is not None,
         "HAS_ADJOINT": adjoint is not None, "STORE_DH0": want_initial and chunks.one_each, "SOFTPLUS": softplus,
         "N": n, "BLOCK": block, "INTERVAL": plan.INTERVAL,
     }  # fmt: skip
+    options = {"num_warps": warps, "num_stages": 1}
     if tiled:
-        layouts = tile_layouts(s.states_thread, s.channels_thread, s.warps, block, n)
-        tiled_backward_kernel[(blocks, chunks.count, q)](
-            *tensors, **flags, GROUP=s.step, **layouts, num_warps=s.warps, num_stages=1
+        sizes = plan.TILED_BACKWARD
+        layouts = tile_layouts(sizes.states_thread, sizes.channels_thread, warps, block, n)
+        launch(
+            tiled_backward_kernel, (blocks, chunks.total, q), *tensors, **flags, GROUP=sizes.step, **layouts, **options
         )
     else:
-        kept = triton.cdiv(plan.INTERVAL, sizes.group) * n * block
-        scratch = dy.new_empty(q * chunks.count * blocks * kept, dtype=torch.float32)
-        scan_backward_kernel[(blocks, chunks.count, q)](
-            *tensors, scratch, kept, **flags, GROUP=sizes.group, num_warps=sizes.warps, num_stages=1
+        group = plan.BACKWARD[plan.target(dy.device)].group
+        kept = triton.cdiv(plan.INTERVAL, group) * n * block
+        scratch = dy.new_empty(q * chunks.total * blocks * kept, dtype=torch.float32)
+        launch(
+            scan_backward_kernel, (blocks, chunks.total, q), *tensors, scratch, kept, **flags, GROUP=group, **options
         )
-    return ScanGradients(
-        du, ddt, dbc.sum(1), drates.sum(1), dskips.sum(1) if dskips is not None else None, initial
-    )
+    return ScanGradients(du, ddt, dbc.sum(1), drates.sum(1), dskips.sum(1) if dskips is not None else None, initial)
+
+
+def _block(
+    tiled_sizes: plan.TiledSizes, sizes: plan.ForwardSizes | plan.BackwardSizes, tiled: bool, n: int
+) -> tuple[int, int]:
+    """Channels and warps a program."""
+    if tiled:
+        return block_of(tiled_sizes.states_thread, tiled_sizes.channels_thread, tiled_sizes.warps, n), tiled_sizes.warps
+    return sizes.block, sizes.warps
 
 
 def _entering_states(
@@ -170,24 +184,23 @@ def _entering_states(
 ) -> Tensor:
     """(q, chunks, n, d): the state that enters every chunk, or the gradient that enters it from behind if adjoint."""
     q, d, n = inputs.sizes
-    device = source.device
-    after = source.new_empty(q, chunks.count, n, d, dtype=torch.float32)
+    after = source.new_empty(q, chunks.total, n, d, dtype=torch.float32)
     entering = torch.empty_like(after)
-    total = source.new_empty(q, chunks.count, d, dtype=torch.float32)
-    sizes = plan.STATE[plan.target(device)]
-    chunk_state_kernel[(triton.cdiv(d, sizes.block), chunks.count, q)](
+    total = source.new_empty(q, chunks.total, d, dtype=torch.float32)
+    sizes = plan.STATE[plan.target(source.device)]
+    launch(chunk_state_kernel, (triton.cdiv(d, sizes.block), chunks.total, q),
         source, inputs.dt, inputs.bc, inputs.rates, after, total,
         chunks.table if chunks.table is not None else source, tokens.length, chunks.size, chunks.per_sequence,
-        d, d, 0 if adjoint else tokens.rows * d, tokens.rows * d, tokens.rows * 2 * n, chunks.count * n * d,
-        chunks.count * d,
+        d, d, 0 if adjoint else tokens.rows * d, tokens.rows * d, tokens.rows * 2 * n, chunks.total * n * d,
+        chunks.total * d,
         REVERSE=inputs.reverse, ADJOINT=adjoint, PACKED=tokens.packed,
-        N=n, BLOCK=sizes.block, num_warps=sizes.warps, num_stages=1,
+        N=n, BLOCK=sizes.block, AHEAD=sizes.ahead, num_warps=sizes.warps, num_stages=1,
     )  # fmt: skip
-    carry_kernel[(triton.cdiv(d, plan.CARRY_BLOCK), tokens.sequences, q * n)](
+    launch(carry_kernel, (triton.cdiv(d, plan.CARRY_BLOCK), tokens.sequences, q * n),
         after, total, inputs.rates, entering,
         initial if initial is not None else after, final if final is not None else after,
         chunks.sequence_table if chunks.sequence_table is not None else after, chunks.per_sequence,
-        d, chunks.count * n * d, chunks.count * d,
+        d, chunks.total * n * d, chunks.total * d,
         REVERSE=inputs.reverse != adjoint, PACKED=tokens.packed, HAS_INITIAL=initial is not None,
         STORE_FINAL=final is not None,
         N=n, BLOCK=plan.CARRY_BLOCK, CHUNKS=plan.CARRY_CHUNKS, num_warps=4, num_stages=1,

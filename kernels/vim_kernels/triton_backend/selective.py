@@ -1,19 +1,19 @@
 """The single-direction selective scan of the Triton backend, forward and backward."""
 
+import math
+
 import torch
 import triton
 from torch import Tensor
 
-from vim_kernels.triton_backend import plan
-from vim_kernels.triton_backend.forward_kernels import LOG2E
 from vim_kernels.triton_backend.plan import tokens_of
 from vim_kernels.triton_backend.scan import ScanInputs, scan_backward, scan_forward
 from vim_kernels.triton_backend.tokens import flat, gate_backward, softplus
 
+LOG2E = 1 / math.log(2)
 
-def selective_scan_saved(
-    x: Tensor, A: Tensor, cu_seqlens: Tensor | None, initial_state: Tensor | None
-) -> list[Tensor]:
+
+def selective_scan_saved(x: Tensor, A: Tensor, cu_seqlens: Tensor | None, initial_state: Tensor | None) -> list[Tensor]:
     """[states (1, slots, n, d) float32]: 4 n / INTERVAL bytes a token and channel."""
     del initial_state
     slots = tokens_of(x, cu_seqlens).slots()
@@ -136,9 +136,7 @@ def _scan_inputs(
     states = triton.next_power_of_2(n)
     rows = x.shape[0] * x.shape[1]
     rates = x.new_zeros(1, states, d, dtype=torch.float32)
-    torch.mul(A.t(), LOG2E.value, out=rates[0, :n]) if A.dtype == torch.float32 else rates[0, :n].copy_(
-        A.t().float() * LOG2E.value
-    )
+    rates[0, :n] = A.t().float() * LOG2E
     bc = x.new_zeros(1, rows, 2 * states, dtype=torch.float32)
     bc[0, :, :n] = B.reshape(rows, n)
     bc[0, :, states : states + n] = C.reshape(rows, n)

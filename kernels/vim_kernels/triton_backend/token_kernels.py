@@ -3,7 +3,10 @@
 Rows are the tokens of all sequences, one after the other. Two rows belong to one sequence where `segment` says so.
 """
 
-# pyright: basic
+# ruff: noqa: RUF005 - Triton's language has no starred tuples, and folds only plain `if`s on constants
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportAssignmentType=false
+# pyright: reportPossiblyUnboundVariable=false
 import triton
 import triton.language as tl
 
@@ -243,7 +246,7 @@ def add_rms_norm_backward_kernel(
     dnormed_ptr, dtotal_ptr, total_ptr, weight_ptr, dsum_ptr, partial_ptr, rows, channels, eps, blocks_of_rows,
     HAS_DTOTAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (programs,). Gradient (rows, d) of the sum of x and residual, and partial (programs, d) sums for the weight."""
+    """Grid (programs,). Gradient (rows, d) of x + residual, and partial (programs, d) sums for the weight."""
     d = tl.arange(0, BLOCK)
     ok = d < channels
     weight = tl.load(weight_ptr + d, mask=ok, other=0.0).to(tl.float32)

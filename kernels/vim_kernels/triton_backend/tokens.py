@@ -4,6 +4,7 @@ import torch
 import triton
 from torch import Tensor
 
+from vim_kernels.triton_backend.launch import launch
 from vim_kernels.triton_backend.plan import tokens_of
 from vim_kernels.triton_backend.token_kernels import (
     add_rms_norm_backward_kernel,
@@ -48,8 +49,18 @@ def causal_conv1d_backward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of x, weight, bias."""
+    if x.numel() == 0:
+        return torch.zeros_like(x), torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
     g = dy.view(1, -1, x.shape[2])
-    g, dtaps = conv_backward(g, x, (weight,), (bias,), cu_seqlens, reverse=reverse, silu=activation == "silu")
+    g, dtaps = conv_backward(
+        g,
+        x,
+        (weight,),
+        (bias.contiguous(),) if bias is not None else None,
+        cu_seqlens,
+        reverse=reverse,
+        silu=activation == "silu",
+    )
     dx = x.new_empty(x.shape)
     convolve(g, (weight,), None, dx.view(-1, x.shape[2]), x, cu_seqlens, not reverse, False)
     dweight, dbias = split_taps(dtaps[0], weight, bias)
@@ -72,7 +83,7 @@ def convolve(
     weights = tuple(w.contiguous() for w in weights)
     if rows == 0:
         return
-    conv_kernel[(triton.cdiv(rows, TILE["ROWS"]), triton.cdiv(d, TILE["BLOCK"]))](
+    launch(conv_kernel, (triton.cdiv(rows, TILE["ROWS"]), triton.cdiv(d, TILE["BLOCK"])),
         x, x.stride(1), x.stride(0), weights[0], weights[-1], bias if bias is not None else x, out, out.stride(0),
         tokens.segment(x), rows, tokens.length, d,
         DIRECTIONS=q, REVERSE=reverse, SILU=silu, HAS_BIAS=bias is not None, PACKED=tokens.packed,
@@ -84,7 +95,7 @@ def conv_backward(
     du: Tensor,  # (q, rows, d) contiguous
     x: Tensor,  # (b, l, d)
     weights: tuple[Tensor, ...],
-    biases: tuple[Tensor | None, ...],
+    biases: tuple[Tensor, ...] | None,
     cu_seqlens: Tensor | None,
     *,
     reverse: bool,
@@ -100,11 +111,11 @@ def conv_backward(
     blocks = triton.cdiv(rows, SUMMING_TILE["ROWS"])
     programs = max(1, min(SUMMING_PROGRAMS, blocks))
     partial = du.new_empty(q, programs, width + 1, d, dtype=torch.float32)
-    conv_backward_kernel[(programs, triton.cdiv(d, SUMMING_TILE["BLOCK"]), q)](
+    launch(conv_backward_kernel, (programs, triton.cdiv(d, SUMMING_TILE["BLOCK"]), q),
         source, source.stride(0), weights[0], weights[-1],
-        biases[0] if biases[0] is not None else du, biases[-1] if biases[-1] is not None else du, du, g, partial,
+        biases[0] if biases else du, biases[-1] if biases else du, du, g, partial,
         tokens.segment(du), rows, tokens.length, d, rows * d, triton.cdiv(blocks, programs),
-        REVERSE=reverse, SILU=silu, HAS_BIAS=biases[0] is not None, PACKED=tokens.packed, WIDTH=width, **SUMMING_TILE,
+        REVERSE=reverse, SILU=silu, HAS_BIAS=biases is not None, PACKED=tokens.packed, WIDTH=width, **SUMMING_TILE,
     )  # fmt: skip
     return g, partial.sum(1)
 
@@ -116,23 +127,21 @@ def split_taps(dtaps: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
 
 
 def softplus(dt: Tensor, bias: Tensor | None, *, apply: bool) -> Tensor:
-    """(rows, d), any row stride -> softplus(dt + bias) in float32, or dt + bias where not `apply`."""
+    """In float32, softplus of dt + bias, or only their sum where not `apply`. dt is (rows, d), any row stride."""
     rows, d = dt.shape
     out = dt.new_empty(rows, d, dtype=torch.float32)
-    softplus_kernel[(triton.cdiv(rows, TILE["ROWS"]), triton.cdiv(d, TILE["BLOCK"]))](
+    launch(softplus_kernel, (triton.cdiv(rows, TILE["ROWS"]), triton.cdiv(d, TILE["BLOCK"])),
         dt, bias if bias is not None else dt, out, rows, d, dt.stride(0),
         HAS_BIAS=bias is not None, SOFTPLUS=apply, **TILE,
     )  # fmt: skip
     return out
 
 
-def gate_backward(
-    dout: Tensor, z: Tensor | None, ungated: Tensor | None, dz: Tensor | None, *, scale: float
-) -> Tensor:
+def gate_backward(dout: Tensor, z: Tensor | None, ungated: Tensor | None, dz: Tensor | None, *, scale: float) -> Tensor:
     """Gradient (rows, d) of the sum before the gate; fills dz (rows, d), any row stride, where z is given."""
     rows, d = dout.shape
     dy = torch.empty_like(dout)
-    gate_backward_kernel[(triton.cdiv(rows, TILE["ROWS"]), triton.cdiv(d, TILE["BLOCK"]))](
+    launch(gate_backward_kernel, (triton.cdiv(rows, TILE["ROWS"]), triton.cdiv(d, TILE["BLOCK"])),
         dout, z if z is not None else dout, ungated if ungated is not None else dout, dy, dz if dz is not None else dy,
         rows, d, z.stride(0) if z is not None else d, dz.stride(0) if dz is not None else d,
         GATE=z is not None, SCALE=scale, **TILE,
@@ -149,8 +158,9 @@ def add_rms_norm_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps
     if rows == 0:
         return normed, total
     tile = _norm_tile(channels)
-    add_rms_norm_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
-        x, residual.contiguous() if residual is not None else x, weight.contiguous(), normed, total, rows, channels, eps,
+    launch(add_rms_norm_kernel, (triton.cdiv(rows, tile["ROWS"]),),
+        x, residual.contiguous() if residual is not None else x, weight.contiguous(), normed, total,
+        rows, channels, eps,
         HAS_RESIDUAL=residual is not None, **tile,
     )  # fmt: skip
     return normed, total
@@ -162,12 +172,14 @@ def add_rms_norm_backward(
     """Gradients of the sum (float32; of x and of residual alike) and of weight."""
     channels = total.shape[-1]
     rows = total.numel() // max(channels, 1)
+    if rows == 0:
+        return torch.zeros_like(total), torch.zeros_like(weight)
     tile = _norm_tile(channels)
     blocks = triton.cdiv(rows, tile["ROWS"])
     programs = max(1, min(SUMMING_PROGRAMS, blocks))
     partial = total.new_empty(programs, channels)
     dsum = torch.empty_like(total)
-    add_rms_norm_backward_kernel[(programs,)](
+    launch(add_rms_norm_backward_kernel, (programs,),
         dnormed, dtotal if dtotal is not None else dnormed, total, weight.contiguous(), dsum, partial, rows, channels,
         eps, triton.cdiv(blocks, programs), HAS_DTOTAL=dtotal is not None, **tile,
     )  # fmt: skip
