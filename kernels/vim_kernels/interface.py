@@ -9,7 +9,11 @@ from torch import Tensor
 
 from vim_kernels.types import ScanWeights
 
-FAST_MODULES: dict[str, str] = {"cpu": "vim_kernels.cpu_backend", "torch": "vim_kernels.torch_backend"}
+FAST_MODULES: dict[str, str] = {
+    "triton": "vim_kernels.triton_backend",
+    "cpu": "vim_kernels.cpu_backend",
+    "torch": "vim_kernels.torch_backend",
+}
 """Fast backend name -> module that implements `FastBackend`."""
 
 

@@ -1,0 +1,200 @@
+"""The bidirectional scan of the Triton backend: all of a Vim mixer between in_proj and out_proj."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from vim_kernels.triton_backend import plan
+from vim_kernels.triton_backend.launch import launch
+from vim_kernels.triton_backend.mixer_kernels import mixer_inputs_kernel
+from vim_kernels.triton_backend.plan import Tokens, tokens_of
+from vim_kernels.triton_backend.scan import ScanInputs, scan_backward, scan_forward
+from vim_kernels.triton_backend.token_kernels import decay_rates_kernel
+from vim_kernels.triton_backend.tokens import conv_backward, convolve, flat, gate_backward, split_taps
+from vim_kernels.types import ScanWeights
+
+LN2 = math.log(2)
+
+
+class MixerInputs(NamedTuple):
+    """What the scan of both directions reads, and the low rank of dt where the backward needs it."""
+
+    scan: ScanInputs
+    low: Tensor | None  # (2, rows, r)
+
+
+def bidirectional_scan_saved(
+    x: Tensor, z: Tensor | None, forward: ScanWeights, backward: ScanWeights, cu_seqlens: Tensor | None
+) -> list[Tensor]:
+    """[states (2, slots, n, d) float32, the sum before the gate (b, l, d) if gated].
+
+    With n = 16 and 16-bit tokens 4 bytes a token and channel: 2 for the states, 2 for the sum.
+    """
+    del backward
+    d, n = forward.A_log.shape
+    states = x.new_empty(2, tokens_of(x, cu_seqlens).slots(), _states(n), d, dtype=torch.float32)
+    return [states] if z is None else [states, x.new_empty(x.shape)]
+
+
+def bidirectional_scan_forward(
+    x: Tensor,
+    z: Tensor | None,
+    forward: ScanWeights,
+    backward: ScanWeights,
+    cu_seqlens: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """Output (b, l, d) in the dtype of x, and what was saved."""
+    out = x.new_empty(x.shape)
+    saved = bidirectional_scan_saved(x, z, forward, backward, cu_seqlens) if save else []
+    if x.numel() == 0:
+        return out, saved
+    tokens = tokens_of(x, cu_seqlens)
+    d = x.shape[2]
+    scan_forward(
+        mixer_inputs(x, forward, backward, tokens, store_low=False).scan,
+        None if z is None else flat(z),
+        out.view(-1, d),
+        tokens,
+        scale=0.5,
+        states=saved[0] if save else None,
+        ungated=saved[1].view(-1, d) if save and z is not None else None,
+        initial=None,
+        want_final=False,
+    )
+    return out, saved
+
+
+def bidirectional_scan_backward(
+    dout: Tensor,
+    x: Tensor,
+    z: Tensor | None,
+    forward: ScanWeights,
+    backward: ScanWeights,
+    cu_seqlens: Tensor | None,
+    saved: list[Tensor],
+) -> tuple[Tensor, Tensor | None, ScanWeights, ScanWeights]:
+    """Gradients (dx, dz, forward, backward); dx and dz are halves of one (b, l, 2 d) buffer."""
+    b, l, d = x.shape
+    dxz = x.new_empty(b, l, d if z is None else 2 * d)
+    dx, dz = dxz[..., :d], None if z is None else dxz[..., d:]
+    if x.numel() == 0:
+        return dx, dz, _zeros(forward), _zeros(backward)
+    tokens = tokens_of(x, cu_seqlens)
+    inputs, low = mixer_inputs(x, forward, backward, tokens, store_low=True)
+    dy = gate_backward(
+        dout.view(-1, d),
+        None if z is None else flat(z),
+        None if z is None else saved[1].view(-1, d),
+        None if dz is None else flat(dz),
+        scale=0.5,
+    )
+    found = scan_backward(inputs, dy, tokens, states=saved[0], dfinal=None, softplus=True, want_initial=False)
+    assert low is not None
+    assert found.skips is not None
+    du, ddt_proj, dx_proj = _projections_backward(found.u, found.dt, found.bc, inputs.u, low, forward, backward)
+    g, dtaps = conv_backward(
+        du, x, (forward.conv_weight, backward.conv_weight), _conv_biases(forward, backward), cu_seqlens,
+        reverse=False, silu=True, in_place=True,
+    )  # fmt: skip
+    convolve(g, (forward.conv_weight, backward.conv_weight), None, flat(dx), x, cu_seqlens, True, False)
+    n = forward.A_log.shape[1]
+    # d/dA_log of A = -exp(A_log) is A; the kernel's gradient is for A, its rates are A log2(e)
+    dA_log = (found.rates * inputs.rates * LN2)[:, :n].transpose(1, 2)
+    ddt_bias = found.dt.sum(1, dtype=torch.float32)
+    gradients = []
+    for q, weights in enumerate((forward, backward)):
+        dweight, dbias = split_taps(dtaps[q], weights.conv_weight, weights.conv_bias)
+        parts = (dx_proj[q], ddt_proj[q], ddt_bias[q], dA_log[q], found.skips[q])
+        wanted = (weights.x_proj, weights.dt_proj, weights.dt_bias, weights.A_log, weights.D)
+        rest = (p.to(w.dtype).clone(memory_format=torch.contiguous_format) for p, w in zip(parts, wanted, strict=True))
+        gradients.append(ScanWeights(dweight, dbias, *rest))
+    return dx, dz, gradients[0], gradients[1]
+
+
+def mixer_inputs(
+    x: Tensor, forward: ScanWeights, backward: ScanWeights, tokens: Tokens, *, store_low: bool
+) -> MixerInputs:
+    """Convolution, SiLU, x_proj, dt_proj and softplus of both directions."""
+    d, n = forward.A_log.shape
+    rank, states, rows = forward.dt_proj.shape[1], _states(n), tokens.rows
+    source = flat(x)
+    f, b = _contiguous(forward), _contiguous(backward)
+    biases = _conv_biases(f, b)
+    u = x.new_empty(2, rows, d)
+    dt = x.new_empty(2, rows, d, dtype=torch.float32 if x.dtype == torch.float32 else torch.float16)
+    bc = x.new_empty(2, rows, 2 * states, dtype=torch.float32)
+    low = x.new_empty(2, rows, _rank(rank)) if store_low else None
+    sizes = plan.MIXER[plan.target(x.device)]
+    launch(mixer_inputs_kernel, (2, triton.cdiv(rows, sizes.rows)),
+        source, source.stride(0), f.conv_weight, b.conv_weight,
+        *(biases or (x, x)),
+        f.x_proj, b.x_proj, f.dt_proj, b.dt_proj, f.dt_bias, b.dt_bias,
+        u, dt, bc, low if low is not None else x, tokens.segment(x), rows, tokens.length, d,
+        rows * d, rows * 2 * states, rows * _rank(rank),
+        HAS_BIAS=biases is not None, PACKED=tokens.packed, STORE_LOW=store_low, WIDTH=f.conv_weight.shape[1],
+        N=n, STATES=states, RANK=rank, RANK_BLOCK=_rank(rank),
+        ROWS=sizes.rows, BLOCK=sizes.block, DOT=plan.dot_dtype(x), PRECISION="ieee",
+        HARDWARE=plan.target(x.device) == "cuda",
+        num_warps=sizes.warps, num_stages=sizes.stages,
+    )  # fmt: skip
+    rates = x.new_empty(2, states, d, dtype=torch.float32)
+    launch(decay_rates_kernel, (triton.cdiv(d, 64), 2), f.A_log, b.A_log, rates, d, N=n, STATES=states, BLOCK=64)
+    return MixerInputs(ScanInputs(u, dt, bc, rates, (f.D, b.D), False), low)
+
+
+def _projections_backward(
+    du: Tensor, ddt: Tensor, dbc: Tensor, u: Tensor, low: Tensor, forward: ScanWeights, backward: ScanWeights
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Du with the path through x_proj added, in place; gradients (2, d, r) of dt_proj and (2, r + 2 n, d) of x_proj.
+
+    The columns are padded as in the kernels, to r', n', n': products over 12 columns run at a tenth of the speed of 16.
+    """
+    n, rank = forward.A_log.shape[1], forward.dt_proj.shape[1]
+    wide, states = low.shape[2], dbc.shape[2] // 2
+    x_proj = u.new_zeros(2, wide + 2 * states, u.shape[2])
+    dt_proj = u.new_zeros(2, u.shape[2], wide)
+    for q, weights in enumerate((forward, backward)):
+        dt_proj[q, :, :rank] = weights.dt_proj
+        x_proj[q, :rank] = weights.x_proj[:rank]
+        x_proj[q, wide : wide + n] = weights.x_proj[rank : rank + n]
+        x_proj[q, wide + states : wide + states + n] = weights.x_proj[rank + n :]
+    dprojected = u.new_empty(2, u.shape[1], wide + 2 * states)
+    dprojected[..., :wide] = torch.bmm(ddt, dt_proj)
+    dprojected[..., wide:] = dbc
+    ddt_proj = torch.bmm(ddt.transpose(1, 2), low)[..., :rank]
+    dx_proj = torch.bmm(dprojected.transpose(1, 2), u)
+    dx_proj = torch.cat(
+        (dx_proj[:, :rank], dx_proj[:, wide : wide + n], dx_proj[:, wide + states : wide + states + n]), dim=1
+    )
+    return du.baddbmm_(dprojected, x_proj), ddt_proj, dx_proj
+
+
+def _rank(rank: int) -> int:
+    """The rank padded to what a product of tiles takes."""
+    return max(16, triton.next_power_of_2(rank))
+
+
+def _contiguous(weights: ScanWeights) -> ScanWeights:
+    return ScanWeights._make(None if t is None else t.contiguous() for t in weights)
+
+
+def _zeros(weights: ScanWeights) -> ScanWeights:
+    return ScanWeights._make(None if t is None else torch.zeros_like(t) for t in weights)
+
+
+def _conv_biases(forward: ScanWeights, backward: ScanWeights) -> tuple[Tensor, Tensor] | None:
+    """Of both directions; zeros for the one that has none beside one that has."""
+    f, b = forward.conv_bias, backward.conv_bias
+    if f is None and b is None:
+        return None
+    nothing = torch.zeros_like(forward.D)
+    return (nothing if f is None else f).contiguous(), (nothing if b is None else b).contiguous()
+
+
+def _states(n: int) -> int:
+    """N padded to what a product of tiles takes."""
+    return max(16, triton.next_power_of_2(n))

@@ -1,0 +1,179 @@
+"""How a scan is cut into programs: sequences, chunks, blocks of channels, and the tuned sizes that ship.
+
+Nothing is tuned at run time. The sizes were measured on the devices named in docs/kernels.md.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vim_kernels.triton_backend.forward_kernels import chunk_table_kernel
+from vim_kernels.triton_backend.launch import launch
+
+INTERVAL = 32
+"""Tokens between two states saved for the backward: 4 n / INTERVAL bytes a token, channel and direction."""
+
+
+class ForwardSizes(NamedTuple):
+    """Channels a program, warps a program, tokens prefetched ahead."""
+
+    block: int
+    warps: int
+    ahead: int
+
+
+class BackwardSizes(NamedTuple):
+    """Channels a program, warps a program, tokens whose states are in registers at a time."""
+
+    block: int
+    warps: int
+    group: int
+
+
+class TiledSizes(NamedTuple):
+    """Of the Gluon kernels: states and channels a thread, warps a program, tokens a tile, tokens a step."""
+
+    states_thread: int
+    channels_thread: int
+    warps: int
+    tile: int
+    step: int  # forward: tokens unrolled; backward: tokens whose states are in registers at a time
+
+
+class MixerSizes(NamedTuple):
+    """Rows and channels of a tile, warps, stages of the loads of weights."""
+
+    rows: int
+    block: int
+    warps: int
+    stages: int
+
+
+TILED_FORWARD = TiledSizes(16, 1, 1, 16, 2)
+TILED_BACKWARD = TiledSizes(4, 4, 1, INTERVAL, 2)
+TILED_STATES = 16
+"""The state size that the Gluon kernels are laid out for, Mamba's; another takes the core-Triton kernels."""
+
+FORWARD = {"cuda": ForwardSizes(32, 1, 2), "hip": ForwardSizes(64, 1, 0), "interpreter": ForwardSizes(32, 1, 0)}
+STATE = {"cuda": ForwardSizes(32, 1, 2), "hip": ForwardSizes(64, 1, 0), "interpreter": ForwardSizes(32, 1, 0)}
+BACKWARD = {"cuda": BackwardSizes(32, 1, 4), "hip": BackwardSizes(64, 1, 2), "interpreter": BackwardSizes(32, 1, 4)}
+MIXER = {"cuda": MixerSizes(64, 32, 4, 3), "hip": MixerSizes(64, 32, 4, 1), "interpreter": MixerSizes(16, 64, 4, 1)}
+CARRY_BLOCK, CARRY_CHUNKS = 32, 64
+FEW_WARPS, WANTED_WARPS = 4, 16
+"""Warps a multiprocessor: under FEW_WARPS a scan of whole sequences waits, and is cut into chunks for WANTED_WARPS."""
+
+
+class Tokens(NamedTuple):
+    """Sequences laid one after the other: a batch of equal ones, or packed ones between the borders cu_seqlens."""
+
+    rows: int
+    length: int  # of a sequence; of all where packed
+    sequences: int
+    cu_seqlens: Tensor | None
+
+    @property
+    def packed(self) -> bool:
+        """Whether the sequences have sizes of their own."""
+        return self.cu_seqlens is not None
+
+    def slots(self) -> int:
+        """Saved states a channel and direction, an upper bound where packed."""
+        if self.packed:
+            return self.rows // INTERVAL + self.sequences
+        return self.sequences * triton.cdiv(self.length, INTERVAL)
+
+    def segment(self, like: Tensor) -> Tensor:
+        """(rows,) int32, the sequence of every row where packed; otherwise unused."""
+        if self.cu_seqlens is None:
+            return like
+        rows = torch.arange(self.rows, dtype=torch.int32, device=like.device)
+        return torch.searchsorted(self.cu_seqlens, rows, right=True, out_int32=True)
+
+
+class Chunks(NamedTuple):
+    """Runs of at most `size` rows of one sequence, each scanned by one program."""
+
+    size: int
+    total: int  # an upper bound where packed: the rest have no rows
+    per_sequence: int
+    table: Tensor | None  # (total, 3) first row, rows, first slot
+    sequence_table: Tensor | None  # (sequences, 2) first chunk, chunks
+
+    @property
+    def one_each(self) -> bool:
+        """A sequence is one chunk."""
+        return self.per_sequence == 1
+
+
+def tokens_of(x: Tensor, cu_seqlens: Tensor | None) -> Tokens:
+    """X (b, l, d); a packed x has b = 1."""
+    b, l, _ = x.shape
+    return Tokens(b * l, l, b if cu_seqlens is None else cu_seqlens.shape[0] - 1, cu_seqlens)
+
+
+def cut(tokens: Tokens, size: int | None, device: torch.device) -> Chunks:
+    """Chunks of `size` rows, or each sequence whole where None."""
+    size = tokens.length if size is None else min(size, tokens.length)
+    whole = size == tokens.length
+    if tokens.cu_seqlens is None:
+        per_sequence = triton.cdiv(tokens.length, size)
+        return Chunks(size, tokens.sequences * per_sequence, per_sequence, None, None)
+    count = tokens.sequences if whole else tokens.rows // size + tokens.sequences
+    table = torch.empty(count, 3, dtype=torch.int32, device=device)
+    sequence_table = torch.empty(tokens.sequences, 2, dtype=torch.int32, device=device)
+    launch(
+        chunk_table_kernel,
+        (triton.cdiv(count, 128),),
+        tokens.cu_seqlens,
+        table,
+        sequence_table,
+        tokens.sequences,
+        count,
+        size,
+        INTERVAL=INTERVAL,
+        BLOCK=128,
+    )
+    return Chunks(size, count, 1 if whole else 0, table, sequence_table)
+
+
+def chunk_size(tokens: Tokens, warps: int, processors: int) -> int | None:
+    """Rows a chunk, a multiple of INTERVAL, or None where `warps` warps a sequence fill the chip as they are.
+
+    Cutting costs a second pass over the exponentials. From docs/kernels.md: in chunks an H200 makes 0.8e12 state
+    updates a second; whole, a token takes 0.36 us and direction whatever the batch; they meet at 4 warps a processor.
+    """
+    programs = warps * tokens.sequences
+    if programs >= FEW_WARPS * processors or tokens.length <= 2 * INTERVAL:
+        return None
+    length = tokens.rows // tokens.sequences
+    intervals = programs * triton.cdiv(length, INTERVAL) // (WANTED_WARPS * processors)
+    return max(2, intervals) * INTERVAL
+
+
+def tiled(device: torch.device, states: int) -> bool:
+    """Whether the Gluon kernels run: they are written for warps of 32, and the interpreter does not know Gluon."""
+    return target(device) == "cuda" and states == TILED_STATES
+
+
+def target(device: torch.device) -> str:
+    """Which column of the tables of sizes a device reads."""
+    if device.type != "cuda":
+        return "interpreter"
+    return "hip" if torch.version.hip else "cuda"
+
+
+def dot_dtype(x: Tensor) -> tl.dtype:
+    """What the small products are taken in; the interpreter's bfloat16 product is wrong."""
+    if x.device.type != "cuda" or x.dtype == torch.float32:
+        return tl.float32
+    return tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the device; 0 under the interpreter, where chunks only cost."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0

@@ -1,0 +1,166 @@
+"""The single-direction selective scan of the Triton backend, forward and backward."""
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from vim_kernels.triton_backend.plan import tokens_of
+from vim_kernels.triton_backend.scan import ScanInputs, scan_backward, scan_forward
+from vim_kernels.triton_backend.tokens import flat, gate_backward, softplus
+
+LOG2E = 1 / math.log(2)
+
+
+def selective_scan_saved(x: Tensor, A: Tensor, cu_seqlens: Tensor | None, initial_state: Tensor | None) -> list[Tensor]:
+    """[states (1, slots, n, d) float32]: 4 n / INTERVAL bytes a token and channel."""
+    del initial_state
+    slots = tokens_of(x, cu_seqlens).slots()
+    return [x.new_empty(1, slots, triton.next_power_of_2(A.shape[1]), A.shape[0], dtype=torch.float32)]
+
+
+def selective_scan_forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    *,
+    dt_softplus: bool,
+    reverse: bool,
+    cu_seqlens: Tensor | None,
+    initial_state: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Output like x, final state (s, d, n) float32, and what was saved."""
+    tokens = tokens_of(x, cu_seqlens)
+    n = A.shape[1]
+    y = x.new_empty(x.shape)
+    saved = selective_scan_saved(x, A, cu_seqlens, initial_state) if save else []
+    if x.numel() == 0:
+        state = x.new_zeros(tokens.sequences, *A.shape, dtype=torch.float32)
+        return y, state if initial_state is None else initial_state.float(), saved
+    inputs = _scan_inputs(x, dt, A, B, C, D, dt_bias, dt_softplus, reverse)
+    final = scan_forward(
+        inputs,
+        None if z is None else flat(z),
+        y.view(-1, x.shape[2]),
+        tokens,
+        scale=1.0,
+        states=saved[0] if save else None,
+        ungated=None,
+        initial=_inside(initial_state, inputs),
+        want_final=True,
+    )
+    assert final is not None
+    return y, final[0, :, :n].transpose(1, 2).contiguous(), saved
+
+
+def selective_scan_backward(
+    dy: Tensor,
+    dfinal_state: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    *,
+    dt_softplus: bool,
+    reverse: bool,
+    cu_seqlens: Tensor | None,
+    initial_state: Tensor | None,
+    saved: list[Tensor],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, dt, A, B, C, D, z, dt_bias, initial_state."""
+    if x.numel() == 0:
+        return _no_gradients(dfinal_state, x, dt, A, B, C, D, z, dt_bias, initial_state)
+    tokens = tokens_of(x, cu_seqlens)
+    d, n = A.shape
+    inputs = _scan_inputs(x, dt, A, B, C, D, dt_bias, dt_softplus, reverse)
+    initial = _inside(initial_state, inputs)
+    dz = None
+    summed = dy.view(-1, d)
+    if z is not None:
+        # What the gate multiplied is computed again: half a forward, in place of 2 bytes a token and channel kept.
+        ungated = torch.empty_like(summed)
+        scan_forward(
+            inputs, None, ungated, tokens, scale=1.0, states=None, ungated=None, initial=initial, want_final=False
+        )
+        dz = z.new_empty(z.shape)
+        summed = gate_backward(summed, flat(z), ungated, dz.view(-1, d), scale=1.0)
+    found = scan_backward(
+        inputs,
+        summed,
+        tokens,
+        states=saved[0],
+        dfinal=_inside(dfinal_state, inputs),
+        softplus=dt_softplus,
+        want_initial=initial_state is not None,
+    )
+    ddt = found.dt[0]
+    states = inputs.rates.shape[1]
+    return (
+        found.u.view(x.shape),
+        ddt.to(dt.dtype).view(dt.shape),
+        (found.rates[0, :n].t()).to(A.dtype).contiguous(),
+        found.bc[0, :, :n].to(B.dtype).contiguous().view(B.shape),
+        found.bc[0, :, states : states + n].to(C.dtype).contiguous().view(C.shape),
+        None if D is None or found.skips is None else found.skips[0].to(D.dtype),
+        dz,
+        None if dt_bias is None else ddt.float().sum(0).to(dt_bias.dtype),
+        None
+        if initial_state is None or found.initial is None
+        else found.initial[0, :, :n].transpose(1, 2).to(initial_state.dtype).contiguous(),
+    )
+
+
+def _scan_inputs(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    reverse: bool,
+) -> ScanInputs:
+    d, n = A.shape
+    states = triton.next_power_of_2(n)
+    rows = x.shape[0] * x.shape[1]
+    rates = x.new_zeros(1, states, d, dtype=torch.float32)
+    rates[0, :n] = A.t().float() * LOG2E
+    bc = x.new_zeros(1, rows, 2 * states, dtype=torch.float32)
+    bc[0, :, :n] = B.reshape(rows, n)
+    bc[0, :, states : states + n] = C.reshape(rows, n)
+    steps = flat(dt)
+    plain = dt_bias is None and not dt_softplus
+    dt_ready = steps.contiguous() if plain else softplus(steps, dt_bias, apply=dt_softplus)
+    return ScanInputs(
+        flat(x).contiguous()[None], dt_ready[None], bc, rates, None if D is None else (D.contiguous(),), reverse
+    )
+
+
+def _inside(state: Tensor | None, inputs: ScanInputs) -> Tensor | None:
+    """(s, d, n) -> (1, s, n padded, d) float32, as the kernels keep it."""
+    if state is None:
+        return None
+    _, d, states = inputs.sizes
+    padded = state.new_zeros(1, state.shape[0], states, d, dtype=torch.float32)
+    padded[0, :, : state.shape[2]] = state.transpose(1, 2)
+    return padded
+
+
+def _no_gradients(dfinal_state: Tensor | None, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Of a scan over no tokens, whose final state is its initial one."""
+    *gradients, dinitial = (None if t is None else t.new_zeros(t.shape) for t in tensors)
+    if dinitial is not None and dfinal_state is not None:
+        dinitial.copy_(dfinal_state)
+    return (*gradients, dinitial)

@@ -1,0 +1,191 @@
+"""Convolution and fused add + RMS norm of the Triton backend, forward and backward, and what the scans share."""
+
+import torch
+import triton
+from torch import Tensor
+
+from vim_kernels.triton_backend.launch import launch
+from vim_kernels.triton_backend.plan import tokens_of
+from vim_kernels.triton_backend.token_kernels import (
+    add_rms_norm_backward_kernel,
+    add_rms_norm_kernel,
+    conv_backward_kernel,
+    conv_kernel,
+    gate_backward_kernel,
+    softplus_kernel,
+)
+
+TILE = {"ROWS": 32, "BLOCK": 64}
+SUMMING_TILE = {"ROWS": 16, "BLOCK": 64}
+SUMMING_PROGRAMS = 256
+"""Programs that share the rows when a sum over all rows is taken: fixed, so that the sum is the same everywhere."""
+NORM_ELEMENTS = 4096
+
+
+def flat(x: Tensor) -> Tensor:
+    """(b, l, d) -> (b l, d) with any row stride, copied only where the rows are not evenly spaced."""
+    b, l, d = x.shape
+    even = x.stride(2) == 1 and (b == 1 or x.stride(0) == l * x.stride(1))
+    return x.as_strided((b * l, d), (x.stride(1), 1)) if even else x.reshape(b * l, d)
+
+
+def causal_conv1d_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str | None, reverse: bool, cu_seqlens: Tensor | None
+) -> Tensor:
+    """(b, l, d) like x."""
+    out = x.new_empty(x.shape)
+    convolve(flat(x)[None], (weight,), bias, out.view(-1, x.shape[2]), x, cu_seqlens, reverse, activation == "silu")
+    return out
+
+
+def causal_conv1d_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    activation: str | None,
+    reverse: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of x, weight, bias."""
+    if x.numel() == 0:
+        return torch.zeros_like(x), torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
+    g = dy.view(1, -1, x.shape[2])
+    g, dtaps = conv_backward(
+        g,
+        x,
+        (weight,),
+        (bias.contiguous(),) if bias is not None else None,
+        cu_seqlens,
+        reverse=reverse,
+        silu=activation == "silu",
+    )
+    dx = x.new_empty(x.shape)
+    convolve(g, (weight,), None, dx.view(-1, x.shape[2]), x, cu_seqlens, not reverse, False)
+    dweight, dbias = split_taps(dtaps[0], weight, bias)
+    return dx, dweight, dbias
+
+
+def convolve(
+    x: Tensor,  # (q, rows, d)
+    weights: tuple[Tensor, ...],
+    bias: Tensor | None,
+    out: Tensor,  # (rows, d)
+    like: Tensor,  # (b, l, d)
+    cu_seqlens: Tensor | None,
+    reverse: bool,
+    silu: bool,
+) -> None:
+    """Fill `out` with the sum of the q convolutions, the second one in the other direction."""
+    q, rows, d = x.shape
+    tokens = tokens_of(like, cu_seqlens)
+    weights = tuple(w.contiguous() for w in weights)
+    if rows == 0:
+        return
+    launch(conv_kernel, (triton.cdiv(rows, TILE["ROWS"]), triton.cdiv(d, TILE["BLOCK"])),
+        x, x.stride(1), x.stride(0), weights[0], weights[-1], bias if bias is not None else x, out, out.stride(0),
+        tokens.segment(x), rows, tokens.length, d,
+        DIRECTIONS=q, REVERSE=reverse, SILU=silu, HAS_BIAS=bias is not None, PACKED=tokens.packed,
+        WIDTH=weights[0].shape[1], **TILE,
+    )  # fmt: skip
+
+
+def conv_backward(
+    du: Tensor,  # (q, rows, d) contiguous
+    x: Tensor,  # (b, l, d)
+    weights: tuple[Tensor, ...],
+    biases: tuple[Tensor, ...] | None,
+    cu_seqlens: Tensor | None,
+    *,
+    reverse: bool,
+    silu: bool,
+    in_place: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Gradient before the activation (q, rows, d), over `du` if in_place; gradients (q, w + 1, d) of taps and bias."""
+    q, rows, d = du.shape
+    tokens, source = tokens_of(x, cu_seqlens), flat(x)
+    weights = tuple(w.contiguous() for w in weights)
+    width = weights[0].shape[1]
+    g = du if in_place or not silu else torch.empty_like(du)
+    blocks = triton.cdiv(rows, SUMMING_TILE["ROWS"])
+    programs = max(1, min(SUMMING_PROGRAMS, blocks))
+    partial = du.new_empty(q, programs, width + 1, d, dtype=torch.float32)
+    launch(conv_backward_kernel, (programs, triton.cdiv(d, SUMMING_TILE["BLOCK"]), q),
+        source, source.stride(0), weights[0], weights[-1],
+        biases[0] if biases else du, biases[-1] if biases else du, du, g, partial,
+        tokens.segment(du), rows, tokens.length, d, rows * d, triton.cdiv(blocks, programs),
+        REVERSE=reverse, SILU=silu, HAS_BIAS=biases is not None, PACKED=tokens.packed, WIDTH=width, **SUMMING_TILE,
+    )  # fmt: skip
+    return g, partial.sum(1)
+
+
+def split_taps(dtaps: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(w + 1, d) float32 -> gradients like weight (d, w) and bias (d,)."""
+    dweight = dtaps[:-1].t().to(weight.dtype).contiguous()
+    return dweight, None if bias is None else dtaps[-1].to(bias.dtype).clone()
+
+
+def softplus(dt: Tensor, bias: Tensor | None, *, apply: bool) -> Tensor:
+    """In float32, softplus of dt + bias, or only their sum where not `apply`. dt is (rows, d), any row stride."""
+    rows, d = dt.shape
+    out = dt.new_empty(rows, d, dtype=torch.float32)
+    launch(softplus_kernel, (triton.cdiv(rows, TILE["ROWS"]), triton.cdiv(d, TILE["BLOCK"])),
+        dt, bias if bias is not None else dt, out, rows, d, dt.stride(0),
+        HAS_BIAS=bias is not None, SOFTPLUS=apply, **TILE,
+    )  # fmt: skip
+    return out
+
+
+def gate_backward(dout: Tensor, z: Tensor | None, ungated: Tensor | None, dz: Tensor | None, *, scale: float) -> Tensor:
+    """Gradient (rows, d) of the sum before the gate; fills dz (rows, d), any row stride, where z is given."""
+    rows, d = dout.shape
+    dy = torch.empty_like(dout)
+    launch(gate_backward_kernel, (triton.cdiv(rows, TILE["ROWS"]), triton.cdiv(d, TILE["BLOCK"])),
+        dout, z if z is not None else dout, ungated if ungated is not None else dout, dy, dz if dz is not None else dy,
+        rows, d, z.stride(0) if z is not None else d, dz.stride(0) if dz is not None else d,
+        GATE=z is not None, SCALE=scale, **TILE,
+    )  # fmt: skip
+    return dy
+
+
+def add_rms_norm_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Normed like x; residual + x, float32."""
+    x = x.contiguous()
+    channels = x.shape[-1]
+    rows = x.numel() // max(channels, 1)
+    normed, total = torch.empty_like(x), torch.empty_like(x, dtype=torch.float32)
+    if rows == 0:
+        return normed, total
+    tile = _norm_tile(channels)
+    launch(add_rms_norm_kernel, (triton.cdiv(rows, tile["ROWS"]),),
+        x, residual.contiguous() if residual is not None else x, weight.contiguous(), normed, total,
+        rows, channels, eps,
+        HAS_RESIDUAL=residual is not None, **tile,
+    )  # fmt: skip
+    return normed, total
+
+
+def add_rms_norm_backward(
+    dnormed: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the sum (float32; of x and of residual alike) and of weight."""
+    channels = total.shape[-1]
+    rows = total.numel() // max(channels, 1)
+    if rows == 0:
+        return torch.zeros_like(total), torch.zeros_like(weight)
+    tile = _norm_tile(channels)
+    blocks = triton.cdiv(rows, tile["ROWS"])
+    programs = max(1, min(SUMMING_PROGRAMS, blocks))
+    partial = total.new_empty(programs, channels)
+    dsum = torch.empty_like(total)
+    launch(add_rms_norm_backward_kernel, (programs,),
+        dnormed, dtotal if dtotal is not None else dnormed, total, weight.contiguous(), dsum, partial, rows, channels,
+        eps, triton.cdiv(blocks, programs), HAS_DTOTAL=dtotal is not None, **tile,
+    )  # fmt: skip
+    return dsum, partial.sum(0).to(weight.dtype)
+
+
+def _norm_tile(channels: int) -> dict[str, int]:
+    block = triton.next_power_of_2(channels)
+    return {"ROWS": max(1, NORM_ELEMENTS // block), "BLOCK": block}

@@ -1,0 +1,184 @@
+"""Compiles the Triton kernels ahead of time, for devices that are not there, and reads what the compiler made of them.
+
+`python -m tests.kernels.triton_aot` prints registers, spills and loop instructions of every shipped configuration.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vim_kernels.triton_backend import backward_kernels, forward_kernels, mixer_kernels, plan, token_kernels
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+NVIDIA_TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+SIXTEEN_BIT = {
+    "u_ptr", "dt_ptr", "z_ptr", "out_ptr", "ungated_ptr", "dy_ptr", "du_ptr", "ddt_ptr", "dout_ptr", "dz_ptr", "x_ptr",
+    "g_ptr", "low_ptr", "normed_ptr", "dnormed_ptr",
+}  # fmt: skip
+INT32 = {"table_ptr", "sequence_ptr", "segment_ptr", "cu_seqlens_ptr"}
+INT64 = {
+    "u_direction", "bc_direction", "chunk_direction", "slot_direction", "total_direction", "block_stride",
+}  # fmt: skip
+MULTIPLE_OF_16 = {"channels", "x_stride", "z_stride", "dz_stride", "out_stride", "dt_stride", "scratch_stride"} | INT64
+
+
+class Case(NamedTuple):
+    """A kernel with one set of compile-time constants."""
+
+    kernel: Any
+    constants: dict[str, Any]
+    warps: int
+    stages: int = 1
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
+
+
+class Compiled(NamedTuple):
+    """What the compiler reports."""
+
+    registers: int
+    spills: int  # bytes of stack and local memory
+    loops: list[Counter]  # NVIDIA: instructions of every loop, innermost first
+
+
+def cases(column: str) -> list[Case]:
+    """Every kernel as the launchers call it, with the sizes that `column` of the tables ships."""
+    forward, state = plan.FORWARD[column], plan.STATE[column]
+    backward, mixer = plan.BACKWARD[column], plan.MIXER[column]
+    found = []
+    for directions, save, packed, chunked in ((2, False, False, False), (2, True, True, True), (1, True, False, True)):
+        constants = {
+            "DIRECTIONS": directions, "REVERSE": False, "PACKED": packed, "GATE": True, "SAVE": save, "HAS_D": True,
+            "HAS_H0": chunked, "STORE_FINAL": directions == 1, "SCALE": 0.5, "N": 16, "BLOCK": forward.block,
+            "INTERVAL": plan.INTERVAL, "AHEAD": forward.ahead,
+        }  # fmt: skip
+        found.append(Case(forward_kernels.scan_forward_kernel, constants, forward.warps))
+    for adjoint in (False, True):
+        constants = {"REVERSE": False, "ADJOINT": adjoint, "PACKED": adjoint, "N": 16, "BLOCK": state.block}
+        found.append(Case(forward_kernels.chunk_state_kernel, constants, state.warps))
+    constants = {"REVERSE": False, "PACKED": False, "HAS_INITIAL": True, "STORE_FINAL": True, "N": 16}
+    sizes = {"BLOCK": plan.CARRY_BLOCK, "CHUNKS": plan.CARRY_CHUNKS}
+    found.append(Case(forward_kernels.carry_kernel, constants | sizes, 4))
+    found.append(Case(forward_kernels.chunk_table_kernel, {"INTERVAL": plan.INTERVAL, "BLOCK": 128}, 4))
+    for packed, adjoint in ((False, False), (True, True)):
+        constants = {
+            "REVERSE": False, "PACKED": packed, "HAS_D": True, "HAS_ADJOINT": adjoint, "STORE_DH0": adjoint,
+            "SOFTPLUS": True, "N": 16, "BLOCK": backward.block, "INTERVAL": plan.INTERVAL, "GROUP": backward.group,
+        }  # fmt: skip
+        found.append(Case(backward_kernels.scan_backward_kernel, constants, backward.warps))
+    constants = {
+        "HAS_BIAS": True, "PACKED": True, "STORE_LOW": True, "WIDTH": 4, "N": 16, "STATES": 16, "RANK": 12,
+        "RANK_BLOCK": 16, "ROWS": mixer.rows, "BLOCK": mixer.block, "DOT": tl.bfloat16, "PRECISION": "ieee",
+    }  # fmt: skip
+    found.append(Case(mixer_kernels.mixer_inputs_kernel, constants, mixer.warps, mixer.stages))
+    return found + _token_cases()
+
+
+def _token_cases() -> list[Case]:
+    tile = {"ROWS": 32, "BLOCK": 64}
+    conv = {"REVERSE": False, "SILU": True, "HAS_BIAS": True, "PACKED": True, "WIDTH": 4, **tile}
+    norm = {"ROWS": 16, "BLOCK": 256}
+    return [
+        Case(token_kernels.conv_kernel, {"DIRECTIONS": 2, **conv}, 4),
+        Case(token_kernels.conv_backward_kernel, conv, 4),
+        Case(token_kernels.softplus_kernel, {"HAS_BIAS": True, "SOFTPLUS": True, **tile}, 4),
+        Case(token_kernels.gate_backward_kernel, {"GATE": True, "SCALE": 0.5, **tile}, 4),
+        Case(token_kernels.decay_rates_kernel, {"N": 16, "STATES": 16, "BLOCK": 64}, 4),
+        Case(token_kernels.add_rms_norm_kernel, {"HAS_RESIDUAL": True, **norm}, 4),
+        Case(token_kernels.add_rms_norm_backward_kernel, {"HAS_DTOTAL": True, **norm}, 4),
+    ]
+
+
+def compile_case(case: Case, target: str) -> Compiled:
+    """Compile for a device that need not be there."""
+    names = case.kernel.arg_names
+    signature = {n: "constexpr" if n in case.constants else _kind(n) for n in names}
+    constants = {(names.index(k),): v for k, v in case.constants.items()}
+    attributes = {
+        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr") or n in MULTIPLE_OF_16
+    }
+    source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    kernel = triton.compile(
+        source, target=TARGETS[target], options={"num_warps": case.warps, "num_stages": case.stages}
+    )
+    if "cubin" in kernel.asm:
+        return _read_cubin(kernel.asm["cubin"])
+    report = kernel.asm["amdgcn"]
+    registers, *spilled = (
+        int(re.search(rf"\.{field}:\s+(\d+)", report).group(1))  # pyright: ignore[reportOptionalMemberAccess]
+        for field in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
+    )
+    return Compiled(registers, sum(spilled), [])
+
+
+def _kind(argument: str) -> str:
+    if argument in INT32:
+        return "*i32"
+    if argument.endswith("_ptr"):
+        return "*bf16" if argument in SIXTEEN_BIT else "*fp32"
+    if argument == "eps":
+        return "fp32"
+    return "i64" if argument in INT64 else "i32"
+
+
+def _read_cubin(cubin: bytes) -> Compiled:
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.cubin")
+        with open(path, "wb") as file:
+            file.write(cubin)
+        usage = _tool("cuobjdump", "-res-usage", path)
+        code = _tool("nvdisasm", "-c", path)
+    sizes = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return Compiled(sizes["REG"], sizes["STACK"] + sizes["LOCAL"], _loops(code))
+
+
+def _tool(name: str, *arguments: str) -> str:
+    done = subprocess.run([os.path.join(NVIDIA_TOOLS, name), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def _loops(code: str) -> list[Counter]:
+    """Instructions between every backward branch and its label, shortest loop first."""
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L_\S+):", line):
+            labels[label.group(1)] = len(instructions)
+        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(found.group(1).strip())
+    spans = set()
+    for i, text in enumerate(instructions):
+        branch = re.search(r"\bBRA\b.*`\((\.L_\S+)\)", text)
+        if branch and labels.get(branch.group(1), i) < i:
+            spans.add((labels[branch.group(1)], i + 1))
+    return [Counter(_opcode(text) for text in instructions[a:b]) for a, b in sorted(spans, key=lambda s: s[1] - s[0])]
+
+
+def _opcode(text: str) -> str:
+    words = text.split()
+    return words[1 if words[0].startswith("@") else 0].split(".")[0]
+
+
+if __name__ == "__main__":
+    for target in sys.argv[1:] or TARGETS:
+        for case in cases("hip" if target.startswith("gfx") else "cuda"):
+            result = compile_case(case, target)
+            print(f"{target} {case.name}: registers {result.registers}, spills {result.spills}")  # noqa: T201
+            for loop in result.loops if os.environ.get("LOOPS") else []:
+                print("   ", sum(loop.values()), dict(loop.most_common(14)))  # noqa: T201
