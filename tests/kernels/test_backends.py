@@ -27,8 +27,8 @@ def draw(*shape, seed=0):
 
 def assert_close(got, want, tolerance, name=""):
     assert got.shape == want.shape, name
-    got = got.detach().double().cpu()
-    error = (got - want.double()).norm() / want.double().norm().clamp(min=1e-30)
+    got, want = got.detach().double().cpu(), want.detach().double().cpu()
+    error = (got - want).norm() / want.norm().clamp(min=1e-30)
     assert error <= tolerance, f"{name}: relative error {error:.2e} > {tolerance}"
 
 

@@ -30,7 +30,7 @@ def flat(x: Tensor) -> Tensor:
 
 
 def own(part: Tensor, like: Tensor) -> Tensor:
-    """A part of a tensor as one of its own, in the shape and dtype of `like`: ops may not return views of one buffer."""
+    """A part of a tensor in memory of its own, shaped and typed like `like`: ops may not return views of one buffer."""
     return torch.empty_like(like, memory_format=torch.contiguous_format).copy_(part.reshape(like.shape))
 
 
