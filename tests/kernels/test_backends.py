@@ -231,7 +231,7 @@ def test_triton_in_chunks(backend, length, packed, monkeypatch):
     monkeypatch.setattr(plan, "CARRY_CHUNKS", 2)  # the interpreter takes a minute for the shipped 64
     borders = [0, 64, length] if packed else None
     cu = torch.tensor(borders, dtype=torch.int32) if borders else None
-    assert plan.chunk_size(plan.tokens_of(draw(1 if packed else 2, length, 16), cu), 1, 1000) == 2 * plan.INTERVAL
+    assert plan.chunk_size(plan.tokens_of(draw(1 if packed else 2, length, 16), cu), 1, 1000) == plan.INTERVAL
     for reverse in (False, True):
         scan = scan_tensors(1 if packed else 2, length, 16, 16, states=2)
         options = {"dt_softplus": True, "reverse": reverse, "cu_seqlens": cu}

@@ -1,8 +1,10 @@
 """Compiles the Triton kernels ahead of time, for devices that are not there, and reads what the compiler made of them.
 
-`python -m tests.kernels.triton_aot` prints registers, spills and loop instructions of every shipped configuration.
+`python -m tests.kernels.triton_aot [TARGET ...]` prints registers, spills and the instructions of every loop, for each
+shipped configuration.
 """
 
+import json
 import os
 import re
 import subprocess
@@ -213,10 +215,13 @@ def _opcode(text: str) -> str:
     return words[1 if words[0].startswith("@") else 0].split(".")[0]
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Print one line of JSON a kernel."""
     for target in sys.argv[1:] or TARGETS:
         for case in cases("hip" if target.startswith("gfx") else "cuda"):
-            result = compile_case(case, target)
-            print(f"{target} {case.name}: registers {result.registers}, spills {result.spills}")  # noqa: T201
-            for loop in result.loops if os.environ.get("LOOPS") else []:
-                print("   ", sum(loop.values()), dict(loop.most_common(14)))  # noqa: T201
+            found = compile_case(case, target)
+            print(json.dumps({"target": target, "kernel": case.name, **found._asdict()}))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

@@ -53,17 +53,17 @@ class MixerSizes(NamedTuple):
     stages: int
 
 
-TILED_FORWARD = TiledSizes(16, 1, 1, 16, 2)
+TILED_FORWARD = TiledSizes(16, 1, 1, 16, 4)
 TILED_BACKWARD = TiledSizes(4, 4, 1, INTERVAL, 4)
 TILED_STATES = 16
 """The state size that the Gluon kernels are laid out for, Mamba's; another takes the core-Triton kernels."""
 
 FORWARD = {"cuda": ForwardSizes(32, 1, 2), "hip": ForwardSizes(64, 1, 0), "interpreter": ForwardSizes(32, 1, 0)}
 STATE = {"cuda": ForwardSizes(32, 1, 2), "hip": ForwardSizes(64, 1, 0), "interpreter": ForwardSizes(32, 1, 0)}
-BACKWARD = {"cuda": BackwardSizes(32, 1, 4), "hip": BackwardSizes(64, 1, 2), "interpreter": BackwardSizes(32, 1, 4)}
+BACKWARD = {"cuda": BackwardSizes(32, 1, 2), "hip": BackwardSizes(64, 1, 2), "interpreter": BackwardSizes(32, 1, 4)}
 MIXER = {"cuda": MixerSizes(64, 32, 4, 3), "hip": MixerSizes(64, 32, 4, 1), "interpreter": MixerSizes(16, 64, 4, 1)}
 CARRY_BLOCK, CARRY_CHUNKS = 32, 64
-FEW_WARPS, WANTED_WARPS = 4, 16
+FEW_WARPS, WANTED_WARPS = 4, 64
 """Warps a multiprocessor: under FEW_WARPS a scan of whole sequences waits, and is cut into chunks for WANTED_WARPS."""
 
 
@@ -151,7 +151,7 @@ def chunk_size(tokens: Tokens, warps: int, processors: int) -> int | None:
         return None
     length = tokens.rows // tokens.sequences
     intervals = programs * triton.cdiv(length, INTERVAL) // (WANTED_WARPS * processors)
-    return max(2, intervals) * INTERVAL
+    return max(1, intervals) * INTERVAL
 
 
 def tiled(device: torch.device, states: int) -> bool:

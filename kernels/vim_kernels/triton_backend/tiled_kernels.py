@@ -104,16 +104,25 @@ def _scan_direction(
         h = gl.zeros([N, BLOCK], gl.float32, layout=state)
     step: gl.constexpr = -1 if REVERSE else 1
     tiles = gl.cdiv(count, TILE)
+    tile = tiles - 1 if REVERSE else 0
+    rows = gl.minimum(TILE, count - tile * TILE)
+    start = first + tile * TILE + (rows - 1 if REVERSE else 0)
+    u = _fetch(u_ptr, channels, start, step, rows, column, channels, TILE, BLOCK, rows_layout)
+    dt = _fetch(dt_ptr, channels, start, step, rows, column, channels, TILE, BLOCK, rows_layout)
+    bc = _fetch(bc_ptr, 2 * N, start, step, rows, 0, 2 * N, TILE, 2 * N, bc_layout)
     for j in range(0, tiles):
         tile = tiles - 1 - j if REVERSE else j
         rows = gl.minimum(TILE, count - tile * TILE)
         start = first + tile * TILE + (rows - 1 if REVERSE else 0)
-        u = _fetch(u_ptr, channels, start, step, rows, column, channels, TILE, BLOCK, rows_layout)
-        dt = _fetch(dt_ptr, channels, start, step, rows, column, channels, TILE, BLOCK, rows_layout)
-        bc = _fetch(bc_ptr, 2 * N, start, step, rows, 0, 2 * N, TILE, 2 * N, bc_layout)
         _view(u_s, u_s.dtype, [TILE, BLOCK], view).store(u)
         _view(dt_s, dt_s.dtype, [TILE, BLOCK], view).store(dt)
         _view(bc_s, gl.float32, [TILE, 2 * N], view).store(bc)
+        # The next tile is on its way while this one is scanned; no rows beyond the last.
+        ahead = gl.minimum(TILE, tile * TILE) if REVERSE else gl.minimum(TILE, count - (tile + 1) * TILE)
+        begin = start + step * rows
+        u = _fetch(u_ptr, channels, begin, step, ahead, column, channels, TILE, BLOCK, rows_layout)
+        dt = _fetch(dt_ptr, channels, begin, step, ahead, column, channels, TILE, BLOCK, rows_layout)
+        bc = _fetch(bc_ptr, 2 * N, begin, step, ahead, 0, 2 * N, TILE, 2 * N, bc_layout)
         if SAVE:
             # The state enters an interval at its first row, or when scanned backwards behind its last one.
             if REVERSE:
