@@ -132,7 +132,8 @@ def bidirectional_scan(
             vector = getattr(weights, field)
             if vector is not None:
                 check_shape(f"{name}.{field}", vector, (d,))
-        check_same_device(xz, **{f"{name}.{field}": tensor for field, tensor in weights._asdict().items()})
+        if any(tensor is not None and tensor.device != xz.device for tensor in weights):
+            check_same_device(xz, **{f"{name}.{field}": tensor for field, tensor in weights._asdict().items()})
     check_cu_seqlens(cu_seqlens, xz)
     check_same_device(xz, cu_seqlens=cu_seqlens)
     module = backends.resolve(backend, xz.device)
