@@ -16,6 +16,8 @@ def check_float(name: str, tensor: Tensor) -> None:
 
 def check_shape(name: str, tensor: Tensor, wanted: tuple[int | None, ...]) -> None:
     """Raise ValueError unless the shape matches; None stands for any size."""
+    if tensor.shape == wanted:
+        return
     got = tuple(tensor.shape)
     if len(got) != len(wanted) or any(w is not None and g != w for g, w in zip(got, wanted, strict=True)):
         shown = ", ".join("any" if w is None else str(w) for w in wanted) + ("," if len(wanted) == 1 else "")

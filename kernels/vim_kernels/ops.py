@@ -69,9 +69,9 @@ def selective_scan(
     check_float("x", x)
     check_shape("x", x, (None, None, None))
     b, l, d = x.shape
-    n = A.shape[-1]
     check_shape("dt", dt, (b, l, d))
-    check_shape("A", A, (d, n))
+    check_shape("A", A, (d, None))
+    n = A.shape[1]
     check_shape("B", B, (b, l, n))
     check_shape("C", C, (b, l, n))
     if D is not None:
@@ -80,6 +80,8 @@ def selective_scan(
         check_shape("z", z, (b, l, d))
     if dt_bias is not None:
         check_shape("dt_bias", dt_bias, (d,))
+    for name, tensor in (("dt", dt), ("A", A), ("B", B), ("C", C)):
+        check_float(name, tensor)
     sequences = check_cu_seqlens(cu_seqlens, x)
     if initial_state is not None:
         check_shape("initial_state", initial_state, (sequences, d, n))
@@ -120,19 +122,21 @@ def bidirectional_scan(
         ValueError or TypeError, naming the argument, for a wrong shape, dtype, device or cu_seqlens.
     """
     check_float("xz", xz)
+    check_shape("forward.A_log", forward.A_log, (None, None))
     d, n = forward.A_log.shape
     check_shape("xz", xz, (None, None, 2 * d if gated else d))
     for name, weights in (("forward", forward), ("backward", backward)):
-        r = weights.dt_proj.shape[-1]
+        check_shape(f"{name}.dt_proj", weights.dt_proj, (d, None))
+        r = weights.dt_proj.shape[1]
         check_shape(f"{name}.conv_weight", weights.conv_weight, (d, None))
         check_shape(f"{name}.x_proj", weights.x_proj, (r + 2 * n, d))
-        check_shape(f"{name}.dt_proj", weights.dt_proj, (d, r))
         check_shape(f"{name}.A_log", weights.A_log, (d, n))
         for field in ("conv_bias", "dt_bias", "D"):
             vector = getattr(weights, field)
             if vector is not None:
                 check_shape(f"{name}.{field}", vector, (d,))
-        check_same_device(xz, **{f"{name}.{field}": tensor for field, tensor in weights._asdict().items()})
+        if any(tensor is not None and tensor.device != xz.device for tensor in weights):
+            check_same_device(xz, **{f"{name}.{field}": tensor for field, tensor in weights._asdict().items()})
     check_cu_seqlens(cu_seqlens, xz)
     check_same_device(xz, cu_seqlens=cu_seqlens)
     module = backends.resolve(backend, xz.device)
@@ -186,6 +190,8 @@ def add_rms_norm(
         normed, like x; residual + x, float32.
     """
     check_float("x", x)
+    if not x.dim():
+        raise ValueError("x has shape (), wanted (..., channels)")
     check_shape("weight", weight, (x.shape[-1],))
     if residual is not None:
         check_shape("residual", residual, tuple(x.shape))

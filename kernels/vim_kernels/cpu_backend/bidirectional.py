@@ -5,7 +5,8 @@ Saved for the backward, in bytes per token: 2 * 4 * (r + 2 n, filled up to 16) f
 once a tile of 32 tokens, d n / 4: 384 + 1,536 for Vim-Ti (d 384, n 16, r 12). The convolutions are recomputed.
 """
 
-import numpy as np
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from vim_kernels.cpu_backend.tensors import (
     direction_weights,
     fresh,
     kernel_dtype,
-    record,
+    records,
     token_rows,
     unblocked,
 )
@@ -64,14 +65,13 @@ def bidirectional_scan_forward(
     projections = [(u @ weights.x_proj.t()).float() for u, weights in zip(us, two, strict=True)]
     out = torch.empty_like(us[0])
     partial = out if dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
-    directions = _scan_records(rows, gate, two, us, projections, partial)
-    first, last = directions[:1], directions[1:]
-    first["gate"], first["out"], first["scale"] = 0, partial.data_ptr(), 1.0
-    last["partial"], last["out"], last["out_bf16"] = partial.data_ptr(), out.data_ptr(), dtype == torch.bfloat16
-    for k, (projection, states) in enumerate(zip(saved[::2], saved[1::2], strict=True)):
-        projection.copy_(projections[k])
-        directions[k]["checkpoints"] = states.data_ptr()
-    scan_forward(directions, plan.borders, plan.chunks, plan.tasks, plan.task_starts)
+    first, last = _scan_fields(rows, gate, two, us, projections)
+    first |= {"gate": 0, "out": partial.data_ptr(), "scale": 1.0}
+    last |= {"partial": partial.data_ptr(), "out": out.data_ptr(), "out_bf16": dtype == torch.bfloat16}
+    for fields, projection, kept, states in zip((first, last), projections, saved[::2], saved[1::2], strict=False):
+        kept.copy_(projection)
+        fields["checkpoints"] = states.data_ptr()
+    scan_forward(records(SCAN, first, last), plan.borders, plan.chunks, plan.tasks, plan.task_starts)
     return out.view(rows.shape)[..., : x.shape[-1]].to(x.dtype).contiguous(), saved
 
 
@@ -97,12 +97,14 @@ def bidirectional_scan_backward(
     us = _convolve(rows, two, plan)
     projections = saved[::2]
     partial = torch.empty(plan.tokens, d)
-    directions = _scan_records(rows, gate, two, us, projections, partial)
-    directions[1:]["partial"] = partial.data_ptr()
-    directions["checkpoints"] = [states.data_ptr() for states in saved[1::2]]
-    gradients, kept = _gradient_records(dout_rows, two, plan)
-    gradients[:1]["y_out"] = partial.data_ptr()
-    gradients[1:]["dgate"], gradients[1:]["dgate_stride"] = address(dz), halves * d
+    fields = _scan_fields(rows, gate, two, us, projections)
+    fields[1]["partial"] = partial.data_ptr()
+    for one, states in zip(fields, saved[1::2], strict=True):
+        one["checkpoints"] = states.data_ptr()
+    gradients, kept = _gradient_fields(dout_rows, two, plan)
+    gradients[0]["y_out"] = partial.data_ptr()
+    gradients[1] |= {"dgate": address(dz), "dgate_stride": halves * d}
+    directions, gradients = records(SCAN, *fields), records(SCAN_GRADIENT, *gradients)
     scan_backward(directions, gradients, plan.borders, plan.chunks, plan.tasks, plan.task_starts)
     found = []
     for weights, (du, ddt, dbc, dweights), u, projection, given in zip(
@@ -123,67 +125,64 @@ def bidirectional_scan_backward(
 def _convolve(rows: Tensor, two: list[DirectionWeights], plan: Plan) -> list[Tensor]:
     """U (tokens, channels) of both directions, in the dtype of rows."""
     us = [torch.empty(plan.tokens, rows.shape[-1], dtype=rows.dtype) for _ in two]
-    records = [_conv_record(rows, weights, k, out=u) for k, (weights, u) in enumerate(zip(two, us, strict=True))]
-    conv_forward(np.concatenate(records), plan.borders, plan.pieces, plan.piece_starts)
+    fields = [
+        _conv_fields(rows, weights, k, out=address(u)) for k, (weights, u) in enumerate(zip(two, us, strict=True))
+    ]
+    conv_forward(records(CONV, *fields), plan.borders, plan.pieces, plan.piece_starts)
     return us
 
 
-def _conv_record(
-    rows: Tensor, weights: DirectionWeights, reverse: int, out: Tensor | None = None, **more: int
-) -> np.ndarray:
+def _conv_fields(rows: Tensor, weights: DirectionWeights, reverse: int, **more: int) -> dict[str, int]:
     channels = rows.shape[-1]
-    return record(
-        CONV, channels=channels, taps=len(weights.conv_weight), reverse=reverse, silu=1,
+    return dict(
+        channels=channels, taps=len(weights.conv_weight), reverse=reverse, silu=1,
         bf16=rows.dtype == torch.bfloat16, x=address(rows), x_stride=rows.stride(1),
-        weight=address(weights.conv_weight), bias=address(weights.conv_bias), out=address(out), out_stride=channels,
-        **more,
+        weight=address(weights.conv_weight), bias=address(weights.conv_bias), out_stride=channels, **more,
     )  # fmt: skip
 
 
-def _scan_records(
+def _scan_fields(
     rows: Tensor,
     gate: Tensor | None,
     two: list[DirectionWeights],
     us: list[Tensor],
     projections: list[Tensor],
-    partial: Tensor,
-) -> np.ndarray:
-    """The scans of both directions, all but outputs and checkpoints."""
-    channels = rows.shape[-1]
-    records = []
+) -> list[dict[str, Any]]:
+    """SCAN records of both directions, all but outputs and checkpoints."""
+    channels, fields = rows.shape[-1], []
     for k, (weights, u, projection) in enumerate(zip(two, us, projections, strict=True)):
         low, columns = address(projection), projection.shape[1]
-        records.append(
-            record(
-                SCAN, channels=channels, states=weights.states, rank=weights.rank, reverse=k, softplus=1,
-                bf16=rows.dtype == torch.bfloat16, u=address(u), u_stride=channels, low=low, low_stride=columns,
-                gate=address(gate), gate_stride=0 if gate is None else gate.stride(1),
-                B=low + 4 * weights.rank, C=low + 4 * (weights.rank + weights.states), bc_stride=columns,
-                dt_proj=address(weights.dt_proj), dt_bias=address(weights.dt_bias), skip=address(weights.skip),
-                decay=address(weights.decay), out_stride=partial.shape[-1], scale=0.5,
-            )
+        fields.append(
+            {
+                "channels": channels, "states": weights.states, "rank": weights.rank, "reverse": k, "softplus": 1,
+                "bf16": rows.dtype == torch.bfloat16, "u": address(u), "u_stride": channels, "low": low,
+                "low_stride": columns, "gate": address(gate), "gate_stride": 0 if gate is None else gate.stride(1),
+                "B": low + 4 * weights.rank, "C": low + 4 * (weights.rank + weights.states), "bc_stride": columns,
+                "dt_proj": address(weights.dt_proj), "dt_bias": address(weights.dt_bias), "skip": address(weights.skip),
+                "decay": address(weights.decay), "out_stride": channels, "scale": 0.5,
+            }
         )  # fmt: skip
-    return np.concatenate(records)
+    return fields
 
 
-def _gradient_records(
+def _gradient_fields(
     dout: Tensor, two: list[DirectionWeights], plan: Plan
-) -> tuple[np.ndarray, list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
-    """Records of both directions, and what they point to: du, ddt, dB | dC by group, dA | dskip | ddt_bias."""
-    channels, records, kept = dout.shape[-1], [], []
+) -> tuple[list[dict[str, int]], list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
+    """SCAN_GRADIENT records, and what they point to: du, ddt, dB | dC by group, dA | dskip | ddt_bias."""
+    channels, fields, kept = dout.shape[-1], [], []
     for weights in two:
         du, ddt = torch.empty(plan.tokens, channels), torch.empty(plan.tokens, channels)
         dbc = torch.empty(plan.groups, plan.tokens, 2 * weights.states)
         dweights = torch.empty(plan.sequences, (weights.states + 2) * channels)
         kept.append((du, ddt, dbc, dweights))
-        records.append(
-            record(
-                SCAN_GRADIENT, dout=address(dout), dout_stride=dout.stride(1), du=address(du), ddt=address(ddt),
-                dbc=address(dbc), dbc_stride=2 * weights.states, dbc_group_stride=plan.tokens * 2 * weights.states,
-                dweights=address(dweights),
-            )
+        fields.append(
+            {
+                "dout": address(dout), "dout_stride": dout.stride(1), "du": address(du), "ddt": address(ddt),
+                "dbc": address(dbc), "dbc_stride": 2 * weights.states,
+                "dbc_group_stride": plan.tokens * 2 * weights.states, "dweights": address(dweights),
+            }
         )  # fmt: skip
-    return np.concatenate(records), kept
+    return fields, kept
 
 
 def _projection_gradients(
@@ -227,19 +226,19 @@ def _conv_gradients(
     """Fills dx; returns each direction's (weight, bias) gradients, (channels, taps) and (channels,)."""
     channels, bf16 = rows.shape[-1], rows.dtype == torch.bfloat16
     partial = torch.empty(dx.shape) if bf16 else dx
-    records, kept = [], []
+    fields, kept = [], []
     for k, (weights, du) in enumerate(zip(two, dus, strict=True)):
         target = dx if k else partial
         dweights = torch.empty(plan.sequences, len(weights.conv_weight) + 1, channels)
         kept.append(dweights)
-        records.append(
-            _conv_record(
+        fields.append(
+            _conv_fields(
                 rows, weights, k, dout=address(du), dout_stride=channels, dx=address(target),
                 dx_stride=target.stride(1), dx_bf16=target.dtype == torch.bfloat16, dweights=address(dweights),
                 dx_partial=address(partial) if k else 0, dx_partial_stride=partial.stride(1),
             )
         )  # fmt: skip
-    conv_backward(np.concatenate(records), plan.borders, plan.tasks, plan.task_starts)
+    conv_backward(records(CONV, *fields), plan.borders, plan.tasks, plan.task_starts)
     totals = [dweights.sum(0) for dweights in kept]
     return [(total[:-1].t(), total[-1]) for total in totals]
 

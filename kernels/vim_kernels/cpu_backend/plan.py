@@ -47,8 +47,11 @@ def plan_for(x: Tensor, cu_seqlens: Tensor | None) -> Plan:
 
 def thread_count() -> int:
     """PyTorch's number of threads, which Numba is told too."""
-    workers = min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)  # pyright: ignore[reportAttributeAccessIssue]
+    wanted = torch.get_num_threads()
+    workers = min(wanted, config.NUMBA_NUM_THREADS)  # pyright: ignore[reportAttributeAccessIssue]
     numba.set_num_threads(workers)
+    if torch.get_num_threads() != wanted:  # Numba, when it starts its threads, changes OpenMP's number for all
+        torch.set_num_threads(wanted)
     return workers
 
 

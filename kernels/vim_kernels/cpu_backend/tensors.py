@@ -1,6 +1,6 @@
 """Between PyTorch tensors and the kernels' records: layouts, dtypes, addresses."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,11 +13,17 @@ from vim_kernels.types import ScanWeights
 LOG2_E = 1.4426950408889634
 
 
-def record(dtype: np.dtype, **fields: int | float) -> np.ndarray:
-    """One record; fields not named are 0."""
+def records(dtype: np.dtype, *rows: dict[str, Any]) -> np.ndarray:
+    """An array of a record for each dict; fields not named are 0."""
     assert dtype.names is not None
-    assert fields.keys() <= set(dtype.names)
-    return np.array([tuple(fields.get(name, 0) for name in dtype.names)], dtype)
+    absent = dict.fromkeys(dtype.names, 0)
+    values = [tuple((absent | row).values()) for row in rows]
+    return np.array(values, dtype)  # refuses a row that names an unknown field: it is too long
+
+
+def record(dtype: np.dtype, **fields: int | float) -> np.ndarray:
+    """An array of one record."""
+    return records(dtype, fields)
 
 
 def address(tensor: Tensor | None) -> int:
@@ -97,14 +103,15 @@ class DirectionWeights(NamedTuple):
 
 def direction_weights(weights: ScanWeights, x: Tensor) -> DirectionWeights:
     """Lay out one direction's weights for tokens x, already filled up."""
+    x_proj = padded(padded(weights.x_proj.detach().to(x.dtype), dim=-2)).contiguous()
     return DirectionWeights(
         conv_weight=padded(float_rows(weights.conv_weight.t())),
         conv_bias=vector_or_zeros(weights.conv_bias, x),
-        x_proj=padded(padded(weights.x_proj.detach().to(x.dtype), dim=-2)).contiguous(),
+        x_proj=x_proj,
         dt_proj=padded(float_rows(weights.dt_proj.t())),
         dt_bias=vector_or_zeros(weights.dt_bias, x),
         skip=vector_or_zeros(weights.D, x),
-        decay=blocked(torch.exp(weights.A_log.detach().float()) * -LOG2_E),
+        decay=blocked(torch.exp(weights.A_log.detach().float()).mul_(-LOG2_E)),
         rank=weights.dt_proj.shape[1],
         states=weights.A_log.shape[1],
     )

@@ -1,0 +1,131 @@
+"""The custom ops under PyTorch's own machinery on CPU tensors: opcheck, compile, export, autocast, checkpointing."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from vim_kernels import ScanWeights, add_rms_norm, available_backends, bidirectional_scan, causal_conv1d, library
+from vim_kernels import selective_scan as scan
+
+BACKENDS = [name for name in ("cpu", "torch") if available_backends()[name] is None]
+D, N, R = 16, 4, 2
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def draw(*shape, seed=0, grad=True):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return (0.4 * torch.randn(*shape, generator=generator)).requires_grad_(grad)
+
+
+def weights(seed=0):
+    shapes = ScanWeights((D, 4), (D,), (R + 2 * N, D), (D, R), (D,), (D, N), (D,))  # pyright: ignore
+    return ScanWeights(*(draw(*shape, seed=seed + i) for i, shape in enumerate(shapes)))
+
+
+def cu(*borders):
+    return torch.tensor(borders, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_opcheck(backend, packed):
+    borders, b, l = (cu(0, 2, 5), 1, 5) if packed else (None, 2, 5)
+    x, bc = draw(b, l, D), draw(b, l, N, seed=1)
+    A, state = -draw(D, N, grad=False).exp(), draw(2, D, N)
+    cases = [
+        (library.selective_scan, (x, x, A, bc, bc, draw(D), x, draw(D), borders, state, True, packed, backend, True)),
+        (library.selective_scan, (x, x, A, bc, bc, None, None, None, borders, None, True, True, backend, True)),
+        (library.bidirectional_scan, (draw(b, l, 2 * D), *weights(), *weights(9), True, borders, backend, True)),
+        (library.bidirectional_scan, (x, *weights(), *weights(9), False, borders, backend, True)),
+        (library.causal_conv1d, (x, draw(D, 4), draw(D), borders, "silu", packed, backend)),
+        (library.causal_conv1d, (x, draw(D, 3), None, borders, None, packed, backend)),
+        (library.add_rms_norm, (x, draw(b, l, D, seed=3), draw(D), 1e-5, backend)),
+        (library.add_rms_norm, (x, None, draw(D), 1e-5, backend)),
+    ]
+    for op, arguments in cases:
+        torch.library.opcheck(op, arguments, test_utils=CHECKS)
+
+
+class Layer(nn.Module):
+    """All four public ops in a row."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.taps = nn.Parameter(torch.ones(D)), nn.Parameter(draw(D, 4))
+        self.into, self.forwards, self.backwards = (
+            nn.Linear(D, 2 * D),
+            *(nn.ParameterList(nn.Parameter(t.detach()) for t in weights(seed)) for seed in (10, 20)),
+        )
+        self.A, self.B = nn.Parameter(-draw(D, N).exp().detach()), nn.Linear(D, N)
+
+    def forward(self, x):
+        h, residual = add_rms_norm(x, None, self.norm)
+        h = bidirectional_scan(self.into(h), ScanWeights(*self.forwards), ScanWeights(*self.backwards))
+        h = causal_conv1d(h, self.taps, reverse=True)
+        state = self.B(h)
+        return scan(h, h.abs(), self.A, state, state, z=h, dt_softplus=True).float() + residual
+
+
+def gradients(model, run, x):
+    model.zero_grad()
+    x = x.detach().clone().requires_grad_()
+    y = run(x)
+    y.square().mean().backward()
+    return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters())]
+
+
+def assert_same(got, want, tolerance=2e-5):
+    for g, w in zip(got, want, strict=True):
+        assert (g - w).norm() <= tolerance * w.norm().clamp(min=1e-6)
+
+
+def test_compiled_without_a_graph_break_at_two_lengths():
+    model = Layer()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for length in (9, 14):
+        x = draw(2, length, D)
+        assert_same(gradients(model, compiled, x), gradients(model, model, x))
+
+
+def test_exported_for_any_length():
+    model = Layer().eval()
+    with torch.no_grad():
+        dynamic = {"x": {1: torch.export.Dim("length", min=2, max=64)}}
+        program = torch.export.export(model, (draw(2, 9, D, grad=False),), dynamic_shapes=dynamic)
+        for length in (9, 33):
+            x = draw(2, length, D, grad=False)
+            assert_same([program.module()(x)], [model(x)])
+
+
+def test_autocast_gives_bfloat16_tokens_and_float32_gradients():
+    model, x = Layer(), draw(2, 40, D)
+    exact = gradients(model, model, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        h, residual = add_rms_norm(model.into(x)[..., :D], None, model.norm)
+        assert (h.dtype, residual.dtype) == (torch.bfloat16, torch.float32)
+        xz = model.into(h)
+        assert bidirectional_scan(xz, ScanWeights(*model.forwards), ScanWeights(*model.backwards)).dtype == xz.dtype
+        rough = gradients(model, model, x)
+    assert all(g.dtype == w.dtype == torch.float32 for g, w in zip(rough, exact, strict=True))
+    assert_same(rough, exact, tolerance=0.1)
+    assert not torch.equal(rough[0], exact[0])
+
+
+def test_checkpointing_recomputes_the_same_gradients():
+    model, x = Layer(), draw(2, 40, D)
+    again = gradients(model, lambda t: checkpoint(model, t, use_reentrant=False), x)
+    for g, w in zip(again, gradients(model, model, x), strict=True):
+        assert torch.equal(g, w)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_op_that_did_not_save_can_still_be_differentiated(backend):
+    """save=False is how inference calls the ops; autograd then runs the forward again."""
+    xz, *given = draw(2, 37, 2 * D), *weights(), *weights(9)
+    found = []
+    for save in (False, True):
+        y = library.bidirectional_scan(xz, *given, True, None, backend, save)[0]
+        found.append(torch.autograd.grad(y.square().sum(), [xz, *given]))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
