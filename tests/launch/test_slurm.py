@@ -17,7 +17,8 @@ pytestmark = pytest.mark.slow
 TOOLS = {
     "srun": 'while [[ $1 == --* ]]; do shift; done; export SLURM_NODEID=0; setsid "$@" & echo $! > srun.pid; wait $!',
     # as SLURM does: to every process of the step
-    "scancel": "kill -USR1 -- -$(cat srun.pid)",
+    "scancel": """tell() { kill -USR1 "$1"; for child in $(pgrep -P "$1"); do tell "$child"; done; }
+tell "$(cat srun.pid)\"""",
     "scontrol": 'if [[ $1 == show ]]; then echo 127.0.0.1; else echo "$@" > requeued; fi',
 }
 
