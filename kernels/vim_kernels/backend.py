@@ -16,7 +16,7 @@ from vim_kernels.interface import FAST_MODULES
 _OPS: dict[str, ModuleType | FastOps] = {"reference": reference, **{name: FastOps(name) for name in FAST_MODULES}}
 """Backend name -> its four functions, and `unavailable(device)`: why it cannot run there, or None."""
 
-FASTEST_FIRST = {"cuda": ("reference",), "cpu": ("cpu", "torch")}
+FASTEST_FIRST = {"cuda": ("triton", "reference"), "cpu": ("cpu", "torch")}
 """Device type -> backends to try when the user asked for none."""
 
 _process_choice: str | None = None

@@ -15,8 +15,18 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
-from vim_kernels.triton_backend import backward_kernels, forward_kernels, mixer_kernels, plan, token_kernels
+from vim_kernels.triton_backend import (
+    backward_kernels,
+    forward_kernels,
+    mixer_kernels,
+    plan,
+    tiled_kernels,
+    token_kernels,
+)
+from vim_kernels.triton_backend.launch import OPTIONS
+from vim_kernels.triton_backend.layouts import block_of, tile_layouts
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -71,6 +81,7 @@ def cases(column: str) -> list[Case]:
         found.append(Case(forward_kernels.scan_forward_kernel, constants, forward.warps))
     for adjoint in (False, True):
         constants = {"REVERSE": False, "ADJOINT": adjoint, "PACKED": adjoint, "N": 16, "BLOCK": state.block}
+        constants["AHEAD"] = state.ahead
         found.append(Case(forward_kernels.chunk_state_kernel, constants, state.warps))
     constants = {"REVERSE": False, "PACKED": False, "HAS_INITIAL": True, "STORE_FINAL": True, "N": 16}
     sizes = {"BLOCK": plan.CARRY_BLOCK, "CHUNKS": plan.CARRY_CHUNKS}
@@ -85,9 +96,35 @@ def cases(column: str) -> list[Case]:
     constants = {
         "HAS_BIAS": True, "PACKED": True, "STORE_LOW": True, "WIDTH": 4, "N": 16, "STATES": 16, "RANK": 12,
         "RANK_BLOCK": 16, "ROWS": mixer.rows, "BLOCK": mixer.block, "DOT": tl.bfloat16, "PRECISION": "ieee",
+        "HARDWARE": column == "cuda",
     }  # fmt: skip
     found.append(Case(mixer_kernels.mixer_inputs_kernel, constants, mixer.warps, mixer.stages))
+    if column == "cuda":
+        found += _tiled_cases()
     return found + _token_cases()
+
+
+def _tiled_cases() -> list[Case]:
+    found = []
+    forward, backward = plan.TILED_FORWARD, plan.TILED_BACKWARD
+    for directions, save, packed, chunked in ((2, False, False, False), (2, True, True, True), (1, True, False, True)):
+        block = block_of(forward.states_thread, forward.channels_thread, forward.warps, 16)
+        constants = {
+            "DIRECTIONS": directions, "REVERSE": False, "PACKED": packed, "GATE": True, "SAVE": save, "HAS_D": True,
+            "HAS_H0": chunked, "STORE_FINAL": directions == 1, "SCALE": 0.5, "N": 16, "BLOCK": block,
+            "INTERVAL": plan.INTERVAL, "TILE": forward.tile, "UNROLL": forward.step,
+            **tile_layouts(forward.states_thread, forward.channels_thread, forward.warps, block, 16),
+        }  # fmt: skip
+        found.append(Case(tiled_kernels.tiled_forward_kernel, constants, forward.warps))
+    for packed, adjoint in ((False, False), (True, True)):
+        block = block_of(backward.states_thread, backward.channels_thread, backward.warps, 16)
+        constants = {
+            "REVERSE": False, "PACKED": packed, "HAS_D": True, "HAS_ADJOINT": adjoint, "STORE_DH0": adjoint,
+            "SOFTPLUS": True, "N": 16, "BLOCK": block, "INTERVAL": plan.INTERVAL, "GROUP": backward.step,
+            **tile_layouts(backward.states_thread, backward.channels_thread, backward.warps, block, 16),
+        }  # fmt: skip
+        found.append(Case(tiled_kernels.tiled_backward_kernel, constants, backward.warps))
+    return found
 
 
 def _token_cases() -> list[Case]:
@@ -113,9 +150,10 @@ def compile_case(case: Case, target: str) -> Compiled:
     attributes = {
         (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr") or n in MULTIPLE_OF_16
     }
-    source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    kind = GluonASTSource if isinstance(case.kernel, GluonJITFunction) else ASTSource
+    source = kind(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
     kernel = triton.compile(
-        source, target=TARGETS[target], options={"num_warps": case.warps, "num_stages": case.stages}
+        source, target=TARGETS[target], options={"num_warps": case.warps, "num_stages": case.stages, **OPTIONS}
     )
     if "cubin" in kernel.asm:
         return _read_cubin(kernel.asm["cubin"])

@@ -115,15 +115,15 @@ def scan_backward_kernel(
                 dy = tl.load(dy_ptr + row * channels + d, mask=here, other=0.0).to(tl.float32)
                 u = u_l[i]
                 dt = dt_l[i]
-                h = h_l[i]
                 drive = dt * u
                 g = R + C[:, None] * dy[None, :]
                 along_B = tl.sum(g * B[:, None], axis=0)
-                decayed = g * (h - drive[None, :] * B[:, None])
+                R = decay_l[i] * g
+                # the state before the group is read again: held, its registers would spill
+                decayed = R * (h_l[i - 1] if i > 0 else tl.load(scratch + group * (N * BLOCK)))
                 drates += decayed * dt[None, :]
                 ddt = tl.sum(decayed * rates, axis=0) * LN2 + u * along_B
                 du = dt * along_B
-                R = decay_l[i] * g
                 if HAS_D:
                     du = tl.fma(skip, dy, du)
                     dD += dy * u
@@ -132,7 +132,7 @@ def scan_backward_kernel(
                 tl.store(du_ptr + row * channels + d, du.to(du_ptr.dtype.element_ty), mask=here)
                 tl.store(ddt_ptr + row * channels + d, ddt.to(ddt_ptr.dtype.element_ty), mask=here)
                 tl.store(dbc_ptr + row * (2 * N) + n, tl.sum(g * drive[None, :], axis=1), mask=inside)
-                tl.store(dbc_ptr + row * (2 * N) + N + n, tl.sum(h * dy[None, :], axis=1), mask=inside)
+                tl.store(dbc_ptr + row * (2 * N) + N + n, tl.sum(h_l[i] * dy[None, :], axis=1), mask=inside)
         tl.debug_barrier()  # the next interval writes the scratch again
     tl.store(drates_ptr + state + tile, drates, mask=ok[None, :])
     if HAS_D:

@@ -13,7 +13,7 @@ from vim_kernels.triton_backend.mixer_kernels import mixer_inputs_kernel
 from vim_kernels.triton_backend.plan import Tokens, tokens_of
 from vim_kernels.triton_backend.scan import ScanInputs, scan_backward, scan_forward
 from vim_kernels.triton_backend.token_kernels import decay_rates_kernel
-from vim_kernels.triton_backend.tokens import conv_backward, convolve, flat, gate_backward, split_taps
+from vim_kernels.triton_backend.tokens import conv_backward, convolve, flat, gate_backward, own, split_taps
 from vim_kernels.types import ScanWeights
 
 LN2 = math.log(2)
@@ -110,8 +110,7 @@ def bidirectional_scan_backward(
         dweight, dbias = split_taps(dtaps[q], weights.conv_weight, weights.conv_bias)
         parts = (dx_proj[q], ddt_proj[q], ddt_bias[q], dA_log[q], found.skips[q])
         wanted = (weights.x_proj, weights.dt_proj, weights.dt_bias, weights.A_log, weights.D)
-        rest = (p.to(w.dtype).clone(memory_format=torch.contiguous_format) for p, w in zip(parts, wanted, strict=True))
-        gradients.append(ScanWeights(dweight, dbias, *rest))
+        gradients.append(ScanWeights(dweight, dbias, *map(own, parts, wanted)))
     return dx, dz, gradients[0], gradients[1]
 
 

@@ -54,7 +54,7 @@ class MixerSizes(NamedTuple):
 
 
 TILED_FORWARD = TiledSizes(16, 1, 1, 16, 2)
-TILED_BACKWARD = TiledSizes(4, 4, 1, INTERVAL, 2)
+TILED_BACKWARD = TiledSizes(4, 4, 1, INTERVAL, 4)
 TILED_STATES = 16
 """The state size that the Gluon kernels are laid out for, Mamba's; another takes the core-Triton kernels."""
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vim_kernels.triton_backend.plan import tokens_of
 from vim_kernels.triton_backend.scan import ScanInputs, scan_backward, scan_forward
-from vim_kernels.triton_backend.tokens import flat, gate_backward, softplus
+from vim_kernels.triton_backend.tokens import flat, gate_backward, own, softplus
 
 LOG2E = 1 / math.log(2)
 
@@ -43,7 +43,7 @@ def selective_scan_forward(
     saved = selective_scan_saved(x, A, cu_seqlens, initial_state) if save else []
     if x.numel() == 0:
         state = x.new_zeros(tokens.sequences, *A.shape, dtype=torch.float32)
-        return y, state if initial_state is None else initial_state.float(), saved
+        return y, state if initial_state is None else own(initial_state, state), saved
     inputs = _scan_inputs(x, dt, A, B, C, D, dt_bias, dt_softplus, reverse)
     final = scan_forward(
         inputs,
@@ -110,8 +110,8 @@ def selective_scan_backward(
         found.u.view(x.shape),
         ddt.to(dt.dtype).view(dt.shape),
         (found.rates[0, :n].t()).to(A.dtype).contiguous(),
-        found.bc[0, :, :n].to(B.dtype).contiguous().view(B.shape),
-        found.bc[0, :, states : states + n].to(C.dtype).contiguous().view(C.shape),
+        own(found.bc[0, :, :n], B),
+        own(found.bc[0, :, states : states + n], C),
         None if D is None or found.skips is None else found.skips[0].to(D.dtype),
         dz,
         None if dt_bias is None else ddt.float().sum(0).to(dt_bias.dtype),

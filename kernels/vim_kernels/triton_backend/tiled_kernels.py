@@ -285,11 +285,12 @@ def tiled_backward_kernel(
                 drive = tau * x
                 g = R + gl.expand_dims(C, 1) * gl.expand_dims(g_out, 0)
                 along_B = gl.sum(g * gl.expand_dims(B, 1), axis=0)
-                decayed = g * (h_l[k] - gl.expand_dims(drive, 0) * gl.expand_dims(B, 1))
+                R = decay_l[k] * g
+                # the state before the group is read again: held, its registers would spill
+                decayed = R * (h_l[k - 1] if k > 0 else h_s.index(group).load(state))
                 drates += decayed * gl.expand_dims(tau, 0)
                 ddt = gl.sum(decayed * rates, axis=0) * LN2 + x * along_B
                 du = tau * along_B
-                R = decay_l[k] * g
                 if HAS_D:
                     du = gl.fma(skip, g_out, du)
                     dD += g_out * x

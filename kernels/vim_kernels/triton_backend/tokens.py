@@ -29,6 +29,11 @@ def flat(x: Tensor) -> Tensor:
     return x.as_strided((b * l, d), (x.stride(1), 1)) if even else x.reshape(b * l, d)
 
 
+def own(part: Tensor, like: Tensor) -> Tensor:
+    """A part of a tensor in memory of its own, shaped and typed like `like`: ops may not return views of one buffer."""
+    return torch.empty_like(like, memory_format=torch.contiguous_format).copy_(part.reshape(like.shape))
+
+
 def causal_conv1d_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str | None, reverse: bool, cu_seqlens: Tensor | None
 ) -> Tensor:
@@ -122,8 +127,7 @@ def conv_backward(
 
 def split_taps(dtaps: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """(w + 1, d) float32 -> gradients like weight (d, w) and bias (d,)."""
-    dweight = dtaps[:-1].t().to(weight.dtype).contiguous()
-    return dweight, None if bias is None else dtaps[-1].to(bias.dtype).clone()
+    return own(dtaps[:-1].t(), weight), None if bias is None else own(dtaps[-1], bias)
 
 
 def softplus(dt: Tensor, bias: Tensor | None, *, apply: bool) -> Tensor:

@@ -1,4 +1,7 @@
-"""The CPU backends, Numba's and plain PyTorch's, against the float64 reference: values and gradients of every op."""
+"""Every fast backend against the float64 reference: values and gradients of every op.
+
+Triton runs on the GPU where there is one, else on CPU tensors in its interpreter (see tests/conftest.py).
+"""
 
 import itertools
 
@@ -7,12 +10,14 @@ import torch
 
 from vim_kernels import ScanWeights, add_rms_norm, available_backends, bidirectional_scan, causal_conv1d, selective_scan
 
-BACKENDS = [name for name in ("cpu", "torch") if available_backends()[name] is None]
+DEVICES = {"cpu": "cpu", "torch": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
+BACKENDS = [name for name, device in DEVICES.items() if available_backends(device)[name] is None]
 VALUE, GRADIENT = 2e-6, 5e-6  # float32: relative RMS error; gradients sum over tokens and channels
-BF16_VALUE, BF16_GRADIENT = 6e-3, 1.5e-2
+LOW_VALUE, LOW_GRADIENT = 6e-3, 1.5e-2  # 16-bit
+INTERPRETED = DEVICES["triton"] == "cpu"  # its bfloat16 stores truncate instead of rounding to nearest
 BORDERS = {2: [0, 1, 2], 7: [0, 3, 4, 7], 33: [0, 1, 17, 33], 65: [0, 64, 65], 130: [0, 31, 33, 97, 130]}
 
-pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def draw(*shape, seed=0):
@@ -22,19 +27,21 @@ def draw(*shape, seed=0):
 
 def assert_close(got, want, tolerance, name=""):
     assert got.shape == want.shape, name
-    error = (got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30)
+    got, want = got.detach().double().cpu(), want.detach().double().cpu()
+    error = (got - want).norm() / want.norm().clamp(min=1e-30)
     assert error <= tolerance, f"{name}: relative error {error:.2e} > {tolerance}"
 
 
 def compare(op, tensors, backend, dtype=torch.float32, value=VALUE, gradient=GRADIENT):
     """Outputs and gradients of op(tensors, backend) in `dtype` against the reference in float64 on the same inputs."""
     rounded = {k: None if t is None else t.to(dtype if k in LOW else torch.float32) for k, t in tensors.items()}
-    fast = {k: None if t is None else t.detach().clone().requires_grad_() for k, t in rounded.items()}
+    device = DEVICES[backend]
+    fast = {k: None if t is None else t.detach().clone().to(device).requires_grad_() for k, t in rounded.items()}
     exact = {k: None if t is None else t.double().requires_grad_() for k, t in rounded.items()}
     got, want = op(fast, backend), op(exact, "reference")
     weights = [draw(*w.shape, seed=77) for w in want]
     for g, w, output in zip(got, want, weights, strict=True):
-        torch.autograd.backward(g, output.to(g.dtype), retain_graph=True)
+        torch.autograd.backward(g, output.to(g), retain_graph=True)
         if w.requires_grad:  # the reference's final state of no tokens does not
             torch.autograd.backward(w, output.to(g.dtype).double(), retain_graph=True)
     for i, (g, w) in enumerate(zip(got, want, strict=True)):
@@ -64,12 +71,17 @@ def scan_tensors(b, l, d, n, *, options=True, states=0):
     return given | {"h0": draw(states, d, n, seed=9) if states else None}
 
 
-def run_scan(t, backend, **options):
+def beside(cu_seqlens, x):
+    return None if cu_seqlens is None else cu_seqlens.to(x.device)
+
+
+def run_scan(t, backend, *, cu_seqlens=None, **options):
     t = dict(t)
-    h0 = t.pop("h0")
-    return selective_scan(**t, initial_state=h0, return_final_state=True, backend=backend, **options)
+    options |= {"initial_state": t.pop("h0"), "cu_seqlens": beside(cu_seqlens, t["x"])}
+    return selective_scan(**t, return_final_state=True, backend=backend, **options)
 
 
+@every_backend
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("length", [1, 2, 7, 33, 65, 130])
 def test_scan(backend, length, reverse):
@@ -77,6 +89,7 @@ def test_scan(backend, length, reverse):
     compare(lambda t, name: run_scan(t, name, dt_softplus=True, reverse=reverse), tensors, backend)
 
 
+@every_backend
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("length", list(BORDERS))
 def test_scan_packed(backend, length, reverse):
@@ -85,6 +98,7 @@ def test_scan_packed(backend, length, reverse):
     compare(lambda t, name: run_scan(t, name, dt_softplus=True, reverse=reverse, cu_seqlens=cu), tensors, backend)
 
 
+@every_backend
 @pytest.mark.parametrize(("d", "n"), [(1, 1), (5, 3), (24, 16), (48, 7), (32, 40)])
 def test_scan_of_any_width_without_options(backend, d, n):
     tensors = scan_tensors(2, 37, d, n, options=False)
@@ -107,22 +121,26 @@ def mixer_tensors(b, l, d, n, r, w, *, gated=True, bias=True):
     return tensors
 
 
-def run_mixer(t, backend, **options):
+def run_mixer(t, backend, *, gated=True, cu_seqlens=None):
     forward, backward = (ScanWeights(**{f: t[f"{q}.{f}"] for f in ScanWeights._fields}) for q in "fb")
-    return (bidirectional_scan(t["xz"], forward, backward, backend=backend, **options),)
+    cu_seqlens = beside(cu_seqlens, t["xz"])
+    return (bidirectional_scan(t["xz"], forward, backward, gated=gated, cu_seqlens=cu_seqlens, backend=backend),)
 
 
+@every_backend
 @pytest.mark.parametrize("length", [1, 2, 7, 33, 65, 130])
 def test_mixer(backend, length):
     compare(run_mixer, mixer_tensors(2, length, 32, 16, 12, 4), backend)
 
 
+@every_backend
 @pytest.mark.parametrize("length", list(BORDERS))
 def test_mixer_packed(backend, length):
     cu = torch.tensor(BORDERS[length], dtype=torch.int32)
     compare(lambda t, name: run_mixer(t, name, cu_seqlens=cu), mixer_tensors(1, length, 32, 16, 12, 4), backend)
 
 
+@every_backend
 @pytest.mark.parametrize(("d", "n", "r", "w"), [(3, 2, 1, 1), (24, 16, 5, 3), (40, 5, 2, 6)])
 @pytest.mark.parametrize("gated", [True, False])
 def test_mixer_of_any_width(backend, d, n, r, w, gated):
@@ -130,6 +148,7 @@ def test_mixer_of_any_width(backend, d, n, r, w, gated):
     compare(lambda t, name: run_mixer(t, name, gated=gated), tensors, backend)
 
 
+@every_backend
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(("d", "w", "activation", "bias"), [(16, 4, "silu", True), (20, 3, None, False)])
 @pytest.mark.parametrize("packed", [False, True])
@@ -140,11 +159,13 @@ def test_conv(backend, d, w, activation, bias, reverse, packed):
         tensors = {"x": draw(1 if packed else 2, length, d), "weight": draw(d, w), "bias": draw(d) if bias else None}
 
         def op(t, name, cu=cu):
-            return (causal_conv1d(**t, activation=activation, reverse=reverse, cu_seqlens=cu, backend=name),)
+            borders = beside(cu, t["x"])
+            return (causal_conv1d(**t, activation=activation, reverse=reverse, cu_seqlens=borders, backend=name),)
 
         compare(op, tensors, backend)
 
 
+@every_backend
 @pytest.mark.parametrize("width", [16, 48, 7])
 @pytest.mark.parametrize("has_residual", [True, False])
 def test_norm(backend, width, has_residual):
@@ -153,9 +174,11 @@ def test_norm(backend, width, has_residual):
     compare(lambda t, name: add_rms_norm(**t, backend=name), tensors, backend)
 
 
+@every_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision(backend, dtype):
-    low = {"dtype": dtype, "value": BF16_VALUE, "gradient": BF16_GRADIENT}
+    truncates = 2 if backend == "triton" and INTERPRETED else 1
+    low = {"dtype": dtype, "value": truncates * LOW_VALUE, "gradient": truncates * LOW_GRADIENT}
     compare(run_mixer, mixer_tensors(2, 65, 48, 16, 12, 4), backend, **low)
     compare(lambda t, name: run_scan(t, name, dt_softplus=True), scan_tensors(2, 65, 32, 16), backend, **low)
     conv = {"x": draw(2, 33, 32), "weight": draw(32, 4), "bias": draw(32)}
@@ -164,6 +187,7 @@ def test_low_precision(backend, dtype):
     compare(lambda t, name: add_rms_norm(**t, backend=name), norm, backend, **low)
 
 
+@every_backend
 def test_empty_inputs(backend):
     for b, l in ((0, 3), (2, 0)):
         tensors = scan_tensors(b, l, 16, 4, states=b)
@@ -175,12 +199,13 @@ def test_empty_inputs(backend):
         compare(lambda t, name: add_rms_norm(**t, backend=name), norm, backend)
 
 
+@every_backend
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_bad_dt_stays_in_its_packed_image(backend, bad, reverse):
     borders = [0, 40, 75, 110]
-    cu = torch.tensor(borders, dtype=torch.int32)
-    given = {k: None if t is None else t.float() for k, t in scan_tensors(1, 110, 32, 16).items()}
+    cu = torch.tensor(borders, dtype=torch.int32, device=DEVICES[backend])
+    given = {k: None if t is None else t.float().to(cu.device) for k, t in scan_tensors(1, 110, 32, 16).items()}
     given.pop("h0")
     clean = selective_scan(**given, dt_softplus=True, reverse=reverse, cu_seqlens=cu, backend=backend)
     given["dt"][0, 50, 3] = bad
@@ -194,3 +219,38 @@ def test_bad_dt_stays_in_its_packed_image(backend, bad, reverse):
     y.sum().backward()
     for start, stop in ((0, 40), (75, 110)):
         assert torch.isfinite(given["x"].grad[0, start:stop]).all()
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+@pytest.mark.parametrize("length", [65, 130])
+@pytest.mark.parametrize("packed", [False, True])
+def test_triton_in_chunks(backend, length, packed, monkeypatch):
+    """A chip that one sequence does not fill: states of chunks, carries between them, then the scan itself."""
+    plan = pytest.importorskip("vim_kernels.triton_backend.plan", reason="Triton is not installed")
+    monkeypatch.setattr(plan, "processors", lambda device: 1000)
+    monkeypatch.setattr(plan, "CARRY_CHUNKS", 2)  # the interpreter takes a minute for the shipped 64
+    borders = [0, 64, length] if packed else None
+    cu = torch.tensor(borders, dtype=torch.int32) if borders else None
+    assert plan.chunk_size(plan.tokens_of(draw(1 if packed else 2, length, 16), cu), 1, 1000) == 2 * plan.INTERVAL
+    for reverse in (False, True):
+        scan = scan_tensors(1 if packed else 2, length, 16, 16, states=2)
+        options = {"dt_softplus": True, "reverse": reverse, "cu_seqlens": cu}
+        compare(lambda t, name, options=options: run_scan(t, name, **options), scan, backend)
+    mixer = mixer_tensors(1 if packed else 2, length, 32, 16, 12, 4)
+    compare(lambda t, name: run_mixer(t, name, cu_seqlens=cu), mixer, backend)
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+def test_triton_gives_the_same_bits_every_time(backend):
+    given = {
+        k: None if t is None else t.float().to(DEVICES[backend]) for k, t in mixer_tensors(3, 70, 40, 16, 3, 4).items()
+    }
+
+    def run():
+        leaves = {k: None if t is None else t.clone().requires_grad_() for k, t in given.items()}
+        (out,) = run_mixer(leaves, backend)
+        out.square().sum().backward()
+        return [out, *(t.grad for t in leaves.values() if t is not None)]
+
+    for first, second in zip(run(), run(), strict=True):
+        assert torch.equal(first, second)

@@ -1,0 +1,307 @@
+"""A whole Vim beside timm's DeiT of the same width: forward pass, or training step, at growing picture sizes.
+
+`python -m benchmarks.backbone --sizes 224 512 1024 1248` prints one table a run; `--out DIR` adds a CSV and a plot.
+Runs of all models alternate in one process, so that a busy machine slows all of them; times are medians. Ratios are
+time / Vim's time: above 1, Vim is faster. The floor: "products" is what the matrix products take at the rate of a
+large one; "G exp" counts the exponentials of scan or softmax. Memory is the peak above the idle model; on a CPU each
+model gets its own process for it.
+"""
+
+import argparse
+import csv
+import math
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import matplotlib.pyplot as plt
+import psutil
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from vim_backbone import VisionMamba
+from vim_backbone.config import named_config
+from vim_kernels import use_backend
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DEIT = {"vim_tiny": "deit_tiny_patch16_224", "vim_small": "deit_small_patch16_224", "vim_base": "deit_base_patch16_224"}
+ATTENTION = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "eager": SDPBackend.MATH,
+}
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=DEIT, default="vim_tiny")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[224, 512], help="picture sides in pixels")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="bf16: weights; in a training step, autocast")
+    parser.add_argument("--train", action="store_true", help="forward and backward instead of the forward pass")
+    parser.add_argument("--mask", type=float, default=0.0, help="train on what is left when this share is masked")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--backend", help="of vim_kernels; by default what it picks for the device")
+    parser.add_argument("--attention", nargs="+", help="DeiT's: sdpa (PyTorch picks), flash, cudnn, eager")
+    parser.add_argument("--compile", action="store_true", help="also time DeiT under torch.compile")
+    parser.add_argument("--threads", type=int, help="of the CPU")
+    parser.add_argument("--seconds", type=float, default=30.0, help="to measure for, each size; at least three rounds")
+    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
+    parser.add_argument("--out", type=Path, help="folder for backbone.csv and backbone.png")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.train |= options.mask > 0
+    options.attention = options.attention or (["sdpa"] if options.device == "cpu" else ["flash", "cudnn", "eager"])
+    return options
+
+
+class Case:
+    """One model at one picture size: `run()` is what is timed."""
+
+    def __init__(self, name: str, options: argparse.Namespace, size: int) -> None:
+        torch.manual_seed(0)
+        self.options, self.is_vim = options, name == "vim"
+        if self.is_vim:
+            model: nn.Module = VisionMamba(named_config(options.model, img_size=(size, size)))
+        else:
+            model = timm.create_model(DEIT[options.model], img_size=size)
+        dtype = DTYPES[options.dtype]
+        self.model = model.to(options.device, torch.float32 if options.train else dtype).train(options.train)
+        self.images = torch.randn(options.batch, 3, size, size).to(options.device, next(model.parameters()).dtype)
+        patches = (size // 16) ** 2
+        self.kept = torch.randperm(patches)[: round(patches * (1 - options.mask))].sort().values.to(options.device)
+        _, attention, *compiled = [*name.split(), "sdpa"] if self.is_vim else name.split()
+        self.attention = attention
+        self.features: Callable[[Tensor], Tensor] = self._vim_features if self.is_vim else self._deit_features
+        if compiled:
+            self.features = torch.compile(self.features)
+
+    def run(self) -> None:
+        """A forward pass, or a forward and a backward one."""
+        with self._context():
+            if not self.options.train:
+                with torch.inference_mode():
+                    self.model(self.images)
+            else:
+                with torch.autocast(self.options.device, torch.bfloat16, enabled=self.options.dtype == "bf16"):
+                    loss = self.features(self.images).float().square().mean()
+                loss.backward()
+                self.model.zero_grad(set_to_none=True)
+        if self.options.device == "cuda":
+            torch.cuda.synchronize()
+
+    def _context(self) -> AbstractContextManager[Any]:
+        if self.is_vim:
+            return use_backend(self.options.backend) if self.options.backend else nullcontext()
+        return nullcontext() if self.attention == "sdpa" else sdpa_kernel(ATTENTION[self.attention])
+
+    def _vim_features(self, images: Tensor) -> Tensor:
+        model = self.model
+        assert isinstance(model, VisionMamba)
+        return torch.cat(model.encode(model.embed_patches(images)[:, self.kept]), dim=1)
+
+    def _deit_features(self, images: Tensor) -> Tensor:
+        vit: Any = self.model
+        tokens = vit.patch_embed(images) + vit.pos_embed[:, 1:]
+        first = (vit.cls_token + vit.pos_embed[:, :1]).expand(len(tokens), -1, -1)
+        return vit.norm(vit.blocks(torch.cat([first, tokens[:, self.kept]], dim=1)))
+
+
+def case_names(options: argparse.Namespace) -> list[str]:
+    """The rows of a table."""
+    names = ["vim", *(f"deit {attention}" for attention in options.attention)]
+    return names + ([f"deit {options.attention[0]} compiled"] if options.compile else [])
+
+
+def measure(cases: dict[str, Case], seconds: float) -> tuple[dict[str, list[float]], float]:
+    """Seconds of every run of every case, and the share of all cores that other processes used meanwhile."""
+    for case in cases.values():
+        case.run()
+        case.run()
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    start, own, busy = time.perf_counter(), time.process_time(), busy_seconds()
+    while time.perf_counter() - start < seconds or len(times["vim"]) < 3:
+        for name, case in cases.items():
+            before = time.perf_counter()
+            case.run()
+            times[name].append(time.perf_counter() - before)
+    others = busy_seconds() - busy - (time.process_time() - own)
+    return times, max(0.0, others) / (time.perf_counter() - start) / (psutil.cpu_count() or 1)
+
+
+def busy_seconds() -> float:
+    """CPU time that all processes together have used."""
+    spent = psutil.cpu_times()
+    return sum(spent) - spent.idle - getattr(spent, "iowait", 0.0) - getattr(spent, "guest", 0.0)
+
+
+def peak_megabytes(name: str, options: argparse.Namespace, size: int) -> float:
+    """Peak memory of two runs above what the model and the pictures take."""
+    if options.device == "cuda":
+        case = Case(name, options, size)
+        case.run()
+        idle = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        case.run()
+        return (torch.cuda.max_memory_allocated() - idle) / 1e6
+    command = [sys.executable, "-m", "benchmarks.backbone", *sys.argv[1:], "--sizes", str(size), "--peak-of", name]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def print_peak(options: argparse.Namespace) -> None:
+    """What the process for `peak_megabytes` does: a tiny picture first, for everything that is loaded once."""
+    Case(options.peak_of, options, 32).run()
+    case = Case(options.peak_of, options, options.sizes[0])
+    idle = psutil.Process().memory_info().rss
+    case.run()
+    case.run()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - idle) / 1e6)
+
+
+def product_rate(device: str, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a large square matrix product, the best of 10."""
+    side, best = (8192 if device == "cuda" else 1536), math.inf
+    square = torch.randn(side, side, device=device, dtype=dtype)
+    for _ in range(10):
+        start = time.perf_counter()
+        torch.mm(square, square)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * side**3 / best
+
+
+def work(is_vim: bool, options: argparse.Namespace, size: int) -> tuple[float, float]:
+    """Floating-point operations of the matrix products, and exponentials, of one run."""
+    config = named_config(options.model)
+    d, e, n, depth = config.d_model, config.d_inner, config.d_state, config.depth
+    columns = -(-d // 16) + 2 * n
+    tokens = round((size // 16) ** 2 * (1 - options.mask)) + 1
+    if is_vim:
+        products = tokens * (2 * d * 2 * e + 2 * 2 * e * columns + 2 * e * d)
+        exponentials = 2 * tokens * e * n
+    else:
+        depth = 12
+        products = tokens * (2 * 12 * d * d) + 4 * tokens * tokens * d
+        exponentials = tokens * tokens * d // 64
+    passes = 3 if options.train else 1
+    return options.batch * depth * products * passes, options.batch * depth * exponentials * passes
+
+
+def clock(device: str) -> str:
+    """The device and its clock now."""
+    if device == "cuda":
+        query = ["nvidia-smi", "--query-gpu=name,clocks.sm,clocks.max.sm", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    names = [line.split(":")[1].strip() for line in _cpu_info() if line.startswith("model name")]
+    frequency = psutil.cpu_freq()
+    shown = f"{frequency.current / 1000:.2f} GHz" if frequency else "clock unknown"
+    isa = torch.backends.cpu.get_cpu_capability()
+    return f"{names[0] if names else platform.machine()} ({isa}), {shown}, {torch.get_num_threads()} threads"
+
+
+def _cpu_info() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def versions() -> str:
+    """Of what is measured."""
+    installed = {d.metadata["Name"] for d in metadata.distributions()}
+    found = [f"{name} {metadata.version(name)}" for name in ("torch", "timm", "numba", "triton") if name in installed]
+    return ", ".join([*found, f"python {platform.python_version()}"])
+
+
+def measure_size(options: argparse.Namespace, size: int, gemm_rate: float) -> list[dict[str, Any]]:
+    """Print and return the rows of one picture size."""
+    cases = {name: Case(name, options, size) for name in case_names(options)}
+    times, others = measure(cases, options.seconds)
+    del cases
+    ours = median(times["vim"])
+    rows = []
+    for name, seconds in times.items():
+        products, exponentials = work(name == "vim", options, size)
+        row: dict[str, Any] = {
+            "pixels": size,
+            "model": options.model if name == "vim" else name,
+            "ms": round(1e3 * median(seconds), 2),
+            "fastest ms": round(1e3 * min(seconds), 2),
+            "time / vim": round(median(seconds) / ours, 2),
+            "products ms": round(1e3 * products / gemm_rate, 2),
+            "G exp": round(exponentials / 1e9, 2),
+            "peak MB": "" if options.no_memory else round(peak_megabytes(name, options, size)),
+            "rounds": len(seconds),
+            "others' cores %": round(100 * others),
+        }
+        print("| " + " | ".join(str(value) for value in row.values()) + " |", flush=True)
+        rows.append(row)
+    return rows
+
+
+def write(folder: Path, rows: list[dict[str, Any]], about: dict[str, str]) -> None:
+    """backbone.csv and backbone.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "backbone.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, [*rows[0], *about])
+        table.writeheader()
+        table.writerows(row | about for row in rows)
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for model in dict.fromkeys(row["model"] for row in rows):
+        chosen = [row for row in rows if row["model"] == model]
+        axes.plot([row["pixels"] for row in chosen], [row["ms"] for row in chosen], marker="o", label=model)
+    axes.set(xscale="log", yscale="log", xlabel="side of the picture in pixels", ylabel="ms")
+    axes.set_title(f"{about['run']}\n{about['device']}", fontsize=8)
+    axes.legend()
+    figure.savefig(folder / "backbone.png", dpi=150)
+
+
+def main() -> None:
+    """Measure and print."""
+    options = parse()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.peak_of:
+        print_peak(options)
+        return
+    what = f"training step, {options.mask:.0%} masked" if options.train else "forward pass"
+    about = {
+        "run": f"{what}, batch {options.batch}, {options.dtype}",
+        "device": clock(options.device),
+        "versions": versions(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    gemm_rate = product_rate(options.device, DTYPES[options.dtype])
+    for value in about.values():
+        print(value)
+    print(f"matrix products at {gemm_rate / 1e9:.0f} GFLOP/s\n")
+    columns = (
+        "pixels",
+        "model",
+        "ms",
+        "fastest ms",
+        "time / vim",
+        "products ms",
+        "G exp",
+        "peak MB",
+        "rounds",
+        "others' cores %",
+    )
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+    rows = [row for size in options.sizes for row in measure_size(options, size, gemm_rate)]
+    if options.out:
+        write(options.out, rows, about)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""The scan beside its peers and the machine's roof: time, state updates a second, share of the roof, peak memory.
+
+`python -m benchmarks.scan` prints one row for each size, pass and implementation; `--out DIR` adds scan.csv and
+scan.png. A state update is one (token, channel, direction, state): it takes one exponential, and on a GPU the rate of
+exponentials is the roof. "scan x 2" is both directions with D, z and softplus(dt + bias) as two single-direction calls,
+the only form that mamba_ssm has; "layer" is everything between in_proj and out_proj. Ratios are time / ours.
+"""
+
+import argparse
+import csv
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+
+from benchmarks.machine import clock, copy_rate, exp_rate, seconds, versions
+from vim_kernels import ScanWeights, available_backends, bidirectional_scan, selective_scan
+
+try:
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # pyright: ignore[reportMissingImports]
+except ImportError:
+    selective_scan_fn = None
+
+N, WIDTH = 16, 4
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SIZES = {
+    "cuda": ["128x197x384", "256x197x384", "512x197x384", "64x1025x1536", "16x6085x384", "16x6085x1536", "1x6085x384"],
+    "cpu": ["1x197x384", "8x197x384", "1x1025x384", "1x6085x384"],
+}
+
+
+class Inputs(NamedTuple):
+    """Of one layer: channel-last for ours, channel-first for mamba_ssm."""
+
+    xz: Tensor
+    weights: tuple[ScanWeights, ScanWeights]
+    scan: dict[str, Tensor]
+    official: dict[str, Tensor]
+
+
+def draw(b: int, l: int, d: int, dtype: torch.dtype, device: str) -> Inputs:
+    """Random inputs as a Vim of width d / 2 has them."""
+    torch.manual_seed(0)
+    rank = -(-d // 32)
+
+    def tensor(*shape: int, scale: float = 1.0, kind: torch.dtype = torch.float32) -> Tensor:
+        return (torch.randn(*shape, device=device) * scale).to(kind)
+
+    def weights() -> ScanWeights:
+        A_log = torch.arange(1, N + 1, device=device).float().log().repeat(d, 1)
+        projections = tensor(rank + 2 * N, d, scale=d**-0.5), tensor(d, rank, scale=rank**-0.5)
+        return ScanWeights(tensor(d, WIDTH), tensor(d), *projections, tensor(d) - 4, A_log, tensor(d))
+
+    scan = {name: tensor(b, l, d, kind=dtype) for name in ("x", "dt", "z")}
+    scan |= {name: tensor(b, l, N, kind=dtype) for name in ("B", "C")}
+    scan |= {"A": -torch.arange(1, N + 1, device=device).float().repeat(d, 1), "D": tensor(d), "dt_bias": tensor(d) - 4}
+    renamed = {"x": "u", "dt": "delta", "dt_bias": "delta_bias"}
+    official = {
+        renamed.get(k, k): v.transpose(1, 2).contiguous() if v.dim() == 3 else v.clone() for k, v in scan.items()
+    }
+    return Inputs(tensor(b, l, 2 * d, kind=dtype), (weights(), weights()), scan, official)
+
+
+def both(scan: Callable[..., Tensor], tensors: dict[str, Tensor], first: dict, second: dict) -> Tensor:
+    """Two directions of a single-direction scan."""
+    return scan(**tensors, **first) + scan(**tensors, **second)
+
+
+def loop(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor) -> Tensor:
+    """The recurrence as PyTorch would write it: a loop over tokens, for torch.compile."""
+    dt = torch.nn.functional.softplus(dt.float() + dt_bias)
+    h = x.new_zeros(x.shape[0], *A.shape, dtype=torch.float32)
+    ys = []
+    for t in range(x.shape[1]):
+        step = dt[:, t, :, None]
+        h = (step * A).exp() * h + step * x[:, t, :, None] * B[:, t, None]
+        ys.append((h * C[:, t, None]).sum(-1))
+    y = torch.stack(ys, 1) + D * x
+    return (y * torch.nn.functional.silu(z.float())).to(x.dtype)
+
+
+def cases(inputs: Inputs, backend: str, rivals: list[str]) -> dict[str, tuple[Callable[[], Tensor], list[Tensor]]]:
+    """Row name -> (call, tensors that want gradients)."""
+    ours = {"dt_softplus": True, "backend": backend}
+    found: dict[str, tuple[Callable[[], Tensor], list[Tensor]]] = {
+        f"layer, {backend}": (
+            lambda: bidirectional_scan(inputs.xz, *inputs.weights, backend=backend),
+            [inputs.xz, *(t for w in inputs.weights for t in w if t is not None)],
+        ),
+        f"scan x 2, {backend}": (
+            lambda: both(selective_scan, inputs.scan, ours, ours | {"reverse": True}),
+            list(inputs.scan.values()),
+        ),
+    }
+    if "mamba_ssm" in rivals and selective_scan_fn is not None:
+        official, peer = {"delta_softplus": True}, selective_scan_fn
+        found["scan x 2, mamba_ssm"] = (
+            lambda: both(peer, inputs.official, official, official),
+            list(inputs.official.values()),
+        )
+    if "loop" in rivals:
+        found["scan x 2, loop"] = (lambda: both(loop, inputs.scan, {}, {}), list(inputs.scan.values()))
+    return found
+
+
+def measure(call: Callable[[], Tensor], leaves: list[Tensor], device: str, backward: bool) -> tuple[float, float]:
+    """Seconds and peak bytes above the inputs; the backward pass alone, where it is one."""
+    for leaf in leaves:
+        leaf.requires_grad_(backward)
+    run: Callable[[], object] = differentiate(call(), leaves) if backward else call
+    with torch.set_grad_enabled(backward):
+        spent = seconds(run, device)
+    if device != "cuda":
+        return spent, 0.0
+    idle = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return spent, torch.cuda.max_memory_allocated() - idle
+
+
+def differentiate(out: Tensor, leaves: list[Tensor]) -> Callable[[], object]:
+    """The backward pass of `out`, to be taken any number of times."""
+    gradient = torch.randn_like(out)
+    return lambda: torch.autograd.grad(out, leaves, gradient, retain_graph=True)
+
+
+def rows_of(size: str, options: argparse.Namespace, roof: float, rivals: list[str]) -> list[dict[str, Any]]:
+    """Print and return the rows of one size."""
+    b, l, d = map(int, size.split("x"))
+    rows = []
+    for backward in (False, True):
+        inputs = draw(b, l, d, DTYPES[options.dtype], options.device)
+        table = cases(inputs, options.backend, rivals)
+        times: dict[str, float] = {}
+        for name, (call, leaves) in table.items():
+            try:
+                times[name], peak = measure(call, leaves, options.device, backward)
+            except torch.OutOfMemoryError:
+                print(f"{size} {name}: out of memory", flush=True)
+                continue
+            updates = 2 * b * l * d * N / times[name]
+            base = times.get(f"{name.split(',')[0]}, {options.backend}", times[name])
+            row = {
+                "batch x length x channels": size,
+                "pass": "backward" if backward else "forward",
+                "what": name,
+                "ms": f"{1e3 * times[name]:.3f}",
+                "time / ours": f"{times[name] / base:.2f}",
+                "1e9 updates/s": f"{updates / 1e9:.1f}",
+                "% of exp roof": f"{100 * updates / roof:.0f}",
+                "peak MB": f"{peak / 1e6:.0f}",
+            }
+            print("| " + " | ".join(row.values()) + " |", flush=True)
+            rows.append(row)
+    return rows
+
+
+def write(folder: Path, rows: list[dict[str, Any]], about: dict[str, str]) -> None:
+    """scan.csv and scan.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "scan.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, [*rows[0], *about])
+        table.writeheader()
+        table.writerows(row | about for row in rows)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    for axis, which in zip(axes, ("forward", "backward"), strict=True):
+        chosen = [row for row in rows if row["pass"] == which]
+        for what in dict.fromkeys(row["what"] for row in chosen):
+            mine = [row for row in chosen if row["what"] == what]
+            sizes = [row["batch x length x channels"] for row in mine]
+            axis.plot(sizes, [float(row["1e9 updates/s"]) for row in mine], marker="o", label=what)
+        axis.set(yscale="log", title=which, ylabel="1e9 state updates a second")
+        axis.tick_params(axis="x", rotation=30)
+    axes[1].legend(fontsize=8)
+    figure.suptitle(f"{about['device']}, {about['dtype']}", fontsize=9)
+    figure.savefig(folder / "scan.png", dpi=150)
+
+
+def main() -> None:
+    """Measure and print."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default=device)
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16" if device == "cuda" else "fp32")
+    parser.add_argument("--backend", default="triton" if device == "cuda" else "cpu", help="of vim_kernels")
+    parser.add_argument("--sizes", nargs="+", help="BATCHxLENGTHxCHANNELS")
+    parser.add_argument("--rivals", nargs="*", default=["mamba_ssm"], help="mamba_ssm, loop (slow)")
+    parser.add_argument("--out", type=Path, help="folder for scan.csv and scan.png")
+    options = parser.parse_args()
+    if reason := available_backends(options.device).get(options.backend, "unknown"):
+        parser.error(f"backend {options.backend!r}: {reason}")
+    roof = exp_rate(options.device)
+    about = {"device": clock(options.device), "versions": versions(), "date": time.strftime("%Y-%m-%d")}
+    print("\n".join([*about.values(), options.dtype]))
+    print(f"exponentials {roof / 1e9:.1f} G/s, copy {copy_rate(options.device) / 1e9:.0f} GB/s\n")
+    if "mamba_ssm" in options.rivals and selective_scan_fn is None:
+        print("mamba_ssm is not installed: no rows of it\n")
+    titles = (
+        "batch x length x channels",
+        "pass",
+        "what",
+        "ms",
+        "time / ours",
+        "1e9 updates/s",
+        "% of exp roof",
+        "peak MB",
+    )
+    print("| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|")
+    rows = []
+    for size in options.sizes or SIZES[options.device]:
+        rows += rows_of(size, options, roof, options.rivals)
+    if options.out:
+        write(options.out, rows, about | {"dtype": options.dtype})
+
+
+if __name__ == "__main__":
+    main()
