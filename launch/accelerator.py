@@ -1,32 +1,63 @@
 """One Accelerator for every launcher, and refusals where a launcher would silently train unsynchronised copies."""
 
 import os
+import shutil
+from collections.abc import Callable
 from datetime import timedelta
+from importlib.util import find_spec
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DeepSpeedPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+)
 
 from launch.config import RunConfig
+from launch.sharding import zero_stage
 from vim_backbone.errors import UserError
+
+Result = TypeVar("Result")
+
+
+class ZeroPlugin(DeepSpeedPlugin):
+    """Accelerate's settings of DeepSpeed, without its link to transformers, which a run here does not need."""
+
+    def set_deepspeed_weakref(self) -> None:
+        """Nothing: transformers' models alone look for it."""
+
+
+class ToldError(UserError):
+    """A user's error that the main process tells; the others end with it in silence."""
 
 
 def build_accelerator(config: RunConfig, accumulation: int) -> Accelerator:
     """The Accelerator of this process, whether started by python, torchrun or accelerate launch.
 
-    Raises UserError where the launcher asked for processes or a strategy that Accelerate did not set up.
+    Raises UserError where the launcher asked for what is not there, or for what Accelerate did not set up.
     """
+    refuse_what_is_missing()
+    zero = _asked("ACCELERATE_USE_DEEPSPEED")
     handlers = []
     if "LOCAL_RANK" in os.environ:
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timedelta(minutes=30)))
+        backend = "nccl" if torch.cuda.is_available() and not _asked("ACCELERATE_USE_CPU") else "gloo"
+        # longer than the watchdog, which can name the process that hangs
+        handlers.append(
+            InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=2 * config.hang_seconds + 60))
+        )
     accelerator = Accelerator(
-        mixed_precision="bf16" if config.precision == "bf16" else "no",
+        # DeepSpeed's own bf16 casts the parameters; its torch_autocast, set below, leaves them float32
+        mixed_precision="bf16" if config.precision == "bf16" and not zero else "no",
         gradient_accumulation_steps=accumulation,
         log_with=list(config.trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(config.folder), logging_dir=str(config.folder)),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=False),
         kwargs_handlers=handlers or None,
+        deepspeed_plugin=ZeroPlugin() if zero else None,
         step_scheduler_with_optimizer=False,
     )
     kind = str(accelerator.distributed_type).split(".")[-1]
@@ -37,6 +68,79 @@ def build_accelerator(config: RunConfig, accumulation: int) -> Accelerator:
             "on CPU set ACCELERATE_USE_CPU=true and launch with --multi_gpu, or use --use_deepspeed"
         )
     for variable, strategy in (("ACCELERATE_USE_DEEPSPEED", "DEEPSPEED"), ("ACCELERATE_USE_FSDP", "FSDP")):
-        if os.environ.get(variable, "false").lower() == "true" and kind != strategy:
+        if _asked(variable) and kind != strategy:
             raise UserError(f"the launcher asked for {strategy} but Accelerate set up {kind}: unset ACCELERATE_USE_CPU")
     return accelerator
+
+
+def refuse_what_is_missing() -> None:
+    """Raise UserError where the launcher's environment asks for a package, a compiler or a GPU that is not there."""
+    world, local = (os.environ.get(name, "0") for name in ("LOCAL_WORLD_SIZE", "LOCAL_RANK"))
+    on_cpu = _asked("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    if _asked("ACCELERATE_USE_DEEPSPEED"):
+        if find_spec("deepspeed") is None:
+            raise UserError("the launcher asked for DeepSpeed, which is not installed: pip install deepspeed")
+        if _asked("ACCELERATE_USE_CPU"):
+            raise UserError("ACCELERATE_USE_CPU makes Accelerate run DDP in place of DeepSpeed: unset it")
+        if on_cpu and not (shutil.which(os.environ.get("CXX", "c++")) and shutil.which("ninja")):
+            raise UserError("DeepSpeed on CPU compiles its communication: install a C++ compiler and ninja")
+    if _asked("ACCELERATE_USE_FSDP") and on_cpu:
+        raise UserError("Accelerate does not run FSDP on CPU: use launch/accelerate/zero3_cpu.yaml")
+    if not on_cpu and int(local) >= torch.cuda.device_count():
+        raise UserError(
+            f"{world} processes were started on this host but it has {torch.cuda.device_count()} GPU(s): "
+            "lower num_processes, or set CUDA_VISIBLE_DEVICES"
+        )
+    if "LOCAL_RANK" in os.environ and not on_cpu and not torch.distributed.is_nccl_available():
+        raise UserError("this build of PyTorch has no NCCL: install one that has, or train on CPU with use_cpu: true")
+
+
+def configure_zero(accelerator: Accelerator, precision: str, micro_batch: int, clip_grad: float) -> None:
+    """Fill in the DeepSpeed config what the run knows; without DeepSpeed, nothing."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is None:
+        return
+    config: dict[str, Any] = plugin.deepspeed_config
+    if plugin.zero_stage == 0:
+        raise UserError("zero_stage is 0, which is DDP: use launch/accelerate/ddp.yaml, or stage 1, 2 or 3")
+    for section in ("bf16", "fp16"):
+        if config.get(section, {}).get("enabled") is True:
+            raise UserError(
+                f"the DeepSpeed config enables {section}, which casts the parameters: use --precision bf16 instead"
+            )
+    config["train_micro_batch_size_per_gpu"] = micro_batch
+    config["gradient_accumulation_steps"] = accelerator.gradient_accumulation_steps
+    config["gradient_clipping"] = clip_grad
+    config.pop("train_batch_size", None)
+    # blocks are collected whole, so that keeping their small tensors everywhere would save nothing
+    config["zero_optimization"].setdefault("stage3_param_persistence_threshold", 0)
+    config["torch_autocast"] = {
+        "enabled": precision == "bf16",
+        "dtype": "bfloat16",
+        "lower_precision_safe_modules": [],  # gradients travel in float32, as they do under DDP
+    }
+
+
+def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
+    """The result of `work`, done by the main process alone, or its UserError, on all processes."""
+    done: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            done[0] = work()
+        except UserError as error:
+            done[1] = str(error)
+    broadcast_object_list(done)
+    if done[1] is not None:
+        raise (UserError if accelerator.is_main_process else ToldError)(done[1])
+    return done[0]
+
+
+def strategy(accelerator: Accelerator) -> str:
+    """The strategy in a word or two."""
+    if stage := zero_stage(accelerator):
+        return f"ZeRO-{stage}"
+    return "DDP" if accelerator.num_processes > 1 else "alone"
+
+
+def _asked(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("true", "1", "yes")

@@ -1,129 +1,207 @@
-"""Checkpoints: tensors as safetensors, the position as JSON, each folder put in place in one step.
+"""Checkpoints: the same files whatever the strategy and the number of processes, whole or absent, checked by sha256.
 
-A checkpoint folder `step-00001000/` has model.safetensors, optimizer.safetensors (tensor `PARAMETER/KEY`),
-ema.safetensors where averaging is on, and state.json. Nothing is pickled.
+A folder `step-00001000/` has model.safetensors, optimizer.safetensors (tensor `PARAMETER/KEY`), ema.safetensors where
+averaging is on, state.json, and manifest.json with the sha256 and size of each. Nothing is pickled.
 """
 
+import hashlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from timm.utils import ModelEmaV3  # pyright: ignore[reportPrivateImportUsage]
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from launch.optim_state import restore_state, whole_state
+from launch.sharding import WeightAverage, fill, shape_of, whole_tensors
 from vim_backbone.errors import UserError
 from vim_backbone.files import explain, write_json, write_tensors
-from vim_backbone.pretrained import check_names
 
 NAME = re.compile(r"step-(\d{8})")
+FORMAT = 1
+MANIFEST = "manifest.json"
 
 
 @dataclass
 class TrainState:
-    """Everything that a run is: what must be written to go on as if never stopped."""
+    """Everything that a run is: what must be written to go on as if never stopped.
+
+    `optimizer` is the plain one, or DeepSpeed's ZeRO optimizer around it.
+    """
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
-    ema: ModelEmaV3 | None = None
+    optimizer: Any
+    ema: WeightAverage | None = None
     step: int = 0
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints in the folder, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if NAME.fullmatch(path.name)) if folder.is_dir() else []
+@dataclass
+class Snapshot:
+    """A run at one step, apart from it: tensors in CPU memory and plain data."""
+
+    step: int
+    files: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
 
 
-def save_checkpoint(state: TrainState, folder: Path, keep: int) -> Path:
-    """Write a checkpoint aside, flush it to disk, rename it into place, then delete all but the newest `keep`.
+def snapshot(state: TrainState, keep: bool = True) -> Snapshot:
+    """Copy the state; only the processes that `keep` get tensors. For all processes."""
+    files = {
+        "model.safetensors": whole_tensors(state.model, keep),
+        "optimizer.safetensors": whole_state(state.model, state.optimizer, keep),
+    }
+    if state.ema is not None:
+        with state.ema.in_place():
+            files["ema.safetensors"] = whole_tensors(state.model, keep)
+    # through JSON, so that nothing in it goes on changing while another thread writes
+    extra = json.loads(json.dumps(state.extra))
+    return Snapshot(state.step, files, {"format": FORMAT, "step": state.step, "torch": torch.__version__} | extra)
 
-    Raises UserError where the disk is full; the earlier checkpoints are left as they are.
+
+def write_snapshot(taken: Snapshot, folder: Path, keep: int, keep_every: int = 0) -> Path:
+    """Write a checkpoint aside, flush it to disk, rename it into place, then delete what need not be kept.
+
+    Args:
+        keep: newest checkpoints that stay.
+        keep_every: checkpoints of steps that this divides stay too; 0 for none.
+
+    Raises:
+        UserError: the disk is full, or refuses; the earlier checkpoints are left as they are.
     """
-    final = folder / f"step-{state.step:08d}"
+    final = folder / f"step-{taken.step:08d}"
     aside = folder / f".{final.name}.partial"
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        write_tensors(aside / "model.safetensors", state.model.state_dict())
-        write_tensors(aside / "optimizer.safetensors", optimizer_tensors(state.model, state.optimizer))
-        if state.ema is not None:
-            write_tensors(aside / "ema.safetensors", state.ema.module.state_dict())
-        write_json(aside / "state.json", {"step": state.step, "torch": torch.__version__} | state.extra)
+        for name, tensors in taken.files.items():
+            write_tensors(aside / name, tensors)
+        write_json(aside / "state.json", taken.state)
+        write_json(aside / MANIFEST, {path.name: _identity(path) for path in sorted(aside.iterdir())})
+        _flush(aside)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(aside, final)
         _flush(folder)
     except (OSError, UserError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         cause = explain(error) if isinstance(error, OSError) else str(error)
-        newest = checkpoints(folder)
-        kept = f"{newest[-1]} is intact, go on from it with --resume" if newest else "no earlier checkpoint exists"
-        raise UserError(f"checkpoint at step {state.step} not saved: {cause}; {kept}") from error
+        whole = checkpoints(folder)
+        kept = f"{whole[-1]} is intact, go on from it with --resume" if whole else "no earlier checkpoint exists"
+        raise UserError(f"checkpoint at step {taken.step} not saved: {cause}; {kept}") from error
     for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        if not (keep_every and int(old.name[5:]) % keep_every == 0):
+            shutil.rmtree(old, ignore_errors=True)
     return final
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints that were put in place, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if NAME.fullmatch(path.name)) if folder.is_dir() else []
+
+
+def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is as it was written, and a line for each newer one that is damaged."""
+    damaged = []
+    for path in reversed(checkpoints(folder)):
+        wrong = damage(path)
+        if wrong is None:
+            return path, damaged
+        damaged.append(f"{path} is damaged ({wrong})")
+    return None, damaged
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, None where every file has the size and sha256 that were written down."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        for name, written in manifest.items():
+            if not (path / name).exists():
+                return f"{name} is missing"
+            if (size := (path / name).stat().st_size) != written["bytes"]:
+                return f"{name} has {size} bytes, {written['bytes']} were written"
+            if _identity(path / name) != written:
+                return f"{name} has another sha256 than was written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read: {error}"
+    return None
+
+
+class Checkpoint:
+    """One checkpoint, read tensor by tensor. Raises UserError naming the file that is missing or damaged."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {path / 'state.json'}: {error}") from error
+        if self.state.get("format") != FORMAT:
+            raise UserError(
+                f"{path} has checkpoint format {self.state.get('format')}, this code reads {FORMAT}: "
+                "resume it with the version of the code that wrote it"
+            )
+
+    def load_model(self, state: TrainState) -> None:
+        """Fill the model, or its shards. For all processes, before DeepSpeed copies the model's weights."""
+        self._fill(state.model, "model.safetensors")
+
+    def load_ema(self, state: TrainState) -> None:
+        """Fill the average, where there is one. For all processes."""
+        if state.ema is not None:
+            with state.ema.in_place():
+                self._fill(state.model, "ema.safetensors")
+
+    def load_rest(self, state: TrainState) -> None:
+        """Fill optimizer, step and extra. For all processes, after DeepSpeed has its optimizer."""
+        names, read = self._open("optimizer.safetensors")
+        parameters = dict(state.model.named_parameters())
+        for name in names:
+            if (parameter := name.rpartition("/")[0]) not in parameters:
+                raise UserError(f"{self.path}: the optimizer's state is of another model, it has {parameter!r}")
+        restore_state(state.model, state.optimizer, names, read)
+        state.step = int(self.state["step"])
+        state.extra = {key: value for key, value in self.state.items() if key not in ("format", "step", "torch")}
+
+    def _fill(self, model: nn.Module, file: str) -> None:
+        names, read = self._open(file)
+        own = model.state_dict(keep_vars=True)
+        for problem, some in (("lacks", own.keys() - set(names)), ("has unknown", set(names) - own.keys())):
+            if some:
+                raise UserError(
+                    f"{self.path / file} {problem} tensor {min(some)!r}, {len(some)} in all: is it of another model?"
+                )
+        for name, value in own.items():
+            if (shape := tuple(read(name).shape)) != tuple(shape_of(value)):
+                raise UserError(
+                    f"{self.path / file}: {name} has shape {shape}, the model wants {tuple(shape_of(value))}"
+                )
+        fill(model, read)
+
+    def _open(self, file: str) -> tuple[list[str], Callable[[str], Tensor]]:
+        try:
+            opened = safe_open(self.path / file, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot read {self.path / file}: {error}") from error
+        return list(opened.keys()), opened.get_tensor
+
+
 def load_checkpoint(state: TrainState, path: Path) -> None:
-    """Fill model, optimizer, EMA, step and extra from a checkpoint folder.
-
-    Raises UserError naming the file that is missing or damaged, or the tensor that does not fit the model.
-    """
-    saved = _read_json(path / "state.json")
-    _load_module(state.model, path / "model.safetensors")
-    if state.ema is not None:
-        _load_module(state.ema.module, path / "ema.safetensors")
-    load_optimizer(state.model, state.optimizer, _read(path / "optimizer.safetensors"), path)
-    state.step = int(saved["step"])
-    state.extra = {key: value for key, value in saved.items() if key not in ("step", "torch")}
+    """Fill model, average, optimizer, step and extra, where no strategy stands between."""
+    saved = Checkpoint(path)
+    saved.load_model(state)
+    saved.load_ema(state)
+    saved.load_rest(state)
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as tensors named PARAMETER/KEY."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    return {
-        f"{names[id(p)]}/{key}": value if isinstance(value, Tensor) else torch.tensor(value)
-        for p, entry in optimizer.state.items()
-        for key, value in entry.items()
-    }
-
-
-def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Tensor], path: Path) -> None:
-    """Put tensors of `optimizer_tensors` back. Raises UserError naming a parameter that the model lacks."""
-    parameters = dict(model.named_parameters())
-    for name, value in saved.items():
-        parameter, _, key = name.rpartition("/")
-        if parameter not in parameters:
-            raise UserError(f"{path}: the optimizer's state is of another model, it has {parameter!r}")
-        p = parameters[parameter]
-        on_device = value.to(p.device) if value.shape == p.shape else value
-        optimizer.state[p][key] = on_device
-
-
-def _load_module(module: nn.Module, path: Path) -> None:
-    tensors = _read(path)
-    check_names(module.state_dict(), tensors, path)
-    module.load_state_dict(tensors)
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {path}: {error}; delete that checkpoint to go on from the one before") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}; delete that checkpoint to go on from the one before") from error
+def _identity(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
 
 
 def _flush(folder: Path) -> None:

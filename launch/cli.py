@@ -1,16 +1,21 @@
 """The command line: a typed config from a YAML file and overrides, and errors as one line with exit code 2."""
 
+import errno
+import os
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
+import torch
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
+from launch.accelerator import ToldError
 from launch.config import RunConfig, field_types
 from launch.signals import Stopped
 from vim_backbone.errors import UserError, nearest
+from vim_backbone.files import explain
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -33,26 +38,51 @@ def parse(config_class: type[Config], argv: list[str], prog: str, description: s
 
 
 def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
-    """Call `main`; print a user's error as one line. Returns the exit code: 0, 2, or 128 + signal when stopped."""
+    """Call `main`; print a user's error as one line.
+
+    Returns the exit code: 0, 2 for a user's error, 128 + signal when stopped, 1 for a lost process.
+    """
     argv = sys.argv[1:] if argv is None else argv
     try:
         main(argv)
     except UserError as error:
         if "--debug" in argv:
             raise
-        _say(f"error: {error}")
+        if not isinstance(error, ToldError):
+            _say(f"error: {error}")
         return 2
     except Stopped as stopped:
-        _say(str(stopped))
+        if not stopped.quiet:
+            _say(str(stopped))
         return 128 + stopped.signal
+    except (RuntimeError, OSError) as error:
+        line = _known_fault(error)
+        if line is None or "--debug" in argv:
+            raise
+        _say(f"error: {line}")
+        sys.stderr.flush()
+        os._exit(1)  # what is left of the process group would wait for the lost process
     return 0
 
 
+def _known_fault(error: Exception) -> str | None:
+    """A fault of the machine as one line, None for anything else."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{explain(error)}; then --resume goes on from the newest checkpoint"
+    lost = ("closed by peer", "reset by peer", "Connection refused", "Broken pipe", "gloo/transport", "NCCL error")
+    if isinstance(error, torch.distributed.DistError) or any(words in text for words in lost):
+        rank = os.environ.get("RANK", "0")
+        return f"process {rank} lost another one of the run ({text[:160]}); --resume goes on from the newest checkpoint"
+    return None
+
+
 def _spell_out_flags(config_class: type, argv: list[str]) -> list[str]:
-    flags = {f"--{f.name}" for f in fields(config_class) if f.type is bool}
+    hints = get_type_hints(config_class)
+    flags = {f"--{name}" for name, hint in hints.items() if hint is bool or bool in get_args(hint)}
     spelled = []
     for here, after in zip(argv, [*argv[1:], "--"], strict=True):
-        spelled.append(f"{here}=true" if here in flags and after not in ("true", "false") else here)
+        spelled.append(f"{here}=true" if here in flags and after.startswith("--") else here)
     return spelled
 
 

@@ -7,7 +7,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from vim_backbone.errors import UserError
+from launch.guard import GuardConfig
+from vim_backbone.errors import UserError, require
 from vim_backbone.files import write_text
 
 
@@ -19,8 +20,8 @@ class RunConfig:
     """Name of the run; its folder is OUT/NAME."""
     out: str = "runs"
     """Folder that holds the runs."""
-    resume: bool = False
-    """Go on from the newest checkpoint of the run."""
+    resume: bool | Literal["auto"] = False
+    """Go on from the newest checkpoint that is whole; auto: if there is one, and start afresh if not."""
     overwrite: bool = False
     """Delete an earlier run of the same name first."""
     seed: int = 0
@@ -33,6 +34,13 @@ class RunConfig:
     """Steps between checkpoints; one more is written at the end and on an interrupt."""
     keep_checkpoints: int = 3
     """Newest checkpoints to keep."""
+    keep_every: int = 0
+    """Keep the checkpoints of steps that this divides for ever; 0 for none."""
+    async_checkpoints: bool = True
+    """Write checkpoints beside the training, from a copy in CPU memory."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    hang_seconds: float = 1800.0
+    """A step that takes longer ends the run, with a line on which process holds it up."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Trackers of Accelerate that get the metrics too: tensorboard, wandb, trackio, ..."""
     debug: bool = False
@@ -43,17 +51,13 @@ class RunConfig:
             raise UserError(f"name is {self.name!r}: it must be a plain folder name")
         for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "it must be at least 1")
+        require(self.keep_every >= 0, "keep_every", self.keep_every, "it cannot be negative")
+        require(self.hang_seconds > 0, "hang_seconds", self.hang_seconds, "it must be positive")
 
     @property
     def folder(self) -> Path:
         """The run's folder."""
         return Path(self.out) / self.name
-
-
-def require(condition: bool, name: str, value: Any, remedy: str) -> None:
-    """Raise UserError "NAME is VALUE: REMEDY" unless the condition holds."""
-    if not condition:
-        raise UserError(f"{name} is {value!r}: {remedy}")
 
 
 def plain(config: Any) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from timm.optim import param_groups_weight_decay  # pyright: ignore[reportPrivateImportUsage]
 from torch import nn
 
-from launch.config import require
+from launch.sharding import shape_of
+from vim_backbone.errors import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,14 @@ class OptimConfig:
 def build_optimizer(model: nn.Module, config: OptimConfig, batch_size: int) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; `model.no_weight_decay()` names those of two axes or more to leave alone."""
     undecayed = model.no_weight_decay() if callable(getattr(model, "no_weight_decay", None)) else set()  # pyright: ignore
-    groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=tuple(undecayed))
+    # as timm's param_groups_weight_decay, which takes a parameter that ZeRO-3 has spread out for one of no axis
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decayed = {name for name, p in trained if len(shape_of(p)) > 1 and name not in undecayed}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0},
+        {"params": [p for name, p in trained if name in decayed], "weight_decay": config.weight_decay},
+    ]
+    groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=config.base_lr * batch_size / 256, betas=config.betas)
 
 

@@ -4,37 +4,47 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-STOPPING = (signal.SIGINT, signal.SIGTERM)
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""SIGUSR1 is what SLURM is asked to send ahead of the time limit, because launchers leave it to the processes."""
+SAME_REQUEST_SECONDS = 1.0
 
 
 class Stopped(Exception):  # noqa: N818 - it is no error
     """The run ended early because of a signal, with everything saved."""
 
-    def __init__(self, signal_number: int, message: str) -> None:
+    def __init__(self, signal_number: int, message: str, quiet: bool = False) -> None:
         super().__init__(message)
         self.signal = signal_number
+        self.quiet = quiet
+        """Another process tells the user."""
 
 
 class StopRequest:
     """Which signal asked the run to stop, if any."""
 
     received: int | None = None
+    _since = 0.0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Note the signal; a second one ends the process at once."""
+        """Note the signal; a second Ctrl-C ends the process at once.
+
+        The terminal, the launcher and the scheduler may each send the same request, so that only a later one counts.
+        """
         del frame
-        if self.received is not None:
+        if self.received is None:
+            self.received, self._since = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._since > SAME_REQUEST_SECONDS:
             raise KeyboardInterrupt
-        self.received = number
 
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Catch Ctrl-C and SIGTERM inside the block."""
+    """Catch Ctrl-C, SIGTERM and SIGUSR1 inside the block."""
     request = StopRequest()
     before = {number: signal.signal(number, request) for number in STOPPING}
     stop_with_launcher()

@@ -3,12 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from launch.config import RunConfig, require
+from launch.config import RunConfig
 from launch.optim import OptimConfig
 from pretrain.data import DataConfig
 from pretrain.mae import DecoderConfig
 from pretrain.masking import MaskConfig
 from vim_backbone import VimConfig, named_config
+from vim_backbone.errors import require
 
 
 @dataclass(frozen=True, kw_only=True)

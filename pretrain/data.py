@@ -12,11 +12,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
-from launch.config import require
 from launch.randomness import generator, seed_of
 from pretrain.images import ImageSource, StreamCells, check_size, open_cell, to_rgb
 from pretrain.masking import MaskConfig, draw_mask
-from vim_backbone.errors import UserError
+from vim_backbone.errors import UserError, require
 from vim_backbone.folder import IMAGENET_MEAN, IMAGENET_STD
 
 MAX_TRIES = 100
@@ -214,28 +213,27 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
     Step s takes samples s * batch_size and on, whatever the number of processes; each process takes its share.
     """
 
-    def __init__(self, count: int, seed: int, plan: "BatchPlan", start_step: int, total_steps: int) -> None:
+    def __init__(self, count: int, seed: int, plan: "BatchPlan", start_batch: int, total_steps: int) -> None:
         self.count = count
         self.seed = seed
         self.plan = plan
-        self.steps = range(start_step, total_steps)
+        self.batches = range(start_batch, total_steps * plan.accumulation)
 
     def __len__(self) -> int:
-        return len(self.steps) * self.plan.accumulation
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         plan = self.plan
         epoch, order = -1, torch.empty(0, dtype=torch.int64)
-        for step in self.steps:
-            for part in range(plan.accumulation):
-                first = step * plan.batch_size + (part * plan.world + plan.rank) * plan.micro_batch
-                items = []
-                for position in range(first, first + plan.micro_batch):
-                    if position // self.count != epoch:
-                        epoch = position // self.count
-                        order = torch.randperm(self.count, generator=generator(self.seed, epoch))
-                    items.append((epoch, int(order[position % self.count])))
-                yield items
+        for batch in self.batches:
+            first = (batch * plan.world + plan.rank) * plan.micro_batch
+            items = []
+            for position in range(first, first + plan.micro_batch):
+                if position // self.count != epoch:
+                    epoch = position // self.count
+                    order = torch.randperm(self.count, generator=generator(self.seed, epoch))
+                items.append((epoch, int(order[position % self.count])))
+            yield items
 
 
 @dataclass(frozen=True)
@@ -263,11 +261,13 @@ def build_loader(
     view: View,
     seed: int,
     plan: BatchPlan,
-    start_step: int,
+    start_batch: int,
     total_steps: int,
     known_bad: Collection[str] = (),
 ) -> Iterable[Batch | None]:
-    """Batches of this process from `start_step` on. On a stream, the batches already used come first, as None.
+    """Batches of this process, each for one forward pass, from number `start_batch` on.
+
+    On a stream, the batches already used come first, as None.
 
     `known_bad` names the pictures that an earlier part of the run found to be bad.
     """
@@ -283,10 +283,9 @@ def build_loader(
         "generator": generator(seed),
     }
     if isinstance(source, StreamCells):
-        skip = start_step * plan.accumulation
-        streamed = StreamedViews(source, view, seed, plan, skip, frozenset(known_bad))
+        streamed = StreamedViews(source, view, seed, plan, start_batch, frozenset(known_bad))
         return cast("Iterable[Batch | None]", DataLoader(streamed, batch_size=plan.micro_batch, **options))
-    sampler = StepSampler(len(source), seed, plan, start_step, total_steps)
+    sampler = StepSampler(len(source), seed, plan, start_batch, total_steps)
     return cast("Iterable[Batch | None]", DataLoader(Views(source, view, seed), batch_sampler=sampler, **options))
 
 

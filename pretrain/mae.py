@@ -10,12 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from launch.config import require
 from vim_backbone import VimConfig, VisionMamba
 from vim_backbone.block import Block, RMSNorm
-from vim_backbone.errors import UserError
+from vim_backbone.errors import UserError, require
 from vim_backbone.position import sincos_table
-from vim_backbone.weights import init_mixer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,24 +64,25 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_layers = nn.ModuleList(Block(blocks, drop_path=0.0) for _ in range(decoder.depth))
         self.decoder_norm = RMSNorm(decoder.width, config.norm_eps)
         self.decoder_pred = nn.Linear(decoder.width, self.patch_size**2 * config.in_chans)
-        self._init_decoder(decoder.depth)
+        self._init_decoder()
 
-    def _init_decoder(self, depth: int) -> None:
+    def _init_decoder(self) -> None:
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         for linear in (self.decoder_embed, self.decoder_pred):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
-        for block in self.decoder_layers:
-            assert isinstance(block, Block)
-            init_mixer(block.mixer, depth)
 
-    def forward(self, images: Tensor, mask: Tensor) -> Tensor:
-        """Loss: mean squared error on the normalised pixels of hidden patches.
+    def forward(self, images: Tensor, mask: Tensor, reconstruct: bool = False) -> Tensor | Reconstruction:
+        """Loss: mean squared error on the normalised pixels of hidden patches; or what `reconstruct` gives.
+
+        ZeRO-3 collects parameters for `forward` alone, so that all that a run does with a model goes through it.
 
         Args:
             images: (b, c, h, w) of the encoder's img_size.
             mask: (b, l) bool, True = hidden, as many in every row.
         """
+        if reconstruct:
+            return self.reconstruct(images, mask)
         order, num_visible = scan_order(mask)
         hidden = order[:, num_visible:]
         predicted = self.decoder_pred(select(self._decode(images, order, num_visible), hidden))

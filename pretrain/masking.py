@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from launch.config import require
+from vim_backbone.errors import require
 
 
 @dataclass(frozen=True, kw_only=True)

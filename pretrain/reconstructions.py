@@ -8,20 +8,17 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from pretrain.data import to_pixels
-from pretrain.mae import MaskedAutoencoder, patchify, unpatchify
+from pretrain.mae import patchify, unpatchify
 
 COLUMNS = ("input", "what the encoder saw", "reconstruction")
 
 
-def reconstruction_grid(model: MaskedAutoencoder, images: Tensor, masks: Tensor) -> np.ndarray:
-    """(n, 3 columns, h, w, 3) in [0, 1] for normalised images (n, 3, h, w) and masks (n, l), True = hidden."""
-    was_training = model.training
-    model.eval()
-    rebuilt = to_pixels(model.reconstruct(images, masks).pixels)
-    model.train(was_training)
-    original = to_pixels(images)
-    patches = patchify(original, model.patch_size)
-    seen = unpatchify(torch.where(masks[..., None], 0.35, patches), model.patch_size, model.encoder.grid_size)
+def reconstruction_grid(pixels: Tensor, images: Tensor, masks: Tensor, patch_size: int) -> np.ndarray:
+    """(n, 3 columns, h, w, 3) in [0, 1] for rebuilt and given images (n, 3, h, w), normalised, and masks (n, l)."""
+    original, rebuilt = to_pixels(images), to_pixels(pixels)
+    patches = patchify(original, patch_size)
+    grid = (images.shape[2] // patch_size, images.shape[3] // patch_size)
+    seen = unpatchify(torch.where(masks[..., None], 0.35, patches), patch_size, grid)
     return torch.stack([original, seen, rebuilt], dim=1).permute(0, 1, 3, 4, 2).cpu().numpy()
 
 

@@ -53,7 +53,9 @@ def test_all_other_commands(place, picture_folder):
         if line in RUN_BY_CI | NOT_RUN or line.startswith("python -m benchmarks"):
             continue
         if "pretrain/main.py" in line and "--help" not in line:
-            line = line.replace("--model.img_size 224", "--model.img_size 32")
+            line = line.replace("--model.img_size 224", "--model.img_size 32").replace(" --steps 4", "")
+            if "zero" in line and "--num_processes" not in line:
+                line = line.replace("--config_file", "--num_processes 2 --config_file")
             epochs = line.replace("--epochs 100", "--epochs 1") + f" {SMALL}"
             line = f"{epochs} --model.img_size=32 --epochs=1 --model.patch_size=8"
         done = subprocess.run(

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from vim_backbone.config import VimConfig
 from vim_backbone.mixer import Mixer
+from vim_backbone.weights import init_mixer
 from vim_kernels import add_rms_norm
 
 
@@ -22,13 +23,17 @@ class RMSNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """residual += drop_path(h); h = mixer(norm(residual)). The first block starts the stream with h itself."""
+    """residual += drop_path(h); h = mixer(norm(residual)). The first block starts the stream with h itself.
+
+    A block draws its own weights, so that a large model can be spread over processes block by block as it is built.
+    """
 
     def __init__(self, config: VimConfig, drop_path: float) -> None:
         super().__init__()
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.mixer = Mixer(config)
         self.drop_path = drop_path
+        init_mixer(self.mixer, config.depth)
 
     def forward(self, h: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """(batch, length, d_model) twice -> output of the mixer, residual stream."""

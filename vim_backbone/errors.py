@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(ValueError):
@@ -13,3 +14,9 @@ def nearest(wrong: str, valid: Iterable[str]) -> str:
     names = sorted(valid)
     close = difflib.get_close_matches(wrong, names, n=1)
     return f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(names)}"
+
+
+def require(condition: bool, name: str, value: Any, remedy: str) -> None:
+    """Raise UserError "NAME is VALUE: REMEDY" unless the condition holds."""
+    if not condition:
+        raise UserError(f"{name} is {value!r}: {remedy}")

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vim_backbone.config import VimConfig
 from vim_backbone.errors import UserError
@@ -23,12 +23,14 @@ def save_pretrained(
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
     card: str | None = None,
+    tensors: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write config.json, model.safetensors, preprocessor_config.json and README.md into `folder`.
 
     Args:
         mean, std: what pictures in [0, 1] were normalised with, a value a channel.
         card: Markdown text of README.md; a short one is made when None.
+        tensors: the model's state dict, where its parameters are spread over processes; its own when None.
 
     Raises:
         UserError: the folder cannot be written, or the disk is full.
@@ -38,7 +40,7 @@ def save_pretrained(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
-    write_tensors(folder / WEIGHTS, model.state_dict())
+    write_tensors(folder / WEIGHTS, model.state_dict() if tensors is None else tensors)
     write_json(folder / "preprocessor_config.json", preprocessor(config, mean, std))
     write_text(folder / "README.md", card or model_card(config, folder.name))
     write_json(folder / "config.json", {"model_type": MODEL_TYPE, "architectures": ["VisionMamba"]} | config.to_dict())

@@ -17,7 +17,7 @@ from vim_backbone.errors import UserError
 from vim_backbone.folder import save_pretrained
 from vim_backbone.position import resize_table, sincos_table
 from vim_backbone.tokens import TokenLayout
-from vim_backbone.weights import init_mixer, lecun_normal_
+from vim_backbone.weights import lecun_normal_
 
 
 class PatchEmbed(nn.Module):
@@ -69,7 +69,7 @@ class VisionMamba(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw every parameter afresh from torch's generator."""
+        """Draw the parameters outside the blocks from torch's generator; a block draws its own when it is made."""
         lecun_normal_(self.patch_embed.proj.weight)
         assert self.patch_embed.proj.bias is not None
         nn.init.zeros_(self.patch_embed.proj.bias)
@@ -82,9 +82,6 @@ class VisionMamba(nn.Module):
             self.pos_embed.copy_(self.position_layout.join(special, patches))
         else:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        for block in self.layers:
-            assert isinstance(block, Block)
-            init_mixer(block.mixer, self.config.depth)
         self._init_head()
 
     def _init_head(self) -> None:

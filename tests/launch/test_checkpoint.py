@@ -7,8 +7,12 @@ import torch
 from torch import nn
 
 import vim_backbone.files
-from launch.checkpoint import TrainState, checkpoints, load_checkpoint, save_checkpoint
+from launch.checkpoint import TrainState, checkpoints, load_checkpoint, newest_valid, snapshot, write_snapshot
 from vim_backbone import UserError
+
+
+def save_checkpoint(state, folder, **options):
+    return write_snapshot(snapshot(state), folder, **options)
 
 
 def state(width=4, seed=0, steps=2):
@@ -80,12 +84,45 @@ def test_a_killed_save_leaves_no_checkpoint(tmp_path):
 
 def test_damaged_and_foreign_checkpoints(tmp_path):
     folder = save_checkpoint(state(), tmp_path, keep=1)
-    with pytest.raises(UserError, match=r"0\.bias has shape \(4,\), the model wants \(5,\)"):
+    with pytest.raises(UserError, match=r"0\.weight has shape \(4, 3\), the model wants \(5, 3\)"):
         load_checkpoint(state(width=5, steps=0), folder)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:40])
-    with pytest.raises(UserError, match=r"cannot read .*model\.safetensors.*delete that checkpoint"):
+    with pytest.raises(UserError, match=r"cannot read .*model\.safetensors"):
         load_checkpoint(state(steps=0), folder)
     (folder / "state.json").unlink()
     with pytest.raises(UserError, match=r"cannot read .*state\.json"):
+        load_checkpoint(state(steps=0), folder)
+
+
+def test_a_damaged_newest_is_named_and_the_one_before_used(tmp_path):
+    made = state()
+    for _ in range(3):
+        advance(made)
+        save_checkpoint(made, tmp_path, keep=9)
+    flipped = tmp_path / "step-00000005/optimizer.safetensors"
+    raw = bytearray(flipped.read_bytes())
+    raw[-1] ^= 1  # one bit, deep in a tensor: only the sum can tell
+    flipped.write_bytes(raw)
+    (tmp_path / "step-00000004/model.safetensors").unlink()
+    path, damaged = newest_valid(tmp_path)
+    assert path is not None
+    assert path.name == "step-00000003"
+    assert "optimizer.safetensors has another sha256" in damaged[0]
+    assert "model.safetensors is missing" in damaged[1]
+
+
+def test_every_nth_stays(tmp_path):
+    made = state(steps=0)
+    for _ in range(6):
+        advance(made)
+        save_checkpoint(made, tmp_path, keep=1, keep_every=2)
+    assert [p.name[-1] for p in checkpoints(tmp_path)] == ["2", "4", "6"]
+
+
+def test_a_checkpoint_of_another_version_is_refused(tmp_path):
+    folder = save_checkpoint(state(), tmp_path, keep=1)
+    file = folder / "state.json"
+    file.write_text(file.read_text().replace('"format": 1', '"format": 7'))
+    with pytest.raises(UserError, match="has checkpoint format 7, this code reads 1"):
         load_checkpoint(state(steps=0), folder)

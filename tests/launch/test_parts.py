@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from launch.checkpoint import TrainState, save_checkpoint
+from launch.checkpoint import TrainState, snapshot, write_snapshot
 from launch.config import RunConfig
 from launch.folder import open_run
 from launch.metrics import forget_after, read_metrics
@@ -91,7 +91,7 @@ def with_checkpoint(tmp_path):
     open_run(config(tmp_path), [])
     model = nn.Linear(1, 1)
     state = TrainState(model, torch.optim.SGD(model.parameters()), step=3)
-    save_checkpoint(state, tmp_path / "runs/a/checkpoints", keep=1)
+    write_snapshot(snapshot(state), tmp_path / "runs/a/checkpoints", keep=1)
 
 
 def test_a_run_is_never_overwritten_by_accident(tmp_path):
@@ -119,7 +119,8 @@ def test_resume_needs_a_checkpoint_and_the_same_architecture(tmp_path):
     with_checkpoint_again = config(tmp_path, overwrite=True)
     open_run(with_checkpoint_again, [])
     model = nn.Linear(1, 1)
-    save_checkpoint(TrainState(model, torch.optim.SGD(model.parameters())), tmp_path / "runs/a/checkpoints", keep=1)
-    assert open_run(config(tmp_path, resume=True, seed=5), []) == ["seed: 0 -> 5"]
+    state = TrainState(model, torch.optim.SGD(model.parameters()))
+    write_snapshot(snapshot(state), tmp_path / "runs/a/checkpoints", keep=1)
+    assert open_run(config(tmp_path, resume=True, seed=5), []).notes == ["resumed with another seed: 0 -> 5"]
     with pytest.raises(UserError, match="was trained with seed = 0, not 5"):
         open_run(config(tmp_path, resume=True, seed=5), ["seed"])

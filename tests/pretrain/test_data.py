@@ -37,7 +37,9 @@ def folder_source(folder):
 
 
 def draw(source, *, workers=0, start=0, stop=4, batch=6, accumulation=1, world=1, rank=0):
-    loader = build_loader(source, view(workers=workers), 3, BatchPlan(batch, accumulation, world, rank), start, stop)
+    loader = build_loader(
+        source, view(workers=workers), 3, BatchPlan(batch, accumulation, world, rank), start * accumulation, stop
+    )
     return [b for b in loader if b is not None]
 
 
@@ -79,10 +81,13 @@ def test_an_epoch_has_every_picture_once(count, micro, world, accumulation, star
     order = [[] for _ in range(steps)]
     for step in range(start):
         for rank in range(world):
-            sampler = iter(StepSampler(count, 5, BatchPlan(batch, accumulation, world, rank), step, step + 1))
+            sampler = iter(
+                StepSampler(count, 5, BatchPlan(batch, accumulation, world, rank), step * accumulation, step + 1)
+            )
             order[step] += [(a, rank, items) for a, items in enumerate(sampler)]
     for rank in range(world):  # resumed: one sampler from `start` on
-        for index, items in enumerate(StepSampler(count, 5, BatchPlan(batch, accumulation, world, rank), start, steps)):
+        plan = BatchPlan(batch, accumulation, world, rank)
+        for index, items in enumerate(StepSampler(count, 5, plan, start * accumulation, steps)):
             order[start + index // accumulation].append((index % accumulation, rank, items))
     drawn = [item for step in order for _, _, items in sorted(step) for item in items]
     for epoch in range(len(drawn) // count):

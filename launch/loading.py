@@ -1,0 +1,46 @@
+"""Batches that outlive the processes that read them."""
+
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+from vim_backbone.errors import UserError
+
+Batch = TypeVar("Batch")
+RESTARTS = 3
+"""Losses of a data-loading process with no batch in between, after which the run ends."""
+
+
+def enduring(loader_from: Callable[[int], Iterable[Batch]], start: int, say: Callable[[str], None]) -> Iterator[Batch]:
+    """Batches from number `start` on; when a data-loading process dies, a new loader begins where the old one was.
+
+    Args:
+        loader_from: makes the loader whose first batch is that of the number given.
+        start: number of the first batch.
+        say: is told of each loss, in one line.
+
+    Raises:
+        UserError: data-loading processes die again and again.
+    """
+    lost = 0
+    while True:
+        try:
+            batches = iter(loader_from(start))
+            # PyTorch would raise at whatever line is running when a child dies, halfway through a step perhaps;
+            # without its handler the loss shows when the next batch is asked for
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for batch in batches:
+                yield batch
+                start, lost = start + 1, 0
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            lost += 1
+            cause = " ".join(str(error).split())[:200]
+            if lost > RESTARTS:
+                raise UserError(
+                    f"data-loading processes died {lost} times at batch {start} ({cause}): is memory short? "
+                    "lower data.workers"
+                ) from error
+            say(f"a data-loading process was lost, its batches are read again: {cause}")

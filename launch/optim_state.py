@@ -1,0 +1,86 @@
+"""The optimizer's state by parameter name, the same on one process, under DDP and under every stage of ZeRO.
+
+Each entry is a whole tensor `PARAMETER/KEY`; ZeRO's flat slices are put together and taken apart here.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def whole_state(model: nn.Module, optimizer: Any, keep: bool) -> dict[str, Tensor]:
+    """Copies in CPU memory where `keep`, empty elsewhere. For all processes.
+
+    `optimizer` is a plain one, or the ZeRO optimizer of DeepSpeed.
+    """
+    tensors: dict[str, Tensor] = {}
+    if not _is_zero(optimizer):
+        for name, p in model.named_parameters():
+            for key, value in optimizer.state.get(p, {}).items() if keep else ():
+                tensors[f"{name}/{key}"] = torch.as_tensor(value).detach().to("cpu", copy=True)
+        return tensors
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    states = [entry for entry in optimizer.optimizer.state.values() if entry]
+    if not states:
+        return tensors
+    _link_slices(optimizer)
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        for key, value in states[0].items():
+            if isinstance(value, Tensor) and value.ndim:
+                whole = safe_get_full_optimizer_state(p, key)
+                assert whole is not None
+                if keep:
+                    tensors[f"{name}/{key}"] = whole.detach().to("cpu", copy=True)
+            elif keep:
+                tensors[f"{name}/{key}"] = torch.as_tensor(value, dtype=torch.float32).clone()  # one count for all
+    return tensors
+
+
+def restore_state(model: nn.Module, optimizer: Any, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
+    """Put the tensors of `whole_state` back, `read(name)` giving each. For all processes, each reading all tensors."""
+    names = sorted(names)
+    parameters = dict(model.named_parameters())
+    if not _is_zero(optimizer):
+        for name in names:
+            parameter, _, key = name.rpartition("/")
+            p, value = parameters[parameter], read(name)
+            optimizer.state[p][key] = value.to(p.device) if value.shape == p.shape else value
+        return
+    if not names:
+        return
+    from deepspeed.utils import safe_set_full_optimizer_state
+
+    scalars = {name.rpartition("/")[2]: value for name in names if (value := read(name)).ndim == 0}
+    keys = {name.rpartition("/")[2] for name in names} - scalars.keys()
+    counts_in_ints = "CPUAdam" in type(optimizer.optimizer).__name__
+    for flat in _flat_parts(optimizer):
+        fresh = {key: int(value) if counts_in_ints else value.clone() for key, value in scalars.items()}
+        optimizer.optimizer.state[flat] = fresh | {key: torch.zeros_like(flat) for key in keys}
+    _link_slices(optimizer)
+    for name in names:
+        parameter, _, key = name.rpartition("/")
+        if key in keys:
+            p = parameters[parameter]
+            safe_set_full_optimizer_state(p, read(name).to(_flat_parts(optimizer)[0].device), key)
+
+
+def _is_zero(optimizer: Any) -> bool:
+    return hasattr(optimizer, "single_partition_of_fp32_groups") or hasattr(optimizer, "fp32_partitioned_groups_flat")
+
+
+def _link_slices(optimizer: Any) -> None:
+    """Tell ZeRO-1 and -2 which slice of the state is whose; by itself it does so when only the first group has any."""
+    if hasattr(optimizer, "single_partition_of_fp32_groups"):
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _flat_parts(optimizer: Any) -> list[Tensor]:
+    if hasattr(optimizer, "single_partition_of_fp32_groups"):
+        return optimizer.single_partition_of_fp32_groups
+    return optimizer.fp32_partitioned_groups_flat

@@ -1,0 +1,91 @@
+"""Names the process that hangs: each one reports what it is doing, and who waits too long looks for the last one."""
+
+import json
+import os
+import sys
+import threading
+import time
+from typing import Any
+
+import torch.distributed as dist
+from accelerate import Accelerator
+
+HUNG = 75
+"""Exit code of a run that a watchdog ended (EX_TEMPFAIL: trying again may help)."""
+POLLS = 10
+"""How many times the watchdog looks in the time that counts as hanging."""
+
+
+class Watchdog:
+    """A thread that ends the process when a step takes longer than `seconds`, with a line on who holds it up.
+
+    Use as a context around the loop and call `beat` whenever something new begins.
+    """
+
+    def __init__(self, accelerator: Accelerator, seconds: float) -> None:
+        self.rank = accelerator.process_index
+        self.world = accelerator.num_processes
+        self.seconds = seconds
+        self._beat: dict[str, Any] = {"step": -1, "stage": 0, "doing": "starting", "since": time.time()}
+        self._done = threading.Event()
+        self._store: Any = None
+        if self.world > 1:
+            self._store = dist.distributed_c10d.PrefixStore("watchdog", dist.distributed_c10d._get_default_store())
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
+
+    def __enter__(self) -> "Watchdog":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def beat(self, step: int, stage: int, doing: str) -> None:
+        """Something new begins: the `stage`-th of what `step` consists of."""
+        self._beat = {"step": step, "stage": stage, "doing": doing, "since": time.time()}
+
+    def _watch(self) -> None:
+        pause = self.seconds / POLLS
+        while not self._done.wait(pause):
+            beat = self._beat
+            self._publish(beat)
+            # the others give the main process the time to speak first
+            patience = self.seconds + (pause * 2 if self.rank else 0)
+            if time.time() - beat["since"] > patience:
+                self._end(beat)
+
+    def _publish(self, beat: dict[str, Any]) -> None:
+        if self._store is not None:
+            self._store.set(str(self.rank), json.dumps(beat | {"seen": time.time()}))
+
+    def _end(self, beat: dict[str, Any]) -> None:
+        waited = time.time() - beat["since"]
+        line = f"error: step {beat['step'] + 1} hangs: for {waited:.0f} s (hang_seconds is {self.seconds:g}) "
+        line += f"process {self.rank} has been {beat['doing']}"
+        if self._store is not None:
+            line += f"; {behind(self._read(), self.rank, 3 * self.seconds / POLLS)}"
+        print(line + "; --resume goes on from the newest checkpoint", file=sys.stderr, flush=True)  # noqa: T201
+        os._exit(HUNG)
+
+    def _read(self) -> dict[int, dict[str, Any]]:
+        keys = [str(rank) for rank in range(self.world)]
+        known = [key for key in keys if self._store.check([key])]
+        return {int(key): json.loads(self._store.get(key)) for key in known}
+
+
+def behind(beats: dict[int, dict[str, Any]], me: int, stale: float) -> str:
+    """Who holds a run up, in words: processes that went silent, else those that got the least far."""
+    now = time.time()
+    silent = sorted(rank for rank, beat in beats.items() if now - beat["seen"] > stale)
+    if silent:
+        return ", ".join(
+            f"process {rank} has not been heard of for {now - beats[rank]['seen']:.0f} s" for rank in silent
+        )
+    first = min((beat["step"], beat["stage"]) for beat in beats.values())
+    slow = sorted(rank for rank, beat in beats.items() if (beat["step"], beat["stage"]) == first)
+    if slow == [me] or len(slow) == len(beats):
+        return "no other process is behind it"
+    return ", ".join(
+        f"process {rank} is at step {beats[rank]['step'] + 1}, {beats[rank]['doing']}" for rank in slow if rank != me
+    )

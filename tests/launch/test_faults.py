@@ -1,0 +1,110 @@
+"""Real runs with something failing under them: each goes on, or ends with one line and resumes exactly."""
+
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.checkpoint import checkpoints
+from tests.launch.real import finish, losses, run, start
+
+pytestmark = pytest.mark.slow
+FAULTY = Path(__file__).parent / "faulty.py"
+OPTIONS = ("--steps=6", "--checkpoint_every=2")
+
+
+def faulty(where, strategy, faults, *argv, launcher=(), **env):
+    environ = {"FAULTS": faults} | env
+    return start(where, strategy, *OPTIONS, *argv, env=environ, script=FAULTY, launcher=launcher)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return losses(run(tmp_path_factory.mktemp("whole"), "one", *OPTIONS))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_is_started_again_and_the_run_is_the_same(rank, whole, tmp_path):
+    ids = tmp_path / "ids"
+    process = faulty(tmp_path, "ddp", f"kill@4:{rank}", launcher=("--max_restarts=2",), IDS=str(ids))
+    code, printed = finish(process)
+    assert code == 0, printed[-4000:]
+    assert "from step 2" in printed
+    assert losses(tmp_path / "runs/run") == pytest.approx(whole, rel=2e-6)
+    seen = {}
+    for path in tmp_path.glob("ids-*"):
+        for line in path.read_text().splitlines():
+            step, names = json.loads(line)
+            seen.setdefault((path.name, step), set()).add(tuple(names))
+    assert all(len(versions) == 1 for versions in seen.values())  # a step done again has the same samples
+    drawn = [name for (_, _), (names,) in sorted(seen.items(), key=lambda item: item[0][1]) for name in names]
+    # steps of 8 cross the borders of epochs of 12 photographs; 48 samples are four whole passes
+    assert {drawn.count(name) for name in drawn} == {4}
+
+
+def test_a_lost_data_loading_process_costs_nothing(whole, tmp_path):
+    code, printed = finish(faulty(tmp_path, "one", "loader@3:0", "--data.workers=2"))
+    assert code == 0, printed[-3000:]
+    assert "a data-loading process was lost" in printed
+    assert losses(tmp_path / "runs/run") == whole
+
+
+def wait_for_step(folder, step):
+    for _ in range(900):
+        if (folder / "metrics.jsonl").exists() and len((folder / "metrics.jsonl").read_text().splitlines()) >= step:
+            return
+        time.sleep(0.1)
+    raise AssertionError("the run never got there")
+
+
+def test_preemption_saves_and_the_next_command_goes_on(tmp_path):
+    process = start(tmp_path, "zero3", "--steps=4000")
+    wait_for_step(tmp_path / "runs/run", 2)
+    os.kill(process.pid, signal.SIGTERM)
+    code, printed = finish(process)
+    assert code != 0
+    assert re.search(r"stopped by SIGTERM at step \d+ of 4000, saved in", printed), printed[-3000:]
+    done = int(checkpoints(tmp_path / "runs/run/checkpoints")[-1].name[5:])
+    code, printed = finish(start(tmp_path, "one", f"--steps={done + 1}", "--resume=auto"))
+    assert code == 0, printed[-3000:]
+    assert f"from step {done}" in printed
+
+
+@pytest.mark.parametrize("fault", ["hang", "stop"])
+def test_a_hanging_process_is_named(fault, tmp_path):
+    code, printed = finish(faulty(tmp_path, "ddp", f"{fault}@3:1", "--hang_seconds=8"))
+    assert code != 0
+    line = next(line for line in printed.splitlines() if line.startswith("error: step 3 hangs"))
+    assert "process 1" in line.split(";")[1], line
+
+
+@pytest.mark.parametrize("strategy", ["one", "zero2"])
+def test_bad_steps_are_skipped_counted_and_written_down(strategy, tmp_path):
+    code, printed = finish(faulty(tmp_path, strategy, "nan@3:-1,nan@4:-1"))
+    assert code == 0, printed[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "runs/run/bad_steps.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["action"], len(row["samples"])) for row in rows] == [(3, "skip", 8), (4, "skip", 8)]
+    assert all(loss == loss for step, loss in losses(tmp_path / "runs/run").items() if step not in (3, 4))
+
+
+def test_a_bad_step_can_end_the_run(tmp_path):
+    code, printed = finish(faulty(tmp_path, "one", "nan@3:0", "--guard.on_bad_step=stop"))
+    assert code == 2
+    assert printed.splitlines()[-1].startswith("error: step 3 is bad: its loss is nan")
+    assert [path.name for path in checkpoints(tmp_path / "runs/run/checkpoints")] == ["step-00000002"]
+    code, printed = finish(faulty(tmp_path, "one", "", "--resume"))
+    assert code == 0, printed[-3000:]
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(whole, tmp_path):
+    folder = run(tmp_path, "one", *OPTIONS)
+    (folder / "checkpoints/step-00000006/model.safetensors").write_bytes(b"half")
+    code, printed = finish(start(tmp_path, "one", *OPTIONS, "--resume=auto"))
+    assert code == 0, printed[-3000:]
+    assert "step-00000006 is damaged (model.safetensors has 4 bytes" in printed
+    assert "going on from step-00000004" in printed
+    assert losses(folder) == whole

@@ -1,0 +1,76 @@
+"""One process, DDP and ZeRO follow one curve, leave the same files, and go on from each other's checkpoints."""
+
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.launch.real import STRATEGIES, finish, losses, run, start
+from vim_backbone import from_pretrained
+
+pytestmark = pytest.mark.slow
+OPTIONS = ("--steps=4", "--checkpoint_every=2", "--accumulation=2", "--ema_decay=0.9", "--optim.clip_grad=1",
+           "--optim.base_lr=0.01", "--keep_checkpoints=9")  # fmt: skip
+FILES = ("model", "optimizer", "ema")
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("one"), "one", *OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def zero3(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("zero3"), "zero3", *OPTIONS)
+
+
+def assert_same_run(folder, one):
+    """Float32 rounding apart; Adam divides by tiny second moments, so that parameters get a little more room."""
+    assert losses(folder) == pytest.approx(losses(one), rel=2e-6)
+    for file in FILES:
+        path = f"checkpoints/step-00000004/{file}.safetensors"
+        ours, theirs = load_file(folder / path), load_file(one / path)
+        torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=3e-5)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_same_losses_and_same_files(strategy, one, zero3, tmp_path):
+    folder = zero3 if strategy == "zero3" else run(tmp_path, strategy, *OPTIONS)
+    assert_same_run(folder, one)
+    published = from_pretrained(folder / "backbone").state_dict()
+    ema = load_file(folder / "checkpoints/step-00000004/ema.safetensors")
+    torch.testing.assert_close(published, {name: ema[f"encoder.{name}"] for name in published}, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("before", "after"), [("zero3", "one"), ("one", "zero3"), ("zero3", "zero2")])
+def test_going_on_with_another_strategy_and_another_number_of_processes(before, after, one, zero3, tmp_path):
+    shutil.copytree(one if before == "one" else zero3, tmp_path / "runs/run")
+    shutil.rmtree(tmp_path / "runs/run/checkpoints/step-00000004")
+    assert_same_run(run(tmp_path, after, *OPTIONS, "--resume"), one)
+
+
+def test_bf16_keeps_float32_parameters_under_zero3(tmp_path):
+    folder = run(tmp_path, "zero3", "--steps=2", "--precision=bf16")
+    tensors = load_file(folder / "checkpoints/step-00000002/model.safetensors")
+    assert {value.dtype for value in tensors.values()} == {torch.float32}
+    whole = run(tmp_path / "one", "one", "--steps=2", "--precision=bf16")
+    assert losses(folder) == pytest.approx(losses(whole), rel=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "env", "words"),
+    [
+        ("ddp", {"ACCELERATE_USE_CPU": "false"}, "the launcher started 2 processes but Accelerate sees"),
+        ("zero2", {"ACCELERATE_USE_CPU": "true"}, "makes Accelerate run DDP in place of DeepSpeed"),
+        ("zero2", {"CXX": "no-such-compiler"}, "install a C\\+\\+ compiler and ninja"),
+    ],
+)
+def test_traps_are_refused_in_one_line(strategy, env, words, tmp_path):
+    code, printed = finish(start(tmp_path, strategy, "--steps=1", env=env))
+    assert code != 0
+    lines = [line for line in printed.splitlines() if line.startswith("error:")]
+    assert lines, printed[-3000:]
+    assert re.search(words, lines[0])
+    assert not (tmp_path / "runs").exists()
