@@ -54,7 +54,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backend", help="of vim_kernels; by default what it picks for the device")
     parser.add_argument("--attention", nargs="+", help="DeiT's: sdpa (PyTorch picks), flash, cudnn, eager")
-    parser.add_argument("--compile", action="store_true", help="also time DeiT under torch.compile")
+    parser.add_argument("--compile", action="store_true", help="also time both under torch.compile, with CUDA graphs")
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--seconds", type=float, default=30.0, help="to measure for, each size; at least three rounds")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
@@ -71,7 +71,8 @@ class Case:
 
     def __init__(self, name: str, options: argparse.Namespace, size: int) -> None:
         torch.manual_seed(0)
-        self.options, self.is_vim = options, name == "vim"
+        kind, *details = name.split()
+        self.options, self.is_vim = options, kind == "vim"
         if self.is_vim:
             model: nn.Module = VisionMamba(named_config(options.model, img_size=(size, size)))
         else:
@@ -81,21 +82,22 @@ class Case:
         self.images = torch.randn(options.batch, 3, size, size).to(options.device, next(model.parameters()).dtype)
         patches = (size // 16) ** 2
         self.kept = torch.randperm(patches)[: round(patches * (1 - options.mask))].sort().values.to(options.device)
-        _, attention, *compiled = [*name.split(), "sdpa"] if self.is_vim else name.split()
-        self.attention = attention
-        self.features: Callable[[Tensor], Tensor] = self._vim_features if self.is_vim else self._deit_features
-        if compiled:
-            self.features = torch.compile(self.features)
+        self.attention = "sdpa" if self.is_vim else details[0]
+        features = self._vim_features if self.is_vim else self._deit_features
+        self.timed: Callable[[Tensor], Tensor] = features if options.train else self.model
+        if "compiled" in details:
+            mode = "reduce-overhead" if options.device == "cuda" else "default"  # with CUDA graphs
+            self.timed = torch.compile(self.timed, mode=mode)
 
     def run(self) -> None:
         """A forward pass, or a forward and a backward one."""
         with self._context():
             if not self.options.train:
-                with torch.inference_mode():
-                    self.model(self.images)
+                with torch.no_grad():
+                    self.timed(self.images)
             else:
                 with torch.autocast(self.options.device, torch.bfloat16, enabled=self.options.dtype == "bf16"):
-                    loss = self.features(self.images).float().square().mean()
+                    loss = self.timed(self.images).float().square().mean()
                 loss.backward()
                 self.model.zero_grad(set_to_none=True)
         if self.options.device == "cuda":
@@ -121,7 +123,7 @@ class Case:
 def case_names(options: argparse.Namespace) -> list[str]:
     """The rows of a table."""
     names = ["vim", *(f"deit {attention}" for attention in options.attention)]
-    return names + ([f"deit {options.attention[0]} compiled"] if options.compile else [])
+    return names + (["vim compiled", f"deit {options.attention[0]} compiled"] if options.compile else [])
 
 
 def measure(cases: dict[str, Case], seconds: float) -> tuple[dict[str, list[float]], float]:
@@ -231,10 +233,10 @@ def measure_size(options: argparse.Namespace, size: int, gemm_rate: float) -> li
     ours = median(times["vim"])
     rows = []
     for name, seconds in times.items():
-        products, exponentials = work(name == "vim", options, size)
+        products, exponentials = work(name.startswith("vim"), options, size)
         row: dict[str, Any] = {
             "pixels": size,
-            "model": options.model if name == "vim" else name,
+            "model": name.replace("vim", options.model),
             "ms": round(1e3 * median(seconds), 2),
             "fastest ms": round(1e3 * min(seconds), 2),
             "time / vim": round(median(seconds) / ours, 2),

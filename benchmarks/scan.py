@@ -3,7 +3,9 @@
 `python -m benchmarks.scan` prints one row for each size, pass and implementation; `--out DIR` adds scan.csv and
 scan.png. A state update is one (token, channel, direction, state): it takes one exponential, and on a GPU the rate of
 exponentials is the roof. "scan x 2" is both directions with D, z and softplus(dt + bias) as two single-direction calls,
-the only form that mamba_ssm has; "layer" is everything between in_proj and out_proj. Ratios are time / ours.
+the only form that mamba_ssm has; "layer" is everything between in_proj and out_proj; "scan" is the part of it behind
+softplus, both directions and the gate in one launch. "graph ms" is the same replayed as a CUDA graph, that is without
+Python; updates and ratios (time / ours) are of that where there is one.
 """
 
 import argparse
@@ -17,7 +19,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from benchmarks.machine import clock, copy_rate, exp_rate, seconds, versions
+from benchmarks.machine import clock, copy_rate, exp_rate, graphed, seconds, versions
 from vim_kernels import ScanWeights, available_backends, bidirectional_scan, selective_scan
 
 try:
@@ -83,79 +85,121 @@ def loop(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: T
     return (y * torch.nn.functional.silu(z.float())).to(x.dtype)
 
 
-def cases(inputs: Inputs, backend: str, rivals: list[str]) -> dict[str, tuple[Callable[[], Tensor], list[Tensor]]]:
-    """Row name -> (call, tensors that want gradients)."""
+class Case(NamedTuple):
+    """What a row measures."""
+
+    forward: Callable[[], object]
+    backward: Callable[[], object]
+
+
+def cases(inputs: Inputs, backend: str, rivals: list[str]) -> dict[str, Callable[[], Case]]:
+    """Row name -> what makes its case."""
     ours = {"dt_softplus": True, "backend": backend}
-    found: dict[str, tuple[Callable[[], Tensor], list[Tensor]]] = {
-        f"layer, {backend}": (
+    found = {
+        f"layer, {backend}": lambda: differentiated(
             lambda: bidirectional_scan(inputs.xz, *inputs.weights, backend=backend),
             [inputs.xz, *(t for w in inputs.weights for t in w if t is not None)],
         ),
-        f"scan x 2, {backend}": (
-            lambda: both(selective_scan, inputs.scan, ours, ours | {"reverse": True}),
-            list(inputs.scan.values()),
+        f"scan x 2, {backend}": lambda: differentiated(
+            lambda: both(selective_scan, inputs.scan, ours, ours | {"reverse": True}), list(inputs.scan.values())
         ),
     }
+    if backend == "triton":
+        found["scan, triton"] = lambda: one_launch(inputs)
     if "mamba_ssm" in rivals and selective_scan_fn is not None:
         official, peer = {"delta_softplus": True}, selective_scan_fn
-        found["scan x 2, mamba_ssm"] = (
-            lambda: both(peer, inputs.official, official, official),
-            list(inputs.official.values()),
+        found["scan x 2, mamba_ssm"] = lambda: differentiated(
+            lambda: both(peer, inputs.official, official, official), list(inputs.official.values())
         )
     if "loop" in rivals:
-        found["scan x 2, loop"] = (lambda: both(loop, inputs.scan, {}, {}), list(inputs.scan.values()))
+        found["scan x 2, loop"] = lambda: differentiated(
+            lambda: both(loop, inputs.scan, {}, {}), list(inputs.scan.values())
+        )
     return found
 
 
-def measure(call: Callable[[], Tensor], leaves: list[Tensor], device: str, backward: bool) -> tuple[float, float]:
-    """Seconds and peak bytes above the inputs; the backward pass alone, where it is one."""
+def differentiated(call: Callable[[], Tensor], leaves: list[Tensor]) -> Case:
+    """A forward without gradients, and the backward alone."""
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return call()
+
     for leaf in leaves:
-        leaf.requires_grad_(backward)
-    run: Callable[[], object] = differentiate(call(), leaves) if backward else call
-    with torch.set_grad_enabled(backward):
-        spent = seconds(run, device)
+        leaf.requires_grad_()
+    out = call()
+    gradient = torch.randn_like(out)
+    return Case(forward, lambda: torch.autograd.grad(out, leaves, gradient, retain_graph=True))
+
+
+def one_launch(inputs: Inputs) -> Case:
+    """The scan kernels alone, on inputs made before."""
+    from vim_kernels.triton_backend import mixer, plan, scan, tokens
+
+    x, z = inputs.xz.detach().chunk(2, dim=-1)
+    rows = plan.tokens_of(x, None)
+    weights = [ScanWeights._make(None if t is None else t.detach() for t in w) for w in inputs.weights]
+    given = mixer.mixer_inputs(x, weights[0], weights[1], rows, store_low=False).scan
+    out = x.new_empty(rows.rows, x.shape[2])
+    states, ungated = mixer.bidirectional_scan_saved(x, z, weights[0], weights[1], None)
+
+    def forward(*, save: bool = False) -> None:
+        scan.scan_forward(
+            given, tokens.flat(z), out, rows, scale=0.5, states=states if save else None,
+            ungated=ungated.view_as(out) if save else None, initial=None, want_final=False,
+        )  # fmt: skip
+
+    def backward() -> object:
+        options = {"dfinal": None, "softplus": True, "want_initial": False}
+        return scan.scan_backward(given, gradient, rows, states=states, **options)
+
+    forward(save=True)
+    gradient = torch.randn_like(out)
+    return Case(forward, backward)
+
+
+def measure(run: Callable[[], object], device: str) -> tuple[float, float, float]:
+    """Seconds, seconds as a CUDA graph (the same on a CPU), and peak bytes above the inputs."""
+    spent = seconds(run, device)
     if device != "cuda":
-        return spent, 0.0
+        return spent, spent, 0.0
     idle = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     run()
-    return spent, torch.cuda.max_memory_allocated() - idle
-
-
-def differentiate(out: Tensor, leaves: list[Tensor]) -> Callable[[], object]:
-    """The backward pass of `out`, to be taken any number of times."""
-    gradient = torch.randn_like(out)
-    return lambda: torch.autograd.grad(out, leaves, gradient, retain_graph=True)
+    peak = torch.cuda.max_memory_allocated() - idle
+    return spent, seconds(graphed(run), device), peak
 
 
 def rows_of(size: str, options: argparse.Namespace, roof: float, rivals: list[str]) -> list[dict[str, Any]]:
     """Print and return the rows of one size."""
     b, l, d = map(int, size.split("x"))
     rows = []
-    for backward in (False, True):
-        inputs = draw(b, l, d, DTYPES[options.dtype], options.device)
-        table = cases(inputs, options.backend, rivals)
-        times: dict[str, float] = {}
-        for name, (call, leaves) in table.items():
-            try:
-                times[name], peak = measure(call, leaves, options.device, backward)
-            except torch.OutOfMemoryError:
-                print(f"{size} {name}: out of memory", flush=True)
-                continue
-            updates = 2 * b * l * d * N / times[name]
-            base = times.get(f"{name.split(',')[0]}, {options.backend}", times[name])
+    inputs = draw(b, l, d, DTYPES[options.dtype], options.device)
+    bases: dict[str, float] = {}
+    for what, make in cases(inputs, options.backend, rivals).items():
+        try:
+            case = make()
+            found = [measure(run, options.device) for run in case]
+        except torch.OutOfMemoryError:
+            print(f"{size} {what}: out of memory", flush=True)
+            continue
+        for which, (spent, graph, peak) in zip(Case._fields, found, strict=True):
+            base = bases.setdefault(f"{what.split(',')[0]} {which}", graph)
+            updates = 2 * b * l * d * N / graph
             row = {
                 "batch x length x channels": size,
-                "pass": "backward" if backward else "forward",
-                "what": name,
-                "ms": f"{1e3 * times[name]:.3f}",
-                "time / ours": f"{times[name] / base:.2f}",
+                "pass": which,
+                "what": what,
+                "ms": f"{1e3 * spent:.3f}",
+                "graph ms": f"{1e3 * graph:.3f}" if options.device == "cuda" else "",
+                "time / ours": f"{graph / base:.2f}",
                 "1e9 updates/s": f"{updates / 1e9:.1f}",
                 "% of exp roof": f"{100 * updates / roof:.0f}",
-                "peak MB": f"{peak / 1e6:.0f}",
+                "peak MB": f"{peak / 1e6:.0f}" if peak else "",
             }
             print("| " + " | ".join(row.values()) + " |", flush=True)
             rows.append(row)
+        del case
     return rows
 
 
@@ -193,6 +237,8 @@ def main() -> None:
     options = parser.parse_args()
     if reason := available_backends(options.device).get(options.backend, "unknown"):
         parser.error(f"backend {options.backend!r}: {reason}")
+    if options.device == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())  # graphs cannot be taken on the default stream
     roof = exp_rate(options.device)
     about = {"device": clock(options.device), "versions": versions(), "date": time.strftime("%Y-%m-%d")}
     print("\n".join([*about.values(), options.dtype]))
