@@ -105,7 +105,7 @@ def _scan_direction(
     step: gl.constexpr = -1 if REVERSE else 1
     tiles = gl.cdiv(count, TILE)
     tile = tiles - 1 if REVERSE else 0
-    rows = gl.minimum(TILE, count - tile * TILE)
+    rows = gl.minimum(gl.minimum(TILE, count - tile * TILE), count)  # none in a chunk that does not exist
     start = first + tile * TILE + (rows - 1 if REVERSE else 0)
     u = _fetch(u_ptr, channels, start, step, rows, column, channels, TILE, BLOCK, rows_layout)
     dt = _fetch(dt_ptr, channels, start, step, rows, column, channels, TILE, BLOCK, rows_layout)
