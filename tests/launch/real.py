@@ -50,7 +50,7 @@ def start(where: Path, strategy: str, *argv: str, env: dict[str, str] | None = N
     )  # fmt: skip
 
 
-def finish(process: subprocess.Popen, timeout: float = 150) -> tuple[int, str]:
+def finish(process: subprocess.Popen, timeout: float = 400) -> tuple[int, str]:
     """Exit code and all that was printed; nothing of it is left running."""
     try:
         out, err = process.communicate(timeout=timeout)

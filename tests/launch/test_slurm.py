@@ -46,14 +46,14 @@ def test_the_job_saves_requeues_and_goes_on(tmp_path):
             break
         time.sleep(0.1)
     job.send_signal(signal.SIGUSR1)
-    _, printed = job.communicate(timeout=120)
+    _, printed = job.communicate(timeout=300)
     assert job.returncode == 0, printed[-3000:]
     assert (tmp_path / "requeued").read_text().split() == ["requeue", "42"]
     assert "stopped by SIGUSR1" in printed
     done = int(checkpoints(tmp_path / "runs/run/checkpoints")[-1].name[5:])
     (tmp_path / "requeued").unlink()
     job = submit(tmp_path, f"--steps={done + 1}")
-    _, printed = job.communicate(timeout=120)
+    _, printed = job.communicate(timeout=300)
     assert job.returncode == 0, printed[-3000:]
     assert f"from step {done}" in printed
     assert not (tmp_path / "requeued").exists()

@@ -27,12 +27,15 @@ def zero3(tmp_path_factory):
 
 
 def assert_same_run(folder, one):
-    """Float32 rounding apart; Adam divides by tiny second moments, so that parameters get a little more room."""
+    """Float32 rounding apart: tensors by their norms, since single elements are as near to zero as they like."""
     assert losses(folder) == pytest.approx(losses(one), rel=2e-6)
     for file in FILES:
         path = f"checkpoints/step-00000004/{file}.safetensors"
         ours, theirs = load_file(folder / path), load_file(one / path)
-        torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=3e-5)
+        assert ours.keys() == theirs.keys()
+        for name, tensor in ours.items():
+            error = (tensor.double() - theirs[name].double()).norm()
+            assert error <= 2e-3 * theirs[name].double().norm() + 1e-7, f"{file}: {name}: {error}"
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
