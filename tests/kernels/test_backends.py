@@ -83,7 +83,7 @@ def run_scan(t, backend, *, cu_seqlens=None, **options):
 
 @every_backend
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("length", [1, 2, 7, 33, 65, 130])
+@pytest.mark.parametrize("length", [1, 2, 33, 65])
 def test_scan(backend, length, reverse):
     tensors = scan_tensors(2, length, 16, 16, states=2)
     compare(lambda t, name: run_scan(t, name, dt_softplus=True, reverse=reverse), tensors, backend)
@@ -128,7 +128,7 @@ def run_mixer(t, backend, *, gated=True, cu_seqlens=None):
 
 
 @every_backend
-@pytest.mark.parametrize("length", [1, 2, 7, 33, 65, 130])
+@pytest.mark.parametrize("length", [1, 2, 33, 65])
 def test_mixer(backend, length):
     compare(run_mixer, mixer_tensors(2, length, 32, 16, 12, 4), backend)
 
@@ -153,7 +153,7 @@ def test_mixer_of_any_width(backend, d, n, r, w, gated):
 @pytest.mark.parametrize(("d", "w", "activation", "bias"), [(16, 4, "silu", True), (20, 3, None, False)])
 @pytest.mark.parametrize("packed", [False, True])
 def test_conv(backend, d, w, activation, bias, reverse, packed):
-    for length in (1, 2, 7, 33, 65):
+    for length in (1, 7, 33):
         borders = BORDERS.get(length) if packed else None
         cu = None if borders is None else torch.tensor(borders, dtype=torch.int32)
         tensors = {"x": draw(1 if packed else 2, length, d), "weight": draw(d, w), "bias": draw(d) if bias else None}
@@ -222,8 +222,7 @@ def test_bad_dt_stays_in_its_packed_image(backend, bad, reverse):
 
 
 @pytest.mark.parametrize("backend", ["triton"])
-@pytest.mark.parametrize("length", [65, 130])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("length", "packed"), [(65, False), (130, True)])
 def test_triton_in_chunks(backend, length, packed, monkeypatch):
     """A chip that one sequence does not fill: states of chunks, carries between them, then the scan itself."""
     plan = pytest.importorskip("vim_kernels.triton_backend.plan", reason="Triton is not installed")
@@ -243,7 +242,7 @@ def test_triton_in_chunks(backend, length, packed, monkeypatch):
 @pytest.mark.parametrize("backend", ["triton"])
 def test_triton_gives_the_same_bits_every_time(backend):
     given = {
-        k: None if t is None else t.float().to(DEVICES[backend]) for k, t in mixer_tensors(3, 70, 40, 16, 3, 4).items()
+        k: None if t is None else t.float().to(DEVICES[backend]) for k, t in mixer_tensors(2, 35, 40, 16, 3, 4).items()
     }
 
     def run():
