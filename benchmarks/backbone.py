@@ -8,16 +8,12 @@ model gets its own process for it.
 """
 
 import argparse
-import csv
-import math
-import platform
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.machine import clock, product_rate, versions, write_csv
 from vim_backbone import VisionMamba
 from vim_backbone.config import named_config
 from vim_kernels import use_backend
@@ -171,19 +168,6 @@ def print_peak(options: argparse.Namespace) -> None:
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - idle) / 1e6)
 
 
-def product_rate(device: str, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a large square matrix product, the best of 10."""
-    side, best = (8192 if device == "cuda" else 1536), math.inf
-    square = torch.randn(side, side, device=device, dtype=dtype)
-    for _ in range(10):
-        start = time.perf_counter()
-        torch.mm(square, square)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 2 * side**3 / best
-
-
 def work(is_vim: bool, options: argparse.Namespace, size: int) -> tuple[float, float]:
     """Floating-point operations of the matrix products, and exponentials, of one run."""
     config = named_config(options.model)
@@ -199,30 +183,6 @@ def work(is_vim: bool, options: argparse.Namespace, size: int) -> tuple[float, f
         exponentials = tokens * tokens * d // 64
     passes = 3 if options.train else 1
     return options.batch * depth * products * passes, options.batch * depth * exponentials * passes
-
-
-def clock(device: str) -> str:
-    """The device and its clock now."""
-    if device == "cuda":
-        query = ["nvidia-smi", "--query-gpu=name,clocks.sm,clocks.max.sm", "--format=csv,noheader"]
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
-    names = [line.split(":")[1].strip() for line in _cpu_info() if line.startswith("model name")]
-    frequency = psutil.cpu_freq()
-    shown = f"{frequency.current / 1000:.2f} GHz" if frequency else "clock unknown"
-    isa = torch.backends.cpu.get_cpu_capability()
-    return f"{names[0] if names else platform.machine()} ({isa}), {shown}, {torch.get_num_threads()} threads"
-
-
-def _cpu_info() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def versions() -> str:
-    """Of what is measured."""
-    installed = {d.metadata["Name"] for d in metadata.distributions()}
-    found = [f"{name} {metadata.version(name)}" for name in ("torch", "timm", "numba", "triton") if name in installed]
-    return ", ".join([*found, f"python {platform.python_version()}"])
 
 
 def measure_size(options: argparse.Namespace, size: int, gemm_rate: float) -> list[dict[str, Any]]:
@@ -253,11 +213,7 @@ def measure_size(options: argparse.Namespace, size: int, gemm_rate: float) -> li
 
 def write(folder: Path, rows: list[dict[str, Any]], about: dict[str, str]) -> None:
     """backbone.csv and backbone.png."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "backbone.csv").open("w", newline="") as file:
-        table = csv.DictWriter(file, [*rows[0], *about])
-        table.writeheader()
-        table.writerows(row | about for row in rows)
+    write_csv(folder / "backbone.csv", rows, about)
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for model in dict.fromkeys(row["model"] for row in rows):
         chosen = [row for row in rows if row["model"] == model]

@@ -1,5 +1,6 @@
 """What every benchmark says about the machine, and how fast it can go at best."""
 
+import csv
 import platform
 import subprocess
 import time
@@ -34,6 +35,15 @@ def versions() -> str:
     installed = {d.metadata["Name"] for d in metadata.distributions()}
     found = [f"{name} {metadata.version(name)}" for name in PACKAGES if name in installed]
     return ", ".join([*found, f"python {platform.python_version()}"])
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]], about: dict[str, str]) -> None:
+    """The rows, each with what they are about behind it; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, [*rows[0], *about])
+        table.writeheader()
+        table.writerows(row | about for row in rows)
 
 
 def seconds(run: Callable[[], object], device: str, budget: float = 0.5) -> float:

@@ -9,7 +9,6 @@ Python; updates and ratios (time / ours) are of that where there is one.
 """
 
 import argparse
-import csv
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from benchmarks.machine import clock, copy_rate, exp_rate, graphed, seconds, versions
+from benchmarks.machine import clock, copy_rate, exp_rate, graphed, seconds, versions, write_csv
 from vim_kernels import ScanWeights, available_backends, bidirectional_scan, selective_scan
 
 try:
@@ -205,11 +204,7 @@ def rows_of(size: str, options: argparse.Namespace, roof: float, rivals: list[st
 
 def write(folder: Path, rows: list[dict[str, Any]], about: dict[str, str]) -> None:
     """scan.csv and scan.png."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "scan.csv").open("w", newline="") as file:
-        table = csv.DictWriter(file, [*rows[0], *about])
-        table.writeheader()
-        table.writerows(row | about for row in rows)
+    write_csv(folder / "scan.csv", rows, about)
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
     for axis, which in zip(axes, ("forward", "backward"), strict=True):
         chosen = [row for row in rows if row["pass"] == which]
