@@ -3,7 +3,9 @@
 Tokens are channel-last, `(batch, length, channels)`; packed rows are `(1, total, channels)` with `cu_seqlens`.
 """
 
-from typing import Literal, overload
+import functools
+from contextlib import nullcontext
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -67,24 +69,24 @@ def selective_scan(
         ValueError or TypeError, naming the argument, for a wrong shape, dtype, device or cu_seqlens.
     """
     check_float("x", x)
-    check_shape("x", x, (None, None, None))
+    check_shape("x", x.shape, (None, None, None))
     b, l, d = x.shape
-    check_shape("dt", dt, (b, l, d))
-    check_shape("A", A, (d, None))
+    check_shape("dt", dt.shape, (b, l, d))
+    check_shape("A", A.shape, (d, None))
     n = A.shape[1]
-    check_shape("B", B, (b, l, n))
-    check_shape("C", C, (b, l, n))
+    check_shape("B", B.shape, (b, l, n))
+    check_shape("C", C.shape, (b, l, n))
     if D is not None:
-        check_shape("D", D, (d,))
+        check_shape("D", D.shape, (d,))
     if z is not None:
-        check_shape("z", z, (b, l, d))
+        check_shape("z", z.shape, (b, l, d))
     if dt_bias is not None:
-        check_shape("dt_bias", dt_bias, (d,))
+        check_shape("dt_bias", dt_bias.shape, (d,))
     for name, tensor in (("dt", dt), ("A", A), ("B", B), ("C", C)):
         check_float(name, tensor)
     sequences = check_cu_seqlens(cu_seqlens, x)
     if initial_state is not None:
-        check_shape("initial_state", initial_state, (sequences, d, n))
+        check_shape("initial_state", initial_state.shape, (sequences, d, n))
     check_same_device(
         x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, cu_seqlens=cu_seqlens, initial_state=initial_state
     )
@@ -122,26 +124,38 @@ def bidirectional_scan(
         ValueError or TypeError, naming the argument, for a wrong shape, dtype, device or cu_seqlens.
     """
     check_float("xz", xz)
-    check_shape("forward.A_log", forward.A_log, (None, None))
-    d, n = forward.A_log.shape
-    check_shape("xz", xz, (None, None, 2 * d if gated else d))
+    shapes = tuple(None if tensor is None else tensor.shape for tensor in (*forward, *backward))
+    # looking it up costs a tenth of checking anew
+    check_shapes = _check_mixer_shapes if torch.compiler.is_compiling() else _check_mixer_shapes_once
+    check_shapes(gated, xz.shape, *shapes)
     for name, weights in (("forward", forward), ("backward", backward)):
-        check_shape(f"{name}.dt_proj", weights.dt_proj, (d, None))
-        r = weights.dt_proj.shape[1]
-        check_shape(f"{name}.conv_weight", weights.conv_weight, (d, None))
-        check_shape(f"{name}.x_proj", weights.x_proj, (r + 2 * n, d))
-        check_shape(f"{name}.A_log", weights.A_log, (d, n))
-        for field in ("conv_bias", "dt_bias", "D"):
-            vector = getattr(weights, field)
-            if vector is not None:
-                check_shape(f"{name}.{field}", vector, (d,))
         if any(tensor is not None and tensor.device != xz.device for tensor in weights):
             check_same_device(xz, **{f"{name}.{field}": tensor for field, tensor in weights._asdict().items()})
-    check_cu_seqlens(cu_seqlens, xz)
-    check_same_device(xz, cu_seqlens=cu_seqlens)
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, xz)
+        check_same_device(xz, cu_seqlens=cu_seqlens)
     module = backends.resolve(backend, xz.device)
-    with torch.autocast(xz.device.type, enabled=False):
+    off = torch.autocast(xz.device.type, enabled=False) if torch.is_autocast_enabled(xz.device.type) else nullcontext()
+    with off:
         return module.bidirectional_scan(xz, forward, backward, gated=gated, cu_seqlens=cu_seqlens)
+
+
+def _check_mixer_shapes(gated: bool, xz: tuple[int, ...], *weights: Any) -> None:
+    """Raise ValueError for the first shape that does not fit; weights as in ScanWeights, both directions."""
+    count = len(ScanWeights._fields)
+    two = [dict(zip(ScanWeights._fields, shapes, strict=True)) for shapes in (weights[:count], weights[count:])]
+    check_shape("forward.A_log", two[0]["A_log"], (None, None))
+    d, n = two[0]["A_log"]
+    check_shape("xz", xz, (None, None, 2 * d if gated else d))
+    for name, shapes in zip(("forward", "backward"), two, strict=True):
+        check_shape(f"{name}.dt_proj", shapes["dt_proj"], (d, None))
+        wanted = {"conv_weight": (d, None), "x_proj": (shapes["dt_proj"][1] + 2 * n, d), "A_log": (d, n)}
+        for field, shape in (wanted | dict.fromkeys(("conv_bias", "dt_bias", "D"), (d,))).items():
+            if shapes[field] is not None:
+                check_shape(f"{name}.{field}", shapes[field], shape)
+
+
+_check_mixer_shapes_once = functools.lru_cache(maxsize=1024)(_check_mixer_shapes)
 
 
 def causal_conv1d(
@@ -166,10 +180,10 @@ def causal_conv1d(
         (batch, length, channels) like x.
     """
     check_float("x", x)
-    check_shape("x", x, (None, None, None))
-    check_shape("weight", weight, (x.shape[-1], None))
+    check_shape("x", x.shape, (None, None, None))
+    check_shape("weight", weight.shape, (x.shape[-1], None))
     if bias is not None:
-        check_shape("bias", bias, (x.shape[-1],))
+        check_shape("bias", bias.shape, (x.shape[-1],))
     if activation not in ("silu", None):
         raise ValueError(f"activation must be 'silu' or None, got {activation!r}")
     check_cu_seqlens(cu_seqlens, x)
@@ -192,8 +206,8 @@ def add_rms_norm(
     check_float("x", x)
     if not x.dim():
         raise ValueError("x has shape (), wanted (..., channels)")
-    check_shape("weight", weight, (x.shape[-1],))
+    check_shape("weight", weight.shape, (x.shape[-1],))
     if residual is not None:
-        check_shape("residual", residual, tuple(x.shape))
+        check_shape("residual", residual.shape, tuple(x.shape))
     check_same_device(x, weight=weight, residual=residual)
     return backends.resolve(backend, x.device).add_rms_norm(x, residual, weight, eps)

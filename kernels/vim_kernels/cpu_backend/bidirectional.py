@@ -15,17 +15,9 @@ from vim_kernels.cpu_backend.plan import Plan, plan_for, tile_bound
 from vim_kernels.cpu_backend.records import CONV, SCAN, SCAN_GRADIENT
 from vim_kernels.cpu_backend.scan_backward import scan_backward
 from vim_kernels.cpu_backend.scan_forward import scan_forward
-from vim_kernels.cpu_backend.tensors import (
-    DirectionWeights,
-    address,
-    direction_weights,
-    fresh,
-    kernel_dtype,
-    records,
-    token_rows,
-    unblocked,
-)
+from vim_kernels.cpu_backend.tensors import address, fresh, kernel_dtype, records, token_rows, unblocked
 from vim_kernels.cpu_backend.vector import LANES
+from vim_kernels.cpu_backend.weights import DirectionWeights, direction_weights, whole
 from vim_kernels.types import ScanWeights
 
 
@@ -34,17 +26,13 @@ def bidirectional_scan_saved(
 ) -> list[Tensor]:
     """Empty [projections, states] of the forward direction, then of the backward one, float32."""
     del z
-    tokens, channels, tiles = x.shape[0] * x.shape[1], _whole(x.shape[-1]), tile_bound(x, cu_seqlens)
+    tokens, channels, tiles = x.shape[0] * x.shape[1], whole(x.shape[-1]), tile_bound(x, cu_seqlens)
     saved = []
     for weights in (forward, backward):
         states = weights.A_log.shape[1]
-        saved.append(x.new_empty(tokens, _whole(weights.x_proj.shape[0]), dtype=torch.float32))
+        saved.append(x.new_empty(tokens, whole(weights.x_proj.shape[0]), dtype=torch.float32))
         saved.append(x.new_empty(tiles, channels * states, dtype=torch.float32))
     return saved
-
-
-def _whole(size: int) -> int:
-    return (size + LANES - 1) // LANES * LANES
 
 
 def bidirectional_scan_forward(
@@ -60,7 +48,7 @@ def bidirectional_scan_forward(
     dtype = kernel_dtype(x, z)
     rows, gate = token_rows(x, dtype), None if z is None else token_rows(z, dtype)
     plan = plan_for(rows, cu_seqlens)
-    two = [direction_weights(weights, rows) for weights in (forward, backward)]
+    two = direction_weights(forward, backward, rows)
     us = _convolve(rows, two, plan)
     projections = [(u @ weights.x_proj.t()).float() for u, weights in zip(us, two, strict=True)]
     out = torch.empty_like(us[0])
@@ -93,7 +81,7 @@ def bidirectional_scan_backward(
     halves = 1 if z is None else 2
     dxz = torch.empty(b, l, halves * d, dtype=dtype)
     dx, dz = dxz[..., :d], None if z is None else dxz[..., d:]
-    two = [direction_weights(weights, rows) for weights in (forward, backward)]
+    two = direction_weights(forward, backward, rows)
     us = _convolve(rows, two, plan)
     projections = saved[::2]
     partial = torch.empty(plan.tokens, d)
@@ -135,7 +123,7 @@ def _convolve(rows: Tensor, two: list[DirectionWeights], plan: Plan) -> list[Ten
 def _conv_fields(rows: Tensor, weights: DirectionWeights, reverse: int, **more: int) -> dict[str, int]:
     channels = rows.shape[-1]
     return dict(
-        channels=channels, taps=len(weights.conv_weight), reverse=reverse, silu=1,
+        channels=channels, taps=weights.taps, reverse=reverse, silu=1,
         bf16=rows.dtype == torch.bfloat16, x=address(rows), x_stride=rows.stride(1),
         weight=address(weights.conv_weight), bias=address(weights.conv_bias), out_stride=channels, **more,
     )  # fmt: skip
@@ -229,7 +217,7 @@ def _conv_gradients(
     fields, kept = [], []
     for k, (weights, du) in enumerate(zip(two, dus, strict=True)):
         target = dx if k else partial
-        dweights = torch.empty(plan.sequences, len(weights.conv_weight) + 1, channels)
+        dweights = torch.empty(plan.sequences, weights.taps + 1, channels)
         kept.append(dweights)
         fields.append(
             _conv_fields(

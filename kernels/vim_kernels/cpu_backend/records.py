@@ -61,3 +61,12 @@ NORM = _record(
     floats="eps",
 )
 """Residual add and RMS norm, and its gradients; dweight is (workers, channels)."""
+
+WEIGHTS = _record(
+    # given: `size` channels, `x_proj_rows` rows of x_proj; made: `channels` and `columns`
+    "size channels taps rank states columns x_proj_rows"
+    # float32: conv_weight (size, taps), dt_proj (size, rank), A_log (size, states), the others (size,)
+    " conv_weight conv_bias dt_proj dt_bias skip A_log x_proj"
+    " target"
+)
+"""One direction's weights as PyTorch has them, and where they go, in the order and layouts of `DirectionWeights`."""

@@ -1,6 +1,6 @@
 """Between PyTorch tensors and the kernels' records: layouts, dtypes, addresses."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vim_kernels.cpu_backend.vector import LANES
-from vim_kernels.types import ScanWeights
 
 LOG2_E = 1.4426950408889634
 
@@ -54,6 +53,8 @@ def token_rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def float_rows(tensor: Tensor) -> Tensor:
     """Contiguous float32."""
+    if tensor.dtype == torch.float32 and tensor.is_contiguous():  # a call of PyTorch costs a microsecond
+        return tensor
     return tensor.detach().float().contiguous()
 
 
@@ -81,37 +82,3 @@ def fresh(gradient: Tensor | None, given: Tensor | None) -> Tensor | None:
         return None
     inside = gradient[tuple(slice(size) for size in given.shape)]
     return torch.empty(given.shape, dtype=given.dtype).copy_(inside)
-
-
-class DirectionWeights(NamedTuple):
-    """`ScanWeights` in the kernels' layouts, float32 but for x_proj."""
-
-    conv_weight: Tensor
-    """(taps, channels)"""
-    conv_bias: Tensor
-    x_proj: Tensor
-    """(columns, channels) in the dtype of the tokens; rows filled up with zeros to whole vectors."""
-    dt_proj: Tensor
-    """(rank, channels)"""
-    dt_bias: Tensor
-    skip: Tensor
-    decay: Tensor
-    """(channels / 16, n, 16): A log2(e)."""
-    rank: int
-    states: int
-
-
-def direction_weights(weights: ScanWeights, x: Tensor) -> DirectionWeights:
-    """Lay out one direction's weights for tokens x, already filled up."""
-    x_proj = padded(padded(weights.x_proj.detach().to(x.dtype), dim=-2)).contiguous()
-    return DirectionWeights(
-        conv_weight=padded(float_rows(weights.conv_weight.t())),
-        conv_bias=vector_or_zeros(weights.conv_bias, x),
-        x_proj=x_proj,
-        dt_proj=padded(float_rows(weights.dt_proj.t())),
-        dt_bias=vector_or_zeros(weights.dt_bias, x),
-        skip=vector_or_zeros(weights.D, x),
-        decay=blocked(torch.exp(weights.A_log.detach().float()).mul_(-LOG2_E)),
-        rank=weights.dt_proj.shape[1],
-        states=weights.A_log.shape[1],
-    )
