@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # several tests at a time share the cores: waiting must not spin
 if not os.path.exists("/dev/nvidiactl") and not os.path.exists("/dev/kfd"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # without a GPU; read when Triton is first imported
 
@@ -13,12 +14,14 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+
 
 @pytest.fixture(autouse=True)
 def _fresh_process_state():
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
     torch.manual_seed(0)
 
 
