@@ -10,6 +10,7 @@ import torch
 from tests.vim_backbone import official
 from vim_backbone import UserError, from_pretrained
 from vim_backbone.convert import convert, main
+from vim_kernels import available_backends, use_backend
 
 SMALL = {"d": 32, "depth": 2, "patches": 16, "patch": 16, "classes": 5}
 
@@ -42,6 +43,21 @@ def test_equals_the_official_equations(tmp_path, sizes, pixels, stride):
     assert ((got.double() - want).norm() / want.norm()) < 1e-5
     assert model.config.stride == stride
     assert model.config.img_size == (pixels, pixels)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpu", "triton"])
+def test_every_backend_equals_the_official_equations(tmp_path, backend):
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    if reason := available_backends(device)[backend]:
+        pytest.skip(reason)
+    state = official.random_state(d=64, depth=3, patches=49, classes=10)
+    convert(deit_file(tmp_path / "vim.pth", state, input_size=112), tmp_path / "out")
+    model = from_pretrained(tmp_path / "out").to(device)
+    images = torch.randn(2, 3, 112, 112, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), use_backend(backend):
+        got = model(images.to(device))
+    want = official.forward(state, images, stride=16)
+    assert ((got.double().cpu() - want).norm() / want.norm()) < 1e-5
 
 
 def test_raw_state_dict_and_averaged_weights(tmp_path):
