@@ -54,7 +54,6 @@ def resolve(argument: str | None, device: torch.device) -> ModuleType | FastOps:
     return _OPS[_choose(argument, device)]
 
 
-@torch.compiler.assume_constant_result
 def _choose(argument: str | None, device: torch.device) -> str:
     environment = os.environ.get("VIM_KERNELS_BACKEND") or None
     for name, source in (
@@ -74,6 +73,10 @@ def _choose(argument: str | None, device: torch.device) -> str:
             return name
         _tell_once(f"vim_kernels: backend {name!r} is not used on {device.type}: {reason}")
     return "reference"
+
+
+# what torch.compiler.assume_constant_result does; that one imports the whole compiler, half of the time of an import
+_choose._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _known(name: str, source: str) -> str:
