@@ -22,7 +22,7 @@ TARGETS = {  # triple, processor, has the AVX-512 instructions, fused multiply-a
 WIDEST = {"AVX-512": "z", "AVX2": "y", "NEON": "v"}
 LOOPS = {
     "recur": (scan_forward._recur, (SCAN,)),
-    "recompute": (scan_backward._recompute, (SCAN,)),
+    "recompute": (scan_backward._recompute, (SCAN, SCAN_GRADIENT)),
     "walk back": (scan_backward._walk_back, (SCAN, SCAN_GRADIENT)),
 }
 

@@ -7,7 +7,7 @@ from vim_kernels.cpu_backend.jit import device, kernel
 from vim_kernels.cpu_backend.records import TILE
 from vim_kernels.cpu_backend.scan_backward import silu_slope
 from vim_kernels.cpu_backend.scan_forward import aligned
-from vim_kernels.cpu_backend.vector import LANES, fma, load, load_as, silu, splat, store, store_as
+from vim_kernels.cpu_backend.vector import LANES, fma, load, load_as, prefetch, silu, splat, store, store_as
 
 
 @device
@@ -39,9 +39,11 @@ def _four_taps(d, channel, first, last, step):
     bias = load(d.bias, channel)
     far, middle = load(d.weight, channel), load(d.weight, d.channels + channel)
     near, own = load(d.weight, 2 * d.channels + channel), load(d.weight, 3 * d.channels + channel)
-    back = step * d.x_stride
+    back, size = step * d.x_stride, 2 if d.bf16 else 4
     for token in range(first, last):
         at = token * d.x_stride + channel
+        prefetch(d.x + size * (at + LANES))  # of the next block: rows lie far apart, no CPU guesses them
+        prefetch(d.out + size * (token * d.out_stride + channel + LANES))
         value = fma(own, load_as(d.x, at, d.bf16), bias)
         value = fma(near, load_as(d.x, at - back, d.bf16), value)
         value = fma(middle, load_as(d.x, at - 2 * back, d.bf16), value)
@@ -76,6 +78,17 @@ def conv_forward(directions, borders, pieces, worker_starts):
 
 
 @device
+def _fetch_next_tile(d, channel, token):
+    """Ask for what one token of the next tile reads and writes."""
+    ahead = token + TILE
+    prefetch(d.x + (2 if d.bf16 else 4) * (ahead * d.x_stride + channel))
+    prefetch(d.dout + (2 if d.dout_bf16 else 4) * (ahead * d.dout_stride + channel))
+    prefetch(d.dx + (2 if d.dx_bf16 else 4) * (ahead * d.dx_stride + channel))
+    if d.dx_partial != 0:
+        prefetch(d.dx_partial + 4 * (ahead * d.dx_partial_stride + channel))
+
+
+@device
 def _fill_pre_gradient(d, channel, first, last, start, stop, target):
     """Gradient before the activation of tokens first .. last, zero outside of the sequence."""
     step = -1 if d.reverse else 1
@@ -99,6 +112,7 @@ def _backward_tile(d, channel, first, last, start, stop, pre, dweights):
     origin = first - halo if d.reverse else first
     _fill_pre_gradient(d, channel, origin, last if d.reverse else last + halo, start, stop, pre)
     for token in range(first, last):
+        _fetch_next_tile(d, channel, token)
         value = splat(np.float32(0))
         if d.dx_partial != 0:
             value = load(d.dx_partial, token * d.dx_partial_stride + channel)

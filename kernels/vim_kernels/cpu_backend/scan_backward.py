@@ -19,6 +19,7 @@ from vim_kernels.cpu_backend.vector import (
     lane_sum,
     load,
     load_as,
+    prefetch,
     set_scalar,
     sigmoid,
     silu,
@@ -56,12 +57,29 @@ def _prepare(d, g, channel, first, step, count, dts, slopes, us, dys):
 
 
 @device
-def _recompute(d, channel, first, step, count, dts, us, ys, decays, history):
+def _fetch_ahead(d, g, token, channel):
+    """Ask for what one token of the next block or tile reads and writes: rows lie far apart, no CPU guesses them."""
+    size = 2 if d.bf16 else 4
+    prefetch(d.u + size * (token * d.u_stride + channel))
+    prefetch(g.dout + size * (token * g.dout_stride + channel))
+    prefetch(g.du + 4 * (token * d.channels + channel))
+    prefetch(g.ddt + 4 * (token * d.channels + channel))
+    if d.gate != 0:
+        prefetch(d.gate + size * (token * d.gate_stride + channel))
+    if d.partial != 0:
+        prefetch(d.partial + 4 * (token * d.channels + channel))
+    if g.dgate != 0:
+        prefetch(g.dgate + size * (token * g.dgate_stride + channel))
+
+
+@device
+def _recompute(d, g, channel, first, step, count, dts, us, ys, decays, history, next_channel, next_first):
     """Fill decays[k, n] and history[k + 1, n] from history[0], and the ungated y."""
     states = d.states
     skip = load(d.skip, channel)
     for k in range(count):
         row = (first + step * k) * d.bc_stride
+        _fetch_ahead(d, g, next_first + step * k, next_channel)
         dt, u = load(dts, LANES * k), load(us, LANES * k)
         drive, y = dt * u, skip * u
         for n in range(states):
@@ -171,7 +189,10 @@ def _scan_sequence(d, g, sequence, start, stop, chunk, first_block, last_block, 
             _prepare(d, g, channel, first, step, count, dts, slopes, us, dys)
             saved = d.checkpoints + 4 * ((chunk + tile) * per_sequence + channel * states)
             copy_blocks(saved, history, states)
-            _recompute(d, channel, first, step, count, dts, us, ys, decays, history)
+            next_channel, next_first = channel + LANES, first
+            if block + 1 == blocks:
+                next_channel, next_first = LANES * first_block, first - step * TILE
+            _recompute(d, g, channel, first, step, count, dts, us, ys, decays, history, next_channel, next_first)
             _gate_gradient(d, g, channel, first, step, count, ys)
             _walk_back(
                 d, g, channel, first, step, count, dts, slopes, us, dys, decays, history,

@@ -15,6 +15,7 @@ from vim_kernels.cpu_backend.vector import (
     fma,
     load,
     load_as,
+    prefetch,
     silu,
     softplus,
     splat,
@@ -64,20 +65,30 @@ def _prepare(d, channel, first, step, count, dts, drives, ys):
 
 
 @device
-def _recur(d, channel, first, step, count, dts, drives, ys, state):
-    states = d.states
-    decay = channel * states
+def _fetch_ahead(d, token, channel):
+    """Ask for what one token of the next block or tile reads and writes: rows lie far apart, no CPU guesses them."""
+    size = 2 if d.bf16 else 4
+    prefetch(d.u + size * (token * d.u_stride + channel))
+    if d.gate != 0:
+        prefetch(d.gate + size * (token * d.gate_stride + channel))
+    if d.partial != 0:
+        prefetch(d.partial + 4 * (token * d.channels + channel))
+    prefetch(d.out + (2 if d.out_bf16 else 4) * (token * d.out_stride + channel))
+
+
+@device
+def _recur(d, channel, first, step, count, dts, drives, ys, state, next_channel, next_first):
+    # in registers: a store might change the record, for all that the compiler knows
+    states, B, C, bc_stride = d.states, d.B, d.C, d.bc_stride
+    decay = d.decay + 4 * channel * states
     for k in range(count):
-        row = (first + step * k) * d.bc_stride
+        row = (first + step * k) * bc_stride
+        _fetch_ahead(d, next_first + step * k, next_channel)
         dt, drive, y = load(dts, LANES * k), load(drives, LANES * k), load(ys, LANES * k)
         for n in range(states):
-            h = fma(
-                exp2_product(dt, load(d.decay, decay + LANES * n)),
-                load(state, LANES * n),
-                drive * splat_at(d.B, row + n),
-            )
+            h = fma(exp2_product(dt, load(decay, LANES * n)), load(state, LANES * n), drive * splat_at(B, row + n))
             store(state, LANES * n, h)
-            y = fma(h, splat_at(d.C, row + n), y)
+            y = fma(h, splat_at(C, row + n), y)
         store(ys, LANES * k, y)
 
 
@@ -124,7 +135,10 @@ def _scan_sequence(d, sequence, start, stop, chunk, first_block, last_block, sta
             channel = LANES * block
             _prepare(d, channel, first, step, count, dts, drives, ys)
             block_state = state + BYTES * (block - first_block) * d.states
-            _recur(d, channel, first, step, count, dts, drives, ys, block_state)
+            next_channel, next_first = channel + LANES, first
+            if block + 1 == last_block:
+                next_channel, next_first = LANES * first_block, first + step * TILE
+            _recur(d, channel, first, step, count, dts, drives, ys, block_state, next_channel, next_first)
             _finish(d, channel, first, step, count, ys)
     if d.final != 0:
         copy_blocks(state, d.final + 4 * (sequence * per_sequence + offset), vectors)

@@ -257,6 +257,20 @@ def store(_context, address, index, value):
 
 
 @_intrinsic
+def prefetch(_context, address):
+    """Bring the cache line of an address near; it need not be one that may be read."""
+
+    def generate(ctx, builder, _sig, arguments):
+        byte = ir.IntType(8).as_pointer()
+        hint = _declare(builder, "llvm.prefetch.p0i8", ir.VoidType(), [byte, _I32, _I32, _I32])
+        to_read, keep, data = ir.Constant(_I32, 0), ir.Constant(_I32, 3), ir.Constant(_I32, 1)
+        builder.call(hint, [builder.inttoptr(arguments[0], byte), to_read, keep, data])
+        return ctx.get_dummy_value()
+
+    return types.none(types.int64), generate
+
+
+@_intrinsic
 def _load_bf16(_context, address, index):
     def generate(_ctx, builder, _sig, arguments):
         short = builder.load(_pointer(builder, arguments, _I16, _SHORTS), align=2)
