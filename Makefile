@@ -22,7 +22,7 @@ pretrain: setup  ## pretrain a small Vim on built-in photographs: make pretrain 
 	$(BIN)/accelerate launch --quiet pretrain/main.py --overwrite $(ARGS)
 
 test: setup  ## all tests that CI runs
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: setup  ## style, format and types
 	$(BIN)/ruff check .

@@ -17,6 +17,12 @@ from PIL import Image
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: started last, one of them would run alone while the other processes have nothing."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def _fresh_process_state():
     AcceleratorState._reset_state(reset_partial_state=True)
