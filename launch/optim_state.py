@@ -32,7 +32,7 @@ def whole_state(model: nn.Module, optimizer: Any, keep: bool) -> dict[str, Tenso
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        # in one order everywhere: each key is an exchange, and two processes in different ones would mix the averages up
+        # in one order everywhere: each key is an exchange, and processes in different orders would mix the averages up
         for key, value in sorted(states[0].items()):
             if isinstance(value, Tensor) and value.ndim:
                 whole = safe_get_full_optimizer_state(p, key)
