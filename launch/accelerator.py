@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import (
     DataLoaderConfiguration,
@@ -46,9 +47,9 @@ def build_accelerator(config: RunConfig, accumulation: int) -> Accelerator:
     if "LOCAL_RANK" in os.environ:
         backend = "nccl" if torch.cuda.is_available() and not _asked("ACCELERATE_USE_CPU") else "gloo"
         # longer than the watchdog, which can name the process that hangs
-        handlers.append(
-            InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=2 * config.hang_seconds + 60))
-        )
+        timeout = timedelta(seconds=2 * config.hang_seconds + 60)
+        join_attempt(backend, timeout)
+        handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))
     accelerator = Accelerator(
         # DeepSpeed's own bf16 casts the parameters; its torch_autocast, set below, leaves them float32
         mixed_precision="bf16" if config.precision == "bf16" and not zero else "no",
@@ -93,6 +94,20 @@ def refuse_what_is_missing() -> None:
         )
     if "LOCAL_RANK" in os.environ and not on_cpu and not torch.distributed.is_nccl_available():
         raise UserError("this build of PyTorch has no NCCL: install one that has, or train on CPU with use_cpu: true")
+
+
+def join_attempt(backend: str, timeout: timedelta) -> None:
+    """Meet the other processes of this attempt of torchrun, and of no earlier one (`--max_restarts`).
+
+    torchrun's static rendezvous keeps one store for all attempts, and PyTorch (2.15) puts nothing of the attempt into
+    its keys: processes started again find the addresses of dead ones, and hang or are refused.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
+        return
+    rank, world, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], port, world, is_master=False, timeout=timeout)  # pyright: ignore
+    attempt = dist.distributed_c10d.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=attempt, rank=rank, world_size=world, timeout=timeout)
 
 
 def configure_zero(accelerator: Accelerator, precision: str, micro_batch: int, clip_grad: float) -> None:

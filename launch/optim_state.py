@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -30,7 +32,8 @@ def whole_state(model: nn.Module, optimizer: Any, keep: bool) -> dict[str, Tenso
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        for key, value in states[0].items():
+        # in one order everywhere: each key is an exchange, and processes in different orders would mix the averages up
+        for key, value in sorted(states[0].items()):
             if isinstance(value, Tensor) and value.ndim:
                 whole = safe_get_full_optimizer_state(p, key)
                 assert whole is not None
@@ -53,10 +56,8 @@ def restore_state(model: nn.Module, optimizer: Any, names: Iterable[str], read: 
         return
     if not names:
         return
-    from deepspeed.utils import safe_set_full_optimizer_state
-
     scalars = {name.rpartition("/")[2]: value for name in names if (value := read(name)).ndim == 0}
-    keys = {name.rpartition("/")[2] for name in names} - scalars.keys()
+    keys = sorted({name.rpartition("/")[2] for name in names} - scalars.keys())
     counts_in_ints = "CPUAdam" in type(optimizer.optimizer).__name__
     for flat in _flat_parts(optimizer):
         fresh = {key: int(value) if counts_in_ints else value.clone() for key, value in scalars.items()}
@@ -65,8 +66,7 @@ def restore_state(model: nn.Module, optimizer: Any, names: Iterable[str], read: 
     for name in names:
         parameter, _, key = name.rpartition("/")
         if key in keys:
-            p = parameters[parameter]
-            safe_set_full_optimizer_state(p, read(name).to(_flat_parts(optimizer)[0].device), key)
+            _fill_slice(parameters[parameter], key, read(name).to(_flat_parts(optimizer)[0].device))
 
 
 def _is_zero(optimizer: Any) -> bool:
@@ -78,6 +78,17 @@ def _link_slices(optimizer: Any) -> None:
     if hasattr(optimizer, "single_partition_of_fp32_groups"):
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _fill_slice(p: Any, key: str, whole: Tensor) -> None:
+    """Keep this process's slice of one whole tensor of the state."""
+    if not hasattr(p, "ds_id"):
+        p.set_full_hp_param(whole, key)
+        return
+    # DeepSpeed's own way fails where the size does not divide by the processes, which it pads when it spreads
+    size, rank = p.ds_tensor.numel(), dist.get_rank(p.ds_process_group)
+    part = whole.flatten()[size * rank : size * (rank + 1)]
+    p._z3_optimizer.set_local_hp_param(F.pad(part, (0, size - part.numel())), p, key)
 
 
 def _flat_parts(optimizer: Any) -> list[Tensor]:

@@ -29,17 +29,25 @@ class Watchdog:
         self._beat: dict[str, Any] = {"step": -1, "stage": 0, "doing": "starting", "since": time.time()}
         self._done = threading.Event()
         self._store: Any = None
+        self._beats: dict[int, dict[str, Any]] = {}
+        self._read = time.time()
         if self.world > 1:
             self._store = dist.distributed_c10d.PrefixStore("watchdog", dist.distributed_c10d._get_default_store())
+        # apart, because the store blocks for minutes where the link to the main host is cut
+        self._teller = threading.Thread(target=self._tell, daemon=True, name="watchdog-store")
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 
     def __enter__(self) -> "Watchdog":
         self._thread.start()
+        if self._store is not None:
+            self._teller.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._done.set()
         self._thread.join()
+        if self._store is not None:
+            self._teller.join(self.seconds / POLLS)
 
     def beat(self, step: int, stage: int, doing: str) -> None:
         """Something new begins: the `stage`-th of what `step` consists of."""
@@ -49,34 +57,42 @@ class Watchdog:
         pause = self.seconds / POLLS
         while not self._done.wait(pause):
             beat = self._beat
-            self._publish(beat)
             # the others give the main process the time to speak first
             patience = self.seconds + (pause * 2 if self.rank else 0)
             if time.time() - beat["since"] > patience:
                 self._end(beat)
 
-    def _publish(self, beat: dict[str, Any]) -> None:
-        if self._store is not None:
-            self._store.set(str(self.rank), json.dumps(beat | {"seen": time.time()}))
+    def _tell(self) -> None:
+        while True:
+            try:
+                self._store.set(str(self.rank), json.dumps(self._beat | {"seen": time.time()}))
+                keys = [str(rank) for rank in range(self.world)]
+                known = [key for key in keys if self._store.check([key])]
+                self._beats = {int(key): json.loads(self._store.get(key)) for key in known}
+            except RuntimeError:
+                return  # the main host is gone or the link is cut: the beats grow stale, and `_end` says so
+            self._read = time.time()
+            if self._done.wait(self.seconds / POLLS):
+                return
 
     def _end(self, beat: dict[str, Any]) -> None:
         waited = time.time() - beat["since"]
         line = f"error: step {beat['step'] + 1} hangs: for {waited:.0f} s (hang_seconds is {self.seconds:g}) "
         line += f"process {self.rank} has been {beat['doing']}"
-        if self._store is not None:
-            line += f"; {behind(self._read(), self.rank, 3 * self.seconds / POLLS)}"
+        stale = 3 * self.seconds / POLLS
+        if self._store is not None and time.time() - self._read > stale:
+            line += f"; the main process's host has not been reached for {time.time() - self._read:.0f} s"
+        elif self._store is not None:
+            line += f"; {behind(self._beats, self.world, self.rank, stale)}"
         print(line + "; --resume goes on from the newest checkpoint", file=sys.stderr, flush=True)  # noqa: T201
         os._exit(HUNG)
 
-    def _read(self) -> dict[int, dict[str, Any]]:
-        keys = [str(rank) for rank in range(self.world)]
-        known = [key for key in keys if self._store.check([key])]
-        return {int(key): json.loads(self._store.get(key)) for key in known}
 
-
-def behind(beats: dict[int, dict[str, Any]], me: int, stale: float) -> str:
+def behind(beats: dict[int, dict[str, Any]], world: int, me: int, stale: float) -> str:
     """Who holds a run up, in words: processes that went silent, else those that got the least far."""
     now = time.time()
+    if missing := sorted(set(range(world)) - beats.keys()):
+        return ", ".join(f"process {rank} has never been heard of" for rank in missing)
     silent = sorted(rank for rank, beat in beats.items() if now - beat["seen"] > stale)
     if silent:
         return ", ".join(

@@ -1,7 +1,8 @@
 """pretrain/main.py with faults planted: FAULTS is `kind@step:rank`, comma-separated. Run by the tests of faults.
 
-kinds: nan (the loss), spike (the loss times 100), hang, stop (SIGSTOP), loader (kill -9 of a data-loading process),
-kill (kill -9 of itself, once in the life of the run). IDS names a file that takes the samples of each step.
+kinds: nan (the loss), spike (the loss times 100), hang, wait (until the run's folder has a file `go`), stop (SIGSTOP),
+loader (kill -9 of a data-loading process), kill (kill -9 of itself, once in the life of the run).
+IDS names a file that takes the samples of each step.
 """
 
 import json
@@ -34,6 +35,8 @@ def checked(run, batch):
         children = [p for p in multiprocessing.active_children() if p.pid]
         os.kill(children[0].pid, signal.SIGKILL)
         time.sleep(0.5)
+    while due("wait", step) and not (run.config.folder / "go").exists():
+        time.sleep(0.05)
     if due("hang", step):
         time.sleep(1000)
     if due("stop", step):

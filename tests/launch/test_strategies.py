@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from tests.launch.real import STRATEGIES, finish, losses, run, start
 from vim_backbone import from_pretrained
 
 pytestmark = pytest.mark.slow
+UNORDERED = Path(__file__).parent / "unordered.py"
 OPTIONS = ("--steps=4", "--checkpoint_every=2", "--accumulation=2", "--ema_decay=0.9", "--optim.clip_grad=1",
-           "--optim.base_lr=0.01", "--keep_checkpoints=9")  # fmt: skip
+           "--optim.base_lr=0.01", "--keep_checkpoints=9", "--batch_size=12")  # fmt: skip
 FILES = ("model", "ema", "optimizer")
 
 
@@ -27,17 +29,15 @@ def zero3(tmp_path_factory):
 
 
 def assert_same_run(folder, one):
-    """Float32 rounding apart; Adam divides by tiny second moments, so that parameters get a little more room."""
+    """Float32 rounding apart. Tensor by tensor in the norm: Adam's averages are far below any fixed tolerance."""
     assert losses(folder) == pytest.approx(losses(one), rel=2e-6)
     for file in FILES:
         path = f"checkpoints/step-00000004/{file}.safetensors"
         ours, theirs = load_file(folder / path), load_file(one / path)
-        try:
-            torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=3e-5)
-        except AssertionError as error:
-            if file != "optimizer":
-                raise
-            pytest.xfail(f"single elements of Adam's averages are at times 0 under ZeRO, not solved yet: {error}")
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            off = torch.linalg.vector_norm(ours[name] - theirs[name]) / torch.linalg.vector_norm(theirs[name])
+            assert off < 2e-5, (file, name, off)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -49,11 +49,16 @@ def test_same_losses_and_same_files(strategy, one, zero3, tmp_path):
     torch.testing.assert_close(published, {name: ema[f"encoder.{name}"] for name in published}, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("before", "after"), [("zero3", "one"), ("one", "zero3"), ("zero3", "zero2")])
-def test_going_on_with_another_strategy_and_another_number_of_processes(before, after, one, zero3, tmp_path):
+@pytest.mark.parametrize(
+    ("before", "after", "processes"), [("zero3", "one", 1), ("one", "zero3", 3), ("zero3", "zero2", 2)]
+)
+def test_going_on_with_another_strategy_and_another_number_of_processes(before, after, processes, one, zero3, tmp_path):
+    """Three processes, by which most of the shapes do not divide."""
     shutil.copytree(one if before == "one" else zero3, tmp_path / "runs/run")
     shutil.rmtree(tmp_path / "runs/run/checkpoints/step-00000004")
-    assert_same_run(run(tmp_path, after, *OPTIONS, "--resume"), one)
+    assert_same_run(
+        run(tmp_path, after, *OPTIONS, "--resume", script=UNORDERED, launcher=(f"--num_processes={processes}",)), one
+    )
 
 
 def test_bf16_keeps_float32_parameters_under_zero3(tmp_path):
