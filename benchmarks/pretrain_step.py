@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from launch.optim import build_optimizer
 from launch.randomness import generator
 from pretrain.config import PretrainConfig
-from pretrain.mae import MaskedAutoencoder, normalise, patchify, scan_order, select
+from pretrain.mae import MaskedAutoencoder, normalise, patchify, select, split_patches
 from pretrain.masking import MaskConfig, draw_mask
 from vim_backbone import VisionMamba
 from vim_backbone.position import sincos_table
@@ -44,20 +44,18 @@ class ViTAutoencoder(nn.Module):
         self.decoder = nn.Sequential(*(ViTBlock(wide, max(1, wide // 64)) for _ in range(config.decoder.depth)))
         self.head = nn.Sequential(nn.LayerNorm(wide), nn.Linear(wide, side * side * 3))
 
-    def forward(self, images: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, images: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
         """Loss, as `MaskedAutoencoder.forward`."""
-        order, visible = scan_order(mask)
         vit = self.encoder
         assert vit.pos_embed is not None
         assert vit.cls_token is not None
-        tokens = select(vit.patch_embed(images) + vit.pos_embed[:, 1:], order[:, :visible])
+        tokens = select(vit.patch_embed(images) + vit.pos_embed[:, 1:], visible)
         tokens = torch.cat([vit.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
         seen = self.decoder_embed(vit.norm(vit.blocks(tokens)))
-        whole = self.mask_token.expand(*order.shape, -1)
-        index = order[:, :visible, None].expand(-1, -1, whole.shape[-1])
+        whole = self.mask_token.expand(len(seen), self.positions.shape[1], -1)
+        index = visible[..., None].expand(-1, -1, whole.shape[-1])
         whole = whole.scatter(1, index, seen[:, 1:]) + self.positions
         rebuilt = self.decoder(torch.cat([seen[:, :1], whole], dim=1))[:, 1:]
-        hidden = order[:, visible:]
         target, _, _ = normalise(select(patchify(images, self.side), hidden))
         return (self.head(select(rebuilt, hidden)) - target).square().mean()
 
@@ -83,12 +81,13 @@ class Trainer:
         self.model = build(name, config)
         self.optimizer = build_optimizer(self.model, config.optim, config.batch_size)
         self.images = torch.randn(config.batch_size, 3, *size.img_size, generator=generator(0))
-        self.masks = torch.stack([draw_mask(grid, MaskConfig(), generator(i)) for i in range(config.batch_size)])
+        masks = torch.stack([draw_mask(grid, MaskConfig(), generator(i)) for i in range(config.batch_size)])
+        self.patches = split_patches(masks)
 
     def step(self) -> float:
         """Seconds of one step."""
         start = time.perf_counter()
-        self.model(self.images, self.masks).backward()
+        self.model(self.images, *self.patches).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return time.perf_counter() - start

@@ -72,39 +72,38 @@ class MaskedAutoencoder(nn.Module):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, images: Tensor, mask: Tensor, reconstruct: bool = False) -> Tensor | Reconstruction:
+    def forward(
+        self, images: Tensor, visible: Tensor, hidden: Tensor, reconstruct: bool = False
+    ) -> Tensor | Reconstruction:
         """Loss: mean squared error on the normalised pixels of hidden patches; or what `reconstruct` gives.
 
         ZeRO-3 collects parameters for `forward` alone, so that all that a run does with a model goes through it.
 
         Args:
             images: (b, c, h, w) of the encoder's img_size.
-            mask: (b, l) bool, True = hidden, as many in every row.
+            visible, hidden: (b, v) and (b, m) indices of `split_patches`.
         """
         if reconstruct:
-            return self.reconstruct(images, mask)
-        order, num_visible = scan_order(mask)
-        hidden = order[:, num_visible:]
-        predicted = self.decoder_pred(select(self._decode(images, order, num_visible), hidden))
+            return self.reconstruct(images, visible, hidden)
+        predicted = self.decoder_pred(select(self._decode(images, visible), hidden))
         target, _, _ = normalise(select(patchify(images, self.patch_size), hidden))
         return (predicted.float() - target).square().mean()
 
     @torch.no_grad()
-    def reconstruct(self, images: Tensor, mask: Tensor) -> Reconstruction:
+    def reconstruct(self, images: Tensor, visible: Tensor, hidden: Tensor) -> Reconstruction:
         """Predictions for every patch, and the picture they make; arguments as `forward`."""
-        order, num_visible = scan_order(mask)
-        predicted = self.decoder_pred(self._decode(images, order, num_visible)).float()
+        predicted = self.decoder_pred(self._decode(images, visible)).float()
         patches = patchify(images, self.patch_size)
         _, mean, deviation = normalise(patches)
-        pixels = torch.where(mask[..., None], predicted * deviation + mean, patches)
+        hidden = hidden[..., None].expand(-1, -1, patches.shape[-1])
+        pixels = patches.scatter(1, hidden, (predicted * deviation + mean).gather(1, hidden).to(patches.dtype))
         return Reconstruction(predicted, unpatchify(pixels, self.patch_size, self.encoder.grid_size))
 
-    def _decode(self, images: Tensor, order: Tensor, num_visible: int) -> Tensor:
+    def _decode(self, images: Tensor, visible: Tensor) -> Tensor:
         """(b, l, decoder width) for all patches."""
-        visible = order[:, :num_visible]
         special, seen = self.encoder.encode(select(self.encoder.embed_patches(images), visible))
         special, seen = self.decoder_embed(special), self.decoder_embed(seen)
-        tokens = self.mask_token.to(seen.dtype).expand(*order.shape, -1)
+        tokens = self.mask_token.to(seen.dtype).expand(len(seen), self.decoder_pos_embed.shape[1], -1)
         tokens = tokens.scatter(1, visible[..., None].expand_as(seen), seen) + self.decoder_pos_embed
         h, residual = self.layout.join(special.to(tokens.dtype), tokens), None
         for block in self.decoder_layers:
@@ -118,13 +117,14 @@ class MaskedAutoencoder(nn.Module):
         return inner | {"mask_token"} | {name for name, _ in self.named_parameters() if name.endswith(ends)}
 
 
-def scan_order(mask: Tensor) -> tuple[Tensor, int]:
-    """Patch indices, visible ones first and each part in scan order (b, l), and how many are visible.
+def split_patches(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of the visible patches (b, v) and of the hidden ones (b, m), each in scan order.
 
-    `mask` is (b, l) bool, True = hidden, as many in every row.
+    `mask` is (b, l) bool, True = hidden, as many in every row; on a GPU this waits for the device.
     """
     order = torch.argsort(mask.to(torch.uint8), dim=1, stable=True)
-    return order, mask.shape[1] - int(mask[0].sum())
+    visible, hidden = order.tensor_split([mask.shape[1] - int(mask[0].sum())], dim=1)
+    return visible, hidden
 
 
 def select(tokens: Tensor, indices: Tensor) -> Tensor:

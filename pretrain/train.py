@@ -19,7 +19,7 @@ from launch.training import Training
 from pretrain.config import PretrainConfig
 from pretrain.data import BadPictures, Batch, BatchPlan, View, Views, build_loader, to_model
 from pretrain.images import StreamCells, open_source
-from pretrain.mae import MaskedAutoencoder, Reconstruction
+from pretrain.mae import MaskedAutoencoder, Reconstruction, split_patches
 from pretrain.reconstructions import draw_reconstructions, reconstruction_grid
 from vim_backbone import VisionMamba
 from vim_backbone.block import Block
@@ -107,7 +107,7 @@ def train(run: Run) -> None:
             images, masks = checked(run, batch)
             names += batch.names
             with part:
-                training.backward(training.model(to_model(images, device), masks.to(device)))
+                training.backward(training.model(to_model(images, device), *patches_on(device, masks)))
         training.update(learning_rate(step, config.optim, config.batch_size, training.total_steps), names)
         speed.images += config.batch_size
 
@@ -130,6 +130,11 @@ def checked(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
     return batch.images, batch.masks
 
 
+def patches_on(device: torch.device, masks: Tensor) -> list[Tensor]:
+    """What the model is told of the masks, on its device; split on the CPU, where counting waits for nothing."""
+    return [indices.to(device, non_blocking=True) for indices in split_patches(masks)]
+
+
 def show_reconstructions(run: Run, images: Tensor, masks: Tensor) -> None:
     """Write reconstructions/step-N.png: views of the same pictures each time (of a stream: of the batch at hand).
 
@@ -144,9 +149,9 @@ def show_reconstructions(run: Run, images: Tensor, masks: Tensor) -> None:
         usable = [(sample.image, sample.mask) for sample in samples if sample.image is not None]
         images, masks = torch.stack([image for image, _ in usable]), torch.stack([mask for _, mask in usable])
     device = training.accelerator.device
-    images, masks = to_model(images, device), masks.to(device)
+    images = to_model(images, device)
     with training.evaluating() as model:
-        made = model(images, masks, reconstruct=True)
+        made = model(images, *patches_on(device, masks), reconstruct=True)
     assert isinstance(made, Reconstruction)
     if training.accelerator.is_main_process:
         patch_size = run.config.model.architecture().patch_size
@@ -154,7 +159,7 @@ def show_reconstructions(run: Run, images: Tensor, masks: Tensor) -> None:
         step = training.state.step
         title = f"{run.config.name}: step {step}, {hidden} % of the patches hidden, crops never trained on"
         path = run.config.folder / "reconstructions" / f"step-{step:08d}.png"
-        draw_reconstructions(reconstruction_grid(made.pixels, images, masks, patch_size), title, path)
+        draw_reconstructions(reconstruction_grid(made.pixels, images, masks.to(device), patch_size), title, path)
 
 
 def publish(run: Run) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from launch.randomness import generator
-from pretrain.mae import DecoderConfig, MaskedAutoencoder, patchify, scan_order, select, unpatchify
+from pretrain.mae import DecoderConfig, MaskedAutoencoder, patchify, select, split_patches, unpatchify
 from pretrain.masking import MaskConfig, draw_mask
 from vim_backbone import UserError, VimConfig, VisionMamba
 
@@ -34,11 +34,11 @@ def test_patchify_and_back():
 
 def test_visible_patches_stay_in_scan_order():
     _, masks = inputs()
-    order, visible = scan_order(masks)
-    assert visible == 6
-    for row, mask in zip(order, masks, strict=True):
-        assert row[:visible].tolist() == torch.nonzero(~mask).flatten().tolist()
-        assert row[visible:].tolist() == torch.nonzero(mask).flatten().tolist()
+    visible, hidden = split_patches(masks)
+    assert (visible.shape, hidden.shape) == ((2, 6), (2, 18))
+    for seen, unseen, mask in zip(visible, hidden, masks, strict=True):
+        assert seen.tolist() == torch.nonzero(~mask).flatten().tolist()
+        assert unseen.tolist() == torch.nonzero(mask).flatten().tolist()
 
 
 @pytest.mark.parametrize("class_token", ["middle", "first", "none"])
@@ -48,20 +48,21 @@ def test_hidden_pixels_reach_nothing_but_the_target(class_token):
     images, masks = inputs()
     hidden = unpatchify(masks[..., None].expand(-1, -1, 192).float(), 8, GRID).bool()
     changed = torch.where(hidden, images.flip(0) * 3 + 1, images)
-    predicted = model.reconstruct(images, masks).predicted
-    torch.testing.assert_close(model.reconstruct(changed, masks).predicted, predicted, rtol=0, atol=0)
+    patches = split_patches(masks)
+    predicted = model.reconstruct(images, *patches).predicted
+    torch.testing.assert_close(model.reconstruct(changed, *patches).predicted, predicted, rtol=0, atol=0)
     visible = (~masks).nonzero()[0, 1].item()
     poked = images.clone()
     poked[:, :, 8 * (visible // 6), 8 * (visible % 6)] += 1.0
-    assert not torch.allclose(model.reconstruct(poked, masks).predicted[0], predicted[0])
+    assert not torch.allclose(model.reconstruct(poked, *patches).predicted[0], predicted[0])
 
 
 @pytest.mark.parametrize("kind", ["random", "block"])
 def test_loss_is_the_normalised_error_on_hidden_patches(kind):
     model = autoencoder()
     images, masks = inputs(kind)
-    loss = model(images, masks).item()
-    predicted = model.reconstruct(images, masks).predicted.double().numpy()
+    loss = model(images, *split_patches(masks)).item()
+    predicted = model.reconstruct(images, *split_patches(masks)).predicted.double().numpy()
     errors = []
     for image, mask, guess in zip(images.double().numpy(), masks.numpy(), predicted, strict=True):
         for patch in np.flatnonzero(mask):
@@ -76,11 +77,11 @@ def test_the_encoder_scans_the_visible_patches_with_the_published_layout():
     """What the encoder makes of a masked picture equals a plain pass over just those patches."""
     model = autoencoder(num_registers=2)
     images, masks = inputs()
-    order, visible = scan_order(masks)
+    visible, hidden = split_patches(masks)
     seen = []
     model.encoder.layers[0].register_forward_hook(lambda module, given, out: seen.append(given[0]))
-    model(images, masks)
-    patches = select(model.encoder.embed_patches(images), order[:, :visible])
+    model(images, visible, hidden)
+    patches = select(model.encoder.embed_patches(images), visible)
     special, tokens = model.encoder.layout.split(seen[0])
     torch.testing.assert_close(tokens, patches)
     assert model.encoder.layout.slots(6) == [4, 2, 6]  # class token before patch 3; registers before patches 2 and 4
@@ -101,14 +102,15 @@ def test_positions_are_those_of_the_whole_picture():
 def test_reconstruction_keeps_what_was_visible():
     model = autoencoder()
     images, masks = inputs()
-    pixels = patchify(model.reconstruct(images, masks).pixels, 8)
+    pixels = patchify(model.reconstruct(images, *split_patches(masks)).pixels, 8)
     torch.testing.assert_close(pixels[~masks], patchify(images, 8)[~masks])
     assert not torch.allclose(pixels[masks], patchify(images, 8)[masks])
 
 
 def test_every_trained_parameter_gets_a_gradient():
     model = autoencoder(num_registers=2, mixer_norm=True).train()
-    model(*inputs()).backward()
+    images, masks = inputs()
+    model(images, *split_patches(masks)).backward()
     without = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert without == []
     frozen = [n for n, p in model.named_parameters() if not p.requires_grad]

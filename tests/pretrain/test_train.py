@@ -160,16 +160,9 @@ def test_bad_pictures_among_good_ones_are_named_in_the_run(tmp_path, picture_fol
     assert (folder / "bad_pictures.txt").read_text().startswith("broken.jpg\t")
 
 
-def command(*argv):
-    return [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--quiet",
-        str(ROOT / "pretrain/main.py"),
-        *SMALL,
-        *argv,
-    ]
+def command(*argv, launcher=()):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *launcher]
+    return [*launch, str(ROOT / "pretrain/main.py"), *SMALL, *argv]
 
 
 def environment():
@@ -185,6 +178,18 @@ def test_the_command_prints_the_folder_last(tmp_path):
     assert done.stdout.strip().splitlines()[-1] == "runs/pretrain"
     assert "step 2/2" in done.stderr
     assert (tmp_path / "runs/pretrain/backbone/model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_the_compiled_model_follows_the_same_curve(tmp_path):
+    argv = command("--steps=3", launcher=("--dynamo_backend=inductor", "--dynamo_mode=reduce-overhead"))
+    environ = environment() | {"TORCH_LOGS": "graph_breaks"}
+    done = subprocess.run(argv, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "graph break" not in done.stderr.lower()
+    plain = losses(pretrain(config(tmp_path / "plain", "--steps=3")))
+    for step, (loss, norm, rate) in losses(tmp_path / "runs/pretrain").items():
+        assert plain[step] == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-4), rate)
 
 
 @pytest.mark.slow
