@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import (
     DataLoaderConfiguration,
     DeepSpeedPlugin,
@@ -17,12 +17,15 @@ from accelerate.utils import (
     ProjectConfiguration,
     broadcast_object_list,
 )
+from torch import nn
 
 from launch.config import RunConfig
-from launch.sharding import zero_stage
+from launch.sharding import shape_of, zero_stage
 from vim_backbone.errors import UserError
 
 Result = TypeVar("Result")
+BUCKET = 50_000_000
+"""Gradients that ZeRO sends at a time, at most."""
 
 
 class ZeroPlugin(DeepSpeedPlugin):
@@ -43,7 +46,8 @@ def build_accelerator(config: RunConfig, accumulation: int) -> Accelerator:
     """
     refuse_what_is_missing()
     zero = _asked("ACCELERATE_USE_DEEPSPEED")
-    handlers = []
+    # gradients that are views of DDP's buckets, not copies
+    handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     if "LOCAL_RANK" in os.environ:
         backend = "nccl" if torch.cuda.is_available() and not _asked("ACCELERATE_USE_CPU") else "gloo"
         # longer than the watchdog, which can name the process that hangs
@@ -57,7 +61,7 @@ def build_accelerator(config: RunConfig, accumulation: int) -> Accelerator:
         log_with=list(config.trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(config.folder), logging_dir=str(config.folder)),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=False),
-        kwargs_handlers=handlers or None,
+        kwargs_handlers=handlers,
         deepspeed_plugin=ZeroPlugin() if zero else None,
         step_scheduler_with_optimizer=False,
     )
@@ -134,6 +138,14 @@ def configure_zero(accelerator: Accelerator, precision: str, micro_batch: int, c
         "dtype": "bfloat16",
         "lower_precision_safe_modules": [],  # gradients travel in float32, as they do under DDP
     }
+
+
+def fit_buckets(accelerator: Accelerator, model: nn.Module) -> None:
+    """Let DeepSpeed's buffer of gradients be no larger than these gradients: its 500 M elements are 2 GB everywhere."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is not None:
+        elements = min(BUCKET, sum(shape_of(p).numel() for p in model.parameters() if p.requires_grad))
+        plugin.deepspeed_config["zero_optimization"].setdefault("reduce_bucket_size", elements)
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
