@@ -4,14 +4,17 @@ Bytes are those of tensors, counted by storage, and of PyTorch's allocations dur
 """
 
 import gc
+import itertools
 import json
 import os
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
 sys.path[:1] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "kernels")]
 
+import psutil
 import torch
 from torch.profiler import ProfilerActivity, profile
 
@@ -23,6 +26,7 @@ from pretrain import main, train
 PROFILED_STEP = 3
 RANK = int(os.environ.get("RANK", "0"))
 found: dict[str, float] = {}
+times: list[float] = []
 profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
 
 
@@ -37,6 +41,7 @@ def held() -> int:
 
 
 def checked(run, batch):
+    found.setdefault("start_seconds", time.time() - psutil.Process().create_time())
     if run.training.state.step == PROFILED_STEP:
         gc.collect()
         found["held"] = held()
@@ -44,21 +49,17 @@ def checked(run, batch):
     return original_checked(run, batch)
 
 
-def update(self, *arguments):
-    original_update(self, *arguments)
+def update(self, rate, names):
+    original_update(self, rate, names)
+    times.append(time.perf_counter())
     if self.state.step == PROFILED_STEP + 1:
         profiler.stop()
         found["peak"] = found["held"] + peak_allocated(profiler)
 
 
-def save(self):
-    start = time.perf_counter()
-    path = original_save(self)
-    found["save_seconds"] = time.perf_counter() - start
-    return path
-
-
 def publish(run):
+    pauses = [b - a for a, b in itertools.pairwise(times[PROFILED_STEP + 1 :])]
+    found["step_seconds"] = median(pauses)
     path = run.config.folder / f"process-{RANK}.json"
     path.write_text(json.dumps(found))
     original_publish(run)
@@ -66,7 +67,6 @@ def publish(run):
 
 original_checked, train.checked = train.checked, checked
 original_update, Training.update = Training.update, update
-original_save, Training.save = Training.save, save
 original_publish, train.publish = train.publish, publish
 
 if __name__ == "__main__":

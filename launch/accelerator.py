@@ -79,25 +79,37 @@ def build_accelerator(config: RunConfig, accumulation: int) -> Accelerator:
 
 
 def refuse_what_is_missing() -> None:
-    """Raise UserError where the launcher's environment asks for a package, a compiler or a GPU that is not there."""
-    world, local = (os.environ.get(name, "0") for name in ("LOCAL_WORLD_SIZE", "LOCAL_RANK"))
+    """Raise UserError where the launcher's environment asks for a package, a compiler or a GPU that is not there.
+
+    All processes of a host come to the same answer; the first process tells it.
+    """
+    wrong = _missing()
+    if wrong is not None:
+        raise (UserError if os.environ.get("RANK", "0") == "0" else ToldError)(wrong)
+
+
+def _missing() -> str | None:
+    launched, local_world = "LOCAL_RANK" in os.environ, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     on_cpu = _asked("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     if _asked("ACCELERATE_USE_DEEPSPEED"):
         if find_spec("deepspeed") is None:
-            raise UserError("the launcher asked for DeepSpeed, which is not installed: pip install deepspeed")
+            return "the launcher asked for DeepSpeed, which is not installed: pip install deepspeed"
         if _asked("ACCELERATE_USE_CPU"):
-            raise UserError("ACCELERATE_USE_CPU makes Accelerate run DDP in place of DeepSpeed: unset it")
+            return "ACCELERATE_USE_CPU makes Accelerate run DDP in place of DeepSpeed: unset it"
         if on_cpu and not (shutil.which(os.environ.get("CXX", "c++")) and shutil.which("ninja")):
-            raise UserError("DeepSpeed on CPU compiles its communication: install a C++ compiler and ninja")
+            return "DeepSpeed on CPU compiles its communication: install a C++ compiler and ninja"
     if _asked("ACCELERATE_USE_FSDP") and on_cpu:
-        raise UserError("Accelerate does not run FSDP on CPU: use launch/accelerate/zero3_cpu.yaml")
-    if not on_cpu and int(local) >= torch.cuda.device_count():
-        raise UserError(
-            f"{world} processes were started on this host but it has {torch.cuda.device_count()} GPU(s): "
+        return "Accelerate does not run FSDP on CPU: use launch/accelerate/zero3.yaml"
+    if on_cpu and not _asked("ACCELERATE_USE_CPU") and (wanted := os.environ.get("CUDA_VISIBLE_DEVICES")):
+        return f"CUDA_VISIBLE_DEVICES asks for GPU {wanted} but PyTorch finds none: unset it, or mend the driver"
+    if not on_cpu and local_world > torch.cuda.device_count():
+        return (
+            f"{local_world} processes were started on this host but it has {torch.cuda.device_count()} GPU(s): "
             "lower num_processes, or set CUDA_VISIBLE_DEVICES"
         )
-    if "LOCAL_RANK" in os.environ and not on_cpu and not torch.distributed.is_nccl_available():
-        raise UserError("this build of PyTorch has no NCCL: install one that has, or train on CPU with use_cpu: true")
+    if launched and not on_cpu and not dist.is_nccl_available():
+        return "this build of PyTorch has no NCCL: install one that has, or train on CPU with use_cpu: true"
+    return None
 
 
 def join_attempt(backend: str, timeout: timedelta) -> None:

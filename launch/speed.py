@@ -36,9 +36,15 @@ def measured(device: str, table: Path = TABLE) -> list[Row]:
     """Rows of a device. Raises UserError naming the devices that there are."""
     with open(table, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    numbers = ("batch", "tokens", "channels", "depth")
     found = [
-        Row(row["kind"], *(int(row[name]) for name in numbers), float(row["milliseconds"]))
+        Row(
+            kind=row["kind"],
+            batch=int(row["batch"]),
+            tokens=int(row["tokens"]),
+            channels=int(row["channels"]),
+            depth=int(row["depth"]),
+            milliseconds=float(row["milliseconds"]),
+        )
         for row in rows
         if row["device"] == device
     ]

@@ -52,7 +52,7 @@ class Training:
         self.loss, self.grad_norm, self.rate = float("nan"), 0.0, 0.0
         self.notice: str | None = None
         """What the last `update` has to say, such as that the step was bad."""
-        self._saved = Checkpoint(checkpoint) if checkpoint is not None else None
+        self._saved = on_main(accelerator, lambda: Checkpoint(checkpoint)) if checkpoint is not None else None
         self._guard = Guard(config.guard, self._saved.state.get("guard") if self._saved else None)
         folder = config.folder / CHECKPOINTS
         asynchronous = config.async_checkpoints
