@@ -65,8 +65,9 @@ def strategies(where: Path, options: argparse.Namespace) -> list[dict[str, float
     for share in shares(model, options.processes):
         found = trained(share.strategy, where, options)
         rows.append(found)
-        # between the steps ZeRO-1 and -2 hold no gradients, and ZeRO-3 no whole block
-        held = share.held - {"ddp": 0, "zero3": 4 * model.block}.get(share.strategy, share.gradients)
+        # between steps ZeRO-1 and -2 hold no gradients, and ZeRO-3 nothing whole
+        between = {"ddp": share.held, "zero3": share.held - 4 * (model.outside + 2 * model.block)}
+        held = between.get(share.strategy, share.parameters + share.optimizer)
         most = peak(model, share, options.batch_size // options.processes)
         print(
             f"| {share.strategy} | {found['step_seconds']:.3f} | {found['step_seconds'] / rows[0]['step_seconds']:.2f} "

@@ -152,12 +152,23 @@ def configure_zero(accelerator: Accelerator, precision: str, micro_batch: int, c
     }
 
 
-def fit_buckets(accelerator: Accelerator, model: nn.Module) -> None:
-    """Let DeepSpeed's buffer of gradients be no larger than these gradients: its 500 M elements are 2 GB everywhere."""
+def fit_buffers(accelerator: Accelerator, model: nn.Module, unit: type[nn.Module]) -> None:
+    """Sizes of DeepSpeed's buffers for this model, where the config does not give them.
+
+    Its own are for larger models: 500 M gradients waiting to be sent, 2 GB on every process whatever the model, and
+    under ZeRO-3 up to 1,000 M parameters kept whole for use again, which is all of Vim-H between its two passes.
+    """
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-    if plugin is not None:
-        elements = min(BUCKET, sum(shape_of(p).numel() for p in model.parameters() if p.requires_grad))
-        plugin.deepspeed_config["zero_optimization"].setdefault("reduce_bucket_size", elements)
+    if plugin is None:
+        return
+    zero = plugin.deepspeed_config["zero_optimization"]
+    trained = sum(shape_of(p).numel() for p in model.parameters() if p.requires_grad)
+    zero.setdefault("reduce_bucket_size", min(BUCKET, trained))
+    units = [sum(shape_of(p).numel() for p in m.parameters()) for m in model.modules() if isinstance(m, unit)]
+    if plugin.zero_stage == 3:
+        zero.setdefault("stage3_max_reuse_distance", 0)
+        zero.setdefault("stage3_prefetch_bucket_size", max(units))
+        zero.setdefault("stage3_max_live_parameters", trained - sum(units) + 2 * max(units))
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:

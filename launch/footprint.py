@@ -58,7 +58,9 @@ class Footprint:
     parameters: int
     trained: int
     block: int
-    """Parameters of the largest block, which ZeRO-3 holds whole."""
+    """Parameters of the largest block; ZeRO-3 holds one whole while it fetches the next."""
+    outside: int
+    """Parameters outside of the blocks, which ZeRO-3 holds whole for the length of a pass."""
     saved: float
     """Bytes that the forward pass of a picture leaves for the backward pass."""
     decoder_backward: float
@@ -92,6 +94,7 @@ def footprint(task: Task) -> Footprint:
         parameters=trained + fixed,
         trained=trained,
         block=max(sizes),
+        outside=trained + fixed - sum(sizes),
         saved=saved,
         decoder_backward=BACKWARD_FLOATS * FLOAT * l * decoder.d_inner,
         encoder_backward=(BACKWARD_FLOATS * FLOAT * config.d_inner + again) * task.visible,
@@ -117,30 +120,34 @@ class Share:
     strategy: str
     parameters: float
     gradients: float
+    early: float
+    """Those of the gradients that take their place before the backward pass has made any."""
     optimizer: float
     sent: float
 
     @property
     def held(self) -> float:
-        """All of them; gradients are let go between steps."""
+        """All of them, as at the end of the backward pass."""
         return self.parameters + self.gradients + self.optimizer
 
 
 def shares(model: Footprint, processes: int) -> list[Share]:
     """The strategies, in the order of what they hold, for float32 parameters and AdamW.
 
-    DeepSpeed keeps its own copy of the share of the parameters that it updates, counted with the optimizer, and a
-    buffer of gradients to send, counted with the gradients. ZeRO-3 holds one block whole beside its shards. Sent is
-    what one process sends in ring collectives: gradients are reduced and parameters or gradients gathered, (n - 1) / n
-    of the model each; ZeRO-3 gathers the parameters twice.
+    DDP's gradients lie in its buckets for good. DeepSpeed keeps its own copy of the share of the parameters that it
+    updates, counted with the optimizer, and a buffer of gradients to send, counted with the gradients. Sent is what one
+    process sends in ring collectives: gradients are reduced and parameters or gradients gathered, (n - 1) / n of the
+    model each; ZeRO-3 gathers the parameters twice.
     """
     n, total, trained = processes, float(model.parameters * FLOAT), float(model.trained * FLOAT)
     hop, bucket = (n - 1) / n * trained, float(min(BUCKET * FLOAT, trained))
+    whole = FLOAT * (model.outside + 2 * model.block)
+    part = trained / n
     return [
-        Share("ddp", total, trained, 2 * trained, 2 * hop),
-        Share("zero1", total, trained + bucket, 3 * trained / n, 2 * hop),
-        Share("zero2", total, trained / n + bucket, 3 * trained / n, 2 * hop),
-        Share("zero3", total / n + model.block * FLOAT, trained / n + bucket, 3 * trained / n, 3 * hop),
+        Share("ddp", total, trained, trained if n > 1 else 0.0, 2 * trained, 2 * hop),
+        Share("zero1", total, trained + bucket, bucket, 3 * part, 2 * hop),
+        Share("zero2", total, part + bucket, bucket, 3 * part, 2 * hop),
+        Share("zero3", total / n + whole, part + bucket, part + bucket, 3 * part, 3 * hop),
     ]
 
 
@@ -149,9 +156,7 @@ def peak(model: Footprint, share: Share, pictures: int) -> float:
 
     Either at the start of the backward pass, when all activations are there, or at its end, when all gradients are.
     """
-    # DDP's gradients lie in its buckets for good; elsewhere they come as the activations go
-    early = share.gradients if share.strategy == "ddp" and share.sent else 0.0
-    start = early + pictures * (model.saved + model.decoder_backward)
+    start = share.early + pictures * (model.saved + model.decoder_backward)
     end = share.gradients + pictures * model.encoder_backward
     return share.parameters + share.optimizer + model.casts + max(start, end)
 

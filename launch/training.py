@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from launch.accelerator import ToldError, configure_zero, fit_buckets, on_main
+from launch.accelerator import ToldError, configure_zero, fit_buffers, on_main
 from launch.checkpoint import Checkpoint, TrainState, snapshot
 from launch.config import RunConfig
 from launch.folder import CHECKPOINTS
@@ -99,7 +99,7 @@ class Training:
         if saved:
             saved.load_ema(self.state)
             saved.load_model(self.state)
-        fit_buckets(accelerator, model)
+        fit_buffers(accelerator, model, unit)
         self.model, prepared = accelerator.prepare(model, self.state.optimizer)
         if zero_stage(accelerator):
             self.state.optimizer = self._zero = prepared.optimizer

@@ -23,6 +23,7 @@ def task(name="vim_tiny", **changes):
 
 def real_peak(task, name, pictures):
     """Parameters and bytes: all that a second step on the CPU holds at its worst."""
+    torch.set_num_threads(1)  # two threads wait for each other where the cores are shared
     model = ModelConfig(name=name, img_size=224, patch_size=16, depth=None, grad_checkpointing=task.recompute)
     made = build_model(PretrainConfig(model=model, decoder=DecoderConfig(width=task.decoder_width)))
     optimizer = build_optimizer(made, OptimConfig(), 256)
