@@ -49,7 +49,7 @@ def test_same_losses_and_same_files(strategy, one, zero3, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "processes"), [("zero3", "one", 1), ("one", "zero3", 3), ("zero3", "zero2", 2)]
+    ("before", "after", "processes"), [("zero3", "one", 1), ("one", "zero3", 3), ("zero3", "zero2_offload", 2)]
 )
 def test_going_on_with_another_strategy_and_another_number_of_processes(before, after, processes, one, zero3, tmp_path):
     """Three processes, by which most of the shapes do not divide."""
@@ -58,6 +58,11 @@ def test_going_on_with_another_strategy_and_another_number_of_processes(before, 
     assert_same_run(
         run(tmp_path, after, *OPTIONS, "--resume", script=UNORDERED, launcher=(f"--num_processes={processes}",)), one
     )
+
+
+def test_offloading_and_recomputing_change_nothing(one, tmp_path):
+    """DeepSpeedCPUAdam is compiled at the first run on a machine, in half a minute."""
+    assert_same_run(run(tmp_path, "zero3_offload", *OPTIONS, "--model.grad_checkpointing=true"), one)
 
 
 def test_bf16_keeps_float32_parameters_under_zero3(tmp_path):
