@@ -100,3 +100,13 @@ def exp_rate(device: str) -> float:
     numbers = torch.randn(2**16, device=device)
     out = torch.empty_like(numbers)
     return rate(lambda: torch.exp(numbers, out=out), numbers.numel(), device)
+
+
+def peak_allocated(profiled: Any) -> int:
+    """Most bytes allocated at a time since a `torch.profiler.profile(profile_memory=True)` was started."""
+    total = most = 0
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        total += event.nbytes()
+        most = max(most, total)
+    return most

@@ -1,23 +1,27 @@
-"""Strategies side by side on two CPU processes (`--processes`, and no `--cpu`, for GPUs): speed, memory, checkpoints.
+"""Strategies side by side on two CPU processes: speed, memory of each process beside the theory, checkpoints.
 
-`python -m benchmarks.scaling --cpu` prints a table: images a second (median over the second half of the run), resident
-memory of the main process at the end (peak of the allocator on GPUs), size of a checkpoint and seconds to copy it to
-CPU memory, which is what an asynchronous checkpoint costs the training, and seconds to have it on disk.
+`python -m benchmarks.scaling` prints tables. Memory is counted in tensors and allocations, so that it is exact on a
+busy machine; seconds are medians and shown as ratios too. The theory is launch/footprint.py.
 """
 
 import argparse
+import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from datetime import date
 from pathlib import Path
 from statistics import median
 
 import torch
 
-from launch.checkpoint import TrainState, newest_valid, snapshot, write_snapshot
-from launch.metrics import read_metrics
+from benchmarks.machine import clock, versions
+from launch.checkpoint import TrainState, load_checkpoint, newest_valid, snapshot, write_snapshot
+from launch.config import RunConfig
+from launch.footprint import Task, footprint, peak, shares
 from launch.optim import OptimConfig, build_optimizer
 from pretrain.config import PretrainConfig
 from pretrain.train import build_model
@@ -26,54 +30,99 @@ ROOT = Path(__file__).parents[1]
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 
 
-def trained(strategy: str, where: Path, options: argparse.Namespace) -> list[dict[str, float]]:
-    """Rows of metrics.jsonl of a short run."""
-    cpu = {"ACCELERATE_USE_CPU": "true"} if options.cpu and strategy == "ddp" else {}
+def trained(strategy: str, where: Path, options: argparse.Namespace) -> dict[str, float]:
+    """What the processes of a short run found: the most of each."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     argv = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", f"--num_processes={options.processes}",
-            f"--config_file={ROOT / 'launch/accelerate' / strategy}.yaml", str(ROOT / "pretrain/main.py"),
-            f"--steps={options.steps}", f"--name={strategy}", "--log_every=1", "--trackers=[]", "--data.workers=1",
-            f"--out={where}", "--picture_every=100000"]  # fmt: skip
-    env = os.environ | cpu | ({"OMP_NUM_THREADS": "1"} if options.cpu else {})
-    subprocess.run(argv, check=True, env=env, capture_output=True)
-    return read_metrics(where / strategy / "metrics.jsonl")
+            f"--main_process_port={port}", f"--config_file={ROOT / 'launch/accelerate' / strategy}.yaml",
+            str(ROOT / "benchmarks/scaling_worker.py"), f"--steps={options.steps}", f"--name={strategy}",
+            f"--batch_size={options.batch_size}", "--trackers=[]", "--data.workers=1", f"--out={where}"]  # fmt: skip
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | ({"ACCELERATE_USE_CPU": "true"} if strategy == "ddp" else {})
+    done = subprocess.run(argv, check=False, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{strategy} failed:\n{done.stderr[-3000:]}")
+    found = [json.loads(path.read_text()) for path in (where / strategy).glob("process-*.json")]
+    return {key: max(each[key] for each in found) for key in found[0]}
 
 
-def checkpoint_costs(where: Path) -> tuple[float, float, float, float]:
-    """Size of the default model's checkpoint in MB, and seconds to copy, to write and to verify it."""
+def strategies(where: Path, options: argparse.Namespace) -> list[dict[str, float]]:
+    """Print a row for each strategy."""
+    config = PretrainConfig()
+    task = Task(
+        config.model.architecture(),
+        config.mask.ratio,
+        config.decoder.width,
+        config.decoder.depth,
+        half=False,
+        gpu=False,
+    )
+    model = footprint(task)
+    print(f"{model.parameters / 1e6:.2f} M parameters, {options.processes} processes, batch {options.batch_size}")
+    print("| strategy | s / step | times ddp | held MB | theory | peak MB | plan.py | start s |\n|" + "---|" * 8)
+    rows: list[dict[str, float]] = []
+    for share in shares(model, options.processes):
+        found = trained(share.strategy, where, options)
+        rows.append(found)
+        # between steps ZeRO-1 and -2 hold no gradients, and ZeRO-3 nothing whole
+        between = {"ddp": share.held, "zero3": share.held - 4 * (model.outside + 2 * model.block)}
+        held = between.get(share.strategy, share.parameters + share.optimizer)
+        most = peak(model, share, options.batch_size // options.processes)
+        print(
+            f"| {share.strategy} | {found['step_seconds']:.3f} | {found['step_seconds'] / rows[0]['step_seconds']:.2f} "
+            f"| {found['held'] / 1e6:.1f} | {held / 1e6:.1f} | {found['peak'] / 1e6:.1f} | {most / 1e6:.1f} "
+            f"| {found['start_seconds']:.1f} |",
+            flush=True,
+        )
+    return rows
+
+
+def checkpoint_costs(where: Path, step_seconds: float) -> None:
+    """Print the size of the default model's checkpoint, and the seconds that each part of its life takes."""
     config = PretrainConfig()
     model = build_model(config)
     state = TrainState(model, build_optimizer(model, OptimConfig(), 1))
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     state.optimizer.step()
-    times = [time.perf_counter()]
-    taken = snapshot(state)
-    times.append(time.perf_counter())
-    path = write_snapshot(taken, where, keep=1)
-    times.append(time.perf_counter())
-    assert newest_valid(where)[0] == path
-    times.append(time.perf_counter())
-    size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
-    return size, times[1] - times[0], times[2] - times[1], times[3] - times[2]
+    parts: dict[str, list[float]] = {"copy": [], "write": [], "verify": [], "load": []}
+    size = 0.0
+    for number in range(5):
+        times = [time.perf_counter()]
+        taken = snapshot(state)
+        times.append(time.perf_counter())
+        path = write_snapshot(taken, where, keep=1)
+        times.append(time.perf_counter())
+        assert newest_valid(where)[0] == path
+        times.append(time.perf_counter())
+        load_checkpoint(state, path)
+        times.append(time.perf_counter())
+        state.step = number + 1
+        for part, begin, end in zip(parts, times, times[1:], strict=False):
+            parts[part].append(end - begin)
+        size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
+    took = {part: median(values) for part, values in parts.items()}
+    interval = RunConfig.checkpoint_every * step_seconds
+    print(
+        f"\ncheckpoint: {size:.1f} MB; "
+        + ", ".join(f"{part} {seconds:.3f} s" for part, seconds in took.items())
+        + f"; every {RunConfig.checkpoint_every} steps of {step_seconds:.2f} s the copy is "
+        f"{took['copy'] / interval:.4%} of the time, copy and write {(took['copy'] + took['write']) / interval:.4%}"
+    )
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--cpu", action="store_true", help="two CPU processes with gloo")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--batch-size", type=int, default=16)
     options = parser.parse_args()
+    print(f"{clock('cpu')}; {versions()}; load {os.getloadavg()[0]:.1f}; {date.today()}")
     with tempfile.TemporaryDirectory() as folder:
-        print("| strategy | images/s | GB |\n|---|---|---|")
-        for strategy in STRATEGIES:
-            rows = trained(strategy, Path(folder), options)
-            speed = median(row["images_per_second"] for row in rows[len(rows) // 2 :])
-            print(f"| {strategy} | {speed:.1f} | {rows[-1]['memory_gb']:.2f} |", flush=True)
-        size, copy, write, verify = checkpoint_costs(Path(folder) / "checkpoints")
-        print(
-            f"\ncheckpoint: {size:.1f} MB, copied in {copy:.3f} s, written in {write:.3f} s, verified in {verify:.3f} s"
-        )
+        rows = strategies(Path(folder), options)
+        checkpoint_costs(Path(folder) / "checkpoints", rows[0]["step_seconds"])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import (
     DataLoaderConfiguration,
     DeepSpeedPlugin,
@@ -17,12 +17,15 @@ from accelerate.utils import (
     ProjectConfiguration,
     broadcast_object_list,
 )
+from torch import nn
 
 from launch.config import RunConfig
-from launch.sharding import zero_stage
+from launch.sharding import shape_of, zero_stage
 from vim_backbone.errors import UserError
 
 Result = TypeVar("Result")
+BUCKET = 50_000_000
+"""Gradients that ZeRO sends at a time, at most."""
 
 
 class ZeroPlugin(DeepSpeedPlugin):
@@ -43,7 +46,8 @@ def build_accelerator(config: RunConfig, accumulation: int) -> Accelerator:
     """
     refuse_what_is_missing()
     zero = _asked("ACCELERATE_USE_DEEPSPEED")
-    handlers = []
+    # gradients that are views of DDP's buckets, not copies
+    handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     if "LOCAL_RANK" in os.environ:
         backend = "nccl" if torch.cuda.is_available() and not _asked("ACCELERATE_USE_CPU") else "gloo"
         # longer than the watchdog, which can name the process that hangs
@@ -57,7 +61,7 @@ def build_accelerator(config: RunConfig, accumulation: int) -> Accelerator:
         log_with=list(config.trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(config.folder), logging_dir=str(config.folder)),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=False),
-        kwargs_handlers=handlers or None,
+        kwargs_handlers=handlers,
         deepspeed_plugin=ZeroPlugin() if zero else None,
         step_scheduler_with_optimizer=False,
     )
@@ -75,25 +79,37 @@ def build_accelerator(config: RunConfig, accumulation: int) -> Accelerator:
 
 
 def refuse_what_is_missing() -> None:
-    """Raise UserError where the launcher's environment asks for a package, a compiler or a GPU that is not there."""
-    world, local = (os.environ.get(name, "0") for name in ("LOCAL_WORLD_SIZE", "LOCAL_RANK"))
+    """Raise UserError where the launcher's environment asks for a package, a compiler or a GPU that is not there.
+
+    All processes of a host come to the same answer; the first process tells it.
+    """
+    wrong = _missing()
+    if wrong is not None:
+        raise (UserError if os.environ.get("RANK", "0") == "0" else ToldError)(wrong)
+
+
+def _missing() -> str | None:
+    launched, local_world = "LOCAL_RANK" in os.environ, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     on_cpu = _asked("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     if _asked("ACCELERATE_USE_DEEPSPEED"):
         if find_spec("deepspeed") is None:
-            raise UserError("the launcher asked for DeepSpeed, which is not installed: pip install deepspeed")
+            return "the launcher asked for DeepSpeed, which is not installed: pip install deepspeed"
         if _asked("ACCELERATE_USE_CPU"):
-            raise UserError("ACCELERATE_USE_CPU makes Accelerate run DDP in place of DeepSpeed: unset it")
+            return "ACCELERATE_USE_CPU makes Accelerate run DDP in place of DeepSpeed: unset it"
         if on_cpu and not (shutil.which(os.environ.get("CXX", "c++")) and shutil.which("ninja")):
-            raise UserError("DeepSpeed on CPU compiles its communication: install a C++ compiler and ninja")
+            return "DeepSpeed on CPU compiles its communication: install a C++ compiler and ninja"
     if _asked("ACCELERATE_USE_FSDP") and on_cpu:
-        raise UserError("Accelerate does not run FSDP on CPU: use launch/accelerate/zero3_cpu.yaml")
-    if not on_cpu and int(local) >= torch.cuda.device_count():
-        raise UserError(
-            f"{world} processes were started on this host but it has {torch.cuda.device_count()} GPU(s): "
+        return "Accelerate does not run FSDP on CPU: use launch/accelerate/zero3.yaml"
+    if on_cpu and not _asked("ACCELERATE_USE_CPU") and (wanted := os.environ.get("CUDA_VISIBLE_DEVICES")):
+        return f"CUDA_VISIBLE_DEVICES asks for GPU {wanted} but PyTorch finds none: unset it, or mend the driver"
+    if not on_cpu and local_world > torch.cuda.device_count():
+        return (
+            f"{local_world} processes were started on this host but it has {torch.cuda.device_count()} GPU(s): "
             "lower num_processes, or set CUDA_VISIBLE_DEVICES"
         )
-    if "LOCAL_RANK" in os.environ and not on_cpu and not torch.distributed.is_nccl_available():
-        raise UserError("this build of PyTorch has no NCCL: install one that has, or train on CPU with use_cpu: true")
+    if launched and not on_cpu and not dist.is_nccl_available():
+        return "this build of PyTorch has no NCCL: install one that has, or train on CPU with use_cpu: true"
+    return None
 
 
 def join_attempt(backend: str, timeout: timedelta) -> None:
@@ -134,6 +150,25 @@ def configure_zero(accelerator: Accelerator, precision: str, micro_batch: int, c
         "dtype": "bfloat16",
         "lower_precision_safe_modules": [],  # gradients travel in float32, as they do under DDP
     }
+
+
+def fit_buffers(accelerator: Accelerator, model: nn.Module, unit: type[nn.Module]) -> None:
+    """Sizes of DeepSpeed's buffers for this model, where the config does not give them.
+
+    Its own are for larger models: 500 M gradients waiting to be sent, 2 GB on every process whatever the model, and
+    under ZeRO-3 up to 1,000 M parameters kept whole for use again, which is all of Vim-H between its two passes.
+    """
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is None:
+        return
+    zero = plugin.deepspeed_config["zero_optimization"]
+    trained = sum(shape_of(p).numel() for p in model.parameters() if p.requires_grad)
+    zero.setdefault("reduce_bucket_size", min(BUCKET, trained))
+    units = [sum(shape_of(p).numel() for p in m.parameters()) for m in model.modules() if isinstance(m, unit)]
+    if plugin.zero_stage == 3:
+        zero.setdefault("stage3_max_reuse_distance", 0)
+        zero.setdefault("stage3_prefetch_bucket_size", max(units))
+        zero.setdefault("stage3_max_live_parameters", trained - sum(units) + 2 * max(units))
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:

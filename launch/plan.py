@@ -1,4 +1,4 @@
-"""What fits: memory of each strategy for a backbone, counted on the meta device, and the command to copy.
+"""What fits and how fast it runs: memory of each strategy for a backbone, batch, speed, and the command to copy.
 
 `python launch/plan.py --model vim_large --image-size 1024 --gpus 8 --gpu-memory 80`
 """
@@ -12,89 +12,105 @@ if not __package__:  # started as a file: import from this checkout, never from 
 
 import argparse
 import sys
-from dataclasses import dataclass
-
-import torch
 
 from launch.cli import run
-from vim_backbone import VisionMamba, named_config
-from vim_backbone.block import Block
-from vim_backbone.errors import UserError
-
-FLOAT = 4
-STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
+from launch.footprint import Footprint, Share, Task, fitting, footprint, peak, shares
+from launch.speed import measured, seconds_a_picture
+from vim_backbone import named_config
+from vim_backbone.errors import require
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Bytes on one process, without activations, and what each optimiser step sends."""
-
-    strategy: str
-    parameters: float
-    gradients: float
-    optimizer: float
-    sent: float
-
-    @property
-    def held(self) -> float:
-        """All that stays between the passes."""
-        return self.parameters + self.gradients + self.optimizer
-
-
-def plan(model: torch.nn.Module, processes: int) -> list[Plan]:
-    """The strategies, in the order of what they hold, for float32 parameters and AdamW.
-
-    DeepSpeed keeps its own copy of the share of the parameters that it updates, counted with the optimizer. ZeRO-3
-    holds one block whole beside its shards. Sent is what one process sends in ring collectives: gradients are
-    reduced and parameters or gradients gathered, (n - 1) / n of the model each; ZeRO-3 gathers the parameters twice.
-    """
-    total = float(sum(p.numel() for p in model.parameters()) * FLOAT)
-    trained = float(sum(p.numel() for p in model.parameters() if p.requires_grad) * FLOAT)
-    block = max((sum(p.numel() for p in m.parameters()) for m in model.modules() if isinstance(m, Block)), default=0)
-    n, hop = processes, (processes - 1) / processes * trained
-    return [
-        Plan("ddp", total, trained, 2 * trained, 2 * hop),
-        Plan("zero1", total, trained, 3 * trained / n, 2 * hop),
-        Plan("zero2", total, trained / n, 3 * trained / n, 2 * hop),
-        Plan("zero3", total / n + block * FLOAT, trained / n, 3 * trained / n, 3 * hop),
-    ]
-
-
-def main(argv: list[str]) -> None:
-    """Print the table and the first strategy that leaves `--activations` of the memory free."""
+def options_of(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="launch/plan.py", description=__doc__)
     parser.add_argument("--model", default="vim_large", help="vim_tiny, vim_small, vim_base, vim_large or vim_huge")
     parser.add_argument("--image-size", type=int, default=224, help="side of the pictures, in pixels")
+    parser.add_argument("--patch-size", type=int, default=None, help="side of a patch; the size's own if not given")
+    parser.add_argument("--mask-ratio", type=float, default=0.75, help="share of the patches that the encoder skips")
+    parser.add_argument(
+        "--decoder-width", type=int, default=512, help="channels of the decoder, which sees all patches"
+    )
+    parser.add_argument("--decoder-depth", type=int, default=2, help="its blocks")
+    parser.add_argument("--batch-size", type=int, default=4096, help="pictures of a step on all GPUs together")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of the products")
+    parser.add_argument("--grad-checkpointing", action="store_true", help="recompute the encoder's blocks")
     parser.add_argument("--gpus", type=int, default=8, help="processes in all")
     parser.add_argument("--gpu-memory", type=float, default=80.0, help="GB (1e9 bytes) of each")
-    parser.add_argument("--activations", type=float, default=0.6, help="share of the memory to leave for activations")
+    parser.add_argument("--reserve", type=float, default=0.1, help="share of it for CUDA, NCCL and fragmentation")
+    parser.add_argument("--device", default="NVIDIA H200", help="whose measured speeds to use (launch/speeds.csv)")
     options = parser.parse_args(argv)
-    if options.gpus < 1 or options.gpu_memory <= 0 or not 0 <= options.activations < 1:
-        raise UserError("gpus must be at least 1, gpu-memory positive, and activations in [0, 1)")
-    config = named_config(options.model, img_size=options.image_size, num_classes=0, position="sincos")
-    with torch.device("meta"):
-        model = VisionMamba(config)
-    plans = plan(model, options.gpus)
-    count = sum(p.numel() for p in model.parameters()) / 1e6
-    rows, columns = config.grid(*config.img_size)
-    say(f"{options.model}: {count:.1f} M parameters, {rows * columns} patches; GB of each of {options.gpus} processes")
+    require(options.gpus >= 1, "gpus", options.gpus, "it must be at least 1")
+    require(options.gpu_memory > 0, "gpu-memory", options.gpu_memory, "it must be positive")
+    require(0 <= options.reserve < 1, "reserve", options.reserve, "it must lie in [0, 1)")
+    require(0 < options.mask_ratio < 1, "mask-ratio", options.mask_ratio, "it must lie between 0 and 1")
+    share = options.batch_size // max(1, options.gpus)
+    wanted = f"it must be a multiple of {options.gpus} GPUs"
+    require(share >= 1 and share * options.gpus == options.batch_size, "batch-size", options.batch_size, wanted)
+    return options
+
+
+def main(argv: list[str]) -> None:
+    """Print the table, and the command of the first strategy that works on at least one picture at a time."""
+    options = options_of(argv)
+    patch = {"patch_size": options.patch_size} if options.patch_size else {}
+    config = named_config(options.model, img_size=options.image_size, num_classes=0, position="sincos", **patch)
+    task = Task(
+        config, options.mask_ratio, options.decoder_width, options.decoder_depth,
+        half=options.precision == "bf16", recompute=options.grad_checkpointing,
+    )  # fmt: skip
+    model = footprint(task)
     say(
-        f"{'strategy':9}{'parameters':>12}{'gradients':>12}{'optimizer':>12}{'in all':>9}{'left':>9}{'sent a step':>13}"
+        f"{options.model} with its decoder: {model.parameters / 1e6:.1f} M parameters; of {task.patches} patches a "
+        f"picture the encoder sees {task.visible - task.special}; {model.saved / 1e6:.1f} MB of activations a picture"
     )
-    for p in plans:
-        sizes = (p.parameters, p.gradients, p.optimizer)
-        cells = "".join(f"{size / 1e9:12.2f}" for size in sizes)
-        left = options.gpu_memory - p.held / 1e9
-        say(f"{p.strategy:9}{cells}{p.held / 1e9:9.2f}{left:9.2f}{p.sent / 1e9:13.2f}")
-    limit = options.gpu_memory * (1 - options.activations) * 1e9
-    fitting = next((p for p in plans if p.held <= limit), None)
-    file = f"{fitting.strategy}.yaml" if fitting else "zero3_offload.yaml"
-    if options.gpus == 1 and fitting:
-        file = "gpu.yaml"
-    size = f"--model.name {options.model} --model.depth null --model.patch_size null"
+    say(f"GB of each of {options.gpus} processes; a batch is the pictures of one forward pass of one process:\n")
+    columns = ("strategy", "parameters", "gradients", "optimizer", "batch", "activations", "peak", "sent a step")
+    say("".join(f"{column:>13}" for column in columns))
+    memory = options.gpu_memory * 1e9 * (1 - options.reserve)
+    chosen = None
+    for share in shares(model, options.gpus):
+        batch = micro_batch(model, share, memory, options.batch_size // options.gpus)
+        most = peak(model, share, batch)
+        sizes = (share.parameters, share.gradients, share.optimizer)
+        cells = "".join(f"{size / 1e9:13.2f}" for size in sizes)
+        tail = f"{batch * model.saved / 1e9:13.2f}{most / 1e9:13.2f}{share.sent / 1e9:13.2f}"
+        say(f"{share.strategy:>13}{cells}{batch or 'none fits':>13}{tail}")
+        if batch and chosen is None:
+            chosen = share.strategy, batch
+    tell_speed(task, options)
+    say("\n" + command(options, chosen))
+
+
+def micro_batch(model: Footprint, share: Share, memory: float, wanted: int) -> int:
+    """The largest divisor of the pictures wanted of a process and step that fits into memory; 0 for none."""
+    most = min(wanted, fitting(model, share, memory))
+    return next((size for size in range(most, 0, -1) if wanted % size == 0), 0)
+
+
+def tell_speed(task: Task, options: argparse.Namespace) -> None:
+    """Pictures and patches a second at best."""
+    a_second = options.gpus / seconds_a_picture(task, measured(options.device))
     say(
-        f"\naccelerate launch --config_file launch/accelerate/{file} --num_processes {options.gpus} pretrain/main.py "
-        f"{size} --model.img_size {options.image_size} --precision bf16"
+        f"\nexpected on {options.gpus} x {options.device}: {a_second:,.0f} pictures/s, "
+        f"{a_second * task.patches:,.0f} patches/s, of which the encoder scans "
+        f"{a_second * (task.visible - task.special):,.0f}; from measured kernels (launch/speeds.csv), before "
+        "communication and waiting for data"
+    )
+
+
+def command(options: argparse.Namespace, chosen: tuple[str, int] | None) -> str:
+    """What to copy; with nothing that fits, the file that holds the least on the GPU."""
+    strategy, batch = chosen or ("zero3_offload", 1)
+    file = "gpu" if options.gpus == 1 and strategy == "ddp" else strategy
+    recompute = " --model.grad_checkpointing true" if options.grad_checkpointing else ""
+    patch = options.patch_size or "null"
+    return (
+        f"accelerate launch --config_file launch/accelerate/{file}.yaml --num_processes {options.gpus} "
+        f"pretrain/main.py --model.name {options.model} --model.depth null --model.patch_size {patch} "
+        f"--model.img_size {options.image_size} --mask.ratio {options.mask_ratio:g} "
+        f"--decoder.width {options.decoder_width} --decoder.depth {options.decoder_depth} "
+        f"--batch_size {options.batch_size} --accumulation {options.batch_size // options.gpus // batch} "
+        f"--precision {options.precision}{recompute}"
     )
 
 

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from launch.accelerator import ToldError, configure_zero, on_main
+from launch.accelerator import ToldError, configure_zero, fit_buffers, on_main
 from launch.checkpoint import Checkpoint, TrainState, snapshot
 from launch.config import RunConfig
 from launch.folder import CHECKPOINTS
@@ -52,7 +52,7 @@ class Training:
         self.loss, self.grad_norm, self.rate = float("nan"), 0.0, 0.0
         self.notice: str | None = None
         """What the last `update` has to say, such as that the step was bad."""
-        self._saved = Checkpoint(checkpoint) if checkpoint is not None else None
+        self._saved = on_main(accelerator, lambda: Checkpoint(checkpoint)) if checkpoint is not None else None
         self._guard = Guard(config.guard, self._saved.state.get("guard") if self._saved else None)
         folder = config.folder / CHECKPOINTS
         asynchronous = config.async_checkpoints
@@ -99,6 +99,7 @@ class Training:
         if saved:
             saved.load_ema(self.state)
             saved.load_model(self.state)
+        fit_buffers(accelerator, model, unit)
         self.model, prepared = accelerator.prepare(model, self.state.optimizer)
         if zero_stage(accelerator):
             self.state.optimizer = self._zero = prepared.optimizer

@@ -1,7 +1,7 @@
 """The pretraining run: build everything, loop, publish the backbone; how a run lives is launch/training.py."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,10 @@ def pretrain(config: PretrainConfig) -> Path:
     pictures = None if isinstance(source, StreamCells) else len(source)
     total_steps = config.total_steps(pictures)
     accelerator = build_accelerator(config, config.accumulation)
-    plan = BatchPlan(config.batch_size, config.accumulation, accelerator.num_processes, accelerator.process_index)
+    plan = on_main(
+        accelerator, lambda: BatchPlan(config.batch_size, config.accumulation, accelerator.num_processes, rank=0)
+    )
+    plan = replace(plan, rank=accelerator.process_index)
     start = on_main(accelerator, lambda: open_run(config, FIXED_ON_RESUME))
 
     architecture = config.model.architecture()

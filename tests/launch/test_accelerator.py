@@ -1,0 +1,70 @@
+"""What a launcher asks for and is not there is refused before anything is set up."""
+
+import importlib.machinery
+
+import pytest
+import torch
+
+from launch import accelerator
+from launch.accelerator import ToldError, refuse_what_is_missing
+from vim_backbone import UserError
+
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "LOCAL_RANK": "0"}
+ASKED = ("ACCELERATE_USE_CPU", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "CUDA_VISIBLE_DEVICES",
+         "LOCAL_RANK", "LOCAL_WORLD_SIZE", "RANK", "CXX")  # fmt: skip
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine with so many GPUs, with DeepSpeed, NCCL and a compiler but for what is `absent`."""
+
+    def make(env, gpus, absent=()):
+        for name in ASKED:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: "nccl" not in absent)
+        spec = importlib.machinery.ModuleSpec("deepspeed", None)
+        monkeypatch.setattr(accelerator, "find_spec", lambda name: None if name in absent else spec)
+        monkeypatch.setattr(accelerator.shutil, "which", lambda name: None if name in absent else name)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("env", "gpus", "absent", "words"),
+    [
+        (DEEPSPEED, 2, ["deepspeed"], "DeepSpeed, which is not installed: pip install deepspeed"),
+        (DEEPSPEED | {"ACCELERATE_USE_CPU": "true"}, 0, [], "makes Accelerate run DDP in place of DeepSpeed"),
+        (DEEPSPEED, 0, ["c++"], r"install a C\+\+ compiler and ninja"),
+        (DEEPSPEED, 0, ["ninja"], r"install a C\+\+ compiler and ninja"),
+        ({"ACCELERATE_USE_FSDP": "true"}, 0, [], "does not run FSDP on CPU: use launch/accelerate/zero3.yaml"),
+        ({"CUDA_VISIBLE_DEVICES": "0"}, 0, [], "asks for GPU 0 but PyTorch finds none"),
+        ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3"}, 2, [], r"3 processes were started .* it has 2 GPU\(s\)"),
+        ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, 2, ["nccl"], "has no NCCL"),
+    ],
+)
+def test_what_is_not_there_gets_one_line_from_one_process(env, gpus, absent, words, machine):
+    machine(env, gpus, absent)
+    with pytest.raises(UserError, match=words) as caught:
+        refuse_what_is_missing()
+    assert "\n" not in str(caught.value)
+    machine(env | {"RANK": "1"}, gpus, absent)
+    with pytest.raises(ToldError):
+        refuse_what_is_missing()
+
+
+@pytest.mark.parametrize(
+    ("env", "gpus"),
+    [
+        ({}, 0),
+        ({"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "0", "LOCAL_WORLD_SIZE": "3"}, 2),
+        (DEEPSPEED | {"LOCAL_WORLD_SIZE": "2"}, 2),
+        (DEEPSPEED, 0),
+    ],
+)
+def test_what_is_there_is_let_through(env, gpus, machine):
+    machine(env, gpus)
+    refuse_what_is_missing()
