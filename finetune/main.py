@@ -14,11 +14,14 @@ from typing import Any
 
 from finetune.classification import task as classification
 from finetune.classification.config import ClassificationConfig
+from finetune.segmentation import task as segmentation
+from finetune.segmentation.config import SegmentationConfig
 from launch.cli import parse, run
 from vim_backbone.errors import UserError, nearest
 
 TASKS: dict[str, tuple[type[Any], Callable[[Any], Any], str]] = {
     "classification": (ClassificationConfig, classification.run, "One class a picture: fine-tune, linear probe, kNN."),
+    "segmentation": (SegmentationConfig, segmentation.run, "A class for each pixel: UperNet; mIoU."),
 }
 
 HELP = """usage: finetune/main.py TASK --backbone FOLDER --data.source FOLDER [--config FILE.yaml] [--field VALUE ...]

@@ -30,3 +30,9 @@ def drawn(tmp_path_factory):
         return made[kind]
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """The models here are too small to share out, and other test processes may want the cores."""
+    torch.set_num_threads(1)
