@@ -138,7 +138,8 @@ def test_what_a_run_leaves_behind(config):
 
 def test_it_learns_and_resumes_exactly(config, tmp_path):
     options = ["--steps=60", "--checkpoint_every=58", "--batch_size=6", "--ema_decay=0.9", "--crop.ratio=[0.8,1.2]",
-               "--optim.base_lr=0.1", "--optim.layer_decay=1", "--crop.photometric=false", "--head.channels=32"]  # fmt: skip
+               "--optim.base_lr=0.1", "--optim.layer_decay=1", "--crop.photometric=false",
+               "--head.channels=32"]  # fmt: skip
     whole = run(config(*options))
     rows = read_metrics(whole / "metrics.jsonl")
     losses = [row["loss_segmentation"] for row in rows if "loss" in row]
@@ -170,7 +171,7 @@ def rewrite(path, change):
          r"1 pictures of .* have no map in .*0003.png"),
         (lambda d: shutil.rmtree(d / "images/validation"), (), r"images/validation does not exist: set data.images"),
         (lambda d: rewrite(d / "annotations/training/000000.png", lambda a: a + 9), (),
-         r"000000.png has label \d+: it must be 1 .. 4, or ignored; see data.num_classes \(4\) and data.zero_is_ignored"),
+         r"000000.png has label \d+: it must be 1 .. 4, or ignored; see data.num_classes \(4\) and data.zero"),
         (lambda d: (d / "objectInfo4.txt").unlink(), (), "how many classes. set data.num_classes, or put classes.txt"),
         (lambda d: None, ("--data.num_classes=7",), "data.num_classes is 7, but .*objectInfo4.txt names 4 classes"),
         (lambda d: [rewrite(p, lambda a: a[:9]) for p in (d / "annotations/training").glob("*")], (),
