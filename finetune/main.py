@@ -14,6 +14,8 @@ from typing import Any
 
 from finetune.classification import task as classification
 from finetune.classification.config import ClassificationConfig
+from finetune.detection import task as detection
+from finetune.detection.config import DetectionConfig
 from finetune.segmentation import task as segmentation
 from finetune.segmentation.config import SegmentationConfig
 from launch.cli import parse, run
@@ -21,6 +23,7 @@ from vim_backbone.errors import UserError, nearest
 
 TASKS: dict[str, tuple[type[Any], Callable[[Any], Any], str]] = {
     "classification": (ClassificationConfig, classification.run, "One class a picture: fine-tune, linear probe, kNN."),
+    "detection": (DetectionConfig, detection.run, "Boxes and masks of objects: Mask R-CNN, Cascade; COCO's AP."),
     "segmentation": (SegmentationConfig, segmentation.run, "A class for each pixel: UperNet; mIoU."),
 }
 
