@@ -97,7 +97,7 @@ def evaluate(truth: dict[str, Any], results: list[dict[str, Any]], kind: str) ->
         return dict.fromkeys(STATS, 0.0), [0.0] * len(truth["categories"])
     # an own copy of each row, because loadRes writes into them; without a mask it takes the area of the box
     rows = [{k: v for k, v in row.items() if kind == "mask" or k != "segmentation"} for row in results]
-    coco = COCO(truth)
+    coco = COCO(truth, use_deepcopy=True)  # it writes into what it is given
     evaluator = COCOeval_faster(coco, coco.loadRes(rows), "segm" if kind == "mask" else "bbox")
     evaluator.evaluate()
     evaluator.accumulate()
