@@ -1,5 +1,6 @@
 """Judging a detector: COCO's AP of boxes and masks, per class, and pictures with what was found."""
 
+import copy
 import csv
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ def evaluate(truth: dict[str, Any], results: list[dict[str, Any]], kind: str) ->
         return dict.fromkeys(STATS, 0.0), [0.0] * len(truth["categories"])
     # an own copy of each row, because loadRes writes into them; without a mask it takes the area of the box
     rows = [{k: v for k, v in row.items() if kind == "mask" or k != "segmentation"} for row in results]
-    coco = COCO(truth, use_deepcopy=True)  # it writes into what it is given
+    coco = COCO(copy.deepcopy(truth))  # it writes into what it is given
     evaluator = COCOeval_faster(coco, coco.loadRes(rows), "segm" if kind == "mask" else "bbox")
     evaluator.evaluate()
     evaluator.accumulate()
