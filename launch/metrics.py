@@ -8,9 +8,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -63,6 +65,14 @@ class RunLog:
             with open(self._file, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step} | values) + "\n")
         self.accelerator.log(values, step=step)
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Show a picture file in the trackers that take pictures."""
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                with Image.open(path) as image:
+                    pixels = np.asarray(image.convert("RGB"))
+                tracker.log_images({name: pixels[None]}, step=step, dataformats="NHWC")  # pyright: ignore[reportAttributeAccessIssue]
 
     def progress(self, step: int, latest: dict[str, float]) -> None:
         """Move the bar, with the latest metrics beside it; without a terminal, print a line now and then."""

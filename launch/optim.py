@@ -1,8 +1,8 @@
 """AdamW with the right parameters undecayed, and the learning-rate schedule as a pure function of the step."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -37,18 +37,25 @@ class OptimConfig:
         require(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "each must lie in [0, 1)")
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, batch_size: int) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; `model.no_weight_decay()` names those of two axes or more to leave alone."""
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, batch_size: int, scale_of: Callable[[str], float] | None = None
+) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; `model.no_weight_decay()` names those of two axes or more to leave alone.
+
+    `scale_of` gives the factor on the learning rate of a parameter by its name; groups keep it as `lr_scale`.
+    """
     undecayed = model.no_weight_decay() if callable(getattr(model, "no_weight_decay", None)) else set()  # pyright: ignore
     # as timm's param_groups_weight_decay, which takes a parameter that ZeRO-3 has spread out for one of no axis
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = {name for name, p in trained if len(shape_of(p)) > 1 and name not in undecayed}
-    groups: list[dict[str, Any]] = [
-        {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0},
-        {"params": [p for name, p in trained if name in decayed], "weight_decay": config.weight_decay},
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            decayed = len(shape_of(p)) > 1 and name not in undecayed
+            groups.setdefault((scale_of(name) if scale_of else 1.0, decayed), []).append(p)
+    options = [
+        {"params": groups[scale, decayed], "weight_decay": config.weight_decay * decayed, "lr_scale": scale}
+        for scale, decayed in sorted(groups)
     ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.base_lr * batch_size / 256, betas=config.betas)
+    return torch.optim.AdamW(options, lr=config.base_lr * batch_size / 256, betas=config.betas)
 
 
 def learning_rate(step: int, config: OptimConfig, batch_size: int, total_steps: int) -> float:

@@ -4,7 +4,7 @@ import signal
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -322,6 +322,24 @@ def to_pixels(images: Tensor) -> Tensor:
     return (images * std + mean).clamp(0, 1)
 
 
+class ReadBatch(Protocol):
+    """What a batch of any task tells about the pictures that were read for it."""
+
+    @property
+    def images(self) -> Any:
+        """None where a sample had to be given up."""
+
+    @property
+    def names(self) -> list[str]:
+        """Pictures that were used."""
+        ...
+
+    @property
+    def bad(self) -> list[tuple[str, str]]:
+        """Pictures passed over, with the reason."""
+        ...
+
+
 class BadPictures:
     """Counts and names pictures that cannot be used, in bad_pictures.txt of the run; fails the run past a share."""
 
@@ -332,7 +350,7 @@ class BadPictures:
         self.known = self._read()
         self.seen = 0
 
-    def add(self, batch: Batch) -> list[str]:
+    def add(self, batch: ReadBatch) -> list[str]:
         """Take note of a batch; returns a line for each picture not met before. Raises UserError past the share."""
         self.seen += len(batch.names) + len(batch.bad)
         if batch.images is None:

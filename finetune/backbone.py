@@ -1,0 +1,83 @@
+"""The published backbone of a run: found, read whole, and put into a model on any strategy."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from timm.models import group_parameters
+from torch import Tensor, nn
+
+from finetune.config import BackboneConfig, FinetuneOptim
+from launch.randomness import seed_of
+from launch.sharding import fill
+from vim_backbone import UserError, VimConfig, VisionMamba, from_pretrained
+from vim_backbone.folder import read_config
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A backbone as the run wants it: config and every tensor."""
+
+    config: VimConfig
+    tensors: dict[str, Tensor]
+
+    def put_into(self, backbone: VisionMamba) -> None:
+        """Fill the model, or its shards. For all processes."""
+        fill(backbone, self.tensors.__getitem__)
+
+
+def find_backbone(name: str) -> Path:
+    """The folder that `--backbone` names, downloaded first where it is the id of one on the Hub.
+
+    Raises UserError for one that is neither.
+    """
+    if Path(name).expanduser().exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        return Path(name).expanduser()
+    try:
+        return Path(snapshot_download(name, allow_patterns=["config.json", "model.safetensors"]))
+    except Exception as error:  # the Hub's client raises a dozen unrelated classes
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"backbone {name} is no folder here, and the Hub does not give it: {why}") from error
+
+
+def read_backbone(folder: Path, config: BackboneConfig, seed: int, num_classes: int, **more: Any) -> Pretrained:
+    """Read a backbone, its positions resampled to the run's size; a head of another size is fresh, keyed by the seed.
+
+    `more` are further fields of the config to override, such as `img_size`.
+
+    Raises UserError naming the file or tensor that is missing or does not fit.
+    """
+    saved = read_config(folder)
+    drop_path_rate = 0.0 if config.freeze else config.drop_path_rate
+    changes: dict[str, Any] = {"drop_path_rate": drop_path_rate, "num_classes": num_classes} | more
+    for name in ("img_size", "stride", "global_pool"):
+        if (value := getattr(config, name)) is not None:
+            changes[name] = value
+    torch.manual_seed(seed_of(seed))
+    if config.from_scratch:
+        model = VisionMamba(VimConfig.from_dict(saved.to_dict() | changes))
+    else:
+        model = from_pretrained(folder, **changes)
+    return Pretrained(model.config, model.state_dict())
+
+
+def layer_scales(model: nn.Module, backbone: VisionMamba, optim: FinetuneOptim) -> dict[str, float]:
+    """Parameter of the model -> factor on its learning rate; outside of the backbone, and on its classifier, 1."""
+    depth = len(backbone.layers)
+    layers: Any = group_parameters(backbone, backbone.group_matcher(), reverse=True)
+    of_parameter = {id(p): layers[name] for name, p in backbone.named_parameters()}
+    # timm sorts norm_f to the last block; it comes after it, and MAE lets it learn at the full rate
+    of_parameter[id(backbone.norm_f.weight)] = depth + 1
+    return {
+        name: optim.layer_scale(min(of_parameter.get(id(p), depth + 1), depth + 1), depth)
+        for name, p in model.named_parameters()
+    }
+
+
+def undecayed(model: nn.Module, backbone: VisionMamba) -> set[str]:
+    """Names in the model of the backbone's parameters that take no weight decay."""
+    own = backbone.no_weight_decay()
+    kept = {id(p) for name, p in backbone.named_parameters() if name in own}
+    return {name for name, p in model.named_parameters() if id(p) in kept}

@@ -1,0 +1,101 @@
+"""Everything that a classification run can be told."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from finetune.config import FinetuneConfig, FinetuneOptim
+from vim_backbone.errors import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationData:
+    """Pictures with one class each."""
+
+    source: str = ""
+    """Folder with train/CLASS/* and val/CLASS/* (ImageNet's layout), or CLASS/* alone with `holdout`; or hf:NAME."""
+    train_split: str = "train"
+    """Folder or split to train on."""
+    val_split: str = "val"
+    """Folder or split to evaluate on; hf:NAME data sets often call it validation or test."""
+    holdout: float = 0.0
+    """Share of each class that is kept for evaluation, where there is no validation set."""
+    image_column: str | None = None
+    """Image column of a data set; the first one when not given."""
+    label_column: str | None = None
+    """Label column of a data set; the first one of type ClassLabel when not given."""
+    shots: int | None = None
+    """Train on so many pictures of each class, chosen by the seed."""
+    workers: int = 2
+    """Processes that read and augment pictures, for each training process."""
+    max_megapixels: float = 200.0
+    """Largest picture that is decoded, in millions of pixels."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.source), "data.source", self.source, "give a folder with train/CLASS/*, or hf:NAME")
+        require(0 <= self.holdout < 1, "data.holdout", self.holdout, "it must lie in [0, 1)")
+        require(self.shots is None or self.shots >= 1, "data.shots", self.shots, "it must be at least 1")
+        require(self.workers >= 0, "data.workers", self.workers, "it cannot be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """DeiT's augmentation, by timm."""
+
+    min_scale: float = 0.08
+    """Smallest share of a picture's area that a random crop takes; 1 resizes the whole picture."""
+    flip: float = 0.5
+    """Share of the crops that are mirrored left to right."""
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
+    """RandAugment as timm spells it; null for none."""
+    color_jitter: float = 0.3
+    """Brightness, contrast and saturation, where auto_augment is null."""
+    erasing: float = 0.25
+    """Share of the crops from which a rectangle is erased."""
+    mixup: float = 0.8
+    """Alpha of mixup; 0 for none."""
+    cutmix: float = 1.0
+    """Alpha of cutmix; 0 for none."""
+    smoothing: float = 0.1
+    """Label smoothing."""
+    crop_pct: float = 0.875
+    """Evaluation cuts the middle of pictures resized to img_size / crop_pct."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.min_scale <= 1, "augment.min_scale", self.min_scale, "it must lie in (0, 1]")
+        require(0 < self.crop_pct <= 1, "augment.crop_pct", self.crop_pct, "it must lie in (0, 1]")
+        require(0 <= self.smoothing < 1, "augment.smoothing", self.smoothing, "it must lie in [0, 1)")
+        for name in ("mixup", "cutmix", "color_jitter"):
+            require(getattr(self, name) >= 0, f"augment.{name}", getattr(self, name), "it cannot be negative")
+        for name in ("flip", "erasing"):
+            require(0 <= getattr(self, name) <= 1, f"augment.{name}", getattr(self, name), "it must lie in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """Judging frozen features."""
+
+    neighbours: int = 20
+    """Nearest neighbours that vote, weighted by exp(cosine / temperature)."""
+    temperature: float = 0.07
+    """Sharpness of the vote (DINO, arXiv 2104.14294)."""
+    penalties: list[float] = field(default_factory=lambda: [10.0**k for k in range(-6, 0)])
+    """Penalties on the linear probe's weights to choose from, by a tenth of the training pictures held out."""
+
+    def __post_init__(self) -> None:
+        require(self.neighbours >= 1, "probe.neighbours", self.neighbours, "it must be at least 1")
+        require(self.temperature > 0, "probe.temperature", self.temperature, "it must be positive")
+        require(bool(self.penalties), "probe.penalties", self.penalties, "give at least one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationConfig(FinetuneConfig):
+    """Classification. Without further fields: MAE's recipe for fine-tuning a Base, for 10 epochs."""
+
+    name: str = "classification"
+    """Name of the run; its folder is OUT/NAME."""
+    mode: Literal["train", "evaluate", "linear", "knn"] = "train"
+    """train: fine-tune; evaluate: judge what is there; linear, knn: judge the frozen features."""
+    data: ClassificationData
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    optim: FinetuneOptim = field(default_factory=FinetuneOptim)

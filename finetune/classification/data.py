@@ -1,0 +1,203 @@
+"""Pictures with one class each, from class folders or `datasets`, with the split that each is in."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from finetune.classification.config import ClassificationData
+from launch.randomness import seed_of
+from pretrain.images import SUFFIXES, ImageFiles, ImageSource, open_cell, to_rgb
+from vim_backbone.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A source of pictures and the class of each."""
+
+    source: ImageSource
+    labels: list[int]
+    classes: list[str]
+
+    def pick(self, indices: list[int]) -> "Labelled":
+        """Only these pictures."""
+        return Labelled(Picked(self.source, indices), [self.labels[i] for i in indices], self.classes)
+
+
+class Picked:
+    """Some pictures of a source."""
+
+    def __init__(self, source: ImageSource, indices: list[int]) -> None:
+        self.source = source
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, index: int) -> str:
+        """Name in the source."""
+        return self.source.name(self.indices[index])
+
+    def open(self, index: int) -> Image.Image:
+        """The picture, opened but not decoded."""
+        return self.source.open(self.indices[index])
+
+
+class Cells:
+    """The image column of a map-style data set, undecoded."""
+
+    def __init__(self, data: Any, column: str, split: str) -> None:
+        self.data = data
+        self.column = column
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def name(self, index: int) -> str:
+        """Split and row."""
+        return f"{self.split} row {index}"
+
+    def open(self, index: int) -> Image.Image:
+        """The row's picture, opened but not decoded."""
+        return open_cell(self.data[index][self.column])
+
+
+class ClassSamples:
+    """Labelled pictures, transformed."""
+
+    def __init__(self, data: Labelled, transform: Callable[[Image.Image], Any], max_megapixels: float) -> None:
+        self.data = data
+        self.transform = transform
+        self.max_megapixels = max_megapixels
+
+    def __len__(self) -> int:
+        return len(self.data.labels)
+
+    def name(self, index: int) -> str:
+        """Name in the source."""
+        return self.data.source.name(index)
+
+    def draw(self, index: int) -> tuple[Tensor, int]:
+        """(3, h, w) normalised, and the class."""
+        with self.data.source.open(index) as image:
+            return self.transform(to_rgb(image, self.max_megapixels)), self.data.labels[index]
+
+    def collate(self, samples: list[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
+        """(b, 3, h, w) and (b,)."""
+        return default_collate(samples)
+
+
+def open_labelled(data: ClassificationData, seed: int) -> tuple[Labelled, Labelled]:
+    """Training and validation pictures. Raises UserError naming the folder, split or column that is wrong."""
+    if data.source.startswith("hf:"):
+        train, val = _from_datasets(data)
+    else:
+        train, val = _from_folders(data, Path(data.source).expanduser())
+    if val is None:
+        if not data.holdout:
+            raise UserError(
+                f"data.source {data.source} has no {data.val_split!r} to evaluate on: set data.val_split, or "
+                "data.holdout 0.1 to keep a tenth of each class"
+            )
+        order = shuffled_within_classes(train.labels, seed)
+        kept = {i for members in order for i in members[: max(1, round(len(members) * data.holdout))]}
+        both = [[i for i in range(len(train.labels)) if (i in kept) == wanted] for wanted in (False, True)]
+        train, val = train.pick(both[0]), train.pick(both[1])
+    if data.shots is not None:
+        order = shuffled_within_classes(train.labels, seed)
+        for name, members in zip(train.classes, order, strict=True):
+            if len(members) < data.shots:
+                raise UserError(f"data.shots is {data.shots}: class {name!r} has {len(members)} training pictures")
+        train = train.pick(sorted(i for members in order for i in members[: data.shots]))
+    for name, members in zip(train.classes, shuffled_within_classes(train.labels, seed), strict=False):
+        if not members:
+            raise UserError(f"class {name!r} of {data.source} has no training pictures: lower data.holdout")
+    return train, val
+
+
+def shuffled_within_classes(labels: list[int], seed: int) -> list[list[int]]:
+    """Indices of each class, in an order of the seed."""
+    order = np.random.default_rng(seed_of(seed)).permutation(len(labels)).tolist()
+    members: list[list[int]] = [[] for _ in range(max(labels, default=-1) + 1)]
+    for index in order:
+        members[labels[index]].append(index)
+    return members
+
+
+def _from_folders(data: ClassificationData, root: Path) -> tuple[Labelled, Labelled | None]:
+    if not root.is_dir():
+        raise UserError(f"data.source {root} does not exist: give a folder with train/CLASS/*, or hf:NAME")
+    if not (root / data.train_split).is_dir():
+        return read_class_folders(root, None), None
+    train = read_class_folders(root / data.train_split, None)
+    names = [name for name in (data.val_split, "validation", "test") if (root / name).is_dir()]
+    return train, read_class_folders(root / names[0], train.classes) if names else None
+
+
+def read_class_folders(folder: Path, classes: list[str] | None) -> Labelled:
+    """One folder a class, pictures at any depth below it; the order of classes is that of their names.
+
+    Raises UserError for a class without pictures, and for classes that differ from those of training.
+    """
+    found = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not found:
+        raise UserError(f"{folder} has no class folders: it needs one folder of pictures for each class")
+    if classes is not None and (strange := sorted(set(found) - set(classes))):
+        raise UserError(
+            f"{folder} has class {strange[0]!r}, which the training folder lacks ({len(classes)} classes there, "
+            f"{len(found)} here): rename or remove it"
+        )
+    classes = classes or found
+    if len(classes) < 2:
+        raise UserError(f"{folder} has one class, {classes[0]!r}: a classifier needs two or more folders")
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        inside = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        if not inside and name in found:
+            raise UserError(f"class folder {folder / name} has no pictures: fill it or remove it")
+        paths += inside
+        labels += [label] * len(inside)
+    return Labelled(ImageFiles(paths, folder.parent), labels, classes)
+
+
+def _from_datasets(data: ClassificationData) -> tuple[Labelled, Labelled | None]:
+    train = read_dataset(data, data.train_split)
+    try:
+        names = datasets.get_dataset_split_names(data.source[3:])
+    except Exception:  # local folders and old scripts do not say
+        names = [data.val_split]
+    val = next((name for name in (data.val_split, "validation", "test") if name in names), None)
+    if val is None or val == data.train_split:
+        return train, None
+    return train, read_dataset(data, val)
+
+
+def read_dataset(data: ClassificationData, split: str) -> Labelled:
+    """One split of what `datasets.load_dataset` loads. Raises UserError for what cannot be loaded or has no labels."""
+    name = data.source[3:]
+    try:
+        loaded: Any = datasets.load_dataset(name, split=split)
+    except Exception as error:  # `datasets` raises a dozen unrelated classes for what users get wrong
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"datasets cannot load {name} (split {split!r}): {why}") from error
+    features = loaded.features
+    image = data.image_column or next((k for k, f in features.items() if isinstance(f, datasets.Image)), None)
+    label = data.label_column or next((k for k, f in features.items() if isinstance(f, datasets.ClassLabel)), None)
+    for field, column, kind in (("image_column", image, datasets.Image), ("label_column", label, datasets.ClassLabel)):
+        if column not in features or not isinstance(features[column], kind):
+            hint = nearest(str(column), features)
+            raise UserError(f"{name} has no column {column!r} of type {kind.__name__}: set data.{field}; {hint}")
+    assert image is not None
+    labels = loaded[label]
+    pictures = loaded.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+    classes = list(features[label].names)
+    if wrong := next((i for i, value in enumerate(labels) if not 0 <= value < len(classes)), None):
+        raise UserError(f"{name} {split} row {wrong} has label {labels[wrong]}: it must be 0 .. {len(classes) - 1}")
+    return Labelled(Cells(pictures, image, split), list(labels), classes)

@@ -1,0 +1,155 @@
+"""Judging a classifier: top-1 and top-5 with every sample counted once, per-class tables, confusion, pictures."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from finetune.loading import evaluation_batches
+from finetune.run import Report, Task
+from pretrain.data import to_pixels
+
+MOST_DRAWN_CLASSES = 60
+"""With more classes the confusion is written as a table of pairs only."""
+MOST_PAIRS = 1000
+
+
+class Counts:
+    """Confusion (true class, predicted class), hits among the best five, and the loss, added up sample by sample."""
+
+    def __init__(self, classes: int, device: torch.device) -> None:
+        self.classes = classes
+        self.confusion = torch.zeros(classes, classes, dtype=torch.long, device=device)
+        self.top5 = torch.zeros(classes, dtype=torch.long, device=device)
+        self.loss = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, logits: Tensor, targets: Tensor) -> None:
+        """Logits (b, classes) and classes (b,)."""
+        self.loss += F.cross_entropy(logits.float(), targets, reduction="sum")
+        best = logits.topk(min(5, self.classes)).indices
+        pairs = targets * self.classes + best[:, 0]
+        self.confusion += torch.bincount(pairs, minlength=self.classes**2).view(self.classes, self.classes)
+        hits = (best == targets[:, None]).any(1)
+        self.top5 += torch.bincount(targets[hits], minlength=self.classes)
+
+    def share(self, accelerator: Accelerator) -> None:
+        """Add up over all processes; sums of whole numbers, so that nothing depends on how samples were shared out."""
+        for name in ("confusion", "top5", "loss"):
+            setattr(self, name, accelerator.reduce(getattr(self, name), reduction="sum"))
+
+    def metrics(self) -> dict[str, float]:
+        """top1, top5, loss, samples."""
+        samples = max(1, int(self.confusion.sum()))
+        return {
+            "top1": int(self.confusion.diagonal().sum()) / samples,
+            "top5": int(self.top5.sum()) / samples,
+            "loss": float(self.loss) / samples,
+            "samples": float(self.confusion.sum()),
+        }
+
+
+def judge(task: Task, model: nn.Module, accelerator: Accelerator) -> Report:
+    """Top-1, top-5 and loss over the validation pictures. For all processes."""
+    counts = Counts(len(task.classes), accelerator.device)
+    shown: list[tuple[int, Any]] = []
+    bad: list[tuple[str, str]] = []
+    for batch in evaluation_batches(task.val, accelerator, task.eval_batch_size(accelerator), task.workers):
+        bad += batch.bad
+        images, targets = batch.images.to(accelerator.device), batch.targets.to(accelerator.device)
+        with accelerator.autocast():
+            logits = model(images)
+        counted = torch.tensor(batch.counted, device=accelerator.device)
+        counts.add(logits[counted], targets[counted])
+        for row, number in enumerate(batch.numbers):
+            if batch.counted[row] and number in task.drawn:
+                picture = to_pixels(images[row]).permute(1, 2, 0).cpu().numpy()
+                shown.append((number, (picture, int(targets[row]), logits[row].float().softmax(0).cpu())))
+    counts.share(accelerator)
+    shown, bad = gather_object(shown), gather_object(bad)
+
+    def write(folder: Path) -> None:
+        write_tables(folder, counts, task.classes)
+        draw_predictions(
+            folder / "predictions.png", [sample for _, sample in sorted(shown, key=lambda s: s[0])], task.classes
+        )
+        if len(task.classes) <= MOST_DRAWN_CLASSES:
+            draw_confusion(folder / "confusion.png", counts.confusion.cpu().numpy(), task.classes)
+
+    return Report(counts.metrics(), write, bad)
+
+
+def write_tables(folder: Path, counts: Counts, classes: list[str]) -> None:
+    """classes.csv, and confusion.csv with the pairs that are confused most."""
+    confusion = counts.confusion.cpu()
+    true, predicted, hit = confusion.sum(1), confusion.sum(0), confusion.diagonal()
+    with open(folder / "classes.csv", "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["class", "samples", "top1", "top5", "precision"])
+        for k, name in enumerate(classes):
+            row = [int(hit[k]) / max(1, int(true[k])), int(counts.top5[k]) / max(1, int(true[k]))]
+            row.append(int(hit[k]) / max(1, int(predicted[k])))
+            table.writerow([name, int(true[k]), *(f"{value:.4f}" for value in row)])
+    wrong = confusion.clone().fill_diagonal_(0).flatten()
+    most = wrong.topk(min(MOST_PAIRS, len(wrong)))
+    with open(folder / "confusion.csv", "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["class", "predicted", "samples"])
+        for count, pair in zip(most.values.tolist(), most.indices.tolist(), strict=True):
+            if count:
+                table.writerow([classes[pair // len(classes)], classes[pair % len(classes)], count])
+
+
+def draw_predictions(path: Path, samples: list[tuple[np.ndarray, int | None, Tensor]], classes: list[str]) -> None:
+    """Pictures (h, w, 3) in [0, 1] with their class, where it is known, and the five best guesses in words and bars."""
+    if not samples:
+        return
+    columns = min(4, len(samples))
+    rows = -(-len(samples) // columns)
+    figure = Figure(figsize=(3.4 * columns, 4.3 * rows), dpi=80, layout="constrained")
+    axes = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[2.4, 1] * rows)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for index, (picture, target, shares) in enumerate(samples):
+        row, column = divmod(index, columns)
+        above, below = axes[2 * row][column], axes[2 * row + 1][column]
+        best = shares.topk(min(5, len(classes)))
+        above.imshow(picture)
+        right = target is None or int(best.indices[0]) == target
+        title = classes[target if target is not None else int(best.indices[0])]
+        above.set_title(title, color="black" if right else "firebrick", fontsize=12)
+        below.barh(
+            range(len(best.values)),
+            best.values,
+            color=["seagreen" if k == target else "0.7" for k in best.indices.tolist()],
+        )
+        for place, (share, label) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
+            below.text(0.01, place, f"{classes[label]}  {100 * share:.0f} %", va="center", fontsize=10)
+        below.set_xlim(0, 1)
+        below.invert_yaxis()
+    figure.savefig(path)
+
+
+def draw_confusion(path: Path, confusion: np.ndarray, classes: list[str]) -> None:
+    """Share of each true class (row) that got each prediction (column)."""
+    shares = confusion / np.maximum(1, confusion.sum(1, keepdims=True))
+    size = 2.5 + 0.36 * len(classes)
+    figure = Figure(figsize=(size + 0.6, size), dpi=80, layout="constrained")
+    axis = figure.subplots()
+    shown = axis.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    figure.colorbar(shown, ax=axis, shrink=0.8, label="share of the true class")
+    axis.set_xticks(range(len(classes)), classes, rotation=90)
+    axis.set_yticks(range(len(classes)), classes)
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("true")
+    if len(classes) <= 20:
+        for i, j in np.argwhere(confusion):
+            color = "white" if shares[i, j] > 0.5 else "black"
+            axis.text(j, i, str(confusion[i, j]), ha="center", va="center", fontsize=8, color=color)
+    figure.savefig(path)

@@ -1,0 +1,106 @@
+"""What every fine-tuning run can be told, whatever its task."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from launch.config import RunConfig
+from launch.optim import OptimConfig, learning_rate
+from vim_backbone.errors import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """How the backbone is taken up."""
+
+    img_size: int | tuple[int, int] | None = None
+    """Side, or [height, width], of the pictures in pixels; positions are resampled to it. null: as published."""
+    stride: int | None = None
+    """Pixels from one patch to the next; 8 under patches of 16 gives four times the tokens. null: as published."""
+    drop_path_rate: float = 0.1
+    """Stochastic depth at the last block."""
+    global_pool: Literal["token", "avg"] | None = None
+    """What a classifier reads: class token, or mean of the patch tokens. null: as published."""
+    grad_checkpointing: bool = False
+    """Recompute blocks in the backward pass: less memory, about a third more time."""
+    from_scratch: bool = False
+    """The same net with fresh weights: what pretraining is to be measured against."""
+    freeze: bool = False
+    """Train the head alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptim(OptimConfig):
+    """AdamW with layer-wise rates, and the schedules of the three recipes."""
+
+    base_lr: float = 1.25e-4
+    """Learning rate per 256 pictures of a step; the rate used is base_lr * batch_size / 256."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's averaging factors."""
+    layer_decay: float = 0.65
+    """Factor on the learning rate from one layer to the one below; 1 gives all layers the same."""
+    half_rate: bool = True
+    """One factor for every two blocks, because Vim has twice the layers of a ViT of its size."""
+    schedule: Literal["cosine", "linear", "steps"] = "cosine"
+    """After the warm-up: cosine or straight line to min_lr, or a tenth at each of `milestones`."""
+    milestones: list[float] = field(default_factory=lambda: [8 / 9, 26 / 27])
+    """Shares of the run after which `steps` lowers the rate."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 < self.layer_decay <= 1, "optim.layer_decay", self.layer_decay, "it must lie in (0, 1]")
+
+    def rate(self, step: int, batch_size: int, total_steps: int) -> float:
+        """Learning rate of step 0 .. total_steps - 1."""
+        if self.schedule == "cosine" or step < self.warmup_steps:
+            return learning_rate(step, self, batch_size, total_steps)
+        peak = self.base_lr * batch_size / 256
+        if self.schedule == "steps":
+            return peak * 0.1 ** sum(step >= share * total_steps for share in self.milestones)
+        done = (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps)
+        return self.min_lr + (peak - self.min_lr) * (1 - done)
+
+    def layer_scale(self, layer: int, depth: int) -> float:
+        """Factor on the rate: layer 0 is the stem, 1 .. depth the blocks, depth + 1 the head, which has 1."""
+        below_head = depth + 1 - layer
+        return self.layer_decay ** (math.ceil(below_head / 2) if self.half_rate else below_head)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(RunConfig):
+    """Fields that all tasks share."""
+
+    backbone: str = ""
+    """Folder of a backbone, as pretraining publishes it, or the id of one on the Hugging Face Hub (OWNER/NAME)."""
+    model: BackboneConfig = field(default_factory=BackboneConfig)
+    steps: int | None = None
+    """Optimiser steps; give this or epochs."""
+    epochs: float | None = None
+    """Passes over the training pictures; 10 when neither is given."""
+    batch_size: int = 32
+    """Pictures of one optimiser step, over all processes and accumulation steps."""
+    accumulation: int = 1
+    """Forward passes that one optimiser step gathers."""
+    ema_decay: float | None = None
+    """Averages the weights with this factor a step, such as 0.9999; the average is evaluated and published."""
+    evaluate_every: int = 0
+    """Steps between evaluations; 0 evaluates at the end only."""
+    pictures: int = 8
+    """Validation pictures to draw predictions on at each evaluation."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.backbone), "backbone", self.backbone, "give the folder of a backbone, or OWNER/NAME")
+        for name in ("batch_size", "accumulation", "pictures"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "it must be at least 1")
+        require(self.evaluate_every >= 0, "evaluate_every", self.evaluate_every, "it cannot be negative")
+        require(self.steps is None or self.epochs is None, "epochs", self.epochs, "give steps or epochs, not both")
+        require(self.steps is None or self.steps >= 1, "steps", self.steps, "it must be at least 1")
+        require(self.epochs is None or self.epochs > 0, "epochs", self.epochs, "it must be positive")
+        require(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "it must lie in (0, 1)")
+        rate = self.model.drop_path_rate
+        require(0 <= rate < 1, "model.drop_path_rate", rate, "it must lie in [0, 1)")
+
+    def total_steps(self, pictures: int) -> int:
+        """Optimiser steps of the run over so many training pictures."""
+        return self.steps or max(1, round((self.epochs or 10) * pictures / self.batch_size))

@@ -1,0 +1,1 @@
+"""Detection and instance segmentation: Mask R-CNN and Cascade Mask R-CNN over Vim."""

@@ -1,0 +1,86 @@
+"""Everything that a detection run can be told."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from finetune.config import FinetuneConfig, FinetuneOptim
+from vim_backbone.errors import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionData:
+    """Pictures with a COCO file for each split."""
+
+    source: str = ""
+    """Folder with SPLIT/* and annotations/instances_SPLIT.json, as COCO has them; any category ids will do."""
+    train_split: str = "train"
+    """Split to train on; train2017 for COCO."""
+    val_split: str = "val"
+    """Split to evaluate on; val2017 for COCO."""
+    workers: int = 2
+    """Processes that read and augment pictures, for each training process."""
+    max_megapixels: float = 200.0
+    """Largest picture that is decoded, in millions of pixels."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.source), "data.source", self.source, "give a folder with annotations/instances_train.json")
+        require(self.workers >= 0, "data.workers", self.workers, "it cannot be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JitterConfig:
+    """Large-scale jitter: a picture is rescaled, then cropped or padded to the square of model.img_size."""
+
+    scale: tuple[float, float] = (0.1, 2.0)
+    """Range of the factor on a picture that was fitted into the square; [1, 1] for none."""
+    flip: float = 0.5
+    """Share of the pictures that are mirrored left to right."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.scale[0] <= self.scale[1], "jitter.scale", self.scale, "give [lowest, highest], both positive")
+        require(0 <= self.flip <= 1, "jitter.flip", self.flip, "it must lie in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionHead:
+    """ViTDet's (arXiv 2203.16527) pyramid and heads."""
+
+    cascade: bool = False
+    """Cascade Mask R-CNN: three box heads, for IoU 0.5, 0.6 and 0.7; false: Mask R-CNN."""
+    masks: bool = True
+    """Segment the instances too; false where the data has boxes alone."""
+    channels: int = 256
+    """Width of the pyramid and of the convolutions of all heads."""
+    box_width: int = 1024
+    """Width of the box heads' linear layer."""
+    anchor_scale: float = 8.0
+    """Side of an anchor, in strides of its level."""
+    proposals: int = 1000
+    """Proposals of a picture that reach the box heads."""
+    samples: int = 512
+    """Proposals of a picture that a training step samples."""
+    detections: int = 100
+    """Most detections in a picture."""
+    min_score: float = 0.05
+    """Detections below it are dropped."""
+
+    def __post_init__(self) -> None:
+        for name in ("channels", "box_width", "proposals", "samples", "detections"):
+            require(getattr(self, name) >= 1, f"head.{name}", getattr(self, name), "it must be at least 1")
+        require(self.anchor_scale > 0, "head.anchor_scale", self.anchor_scale, "it must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionConfig(FinetuneConfig):
+    """Detection. For COCO: ViTDet's recipe with model.img_size 1024, batch_size 64, steps 184375, warm-up 250."""
+
+    name: str = "detection"
+    """Name of the run; its folder is OUT/NAME."""
+    mode: Literal["train", "evaluate"] = "train"
+    """train: fine-tune and evaluate; evaluate: judge a trained run, with --resume."""
+    data: DetectionData
+    jitter: JitterConfig = field(default_factory=JitterConfig)
+    head: DetectionHead = field(default_factory=DetectionHead)
+    optim: FinetuneOptim = field(
+        default_factory=lambda: FinetuneOptim(base_lr=4e-4, weight_decay=0.1, layer_decay=0.7, schedule="steps")
+    )

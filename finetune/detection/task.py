@@ -1,0 +1,87 @@
+"""Detection as a task of the fine-tuning run, and its command."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from finetune.backbone import find_backbone, read_backbone
+from finetune.config import FinetuneOptim
+from finetune.detection.coco import TrainPictures, WholePictures, open_coco
+from finetune.detection.config import DetectionConfig
+from finetune.detection.judge import judge
+from finetune.detection.rcnn import Detector
+from finetune.loading import Batch
+from finetune.run import Report, Task, finetune
+from pretrain.data import to_model
+from vim_backbone import UserError
+
+
+class DetectionTask(Task):
+    """Mask R-CNN or Cascade Mask R-CNN; COCO's AP."""
+
+    name = "detection"
+
+    def __init__(self, config: DetectionConfig) -> None:
+        self.config = config
+        if config.mode == "evaluate" and not config.resume:
+            raise UserError("mode evaluate needs a trained run: add --resume and the run's --name")
+        train = open_coco(config.data, config.data.train_split, config.head.masks)
+        self.split = open_coco(config.data, config.data.val_split, config.head.masks)
+        self.classes = [category["name"] for category in train.categories]
+        ours, theirs = ([c["id"] for c in split.categories] for split in (train, self.split))
+        if ours != theirs:
+            raise UserError(
+                f"the splits of {config.data.source} have other category ids: {ours[:9]} to train on, {theirs[:9]} "
+                "to evaluate on"
+            )
+        self.pretrained = read_backbone(find_backbone(config.backbone), config.model, config.seed, 0)
+        size = self.pretrained.config.img_size
+        self.train = TrainPictures(train, size, config.jitter, config.head.masks)
+        self.val = WholePictures(self.split, size)
+        self.notes = [*train.notes, *self.split.notes]
+
+    @property
+    def optim(self) -> FinetuneOptim:
+        """Rates of the run."""
+        return self.config.optim
+
+    @property
+    def workers(self) -> int:
+        """Data-loading processes."""
+        return self.config.data.workers
+
+    def evaluating_only(self) -> bool:
+        """Whether the run takes no step."""
+        return self.config.mode == "evaluate"
+
+    def new_model(self) -> Detector:
+        """The detector with fresh weights."""
+        return Detector(self.pretrained.config, self.config.head, len(self.classes))
+
+    def losses(self, model: nn.Module, batch: Batch, device: torch.device, key: tuple[int, ...]) -> dict[str, Tensor]:
+        """Of proposals, boxes and masks."""
+        del key  # which proposals are sampled is drawn from the generator of the step
+        targets = [{name: value.to(device) for name, value in target.items()} for target in batch.targets]
+        return model(to_model(batch.images, device), targets)
+
+    def evaluate(self, model: nn.Module, accelerator: Accelerator) -> Report:
+        """COCO's AP."""
+        return judge(self, self.split, model, accelerator)
+
+    def description(self) -> dict[str, Any]:
+        """Classes, architecture, heads."""
+        return {
+            "classes": self.classes,
+            "category_ids": [category["id"] for category in self.split.categories],
+            "backbone": self.pretrained.config.to_dict(),
+            "head": asdict(self.config.head),
+        }
+
+
+def run(config: DetectionConfig) -> Path:
+    """Train or judge; returns the run's folder."""
+    return finetune(DetectionTask(config))

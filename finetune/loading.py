@@ -1,0 +1,140 @@
+"""Labelled samples to batches: for training in the order of pretraining, for evaluation each sample exactly once."""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, Dataset
+
+from launch.randomness import generator, seeded
+from pretrain.data import MAX_TRIES, BatchPlan, StepSampler, leave_signals_to_the_trainer, reason
+from vim_backbone.errors import UserError
+
+
+class Samples(Protocol):
+    """Labelled pictures by index."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What to call sample `index` in messages."""
+        ...
+
+    def draw(self, index: int) -> tuple[Any, Any]:
+        """Picture and target; augmentations draw from the global generators, which the caller seeds.
+
+        May raise anything for a sample that cannot be used.
+        """
+        ...
+
+    def collate(self, samples: list[tuple[Any, Any]]) -> tuple[Any, Any]:
+        """Samples to the pictures and the targets of a batch."""
+        ...
+
+
+class Read(NamedTuple):
+    """One sample as a data-loading process gives it."""
+
+    sample: tuple[Any, Any] | None
+    """None where no sample could be used."""
+    number: int
+    name: str
+    counted: bool
+    """Whether the sample is the one that was asked for: else it stands in, and an evaluation leaves it out."""
+    bad: list[tuple[str, str]]
+    """Samples passed over, with the reason."""
+
+
+class Batch(NamedTuple):
+    """Samples of one forward pass."""
+
+    images: Any
+    """None where a sample had to be given up."""
+    targets: Any
+    names: list[str]
+    bad: list[tuple[str, str]]
+    numbers: list[int]
+    counted: list[bool]
+
+
+class Keyed(Dataset[Read]):
+    """Item (epoch, index, counted) -> the sample, its randomness keyed by (seed, epoch, index).
+
+    A bad sample is replaced by the next good one.
+    """
+
+    def __init__(self, samples: Samples, seed: int) -> None:
+        self.samples = samples
+        self.seed = seed
+
+    def __getitem__(self, item: tuple[int, ...]) -> Read:
+        epoch, index = item[:2]
+        bad: list[tuple[str, str]] = []
+        for attempt in range(min(MAX_TRIES, len(self.samples))):
+            chosen = (index + attempt) % len(self.samples)
+            try:
+                with seeded(self.seed, epoch, index):
+                    sample = self.samples.draw(chosen)
+            except Exception as error:  # a decoder may raise anything on damaged data
+                bad.append((self.samples.name(chosen), reason(error)))
+                continue
+            return Read(sample, chosen, self.samples.name(chosen), attempt == 0 and all(item[2:]), bad)
+        return Read(None, index, "", False, bad)
+
+
+class Collate:
+    """Samples to a batch."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+
+    def __call__(self, reads: list[Read]) -> Batch:
+        """No pictures where a sample is missing."""
+        bad = [entry for read in reads for entry in read.bad]
+        good = [read.sample for read in reads if read.sample is not None]
+        images, targets = self.samples.collate(good) if len(good) == len(reads) else (None, None)
+        names, numbers, counted = ([getattr(r, key) for r in reads] for key in ("name", "number", "counted"))
+        return Batch(images, targets, names, bad, numbers, counted)
+
+
+def training_batches(
+    samples: Samples, seed: int, plan: BatchPlan, start_batch: int, total_steps: int, workers: int
+) -> Iterator[Batch]:
+    """Batches of this process, each for one forward pass, from number `start_batch` on."""
+    sampler = StepSampler(len(samples), seed, plan, start_batch, total_steps)
+    return iter(_loader(samples, seed, workers, batch_sampler=sampler))
+
+
+def evaluation_batches(samples: Samples, accelerator: Accelerator, batch_size: int, workers: int) -> Iterator[Batch]:
+    """The share of this process of all samples, each sample counted on one process alone.
+
+    All processes get the same number of batches, because under ZeRO-3 a forward pass is for all of them; what fills up
+    a share is not counted. Raises UserError where no sample of a batch can be read.
+    """
+    rank, world, total = accelerator.process_index, accelerator.num_processes, len(samples)
+    batches = math.ceil(math.ceil(total / world) / batch_size)
+    own = [(0, index, True) for index in range(rank, total, world)] or [(0, 0, False)]
+    cut = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
+    cut += [[(0, own[0][1], False)]] * (batches - len(cut))
+    for batch in _loader(samples, 0, workers, batch_sampler=cut):
+        if batch.images is None:
+            raise UserError(f"validation data cannot be read: {batch.bad[0][0]} ({batch.bad[0][1]}) and others")
+        yield batch
+
+
+def _loader(samples: Samples, seed: int, workers: int, **options: Any) -> DataLoader[Batch]:
+    loader = DataLoader(
+        Keyed(samples, seed),
+        num_workers=workers,
+        collate_fn=Collate(samples),
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=leave_signals_to_the_trainer,
+        prefetch_factor=2 if workers else None,
+        generator=generator(seed),  # drawn from by nothing; without it a loader would advance torch's global one
+        **options,
+    )
+    return cast("DataLoader[Batch]", loader)

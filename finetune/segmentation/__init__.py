@@ -1,0 +1,1 @@
+"""Semantic segmentation: UperNet over Vim, on ADE20K's layout or any pair of folders."""

@@ -1,0 +1,111 @@
+"""Everything that a segmentation run can be told."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from finetune.config import FinetuneConfig, FinetuneOptim
+from vim_backbone.errors import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationData:
+    """Pictures, and a map of labels for each."""
+
+    source: str = ""
+    """Folder with images/SPLIT/NAME.jpg and annotations/SPLIT/NAME.png, as ADE20K (ADEChallengeData2016) has them."""
+    images: str = "images"
+    """Folder of the pictures below the source."""
+    maps: str = "annotations"
+    """Folder of the maps below the source: one channel, the value of a pixel is its label."""
+    train_split: str = "training"
+    """Folder below both to train on."""
+    val_split: str = "validation"
+    """Folder below both to evaluate on."""
+    num_classes: int | None = None
+    """Number of classes; null: as many as objectInfo*.txt (ADE20K) or classes.txt (a name a line) in the source has."""
+    zero_is_ignored: bool = True
+    """Label 0 counts for nothing and class k has label k + 1, as in ADE20K; false: class k has label k."""
+    workers: int = 2
+    """Processes that read and augment pictures, for each training process."""
+    max_megapixels: float = 200.0
+    """Largest picture that is decoded, in millions of pixels."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.source), "data.source", self.source, "give a folder with images/ and annotations/")
+        require(self.workers >= 0, "data.workers", self.workers, "it cannot be negative")
+        few = self.num_classes is not None and not 2 <= self.num_classes <= 254
+        require(not few, "data.num_classes", self.num_classes, "it must be 2 to 254")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropConfig:
+    """How a training crop of model.img_size is cut, after mmsegmentation."""
+
+    ratio: tuple[float, float] = (0.5, 2.0)
+    """Range of the factor on a picture whose shorter side was made as long as the crop's."""
+    category_max: float = 0.75
+    """Largest share of the labelled pixels that one class may have; tried ten times."""
+    flip: float = 0.5
+    """Share of the crops that are mirrored left to right."""
+    photometric: bool = True
+    """Distort brightness, contrast, saturation and hue."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.ratio[0] <= self.ratio[1], "crop.ratio", self.ratio, "give [lowest, highest], both positive")
+        require(0 < self.category_max <= 1, "crop.category_max", self.category_max, "it must lie in (0, 1]")
+        require(0 <= self.flip <= 1, "crop.flip", self.flip, "it must lie in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationHead:
+    """UperNet (arXiv 1807.10221) and its auxiliary head."""
+
+    channels: int = 192
+    """Width of UperNet: 192 for a Tiny backbone, 384 for a Small."""
+    layers: list[int] | None = None
+    """Four blocks, counted from 1, whose features are used; null: a quarter, half, three quarters, all of them."""
+    auxiliary_channels: int = 256
+    """Width of the auxiliary head on the third of the four."""
+    auxiliary_weight: float = 0.4
+    """Factor on its loss; 0 leaves it out."""
+    dropout: float = 0.1
+    """Share of the channels dropped before the classifiers."""
+
+    def __post_init__(self) -> None:
+        require(self.channels >= 1, "head.channels", self.channels, "it must be at least 1")
+        require(self.layers is None or len(self.layers) == 4, "head.layers", self.layers, "give four blocks")
+        require(self.auxiliary_weight >= 0, "head.auxiliary_weight", self.auxiliary_weight, "it cannot be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TestConfig:
+    """How a whole picture is segmented."""
+
+    __test__ = False  # no test case, whatever pytest makes of its name
+
+    mode: Literal["slide", "whole"] = "slide"
+    """slide: overlapping windows of model.img_size, averaged; whole: the picture as one scan."""
+    stride: float = 2 / 3
+    """From one window to the next, as a share of its side."""
+    flip: bool = False
+    """Average with the prediction for the mirror image."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.stride <= 1, "test.stride", self.stride, "it must lie in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationConfig(FinetuneConfig):
+    """Segmentation. For ADE20K: Vim's recipe with model.img_size 512, batch_size 16, steps 160000."""
+
+    name: str = "segmentation"
+    """Name of the run; its folder is OUT/NAME."""
+    mode: Literal["train", "evaluate"] = "train"
+    """train: fine-tune and evaluate; evaluate: judge a trained run, with --resume."""
+    data: SegmentationData
+    crop: CropConfig = field(default_factory=CropConfig)
+    head: SegmentationHead = field(default_factory=SegmentationHead)
+    test: TestConfig = field(default_factory=TestConfig)
+    optim: FinetuneOptim = field(
+        default_factory=lambda: FinetuneOptim(base_lr=1e-3, weight_decay=0.01, layer_decay=0.92, schedule="linear")
+    )

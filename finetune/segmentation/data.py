@@ -1,0 +1,220 @@
+"""Pictures with maps of labels, from two folders; checked before training, augmented after mmsegmentation."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import default_collate
+from torchvision.transforms import v2
+
+from finetune.segmentation.config import CropConfig, SegmentationData
+from pretrain.images import BadPictureError, check_size, files_below, to_rgb
+from vim_backbone.errors import UserError
+
+IGNORED = 255
+MAPS_CHECKED = 200
+"""Maps of each split whose labels are looked at before training; sizes are compared for all."""
+CROP_TRIES = 10
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Files of pictures and of their maps."""
+
+    images: list[Path]
+    maps: list[Path]
+    data: SegmentationData
+    classes: int
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, index: int) -> str:
+        """File name of the picture."""
+        return self.images[index].name
+
+    def image(self, index: int) -> Image.Image:
+        """The picture as RGB."""
+        with Image.open(self.images[index]) as image:
+            return to_rgb(image, self.data.max_megapixels)
+
+    def labels(self, index: int) -> np.ndarray:
+        """(h, w) uint8: the class of each pixel, or IGNORED. Raises BadPictureError for a label out of range."""
+        with Image.open(self.maps[index]) as image:
+            check_size(image, self.data.max_megapixels)
+            raw = np.asarray(image)
+        if raw.ndim != 2:
+            raise BadPictureError(f"{self.maps[index]} has {raw.shape[-1]} channels: a map has one, of labels")
+        raw = raw.astype(np.int64)
+        first = int(self.data.zero_is_ignored)
+        ignored = (raw == IGNORED) | (self.data.zero_is_ignored & (raw == 0))
+        wrong = ~ignored & ((raw < first) | (raw >= self.classes + first))
+        if wrong.any():
+            low, high = first, self.classes + first - 1
+            raise BadPictureError(
+                f"{self.maps[index]} has label {raw[wrong][0]}: it must be {low} .. {high}, or ignored"
+            )
+        return np.where(ignored, IGNORED, raw - first).astype(np.uint8)
+
+
+def class_names(data: SegmentationData) -> list[str]:
+    """Names of the classes. Raises UserError where nothing says how many there are, or the sources differ."""
+    root = Path(data.source).expanduser()
+    if not root.is_dir():
+        raise UserError(f"data.source {root} does not exist: give a folder with {data.images}/ and {data.maps}/")
+    names: list[str] = []
+    told = [*sorted(root.glob("objectInfo*.txt")), *root.glob("classes.txt")]
+    if told:
+        lines = [line for line in told[0].read_text(encoding="utf-8").splitlines() if line.strip()]
+        table = told[0].name.startswith("objectInfo")
+        names = [line.split("\t")[-1].split(",")[0].strip() for line in lines[int(table) :]]
+        if data.num_classes not in (None, len(names)):
+            raise UserError(f"data.num_classes is {data.num_classes}, but {told[0]} names {len(names)} classes")
+    elif data.num_classes:
+        names = [f"class {k}" for k in range(data.num_classes)]
+    if not names:
+        raise UserError(f"how many classes? set data.num_classes, or put classes.txt into {root}, a name a line")
+    return names
+
+
+def open_pairs(data: SegmentationData, split: str, classes: int) -> tuple[Pairs, list[str]]:
+    """The pairs of a split that fit together, and a line on those that do not.
+
+    Raises UserError for a folder or map that is missing, and for labels out of range.
+    """
+    root = Path(data.source).expanduser()
+    images, maps = root / data.images / split, root / data.maps / split
+    for folder, setting in ((images, "data.images"), (maps, "data.maps")):
+        if not folder.is_dir():
+            raise UserError(f"{folder} does not exist: set {setting}, or the split ({split!r})")
+    files = files_below(images)
+    by_name = {path.relative_to(maps).with_suffix(""): path for path in files_below(maps)}
+    keys = [path.relative_to(images).with_suffix("") for path in files]
+    if missing := [key for key in keys if key not in by_name]:
+        raise UserError(f"{len(missing)} pictures of {images} have no map in {maps}: the first is {missing[0]}.png")
+    pairs, unlike = [], []
+    for file, key in zip(files, keys, strict=True):
+        sizes = _size(file), _size(by_name[key])
+        (unlike if None not in sizes and sizes[0] != sizes[1] else pairs).append((file, by_name[key], sizes))
+    if len(unlike) > len(pairs):
+        file, path, sizes = unlike[0]
+        raise UserError(f"{path} is {sizes[1]} pixels, its picture {file.name} {sizes[0]}; {len(unlike)} maps are so")
+    found = Pairs([a for a, _, _ in pairs], [b for _, b, _ in pairs], data, classes)
+    _check_labels(found)
+    names = ", ".join(file.name for file, _, _ in unlike[:5])
+    return found, [f"{len(unlike)} pairs of {split} skipped, picture and map differ in size: {names}"] if unlike else []
+
+
+def _size(path: Path) -> tuple[int, int] | None:
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(0x0112, 1) >= 5
+            return (image.height, image.width) if turned else image.size
+    except Exception:  # it is named when it is read
+        return None
+
+
+def _check_labels(pairs: Pairs) -> None:
+    for index in range(0, len(pairs), max(1, len(pairs) // MAPS_CHECKED)):
+        try:
+            pairs.labels(index)
+        except BadPictureError as error:
+            raise UserError(f"{error}; see data.num_classes ({pairs.classes}) and data.zero_is_ignored") from error
+        except Exception:  # a damaged file is one bad picture, named when it is read
+            continue
+
+
+class TrainCrops:
+    """Training crops: rescaled, cropped so that no class fills it, mirrored, distorted."""
+
+    def __init__(self, pairs: Pairs, size: tuple[int, int], crop: CropConfig) -> None:
+        self.pairs = pairs
+        self.size = size
+        self.crop = crop
+        self.distort = v2.RandomPhotometricDistort()
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def name(self, index: int) -> str:
+        """File name of the picture."""
+        return self.pairs.name(index)
+
+    def draw(self, index: int) -> tuple[Tensor, Tensor]:
+        """(3, h, w) uint8 and (h, w) uint8."""
+        image, labels = self.pairs.image(index), Image.fromarray(self.pairs.labels(index))
+        low, high = self.crop.ratio
+        factor = max(self.size) / min(image.size) * (low + (high - low) * torch.rand(()).item())
+        width, height = (max(1, round(side * factor)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        picture = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        target = torch.from_numpy(np.array(labels.resize((width, height), Image.Resampling.NEAREST)))
+        picture, target = self._cut(picture, target)
+        if torch.rand(()) < self.crop.flip:
+            picture, target = picture.flip(-1), target.flip(-1)
+        picture, target = self._fill(picture, target)
+        return self.distort(picture) if self.crop.photometric else picture, target
+
+    def _cut(self, picture: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        height, width = self.size
+        box = (slice(0, height), slice(0, width))
+        for _ in range(CROP_TRIES):
+            room = [max(0, full - side) for full, side in zip(target.shape, self.size, strict=True)]
+            top, left = (int(torch.randint(most + 1, ())) for most in room)
+            box = (slice(top, top + height), slice(left, left + width))
+            counts = torch.bincount(target[box][target[box] != IGNORED].long())
+            if counts.count_nonzero() > 1 and counts.max() < self.crop.category_max * counts.sum():
+                break
+        return picture[(slice(None), *box)], target[box]
+
+    def _fill(self, picture: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """A crop of a smaller picture, filled up with grey that counts for nothing."""
+        height, width = target.shape
+        filled = torch.full((3, *self.size), 124, dtype=torch.uint8)
+        filled[:, :height, :width] = picture
+        labels = torch.full(self.size, IGNORED, dtype=torch.uint8)
+        labels[:height, :width] = target
+        return filled, labels
+
+    def collate(self, samples: list[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
+        """(b, 3, h, w) and (b, h, w)."""
+        return default_collate(samples)
+
+
+class WholePictures:
+    """Pictures for evaluation, the shorter side as long as the crop's; maps as they are."""
+
+    def __init__(self, pairs: Pairs, size: tuple[int, int]) -> None:
+        self.pairs = pairs
+        self.size = size
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def name(self, index: int) -> str:
+        """File name of the picture."""
+        return self.pairs.name(index)
+
+    def draw(self, index: int) -> tuple[Tensor, Tensor]:
+        """(3, h, w) uint8 and (H, W) uint8."""
+        image, labels = self.pairs.image(index), self.pairs.labels(index)
+        if (found := labels.shape[::-1]) != image.size:
+            raise BadPictureError(f"{self.pairs.maps[index]} is {found} pixels, its picture {image.size}")
+        return to_test_size(image, self.size), torch.from_numpy(labels)
+
+    def collate(self, samples: list[tuple[Any, Any]]) -> tuple[Any, Any]:
+        """Two lists: sizes differ."""
+        return [image for image, _ in samples], [labels for _, labels in samples]
+
+
+def to_test_size(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """RGB -> (3, h, w) uint8, the shorter side as long as that of `size`."""
+    factor = min(size) / min(image.size)
+    width, height = (max(1, math.floor(side * factor + 0.5)) for side in image.size)
+    resized = image.resize((width, height), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)

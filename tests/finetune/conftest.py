@@ -1,0 +1,38 @@
+"""Shared by the tests of fine-tuning: a small published backbone and small drawn data, made once."""
+
+import pytest
+import torch
+
+from finetune.sample_data import KINDS, Sizes
+from vim_backbone import VimConfig, VisionMamba
+
+ARCHITECTURE = {"d_model": 32, "depth": 3, "img_size": 32, "patch_size": 8, "num_classes": 0}
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory):
+    """The folder of a small backbone with random weights."""
+    torch.manual_seed(0)
+    model = VisionMamba(VimConfig.from_dict(ARCHITECTURE))
+    return model.save_pretrained(tmp_path_factory.mktemp("published") / "backbone")
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory):
+    """Kind -> the folder of a small drawn data set."""
+    made = {}
+
+    def make(kind):
+        if kind not in made:
+            folder = tmp_path_factory.mktemp("drawn") / kind
+            KINDS[kind][0](folder, Sizes(24, 9, 32, 0))
+            made[kind] = folder
+        return made[kind]
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """The models here are too small to share out, and other test processes may want the cores."""
+    torch.set_num_threads(1)

@@ -1,0 +1,201 @@
+"""Whole runs of classification: that they learn, resume, judge, and refuse what cannot be done."""
+
+import csv
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from finetune.classification.config import ClassificationConfig
+from finetune.classification.task import ClassificationTask, run
+from finetune.main import main
+from finetune.sample_data import Sizes
+from finetune.sample_data import classification as draw
+from launch.cli import parse
+from launch.metrics import read_metrics
+from vim_backbone import UserError, from_pretrained
+
+SMALL = ["--batch_size=4", "--log_every=1", "--data.workers=0", "--trackers=[]", "--optim.base_lr=0.01", "--pictures=2"]
+PLAIN = ["--augment.auto_augment=null", "--augment.mixup=0", "--augment.cutmix=0", "--augment.erasing=0",
+         "--augment.color_jitter=0", "--augment.min_scale=0.5", "--model.drop_path_rate=0"]  # fmt: skip
+
+
+@pytest.fixture
+def config(backbone, drawn, tmp_path):
+    def make(*argv):
+        data = [] if any(a.startswith("--data.source") for a in argv) else [f"--data.source={drawn('classification')}"]
+        own = [*SMALL, f"--backbone={backbone}", f"--out={tmp_path}", *data, *argv]
+        return parse(ClassificationConfig, own, "finetune/main.py", "")
+
+    return make
+
+
+def losses(folder):
+    return {
+        r["step"]: (r["loss"], r["grad_norm"], r["lr"]) for r in read_metrics(folder / "metrics.jsonl") if "loss" in r
+    }
+
+
+def test_what_a_run_leaves_behind(config):
+    folder = run(config("--steps=2", "--evaluate_every=1", "--trackers=[tensorboard]", "--ema_decay=0.5"))
+    judged = [row for row in read_metrics(folder / "metrics.jsonl") if "val_top1" in row]
+    assert [row["step"] for row in judged] == [1, 2]
+    assert judged[0]["val_samples"] == 9
+    where = folder / "evaluations/step-00000002"
+    assert {p.name for p in where.iterdir()} == {
+        "classes.csv", "confusion.csv", "confusion.png", "metrics.json", "predictions.png",
+    }  # fmt: skip
+    assert [row["class"] for row in csv.DictReader((where / "classes.csv").open())] == ["circle", "square", "triangle"]
+    assert json.loads((where / "metrics.json").read_text())["top5"] == 1.0
+    assert json.loads((folder / "model/config.json").read_text())["classes"] == ["circle", "square", "triangle"]
+    events = b"".join(p.read_bytes() for p in folder.rglob("events.out.tfevents.*"))
+    assert b"predictions" in events
+    assert b"confusion" in events
+    average = load_file(folder / "checkpoints/step-00000002/ema.safetensors")
+    torch.testing.assert_close(load_file(folder / "model/model.safetensors"), average, rtol=0, atol=0)
+    published = from_pretrained(folder / "backbone")
+    torch.testing.assert_close(published.state_dict(), {k[9:]: v for k, v in average.items()}, rtol=0, atol=0)
+    assert published.num_classes == 3
+    assert "Classification of" in (folder / "backbone/README.md").read_text()
+
+
+def test_it_learns(config, tmp_path):
+    draw(tmp_path / "more", Sizes(90, 30, 32, 0))
+    options = [f"--data.source={tmp_path}/more", "--batch_size=15", "--optim.base_lr=0.1", "--optim.layer_decay=1",
+               "--augment.crop_pct=1", "--model.global_pool=avg", *PLAIN]  # fmt: skip
+    folder = run(config("--steps=160", *options))
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert rows[-1]["val_top1"] >= 0.7  # chance is 1 in 3
+    again = run(config(f"--backbone={folder}/backbone", "--mode=evaluate", "--name=again", *options))
+    metrics = json.loads((again / "evaluations/step-00000000/metrics.json").read_text())
+    assert metrics["top1"] == rows[-1]["val_top1"]
+    assert metrics["loss"] == pytest.approx(rows[-1]["val_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param((), id="deit"),
+        pytest.param(
+            ("--accumulation=2", "--ema_decay=0.9", "--data.workers=2", "--optim.clip_grad=1", "--evaluate_every=1",
+             "--model.drop_path_rate=0.5"),
+            id="everything",
+        ),
+        pytest.param((*PLAIN, "--model.freeze=true", "--model.from_scratch=true"), id="frozen"),
+    ],
+)  # fmt: skip
+def test_resume_is_exact(config, options, tmp_path):
+    whole = run(config("--steps=4", "--checkpoint_every=2", *options))
+    cut = tmp_path / "cut/classification"
+    shutil.copytree(whole, cut)
+    for part in ("checkpoints/step-00000004", "model", "backbone", "evaluations"):
+        shutil.rmtree(cut / part)
+    run(config("--steps=4", "--checkpoint_every=2", *options, f"--out={tmp_path}/cut", "--resume"))
+    assert losses(cut) == losses(whole)
+    for name in ("model/model.safetensors", "checkpoints/step-00000004/optimizer.safetensors"):
+        torch.testing.assert_close(load_file(cut / name), load_file(whole / name), rtol=0, atol=0)
+    assert read_metrics(cut / "metrics.jsonl")[-1] == read_metrics(whole / "metrics.jsonl")[-1]
+
+
+def test_a_frozen_backbone_stays_as_it_was(config, backbone):
+    folder = run(config("--steps=2", "--model.freeze=true"))
+    before, after = from_pretrained(backbone).state_dict(), load_file(folder / "backbone/model.safetensors")
+    torch.testing.assert_close({k: v for k, v in after.items() if not k.startswith("head")}, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["linear", "knn"])
+def test_probes_of_frozen_features(config, mode, drawn):
+    folder = run(config(f"--mode={mode}", "--probe.neighbours=3"))
+    metrics = json.loads((folder / "evaluations/step-00000000/metrics.json").read_text())
+    assert metrics["samples"] == 9
+    assert metrics["top1"] > 0.4
+    assert not (folder / "model").exists()
+
+
+def test_few_shots_and_hold_out(config, drawn):
+    task = ClassificationTask(config("--data.shots=2"))
+    assert [task.train.data.labels.count(k) for k in range(3)] == [2, 2, 2]
+    assert len(task.val) == 9
+    other = ClassificationTask(config("--data.shots=2", "--seed=1"))
+    assert [task.train.name(i) for i in range(6)] != [other.train.name(i) for i in range(6)]
+    held = ClassificationTask(config(f"--data.source={drawn('classification')}/train", "--data.holdout=0.25"))
+    train, val = ({samples.name(i) for i in range(len(samples))} for samples in (held.train, held.val))
+    assert (len(train), len(val), len(train & val)) == (18, 6, 0)
+    assert [held.val.data.labels.count(k) for k in range(3)] == [2, 2, 2]
+
+
+def test_longer_sequences_and_higher_resolution(config):
+    folder = run(config("--steps=1", "--model.stride=4", "--model.img_size=[48, 40]", *PLAIN))
+    published = from_pretrained(folder / "backbone")
+    assert (published.grid_size, published.config.img_size) == ((11, 9), (48, 40))
+
+
+def test_unreadable_pictures_are_skipped_counted_and_named(config, drawn, tmp_path):
+    shutil.copytree(drawn("classification"), tmp_path / "data")
+    (tmp_path / "data/train/circle/00000.jpg").write_bytes(b"broken")
+    (tmp_path / "data/val/circle/00000.jpg").write_bytes(b"broken")
+    folder = run(config(f"--data.source={tmp_path}/data", "--steps=6", *PLAIN))
+    assert (folder / "bad_pictures.txt").read_text().startswith("train/circle/00000.jpg\t")
+    assert (folder / "evaluations/step-00000006/bad_pictures.txt").read_text().startswith("val/circle/00000.jpg\t")
+    assert read_metrics(folder / "metrics.jsonl")[-1]["val_samples"] == 8
+
+
+def class_folders(root, **counts):
+    for name, count in counts.items():
+        (root / name.replace("__", "/")).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (32, 32)).save(root / name.replace("__", "/") / f"{i}.png")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [
+        ({}, "has no class folders"),
+        ({"train__a": 1, "train__b": 0, "val__a": 1}, r"class folder .*train/b has no pictures: fill it or remove it"),
+        ({"train__a": 1, "train__b": 1}, "has no 'val' to evaluate on: set data.val_split, or data.holdout"),
+        ({"train__a": 1, "train__b": 1, "val__c": 1}, "has class 'c', which the training folder lacks"),
+        ({"train__a": 1, "val__a": 1}, "has one class, 'a'"),
+    ],
+)
+def test_folders_that_will_not_do(config, tmp_path, counts, words):
+    (tmp_path / "data").mkdir()
+    with pytest.raises(UserError, match=words):
+        run(config(f"--data.source={class_folders(tmp_path / 'data', **counts)}"))
+    assert not (tmp_path / "classification").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("--data.source=nowhere",), "data.source nowhere does not exist"),
+        (("--backbone=nowhere",), "no backbone at nowhere"),
+        (("--model.img_size=30",), "image height is 30 pixels: it must be a multiple of the stride 8"),
+        (("--mode=evaluate",), "has a head of 0 classes and data.source 3: fine-tune it first"),
+        (("--data.shots=99",), "data.shots is 99: class 'circle' has 8 training pictures"),
+        (("--mode=knn", "--probe.neighbours=99"), "probe.neighbours is 99: there are 24 training pictures"),
+        (("--batch_size=3",), "a forward pass has 3 pictures: mixup needs an even number"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(config, argv, words):
+    with pytest.raises(UserError, match=words) as caught:
+        run(config(*argv))
+    assert "\n" not in str(caught.value)
+
+
+def test_another_backbone_is_refused_on_resume(config):
+    run(config("--steps=1"))
+    with pytest.raises(UserError, match=r"was trained with model\.img_size = None, not 64"):
+        run(config("--steps=2", "--model.img_size=64", "--resume"))
+
+
+def test_the_command_line(capsys):
+    main(["--help"])
+    assert "classification" in capsys.readouterr().out
+    with pytest.raises(UserError, match="the first argument is 'clasification', it must be the task: did you mean"):
+        main(["clasification"])
+    with pytest.raises(UserError, match="backbone is '': give the folder"):
+        main(["classification", "--data.source=x"])

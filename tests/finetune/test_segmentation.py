@@ -1,0 +1,197 @@
+"""Segmentation: scores against independent counts, windows, crops, and whole runs."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from sklearn.metrics import jaccard_score
+
+from finetune.segmentation.config import CropConfig, SegmentationConfig, SegmentationData
+from finetune.segmentation.data import IGNORED, TrainCrops, class_names, open_pairs
+from finetune.segmentation.judge import confusion_of, scores
+from finetune.segmentation.task import run
+from finetune.segmentation.upernet import Windows, feature_layers, pixel_loss, starts
+from launch.cli import parse
+from launch.metrics import read_metrics
+from launch.randomness import seeded
+from vim_backbone import UserError
+
+SMALL = ["--batch_size=4", "--log_every=1", "--data.workers=0", "--trackers=[]", "--pictures=2", "--head.channels=16",
+         "--head.auxiliary_channels=16", "--optim.base_lr=0.05", "--model.drop_path_rate=0"]  # fmt: skip
+
+
+@pytest.fixture
+def config(backbone, drawn, tmp_path):
+    def make(*argv):
+        data = [] if any(a.startswith("--data.source") for a in argv) else [f"--data.source={drawn('segmentation')}"]
+        own = [*SMALL, f"--backbone={backbone}", f"--out={tmp_path}", *data, *argv]
+        return parse(SegmentationConfig, own, "finetune/main.py", "")
+
+    return make
+
+
+def counted_directly(predicted, target, classes):
+    """IoU and accuracy of each class by loops over pixels, and the share of right pixels."""
+    iou, accuracy, right, total = [], [], 0, 0
+    for k in range(classes):
+        both = either = own = 0
+        for p, t in zip(predicted.flatten().tolist(), target.flatten().tolist(), strict=True):
+            if t != IGNORED:
+                both += p == k and t == k
+                either += p == k or t == k
+                own += t == k
+        right += both
+        total += own
+        iou += [both / either] if either else []
+        accuracy += [both / own] if own else []
+    return {"mIoU": np.mean(iou), "mAcc": np.mean(accuracy), "aAcc": right / total}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_scores_equal_a_direct_count(seed):
+    rng = np.random.default_rng(seed)
+    predicted = torch.from_numpy(rng.integers(0, 6, (40, 31)))
+    target = torch.from_numpy(rng.choice([0, 1, 2, 3, 5, IGNORED], (40, 31)))  # class 4 is predicted and never true
+    parts = [confusion_of(predicted[rows], target[rows], 7) for rows in (slice(0, 7), slice(7, 8), slice(8, 40))]
+    found = scores(torch.stack(parts).sum(0))
+    assert found == pytest.approx(counted_directly(predicted, target, 7), abs=1e-9)
+    counted = target != IGNORED
+    peer = jaccard_score(target[counted], predicted[counted], average="macro")
+    assert found["mIoU"] == pytest.approx(peer, abs=1e-9)
+
+
+def test_windows_cover_every_pixel_and_average():
+    assert starts(512, 512, 341) == [0]
+    assert starts(683, 512, 341) == [0, 171]
+    assert starts(1200, 512, 341) == [0, 341, 682, 688]
+
+    def model(images):
+        return torch.stack([images[:, 0], images[:, 1] * 2], dim=1)
+
+    image = torch.randn(1, 3, 50, 41)
+    expected = model(image)
+    torch.testing.assert_close(Windows((16, 16), (10, 10), 8, 8, False).logits(model, image), expected)
+    torch.testing.assert_close(Windows((64, 64), (10, 10), 8, 8, False).logits(model, image), expected)
+    torch.testing.assert_close(Windows((16, 16), (0, 0), 8, 8, False).logits(model, image), expected)
+    flipped = Windows((16, 16), (10, 10), 8, 8, True).logits(model, image)
+    torch.testing.assert_close(flipped.exp(), expected.softmax(1))  # a model that sees single pixels is symmetric
+
+
+def test_the_loss_leaves_ignored_pixels_out():
+    logits, target = torch.randn(2, 4, 5, 5), torch.randint(4, (2, 5, 5))
+    target[0, :3] = IGNORED
+    expected = -logits.log_softmax(1).gather(1, target.clamp(max=3)[:, None])[:, 0][target != IGNORED].mean()
+    torch.testing.assert_close(pixel_loss(logits, target), expected)
+    assert pixel_loss(logits, torch.full_like(target, IGNORED)) == 0
+
+
+def test_layers_as_in_the_recipe():
+    assert feature_layers(None, 24) == [6, 12, 18, 24]
+    with pytest.raises(UserError, match=r"head\.layers has 9: the backbone has blocks 1 to 4"):
+        feature_layers([1, 2, 9, 4], 4)
+    with pytest.raises(UserError, match=r"head\.layers ends with 3: it must end with the last block, 4"):
+        feature_layers([1, 2, 3, 3], 4)
+
+
+def test_crops_move_picture_and_map_together(drawn):
+    data = SegmentationData(source=str(drawn("segmentation")))
+    pairs, notes = open_pairs(data, "training", len(class_names(data)))
+    assert (len(pairs), notes) == (24, [])
+    whole = np.asarray(Image.open(pairs.maps[0]))
+    labels = pairs.labels(0)
+    assert ((labels == IGNORED) == (whole == 0)).all()
+    assert (labels[whole > 0] == whole[whole > 0] - 1).all()
+    crops = TrainCrops(pairs, (24, 40), CropConfig(photometric=False))
+    fullest = []
+    for index in range(24):
+        with seeded(0, index):
+            picture, target = crops.draw(index)
+        assert (picture.shape, target.shape) == ((3, 24, 40), (24, 40))
+        for kind, hue in ((1, 0), (2, 1), (3, 2)):  # circles are reddest, squares greenest, triangles bluest
+            inside = picture.float()[:, target == kind]
+            assert inside.numel() == 0 or inside.mean(1).argmax() == hue
+        counts = torch.bincount(target[target != IGNORED].long())
+        fullest.append(float(counts.max() / counts.sum()))
+    assert np.mean(fullest) < 0.85
+
+
+def test_what_a_run_leaves_behind(config):
+    folder = run(config("--steps=2", "--test.flip=true", "--trackers=[tensorboard]"))
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert {"loss", "loss_segmentation", "loss_auxiliary"} <= rows[0].keys()
+    assert rows[1]["loss"] == pytest.approx(rows[1]["loss_segmentation"] + rows[1]["loss_auxiliary"])
+    assert rows[-1]["val_samples"] == 9
+    where = folder / "evaluations/step-00000002"
+    table = list(csv.DictReader((where / "classes.csv").open()))
+    assert [row["class"] for row in table] == ["background", "circle", "square", "triangle"]
+    with Image.open(where / "predictions.png") as image:
+        assert image.width > 500
+    assert json.loads((folder / "model/config.json").read_text())["task"] == "segmentation"
+    whole = run(config("--mode=evaluate", "--resume", "--test.mode=whole", "--trackers=[]"))
+    assert len([row for row in read_metrics(whole / "metrics.jsonl") if "val_mIoU" in row]) == 2
+
+
+def test_it_learns_and_resumes_exactly(config, tmp_path):
+    options = ["--steps=60", "--checkpoint_every=58", "--batch_size=6", "--ema_decay=0.9", "--crop.ratio=[0.8,1.2]",
+               "--optim.base_lr=0.1", "--optim.layer_decay=1", "--crop.photometric=false",
+               "--head.channels=32"]  # fmt: skip
+    whole = run(config(*options))
+    rows = read_metrics(whole / "metrics.jsonl")
+    losses = [row["loss_segmentation"] for row in rows if "loss" in row]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    cut = tmp_path / "cut/segmentation"
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoints/step-00000060")
+    shutil.rmtree(cut / "model")
+    run(config(*options, f"--out={tmp_path}/cut", "--resume"))
+    tensors = [load_file(folder / "model/model.safetensors") for folder in (cut, whole)]
+    torch.testing.assert_close(*tensors, rtol=0, atol=0)
+    assert read_metrics(cut / "metrics.jsonl")[-1] == rows[-1]
+
+
+@pytest.fixture
+def spoiled(drawn, tmp_path):
+    """A copy of the drawn data, to be spoiled."""
+    return shutil.copytree(drawn("segmentation"), tmp_path / "data")
+
+
+def rewrite(path, change):
+    Image.fromarray(change(np.asarray(Image.open(path)).copy())).save(path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "argv", "words"),
+    [
+        (lambda d: (d / "annotations/training/000003.png").unlink(), (),
+         r"1 pictures of .* have no map in .*0003.png"),
+        (lambda d: shutil.rmtree(d / "images/validation"), (), r"images/validation does not exist: set data.images"),
+        (lambda d: rewrite(d / "annotations/training/000000.png", lambda a: a + 9), (),
+         r"000000.png has label \d+: it must be 1 .. 4, or ignored; see data.num_classes \(4\) and data.zero"),
+        (lambda d: (d / "objectInfo4.txt").unlink(), (), "how many classes. set data.num_classes, or put classes.txt"),
+        (lambda d: None, ("--data.num_classes=7",), "data.num_classes is 7, but .*objectInfo4.txt names 4 classes"),
+        (lambda d: [rewrite(p, lambda a: a[:9]) for p in (d / "annotations/training").glob("*")], (),
+         r"is \(32, 9\) pixels, its picture 000000.jpg \(32, 32\); 24 maps are so"),
+        (lambda d: None, ("--data.source=nowhere",), "data.source nowhere does not exist"),
+        (lambda d: None, ("--mode=evaluate",), "mode evaluate needs a trained run"),
+    ],
+)  # fmt: skip
+def test_data_that_will_not_do(config, spoiled, spoil, argv, words):
+    spoil(spoiled)
+    source = () if any("source" in a for a in argv) else (f"--data.source={spoiled}",)
+    with pytest.raises(UserError, match=words) as caught:
+        run(config(*source, *argv))
+    assert "\n" not in str(caught.value)
+    assert not (spoiled.parent / "segmentation").exists()
+
+
+def test_single_bad_maps_are_skipped_counted_and_named(config, spoiled, capsys):
+    rewrite(spoiled / "annotations/training/000001.png", lambda a: a[:9])
+    (spoiled / "annotations/training/000002.png").write_bytes(b"broken")
+    folder = run(config(f"--data.source={spoiled}", "--steps=6", "--log_every=6"))
+    assert "1 pairs of training skipped, picture and map differ in size: 000001.jpg" in capsys.readouterr().err
+    assert (folder / "bad_pictures.txt").read_text().startswith("000002.jpg\t")
