@@ -11,7 +11,7 @@ from launch.optim import OptimConfig, build_optimizer
 from launch.plan import main
 from launch.speed import measured, seconds_a_picture
 from pretrain.config import ModelConfig, PretrainConfig
-from pretrain.mae import DecoderConfig
+from pretrain.mae import DecoderConfig, split_patches
 from pretrain.train import build_model
 from vim_backbone import UserError, named_config
 
@@ -33,7 +33,7 @@ def real_peak(task, name, pictures):
 
     def step():
         with torch.autocast("cpu", torch.bfloat16, enabled=task.half):
-            loss = made(images, mask)
+            loss = made(images, *split_patches(mask))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
