@@ -9,14 +9,18 @@ from torch import Tensor
 
 from vim_kernels.triton_backend import plan
 from vim_kernels.triton_backend.launch import launch
-from vim_kernels.triton_backend.mixer_kernels import mixer_inputs_kernel
+from vim_kernels.triton_backend.mixer_kernels import (
+    mixer_convolution_kernel,
+    mixer_projection_kernel,
+    mixer_weights_kernel,
+)
 from vim_kernels.triton_backend.plan import Tokens, tokens_of
 from vim_kernels.triton_backend.scan import ScanInputs, scan_backward, scan_forward
-from vim_kernels.triton_backend.token_kernels import decay_rates_kernel
 from vim_kernels.triton_backend.tokens import conv_backward, convolve, flat, gate_backward, own, split_taps
 from vim_kernels.types import ScanWeights
 
 LN2 = math.log(2)
+WEIGHTS_BLOCK = 64
 
 
 class MixerInputs(NamedTuple):
@@ -120,28 +124,38 @@ def mixer_inputs(
     """Convolution, SiLU, x_proj, dt_proj and softplus of both directions."""
     d, n = forward.A_log.shape
     rank, states, rows = forward.dt_proj.shape[1], _states(n), tokens.rows
-    source = flat(x)
+    source, target = flat(x), plan.target(x.device)
     f, b = _contiguous(forward), _contiguous(backward)
     biases = _conv_biases(f, b)
+    width, low_width = f.conv_weight.shape[1], _rank(rank)
+    columns = triton.next_power_of_2(2 * states + low_width)
+    rates = x.new_empty(2, states, d, dtype=torch.float32)
+    taps = x.new_empty(2, width + 1, d, dtype=torch.float32)
+    projections = x.new_empty(2, 2, columns, d)
+    launch(mixer_weights_kernel, (triton.cdiv(d, WEIGHTS_BLOCK), 2),
+        f.A_log, b.A_log, f.conv_weight, b.conv_weight, *(biases or (x, x)), f.x_proj, b.x_proj, f.dt_proj, b.dt_proj,
+        rates, taps, projections, d,
+        N=n, STATES=states, WIDTH=width, RANK=rank, COLUMNS=columns, HAS_BIAS=biases is not None, BLOCK=WEIGHTS_BLOCK,
+    )  # fmt: skip
     u = x.new_empty(2, rows, d)
+    sizes = plan.CONVOLUTION
+    launch(mixer_convolution_kernel, (triton.cdiv(rows, sizes.groups * sizes.steps), triton.cdiv(d, sizes.block)),
+        source, source.stride(0), taps, u, tokens.segment(x), rows, tokens.length, d, rows * d,
+        PACKED=tokens.packed, WIDTH=width, GROUPS=sizes.groups, STEPS=sizes.steps, BLOCK=sizes.block,
+        HARDWARE=target == "cuda", num_warps=sizes.warps,
+    )  # fmt: skip
     dt = x.new_empty(2, rows, d, dtype=torch.float32 if x.dtype == torch.float32 else torch.float16)
     bc = x.new_empty(2, rows, 2 * states, dtype=torch.float32)
-    low = x.new_empty(2, rows, _rank(rank)) if store_low else None
-    sizes = plan.MIXER[plan.target(x.device)]
-    launch(mixer_inputs_kernel, (2, triton.cdiv(rows, sizes.rows)),
-        source, source.stride(0), f.conv_weight, b.conv_weight,
-        *(biases or (x, x)),
-        f.x_proj, b.x_proj, f.dt_proj, b.dt_proj, f.dt_bias, b.dt_bias,
-        u, dt, bc, low if low is not None else x, tokens.segment(x), rows, tokens.length, d,
-        rows * d, rows * 2 * states, rows * _rank(rank),
-        HAS_BIAS=biases is not None, PACKED=tokens.packed, STORE_LOW=store_low, WIDTH=f.conv_weight.shape[1],
-        N=n, STATES=states, RANK=rank, RANK_BLOCK=_rank(rank),
-        ROWS=sizes.rows, BLOCK=sizes.block, DOT=plan.dot_dtype(x), PRECISION="ieee",
-        HARDWARE=plan.target(x.device) == "cuda",
+    low = x.new_empty(2, rows, low_width) if store_low else None
+    sizes = plan.MIXER[target]
+    launch(mixer_projection_kernel, (triton.cdiv(rows, sizes.rows), 2),
+        u, projections, f.dt_bias, b.dt_bias, dt, bc, low if low is not None else x,
+        rows, d, rows * d, rows * 2 * states, rows * low_width,
+        STORE_LOW=store_low, STATES=states, RANK_BLOCK=low_width, COLUMNS=columns,
+        ROWS=sizes.rows, BLOCK=sizes.block, EVEN=d % sizes.block == 0,
+        DOT=plan.dot_dtype(x), PRECISION="ieee", HARDWARE=target == "cuda",
         num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip
-    rates = x.new_empty(2, states, d, dtype=torch.float32)
-    launch(decay_rates_kernel, (triton.cdiv(d, 64), 2), f.A_log, b.A_log, rates, d, N=n, STATES=states, BLOCK=64)
     return MixerInputs(ScanInputs(u, dt, bc, rates, (f.D, b.D), False), low)
 
 

@@ -44,6 +44,15 @@ class TiledSizes(NamedTuple):
     step: int  # forward: tokens unrolled; backward: tokens whose states are in registers at a time
 
 
+class ConvolutionSizes(NamedTuple):
+    """Groups of consecutive rows, rows of a group, channels and warps a program."""
+
+    groups: int
+    steps: int
+    block: int
+    warps: int
+
+
 class MixerSizes(NamedTuple):
     """Rows and channels of a tile, warps, stages of the loads of weights."""
 
@@ -61,7 +70,8 @@ TILED_STATES = 16
 FORWARD = {"cuda": ForwardSizes(32, 1, 2), "hip": ForwardSizes(64, 1, 0), "interpreter": ForwardSizes(32, 1, 0)}
 STATE = {"cuda": ForwardSizes(32, 1, 2), "hip": ForwardSizes(64, 1, 0), "interpreter": ForwardSizes(32, 1, 0)}
 BACKWARD = {"cuda": BackwardSizes(32, 1, 2), "hip": BackwardSizes(64, 1, 2), "interpreter": BackwardSizes(32, 1, 4)}
-MIXER = {"cuda": MixerSizes(64, 32, 4, 3), "hip": MixerSizes(64, 32, 4, 1), "interpreter": MixerSizes(16, 64, 4, 1)}
+MIXER = {"cuda": MixerSizes(64, 64, 4, 3), "hip": MixerSizes(64, 32, 4, 1), "interpreter": MixerSizes(16, 64, 4, 1)}
+CONVOLUTION = ConvolutionSizes(4, 8, 128, 4)
 CARRY_BLOCK, CARRY_CHUNKS = 32, 64
 FEW_WARPS, WANTED_WARPS = 4, 64
 """Warps a multiprocessor: under FEW_WARPS a scan of whole sequences waits, and is cut into chunks for WANTED_WARPS."""

@@ -14,9 +14,10 @@ from vim_kernels.triton_backend import plan
 from vim_kernels.triton_backend.backward_kernels import scan_backward_kernel
 from vim_kernels.triton_backend.forward_kernels import carry_kernel, chunk_state_kernel, scan_forward_kernel
 from vim_kernels.triton_backend.launch import launch
-from vim_kernels.triton_backend.layouts import block_of, tile_layouts
+from vim_kernels.triton_backend.layouts import backward_layouts, block_of, forward_layouts
 from vim_kernels.triton_backend.plan import Chunks, Tokens
-from vim_kernels.triton_backend.tiled_kernels import tiled_backward_kernel, tiled_forward_kernel
+from vim_kernels.triton_backend.tiled_forward import tiled_forward_kernel
+from vim_kernels.triton_backend.tiled_kernels import tiled_backward_kernel
 
 
 class ScanInputs(NamedTuple):
@@ -90,18 +91,10 @@ def scan_forward(
     options = {"num_warps": warps, "num_stages": 1}
     if tiled:
         sizes = plan.TILED_FORWARD
-        layouts = tile_layouts(sizes.states_thread, sizes.channels_thread, warps, block, n)
-        launch(
-            tiled_forward_kernel,
-            (blocks, chunks.total),
-            *tensors,
-            *strides,
-            **flags,
-            TILE=sizes.tile,
-            UNROLL=sizes.step,
-            **layouts,
-            **options,
-        )
+        layouts = forward_layouts(q, sizes.states_thread, sizes.channels_thread, warps, sizes.tile, n)
+        launch(tiled_forward_kernel, (blocks, chunks.total), *tensors, *strides, **flags,
+            TILE=sizes.tile, STEP=sizes.step, **layouts, **(options | {"num_warps": q * warps}),
+        )  # fmt: skip
     else:
         ahead = plan.FORWARD[plan.target(out.device)].ahead
         launch(scan_forward_kernel, (blocks, chunks.total), *tensors, d, *strides, **flags, AHEAD=ahead, **options)
@@ -149,7 +142,7 @@ def scan_backward(
     options = {"num_warps": warps, "num_stages": 1}
     if tiled:
         sizes = plan.TILED_BACKWARD
-        layouts = tile_layouts(sizes.states_thread, sizes.channels_thread, warps, block, n)
+        layouts = backward_layouts(sizes.states_thread, sizes.channels_thread, warps, n)
         launch(
             tiled_backward_kernel, (blocks, chunks.total, q), *tensors, **flags, GROUP=sizes.step, **layouts, **options
         )
