@@ -110,6 +110,7 @@ def cases(column: str) -> list[Case]:
     found.append(Case(mixer_kernels.mixer_projection_kernel, constants | hardware, mixer.warps, mixer.stages))
     constants = {"N": 16, "STATES": 16, "WIDTH": 4, "RANK": 12, "COLUMNS": 64, "HAS_BIAS": True, "BLOCK": 64}
     found.append(Case(mixer_kernels.mixer_weights_kernel, constants, 4))
+    found.append(Case(mixer_kernels.sum_parts_kernel, {"COLUMNS": 32, "ROWS": 32}, 4))
     if column == "cuda":
         found += _tiled_cases()
     return found + _token_cases()
@@ -117,18 +118,23 @@ def cases(column: str) -> list[Case]:
 
 def _tiled_cases() -> list[Case]:
     found = []
-    forward, backward = plan.TILED_FORWARD, plan.TILED_BACKWARD
-    for directions, save, packed, chunked in ((2, False, False, False), (2, True, True, True), (1, True, False, True)):
-        block = block_of(forward.states_thread, forward.channels_thread, forward.warps, 16)
-        constants = {
-            "DIRECTIONS": directions, "REVERSE": False, "PACKED": packed, "GATE": True, "SAVE": save, "HAS_D": True,
-            "HAS_H0": chunked, "STORE_FINAL": directions == 1, "SCALE": 0.5, "N": 16, "BLOCK": block,
-            "INTERVAL": plan.INTERVAL, "TILE": forward.tile, "STEP": forward.step,
-            **forward_layouts(
-                directions, forward.states_thread, forward.channels_thread, forward.warps, forward.tile, 16
-            ),
-        }  # fmt: skip
-        found.append(Case(tiled_forward.tiled_forward_kernel, constants, directions * forward.warps))
+    for _, sizes in plan.TILED_FORWARD:
+        for directions, save, packed, chunked, states_only in (
+            (2, False, False, False, False),
+            (2, True, True, True, False),
+            (1, True, False, True, False),
+            (2, False, True, False, True),
+        ):
+            constants = {
+                "DIRECTIONS": directions, "REVERSE": False, "PACKED": packed, "GATE": not states_only, "SAVE": save,
+                "HAS_D": not states_only, "HAS_H0": chunked, "STORE_FINAL": directions == 1 or states_only,
+                "STATES_ONLY": states_only, "SCALE": 0.5, "N": 16,
+                "BLOCK": block_of(sizes.states_thread, sizes.channels_thread, sizes.warps, 16),
+                "INTERVAL": plan.INTERVAL, "TILE": sizes.tile, "STEP": sizes.step,
+                **forward_layouts(directions, sizes.states_thread, sizes.channels_thread, sizes.warps, sizes.tile, 16),
+            }  # fmt: skip
+            found.append(Case(tiled_forward.tiled_forward_kernel, constants, directions * sizes.warps))
+    backward = plan.TILED_BACKWARD
     for packed, adjoint in ((False, False), (True, True)):
         block = block_of(backward.states_thread, backward.channels_thread, backward.warps, 16)
         constants = {

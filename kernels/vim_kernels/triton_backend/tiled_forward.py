@@ -58,14 +58,17 @@ def _rows(
 @gluon.jit
 def tiled_forward_kernel(
     u_ptr, dt_ptr, bc_ptr, z_ptr, out_ptr, ungated_ptr, rates_ptr, D0_ptr, D1_ptr, h0_ptr, final_ptr, states_ptr,
-    table_ptr, length, chunk_size, chunks_per_sequence, slots_per_sequence,
+    total_ptr, table_ptr, length, chunk_size, chunks_per_sequence, slots_per_sequence,
     channels, z_stride, u_direction, bc_direction, chunk_direction, slot_direction,
     DIRECTIONS: gl.constexpr, REVERSE: gl.constexpr, PACKED: gl.constexpr, GATE: gl.constexpr, SAVE: gl.constexpr,
-    HAS_D: gl.constexpr, HAS_H0: gl.constexpr, STORE_FINAL: gl.constexpr, SCALE: gl.constexpr,
+    HAS_D: gl.constexpr, HAS_H0: gl.constexpr, STORE_FINAL: gl.constexpr, STATES_ONLY: gl.constexpr, SCALE: gl.constexpr,
     N: gl.constexpr, BLOCK: gl.constexpr, INTERVAL: gl.constexpr, TILE: gl.constexpr, STEP: gl.constexpr,
     state: gl.constexpr, rows_layout: gl.constexpr, bc_layout: gl.constexpr, token: gl.constexpr, tile: gl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of channels, chunks); arguments as in `forward_kernels.scan_forward_kernel`."""
+    """Grid (blocks of channels, chunks); arguments as in `forward_kernels.scan_forward_kernel`.
+
+    STATES_ONLY: no output, but the final state and the sum of dt of every chunk, `total` (q, chunks, d) float32.
+    """
     column = gl.program_id(0) * BLOCK
     chunk = gl.program_id(1)
     first, count, slot = chunk_rows(
@@ -91,13 +94,14 @@ def tiled_forward_kernel(
     else:
         h = gl.zeros([DIRECTIONS, N, BLOCK], gl.float32, layout=state)
     saved_ptr = states_ptr + q * slot_direction + slot * (N * channels) + at
+    channel = column + gl.expand_dims(gl.arange(0, BLOCK, layout=gl.SliceLayout(0, by_channel)), 0)
+    direction = gl.expand_dims(gl.arange(0, DIRECTIONS, layout=gl.SliceLayout(1, by_channel)), 1)
+    total = gl.zeros([DIRECTIONS, BLOCK], gl.float32, layout=by_channel)
     if HAS_D:
-        channel = column + gl.expand_dims(gl.arange(0, BLOCK, layout=gl.SliceLayout(0, by_channel)), 0)
         skip = gl.load(D0_ptr + channel, mask=channel < channels, other=0.0).to(gl.float32)
         if DIRECTIONS == 2:
-            second = gl.expand_dims(gl.arange(0, 2, layout=gl.SliceLayout(1, by_channel)), 1) == 1
             skip_1 = gl.load(D1_ptr + channel, mask=channel < channels, other=0.0).to(gl.float32)
-            skip = gl.where(second, skip_1, skip)
+            skip = gl.where(direction == 1, skip_1, skip)
 
     # (t, q, d) and (t, q, n): tiles of what is read and written
     q_row = _middle(DIRECTIONS, rows_layout)
@@ -121,6 +125,8 @@ def tiled_forward_kernel(
         last_visit = (DIRECTIONS == 1) | (2 * j + 1 >= tiles)
         # In the tile in the middle, of an odd number of them, both directions are at once: there the first goes before.
         meets = 2 * j + 1 == tiles
+        # What the other direction left is loaded ahead, but for the tiles that it has only just been in.
+        fresh = meets | (2 * j == tiles)
         view_of(u_s, u_s.dtype, [TILE, DIRECTIONS, BLOCK], tile).store(u)
         view_of(dt_s, dt_s.dtype, [TILE, DIRECTIONS, BLOCK], tile).store(dt)
         view_of(b_s, gl.float32, [TILE, DIRECTIONS, N], tile).store(B)
@@ -133,11 +139,9 @@ def tiled_forward_kernel(
         B = gl.load(bc_ptr + row_bc * (2 * N), mask=here_bc, other=0.0)
         C = gl.load(bc_ptr + row_bc * (2 * N) + N, mask=here_bc, other=0.0)
         # What the end of the tile will need, too; before the middle that is nothing.
-        if 2 * j == tiles:
-            barrier()  # the other direction has left its sum just behind the middle
         z = gl.load(z_ptr + at_z, mask=mask & (last_visit & GATE), other=0.0)
-        if DIRECTIONS == 2:
-            other = gl.load(out_ptr + at_row, mask=mask & (2 * j >= tiles), other=0.0)
+        if DIRECTIONS == 2 and not STATES_ONLY:
+            other = gl.load(out_ptr + at_row, mask=mask & (2 * j > tiles), other=0.0)
         if SAVE:
             # The state enters an interval at its first row, or when scanned backwards behind its last one.
             RATIO: gl.constexpr = INTERVAL // TILE
@@ -160,30 +164,41 @@ def tiled_forward_kernel(
                 u_l = u_l + (u_s.index(i).load(by_channel).to(gl.float32),)
                 dt_l = dt_l + (dt_s.index(i).load(by_channel).to(gl.float32),)
                 B_l = B_l + (b_s.index(i).load(by_state),)
-                C_l = C_l + (c_s.index(i).load(by_state),)
+                if not STATES_ONLY:
+                    C_l = C_l + (c_s.index(i).load(by_state),)
             y_l = ()
             for k in gl.static_range(STEP):
                 decay = gl.exp2(gl.expand_dims(dt_l[k], 1) * rates)
                 h = gl.fma(decay, h, gl.expand_dims(dt_l[k] * u_l[k], 1) * gl.expand_dims(B_l[k], 2))
-                y = gl.sum(h * gl.expand_dims(C_l[k], 2), axis=1)
-                if HAS_D:
-                    y = gl.fma(skip, u_l[k], y)
-                y_l = y_l + (y,)
-            y_s.index(group).store(_stack(y_l, STEP, DIRECTIONS, BLOCK))
-        y = view_of(y_s, gl.float32, [TILE, DIRECTIONS, BLOCK], tile).load(rows_layout)
-        if DIRECTIONS == 2:
-            if meets | (2 * j < tiles):
-                gl.store(out_ptr + at_row, y.to(out_ptr.dtype.element_ty), mask=mask & ((q_row == 0) | (not meets)))
-            if 2 * j + 1 >= tiles:
-                if meets:
-                    barrier()  # the first direction has just left its sum
-                    other = gl.load(out_ptr + at_row, mask=mask, other=0.0)
-                y += other.to(gl.float32)
-                _finish(y, z, at_row, mask & ((q_row == 1) | (not meets)), out_ptr, ungated_ptr, GATE, SAVE, SCALE)
-        else:
-            _finish(y, z, at_row, mask, out_ptr, ungated_ptr, GATE, SAVE, SCALE)
+                if STATES_ONLY:
+                    total += dt_l[k]
+                else:
+                    y = gl.sum(h * gl.expand_dims(C_l[k], 2), axis=1)
+                    if HAS_D:
+                        y = gl.fma(skip, u_l[k], y)
+                    y_l = y_l + (y,)
+            if not STATES_ONLY:
+                y_s.index(group).store(_stack(y_l, STEP, DIRECTIONS, BLOCK))
+        if not STATES_ONLY:
+            y = view_of(y_s, gl.float32, [TILE, DIRECTIONS, BLOCK], tile).load(rows_layout)
+            if DIRECTIONS == 2:
+                if meets | (2 * j < tiles):
+                    left = mask & ((q_row == 0) | (not meets))
+                    gl.store(out_ptr + at_row, y.to(out_ptr.dtype.element_ty), mask=left)
+                if last_visit:
+                    if fresh:
+                        barrier()
+                        other = gl.load(out_ptr + at_row, mask=mask, other=0.0)
+                    y += other.to(gl.float32)
+                    mask = mask & ((q_row == 1) | (not meets))
+                    _finish(y, z, at_row, mask, out_ptr, ungated_ptr, GATE, SAVE, SCALE)
+            else:
+                _finish(y, z, at_row, mask, out_ptr, ungated_ptr, GATE, SAVE, SCALE)
     if STORE_FINAL:
         gl.store(final_ptr + of_chunk, h, mask=ok)
+    if STATES_ONLY:
+        at_chunk = direction * (chunk_direction // N) + chunk.to(gl.int64) * channels + channel
+        gl.store(total_ptr + at_chunk, total, mask=channel < channels)
 
 
 @gluon.jit

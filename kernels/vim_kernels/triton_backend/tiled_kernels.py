@@ -55,7 +55,7 @@ def _fetch(
 @gluon.jit
 def tiled_backward_kernel(
     u_ptr, dt_ptr, bc_ptr, dy_ptr, rates_ptr, D0_ptr, D1_ptr, states_ptr, adjoint_ptr,
-    du_ptr, ddt_ptr, dbc_ptr, drates_ptr, dD_ptr, dh0_ptr,
+    du_ptr, ddt_ptr, dbc_ptr, drates_ptr, sums_ptr, dh0_ptr,
     table_ptr, length, chunk_size, chunks_per_sequence, slots_per_sequence,
     channels, u_direction, bc_direction, chunk_direction, slot_direction, block_stride,
     REVERSE: gl.constexpr, PACKED: gl.constexpr, HAS_D: gl.constexpr, HAS_ADJOINT: gl.constexpr,
@@ -106,6 +106,7 @@ def tiled_backward_kernel(
     h_s = gl.allocate_shared_memory(gl.float32, [INTERVAL // GROUP, N, BLOCK], view)
     drates = gl.zeros([N, BLOCK], gl.float32, layout=state)
     dD = gl.zeros([BLOCK], gl.float32, layout=gl.SliceLayout(0, state))
+    ddt_sum = gl.zeros([BLOCK], gl.float32, layout=gl.SliceLayout(0, state))
     intervals = gl.cdiv(count, INTERVAL)
     for j in range(0, intervals):
         interval = gl.where(backwards, j, intervals - 1 - j)
@@ -169,6 +170,7 @@ def tiled_backward_kernel(
                 if SOFTPLUS:
                     ddt = ddt * (1.0 - gl.exp2(tau * -LOG2E))
                 here = ok_d & (i < rows)
+                ddt_sum += gl.where(here, ddt, 0.0)
                 gl.store(du_ptr + out_row * channels + d, du.to(du_ptr.dtype.element_ty), mask=here)
                 gl.store(ddt_ptr + out_row * channels + d, ddt.to(ddt_ptr.dtype.element_ty), mask=here)
                 inside = (n * 0 + i) < rows
@@ -179,8 +181,8 @@ def tiled_backward_kernel(
                     mask=inside,
                 )
     gl.store(drates_ptr + state_at + at, drates, mask=ok)
-    if HAS_D:
-        out = (direction * gl.num_programs(1) + chunk).to(gl.int64) * channels
-        gl.store(dD_ptr + out + d, dD, mask=ok_d)
+    sums = sums_ptr + (direction * gl.num_programs(1) + chunk).to(gl.int64) * 2 * channels + d
+    gl.store(sums, dD, mask=ok_d)
+    gl.store(sums + channels, ddt_sum, mask=ok_d)
     if STORE_DH0:
         gl.store(dh0_ptr + state_at + at, R, mask=ok)
