@@ -130,9 +130,7 @@ def cases(inputs: Inputs, backend: str, rivals: list[str]) -> dict[str, Callable
     if "associative_scan" in rivals:
         compiled = torch.compile(associative, dynamic=False)  # it has no backward pass on GPUs
         tensors = inputs.scan
-        found["scan x 2, associative_scan"] = lambda: Case(
-            lambda: both(compiled, tensors, {}, {"reverse": True}), None
-        )
+        found["scan x 2, associative_scan"] = lambda: Case(lambda: both(compiled, tensors, {}, {"reverse": True}), None)
     if "loop" in rivals:
         found["scan x 2, loop"] = lambda: differentiated(
             lambda: both(loop, inputs.scan, {}, {}), list(inputs.scan.values())

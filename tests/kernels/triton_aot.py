@@ -236,7 +236,10 @@ def main() -> None:
     for target in sys.argv[1:] or TARGETS:
         for case in cases("hip" if target.startswith("gfx") else "cuda"):
             found = compile_case(case, target)
-            print(json.dumps({"target": target, "kernel": case.name, **found._asdict()}))  # noqa: T201
+            flags = {k: v for k, v in case.constants.items() if isinstance(v, (bool, int))}
+            if "state" in case.constants:
+                flags["states_thread"], flags["channels_thread"] = case.constants["state"].size_per_thread[-2:]
+            print(json.dumps({"target": target, "kernel": case.name, "flags": flags, **found._asdict()}))  # noqa: T201
 
 
 if __name__ == "__main__":

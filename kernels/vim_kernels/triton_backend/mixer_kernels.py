@@ -58,9 +58,7 @@ def mixer_weights_kernel(
     is_rank = (rank >= 0) & (rank < RANK)
     row = tl.where(rank < 0, RANK + (column // STATES) * N + column % STATES, rank)
     used = tl.where(rank < 0, column % STATES < N, is_rank)
-    x_proj = tl.load(
-        x_proj_ptr + row[:, None] * channels + d[None, :], mask=used[:, None] & ok[None, :], other=0.0
-    )
+    x_proj = tl.load(x_proj_ptr + row[:, None] * channels + d[None, :], mask=used[:, None] & ok[None, :], other=0.0)
     dt_proj = tl.load(dt_proj_ptr + d[None, :] * RANK + rank[:, None], mask=is_rank[:, None] & ok[None, :], other=0.0)
     at = projections_ptr + (direction * 2 * COLUMNS + column[:, None]) * channels + d[None, :]
     tl.store(at, x_proj.to(projections_ptr.dtype.element_ty), mask=ok[None, :])

@@ -76,7 +76,7 @@ MIXER = {"cuda": MixerSizes(64, 64, 4, 3), "hip": MixerSizes(64, 32, 4, 1), "int
 CONVOLUTION = ConvolutionSizes(4, 8, 128, 4)
 CARRY_BLOCK, CARRY_CHUNKS = 32, 64
 FORWARD_FEW, BACKWARD_FEW, WANTED_WARPS = 1.6, 4, 64
-"""Warps a multiprocessor: with fewer of them a scan of whole sequences waits, and is cut into chunks for WANTED_WARPS."""
+"""Warps a multiprocessor: with fewer of them a scan of whole sequences waits, and is cut to make WANTED_WARPS."""
 
 
 class Tokens(NamedTuple):

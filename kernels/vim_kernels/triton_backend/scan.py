@@ -67,9 +67,7 @@ def scan_forward(
     entering = initial
     if not chunks.one_each:
         entering = _entering_states(inputs, inputs.u, tokens, chunks, initial, final, adjoint=False)
-    _forward(
-        inputs, z, out, ungated, entering, final if chunks.one_each else None, states, None, tokens, chunks, scale
-    )
+    _forward(inputs, z, out, ungated, entering, final if chunks.one_each else None, states, None, tokens, chunks, scale)
     return final
 
 
@@ -182,9 +180,9 @@ def scan_backward(
     else:
         kept = triton.cdiv(plan.INTERVAL, sizes.group) * n * block
         scratch = dy.new_empty(q * chunks.total * blocks * kept, dtype=torch.float32)
-        launch(
-            scan_backward_kernel, (blocks, chunks.total, q), *tensors, scratch, kept, **flags, GROUP=sizes.group, **options
-        )
+        launch(scan_backward_kernel, (blocks, chunks.total, q),
+            *tensors, scratch, kept, **flags, GROUP=sizes.group, **options,
+        )  # fmt: skip
     of_channels = sums.sum(1)
     return ScanGradients(du, ddt, dbc, drates.sum(1), of_channels[:, 0], of_channels[:, 1], initial)
 

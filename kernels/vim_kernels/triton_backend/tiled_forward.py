@@ -10,7 +10,7 @@ takes log2 of the threads that share a channel shuffles a token.
 Shapes: q directions, t tokens of a tile, n states, d channels of a block.
 """
 
-# ruff: noqa: RUF005 - Triton's language has no starred tuples
+# ruff: noqa: RUF005, RET505 - Triton's language has no starred tuples, and folds only plain `if`s with an `else`
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false, reportCallIssue=false
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportAssignmentType=false
 # pyright: reportPossiblyUnboundVariable=false
@@ -61,7 +61,8 @@ def tiled_forward_kernel(
     total_ptr, table_ptr, length, chunk_size, chunks_per_sequence, slots_per_sequence,
     channels, z_stride, u_direction, bc_direction, chunk_direction, slot_direction,
     DIRECTIONS: gl.constexpr, REVERSE: gl.constexpr, PACKED: gl.constexpr, GATE: gl.constexpr, SAVE: gl.constexpr,
-    HAS_D: gl.constexpr, HAS_H0: gl.constexpr, STORE_FINAL: gl.constexpr, STATES_ONLY: gl.constexpr, SCALE: gl.constexpr,
+    HAS_D: gl.constexpr, HAS_H0: gl.constexpr, STORE_FINAL: gl.constexpr,
+    STATES_ONLY: gl.constexpr, SCALE: gl.constexpr,
     N: gl.constexpr, BLOCK: gl.constexpr, INTERVAL: gl.constexpr, TILE: gl.constexpr, STEP: gl.constexpr,
     state: gl.constexpr, rows_layout: gl.constexpr, bc_layout: gl.constexpr, token: gl.constexpr, tile: gl.constexpr,
 ):  # fmt: skip
@@ -218,7 +219,7 @@ def _joined(parts, FIRST: gl.constexpr, COUNT: gl.constexpr):
 
 @gluon.jit
 def _stack(parts, COUNT: gl.constexpr, DIRECTIONS: gl.constexpr, BLOCK: gl.constexpr):
-    """COUNT (q, d) tensors as one (COUNT, q, d): one store to shared memory, where each its own would take a barrier."""
+    """COUNT (q, d) tensors as one (COUNT, q, d): one store to shared memory; one each would take a barrier each."""
     joined = _joined(parts, 0, COUNT)
     if COUNT == 2:
         joined = gl.permute(joined, (2, 0, 1))

@@ -6,7 +6,7 @@ CHANNELS_THREAD channels; that layout, not the compiler's choice, decides how of
 the state as it is: their dt is 0, so they decay by 1 and drive by 0.
 """
 
-# ruff: noqa: RUF005, SIM108 - Triton's language has no starred tuples, and folds only plain `if`s on constants
+# ruff: noqa: RUF005 - Triton's language has no starred tuples, and folds only plain `if`s on constants
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false, reportCallIssue=false
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportAssignmentType=false
 # pyright: reportPossiblyUnboundVariable=false

@@ -3,7 +3,7 @@
 Rows are the tokens of all sequences, one after the other. Two rows belong to one sequence where `segment` says so.
 """
 
-# ruff: noqa: RUF005 - Triton's language has no starred tuples, and folds only plain `if`s on constants
+# ruff: noqa: RUF005, RET505 - Triton's language has no starred tuples, and folds only plain `if`s on constants
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false, reportCallIssue=false
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportAssignmentType=false
 # pyright: reportPossiblyUnboundVariable=false
