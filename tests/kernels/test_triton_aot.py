@@ -14,7 +14,7 @@ from tests.kernels.triton_aot import TARGETS
 REGISTERS = {"scan_forward_kernel": 168, "chunk_state_kernel": 168}
 TILED_REGISTERS = 168
 """Of the tiled forward kernel on the paths that a model takes, both directions at once: three warps a scheduler."""
-SPILLS = {"tiled_backward_kernel": 144}
+SPILLS = {"tiled_backward_kernel": 160}
 """Bytes. Four tokens a group spill a little, and are a seventh faster on an H200 than two that do not."""
 
 

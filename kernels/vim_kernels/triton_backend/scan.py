@@ -144,10 +144,11 @@ def scan_backward(
     """Gradients of one scan; that of dt is for the value before softplus where `softplus`."""
     q, d, n = inputs.sizes
     tiled = plan.tiled(dy.device, n)
-    sizes = plan.TILED_BACKWARD if tiled else plan.BACKWARD[plan.target(dy.device)]
-    block = block_of(sizes.states_thread, sizes.channels_thread, sizes.warps, n) if tiled else sizes.block
+    by_tile, core = plan.TILED_BACKWARD, plan.BACKWARD[plan.target(dy.device)]
+    block = block_of(by_tile.states_thread, by_tile.channels_thread, by_tile.warps, n) if tiled else core.block
+    warps = by_tile.warps if tiled else core.warps
     blocks, processors = triton.cdiv(d, block), plan.processors(dy.device)
-    size = plan.chunk_size(tokens, q * blocks * sizes.warps, processors, plan.BACKWARD_FEW)
+    size = plan.chunk_size(tokens, q * blocks * warps, processors, plan.BACKWARD_FEW)
     chunks = plan.cut(tokens, size, dy.device)
     initial = dy.new_empty(q, tokens.sequences, n, d, dtype=torch.float32) if want_initial else None
     adjoint = dfinal
@@ -171,17 +172,23 @@ def scan_backward(
         "HAS_ADJOINT": adjoint is not None, "STORE_DH0": want_initial and chunks.one_each, "SOFTPLUS": softplus,
         "N": n, "BLOCK": block, "INTERVAL": plan.INTERVAL,
     }  # fmt: skip
-    options = {"num_warps": sizes.warps, "num_stages": 1}
+    options = {"num_warps": warps, "num_stages": 1}
     if tiled:
-        layouts = backward_layouts(sizes.states_thread, sizes.channels_thread, sizes.warps, n)
+        layouts = backward_layouts(by_tile.states_thread, by_tile.channels_thread, warps, n)
         launch(
-            tiled_backward_kernel, (blocks, chunks.total, q), *tensors, **flags, GROUP=sizes.step, **layouts, **options
+            tiled_backward_kernel,
+            (blocks, chunks.total, q),
+            *tensors,
+            **flags,
+            GROUP=by_tile.step,
+            **layouts,
+            **options,
         )
     else:
-        kept = triton.cdiv(plan.INTERVAL, sizes.group) * n * block
+        kept = triton.cdiv(plan.INTERVAL, core.group) * n * block
         scratch = dy.new_empty(q * chunks.total * blocks * kept, dtype=torch.float32)
         launch(scan_backward_kernel, (blocks, chunks.total, q),
-            *tensors, scratch, kept, **flags, GROUP=sizes.group, **options,
+            *tensors, scratch, kept, **flags, GROUP=core.group, **options,
         )  # fmt: skip
     of_channels = sums.sum(1)
     return ScanGradients(du, ddt, dbc, drates.sum(1), of_channels[:, 0], of_channels[:, 1], initial)
