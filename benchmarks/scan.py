@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
+from torch._higher_order_ops.associative_scan import associative_scan  # has no public name yet
 
 from benchmarks.machine import clock, copy_rate, exp_rate, graphed, seconds, versions, write_csv
 from vim_kernels import ScanWeights, available_backends, bidirectional_scan, selective_scan
@@ -84,11 +85,27 @@ def loop(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: T
     return (y * torch.nn.functional.silu(z.float())).to(x.dtype)
 
 
+def associative(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor, reverse: bool = False
+) -> Tensor:
+    """The recurrence as PyTorch's associative scan of (decay, drive) pairs, for torch.compile."""
+    dt = torch.nn.functional.softplus(dt.float() + dt_bias)
+    pairs = (dt[..., None] * A).exp(), (dt * x)[..., None] * B[:, :, None].float()
+    mode = "pointwise" if x.is_cuda else "generic"
+    _, h = associative_scan(_then, pairs, 1, reverse=reverse, combine_mode=mode)
+    y = (h * C[:, :, None]).sum(-1) + D * x
+    return (y * torch.nn.functional.silu(z.float())).to(x.dtype)
+
+
+def _then(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return first[0] * second[0], second[0] * first[1] + second[1]
+
+
 class Case(NamedTuple):
     """What a row measures."""
 
     forward: Callable[[], object]
-    backward: Callable[[], object]
+    backward: Callable[[], object] | None
 
 
 def cases(inputs: Inputs, backend: str, rivals: list[str]) -> dict[str, Callable[[], Case]]:
@@ -110,6 +127,10 @@ def cases(inputs: Inputs, backend: str, rivals: list[str]) -> dict[str, Callable
         found["scan x 2, mamba_ssm"] = lambda: differentiated(
             lambda: both(peer, inputs.official, official, official), list(inputs.official.values())
         )
+    if "associative_scan" in rivals:
+        compiled = torch.compile(associative, dynamic=False)  # it has no backward pass on GPUs
+        tensors = inputs.scan
+        found["scan x 2, associative_scan"] = lambda: Case(lambda: both(compiled, tensors, {}, {"reverse": True}), None)
     if "loop" in rivals:
         found["scan x 2, loop"] = lambda: differentiated(
             lambda: both(loop, inputs.scan, {}, {}), list(inputs.scan.values())
@@ -138,7 +159,7 @@ def one_launch(inputs: Inputs) -> Case:
     x, z = inputs.xz.detach().chunk(2, dim=-1)
     rows = plan.tokens_of(x, None)
     weights = [ScanWeights._make(None if t is None else t.detach() for t in w) for w in inputs.weights]
-    given = mixer.mixer_inputs(x, weights[0], weights[1], rows, store_low=False).scan
+    given = mixer.mixer_inputs(x, mixer.mixer_weights(x, *weights), rows, store_low=False).scan
     out = x.new_empty(rows.rows, x.shape[2])
     states, ungated = mixer.bidirectional_scan_saved(x, z, weights[0], weights[1], None)
 
@@ -178,11 +199,11 @@ def rows_of(size: str, options: argparse.Namespace, roof: float, rivals: list[st
     for what, make in cases(inputs, options.backend, rivals).items():
         try:
             case = make()
-            found = [measure(run, options.device) for run in case]
+            found = [measure(run, options.device) for run in case if run is not None]
         except torch.OutOfMemoryError:
             print(f"{size} {what}: out of memory", flush=True)
             continue
-        for which, (spent, graph, peak) in zip(Case._fields, found, strict=True):
+        for which, (spent, graph, peak) in zip(Case._fields, found, strict=False):
             base = bases.setdefault(f"{what.split(',')[0]} {which}", graph)
             updates = 2 * b * l * d * N / graph
             row = {
@@ -227,7 +248,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16" if device == "cuda" else "fp32")
     parser.add_argument("--backend", default="triton" if device == "cuda" else "cpu", help="of vim_kernels")
     parser.add_argument("--sizes", nargs="+", help="BATCHxLENGTHxCHANNELS")
-    parser.add_argument("--rivals", nargs="*", default=["mamba_ssm"], help="mamba_ssm, loop (slow)")
+    parser.add_argument("--rivals", nargs="*", help="mamba_ssm (if it is installed), associative_scan, loop (slow)")
     parser.add_argument("--out", type=Path, help="folder for scan.csv and scan.png")
     options = parser.parse_args()
     if reason := available_backends(options.device).get(options.backend, "unknown"):
@@ -238,6 +259,8 @@ def main() -> None:
     about = {"device": clock(options.device), "versions": versions(), "date": time.strftime("%Y-%m-%d")}
     print("\n".join([*about.values(), options.dtype]))
     print(f"exponentials {roof / 1e9:.1f} G/s, copy {copy_rate(options.device) / 1e9:.0f} GB/s\n")
+    if options.rivals is None:
+        options.rivals = ["associative_scan" if selective_scan_fn is None else "mamba_ssm"]
     if "mamba_ssm" in options.rivals and selective_scan_fn is None:
         print("mamba_ssm is not installed: no rows of it\n")
     titles = (
@@ -245,6 +268,7 @@ def main() -> None:
         "pass",
         "what",
         "ms",
+        "graph ms",
         "time / ours",
         "1e9 updates/s",
         "% of exp roof",

@@ -11,8 +11,10 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed")
 from tests.kernels.triton_aot import TARGETS
 
-REGISTERS = {"scan_forward_kernel": 168, "chunk_state_kernel": 168, "tiled_forward_kernel": 208}
-SPILLS = {"tiled_backward_kernel": 144}
+REGISTERS = {"scan_forward_kernel": 168, "chunk_state_kernel": 168}
+TILED_REGISTERS = 168
+"""Of the tiled forward kernel on the paths that a model takes, both directions at once: three warps a scheduler."""
+SPILLS = {"tiled_backward_kernel": 160}
 """Bytes. Four tokens a group spill a little, and are a seventh faster on an H200 than two that do not."""
 
 
@@ -32,15 +34,34 @@ def test_nothing_spills_and_registers_leave_room(compiled):
     assert len(compiled) >= 17
     for found in compiled:
         assert found["spills"] <= SPILLS.get(found["kernel"], 0), found
-        assert found["registers"] <= REGISTERS.get(found["kernel"], 255), found
+        both_at_once = found["kernel"] == "tiled_forward_kernel" and found["flags"]["DIRECTIONS"] == 2
+        assert found["registers"] <= (TILED_REGISTERS if both_at_once else REGISTERS.get(found["kernel"], 255)), found
 
 
-def test_forward_loops_neither_shuffle_nor_wait(compiled):
-    loops = [(c["kernel"], loop) for c in compiled if "gfx" not in c["target"] for loop in c["loops"][:1]]
-    scans = [(kernel, loop) for kernel, loop in loops if kernel in REGISTERS]
-    assert bool(scans) == ("gfx" not in compiled[0]["target"])
+def test_core_forward_loops_neither_shuffle_nor_wait(compiled):
+    if "gfx" in compiled[0]["target"]:
+        pytest.skip("the loops are read off NVIDIA's machine code")
+    scans = [(c["kernel"], c["loops"][0]) for c in compiled if c["kernel"] in REGISTERS]
+    assert scans
     for kernel, loop in scans:
         assert loop["MUFU"] >= 16, (kernel, loop)  # the loop over tokens, one exponential a state
         assert "SHFL" not in loop, (kernel, loop)
-        assert loop.get("BAR", 0) <= (kernel == "tiled_forward_kernel"), (kernel, loop)  # one a group of tokens
+        assert "BAR" not in loop, (kernel, loop)
         assert sum(loop.values()) <= 13 * loop["MUFU"], (kernel, loop)
+
+
+def test_tiled_forward_loop_shuffles_once_a_token_and_halving_of_the_states(compiled):
+    """The loop over tiles, all of it unrolled: its shuffles are counted, its barriers do not grow with the tokens."""
+    if "gfx" in compiled[0]["target"]:
+        pytest.skip("Gluon kernels are for NVIDIA")
+    tiled = [c for c in compiled if c["kernel"] == "tiled_forward_kernel"]
+    assert tiled
+    for found in tiled:
+        flags, loop = found["flags"], found["loops"][0]
+        exponentials = flags["TILE"] * flags["states_thread"] * flags["channels_thread"]
+        assert loop["MUFU"] >= exponentials, found
+        halvings = (16 // flags["states_thread"]).bit_length() - 1
+        shuffles = 0 if flags["STATES_ONLY"] else flags["TILE"] * flags["channels_thread"] * halvings
+        assert loop.get("SHFL", 0) == shuffles, found
+        assert loop.get("BAR", 0) <= 3, found
+        assert sum(loop.values()) <= 13 * exponentials, found

@@ -24,11 +24,12 @@ from vim_kernels.triton_backend import (
     forward_kernels,
     mixer_kernels,
     plan,
+    tiled_forward,
     tiled_kernels,
     token_kernels,
 )
 from vim_kernels.triton_backend.launch import OPTIONS
-from vim_kernels.triton_backend.layouts import block_of, tile_layouts
+from vim_kernels.triton_backend.layouts import backward_layouts, block_of, forward_layouts
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -39,7 +40,7 @@ TARGETS = {
 NVIDIA_TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 SIXTEEN_BIT = {
     "u_ptr", "dt_ptr", "z_ptr", "out_ptr", "ungated_ptr", "dy_ptr", "du_ptr", "ddt_ptr", "dout_ptr", "dz_ptr", "x_ptr",
-    "g_ptr", "low_ptr", "normed_ptr", "dnormed_ptr",
+    "g_ptr", "low_ptr", "projections_ptr", "normed_ptr", "dnormed_ptr",
 }  # fmt: skip
 INT32 = {"table_ptr", "sequence_ptr", "segment_ptr", "cu_seqlens_ptr"}
 INT64 = {
@@ -95,12 +96,21 @@ def cases(column: str) -> list[Case]:
             "SOFTPLUS": True, "N": 16, "BLOCK": backward.block, "INTERVAL": plan.INTERVAL, "GROUP": backward.group,
         }  # fmt: skip
         found.append(Case(backward_kernels.scan_backward_kernel, constants, backward.warps))
+    hardware = {"HARDWARE": column == "cuda"}
+    convolution = plan.CONVOLUTION
     constants = {
-        "HAS_BIAS": True, "PACKED": True, "STORE_LOW": True, "WIDTH": 4, "N": 16, "STATES": 16, "RANK": 12,
-        "RANK_BLOCK": 16, "ROWS": mixer.rows, "BLOCK": mixer.block, "DOT": tl.bfloat16, "PRECISION": "ieee",
-        "HARDWARE": column == "cuda",
+        "PACKED": True, "WIDTH": 4, "GROUPS": convolution.groups, "STEPS": convolution.steps,
+        "BLOCK": convolution.block,
     }  # fmt: skip
-    found.append(Case(mixer_kernels.mixer_inputs_kernel, constants, mixer.warps, mixer.stages))
+    found.append(Case(mixer_kernels.mixer_convolution_kernel, constants | hardware, convolution.warps))
+    constants = {
+        "STORE_LOW": True, "STATES": 16, "RANK_BLOCK": 16, "COLUMNS": 64, "ROWS": mixer.rows, "BLOCK": mixer.block,
+        "EVEN": True, "DOT": tl.bfloat16, "PRECISION": "ieee",
+    }  # fmt: skip
+    found.append(Case(mixer_kernels.mixer_projection_kernel, constants | hardware, mixer.warps, mixer.stages))
+    constants = {"N": 16, "STATES": 16, "WIDTH": 4, "RANK": 12, "COLUMNS": 64, "HAS_BIAS": True, "BLOCK": 64}
+    found.append(Case(mixer_kernels.mixer_weights_kernel, constants, 4))
+    found.append(Case(mixer_kernels.sum_parts_kernel, {"COLUMNS": 32, "ROWS": 32}, 4))
     if column == "cuda":
         found += _tiled_cases()
     return found + _token_cases()
@@ -108,22 +118,29 @@ def cases(column: str) -> list[Case]:
 
 def _tiled_cases() -> list[Case]:
     found = []
-    forward, backward = plan.TILED_FORWARD, plan.TILED_BACKWARD
-    for directions, save, packed, chunked in ((2, False, False, False), (2, True, True, True), (1, True, False, True)):
-        block = block_of(forward.states_thread, forward.channels_thread, forward.warps, 16)
-        constants = {
-            "DIRECTIONS": directions, "REVERSE": False, "PACKED": packed, "GATE": True, "SAVE": save, "HAS_D": True,
-            "HAS_H0": chunked, "STORE_FINAL": directions == 1, "SCALE": 0.5, "N": 16, "BLOCK": block,
-            "INTERVAL": plan.INTERVAL, "TILE": forward.tile, "UNROLL": forward.step,
-            **tile_layouts(forward.states_thread, forward.channels_thread, forward.warps, block, 16),
-        }  # fmt: skip
-        found.append(Case(tiled_kernels.tiled_forward_kernel, constants, forward.warps))
+    for _, sizes in plan.TILED_FORWARD:
+        for directions, save, packed, chunked, states_only in (
+            (2, False, False, False, False),
+            (2, True, True, True, False),
+            (1, True, False, True, False),
+            (2, False, True, False, True),
+        ):
+            constants = {
+                "DIRECTIONS": directions, "REVERSE": False, "PACKED": packed, "GATE": not states_only, "SAVE": save,
+                "HAS_D": not states_only, "HAS_H0": chunked, "STORE_FINAL": directions == 1 or states_only,
+                "STATES_ONLY": states_only, "SCALE": 0.5, "N": 16,
+                "BLOCK": block_of(sizes.states_thread, sizes.channels_thread, sizes.warps, 16),
+                "INTERVAL": plan.INTERVAL, "TILE": sizes.tile, "STEP": sizes.step,
+                **forward_layouts(directions, sizes.states_thread, sizes.channels_thread, sizes.warps, sizes.tile, 16),
+            }  # fmt: skip
+            found.append(Case(tiled_forward.tiled_forward_kernel, constants, directions * sizes.warps))
+    backward = plan.TILED_BACKWARD
     for packed, adjoint in ((False, False), (True, True)):
         block = block_of(backward.states_thread, backward.channels_thread, backward.warps, 16)
         constants = {
             "REVERSE": False, "PACKED": packed, "HAS_D": True, "HAS_ADJOINT": adjoint, "STORE_DH0": adjoint,
             "SOFTPLUS": True, "N": 16, "BLOCK": block, "INTERVAL": plan.INTERVAL, "GROUP": backward.step,
-            **tile_layouts(backward.states_thread, backward.channels_thread, backward.warps, block, 16),
+            **backward_layouts(backward.states_thread, backward.channels_thread, backward.warps, 16),
         }  # fmt: skip
         found.append(Case(tiled_kernels.tiled_backward_kernel, constants, backward.warps))
     return found
@@ -138,7 +155,6 @@ def _token_cases() -> list[Case]:
         Case(token_kernels.conv_backward_kernel, conv, 4),
         Case(token_kernels.softplus_kernel, {"HAS_BIAS": True, "SOFTPLUS": True, **tile}, 4),
         Case(token_kernels.gate_backward_kernel, {"GATE": True, "SCALE": 0.5, **tile}, 4),
-        Case(token_kernels.decay_rates_kernel, {"N": 16, "STATES": 16, "BLOCK": 64}, 4),
         Case(token_kernels.add_rms_norm_kernel, {"HAS_RESIDUAL": True, **norm}, 4),
         Case(token_kernels.add_rms_norm_backward_kernel, {"HAS_DTOTAL": True, **norm}, 4),
     ]
@@ -220,7 +236,10 @@ def main() -> None:
     for target in sys.argv[1:] or TARGETS:
         for case in cases("hip" if target.startswith("gfx") else "cuda"):
             found = compile_case(case, target)
-            print(json.dumps({"target": target, "kernel": case.name, **found._asdict()}))  # noqa: T201
+            flags = {k: v for k, v in case.constants.items() if isinstance(v, (bool, int))}
+            if "state" in case.constants:
+                flags["states_thread"], flags["channels_thread"] = case.constants["state"].size_per_thread[-2:]
+            print(json.dumps({"target": target, "kernel": case.name, "flags": flags, **found._asdict()}))  # noqa: T201
 
 
 if __name__ == "__main__":

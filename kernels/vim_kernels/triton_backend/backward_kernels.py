@@ -27,7 +27,7 @@ def scan_backward_kernel(
     rates_ptr, D0_ptr, D1_ptr,  # (q, n, d) float32, (d,)
     states_ptr, adjoint_ptr,  # (q, slots, n, d), (q, chunks, n, d)
     du_ptr, ddt_ptr, dbc_ptr,  # (q, rows, d), (q, rows, d), (q, blocks, rows, 2 n) partial sums
-    drates_ptr, dD_ptr, dh0_ptr,  # (q, chunks, n, d), (q, chunks, d) partial sums, (q, chunks, n, d)
+    drates_ptr, sums_ptr, dh0_ptr,  # (q, chunks, n, d), (q, chunks, 2, d) partial sums of D and dt, (q, chunks, n, d)
     table_ptr, length, chunk_size, chunks_per_sequence, slots_per_sequence,
     channels, u_direction, bc_direction, chunk_direction, slot_direction, block_stride,
     scratch_ptr, scratch_stride,  # a block a program
@@ -68,6 +68,7 @@ def scan_backward_kernel(
     scratch = scratch_ptr + program * scratch_stride + n[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     drates = tl.zeros([N, BLOCK], tl.float32)
     dD = tl.zeros([BLOCK], tl.float32)
+    ddt_sum = tl.zeros([BLOCK], tl.float32)
     intervals = tl.cdiv(count, INTERVAL)
     for j in range(0, intervals):
         interval = tl.where(backwards, j, intervals - 1 - j)
@@ -129,14 +130,15 @@ def scan_backward_kernel(
                     dD += dy * u
                 if SOFTPLUS:
                     ddt = ddt * (1.0 - tl.exp2(dt * -LOG2E))
+                ddt_sum += tl.where(here, ddt, 0.0)
                 tl.store(du_ptr + row * channels + d, du.to(du_ptr.dtype.element_ty), mask=here)
                 tl.store(ddt_ptr + row * channels + d, ddt.to(ddt_ptr.dtype.element_ty), mask=here)
                 tl.store(dbc_ptr + row * (2 * N) + n, tl.sum(g * drive[None, :], axis=1), mask=inside)
                 tl.store(dbc_ptr + row * (2 * N) + N + n, tl.sum(h_l[i] * dy[None, :], axis=1), mask=inside)
         tl.debug_barrier()  # the next interval writes the scratch again
     tl.store(drates_ptr + state + tile, drates, mask=ok[None, :])
-    if HAS_D:
-        out = (direction * tl.num_programs(1) + chunk).to(tl.int64) * channels
-        tl.store(dD_ptr + out + d, dD, mask=ok)
+    sums = sums_ptr + (direction * tl.num_programs(1) + chunk).to(tl.int64) * 2 * channels + d
+    tl.store(sums, dD, mask=ok)
+    tl.store(sums + channels, ddt_sum, mask=ok)
     if STORE_DH0:
         tl.store(dh0_ptr + state + tile, R, mask=ok[None, :])

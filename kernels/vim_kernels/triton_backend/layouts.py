@@ -6,9 +6,40 @@ from typing import Any
 from triton.experimental.gluon import language as gl
 
 
+def _vectors(elements: int, threads: int, row: int, widest: int) -> tuple[int, int]:
+    """Elements a thread moves at a time, and threads along a row of `row` elements."""
+    vector = max(1, min(widest, elements // threads, row))
+    return vector, min(32, row // vector)
+
+
 @functools.cache
-def tile_layouts(states_thread: int, channels_thread: int, warps: int, block: int, n: int) -> dict[str, Any]:
-    """Compile-time layouts for tiles of `block` channels and n states."""
+def forward_layouts(
+    directions: int, states_thread: int, channels_thread: int, warps: int, tile: int, n: int
+) -> dict[str, Any]:
+    """Compile-time layouts of the forward kernel: `warps` warps a direction."""
+    block = block_of(states_thread, channels_thread, warps, n)
+    vector, across = _vectors(tile * block, 32 * warps, block, 8)  # 16 bytes of a 16-bit type
+    bc_vector, bc_across = _vectors(tile * n, 32 * warps, n, 4)
+    return {
+        "state": gl.BlockedLayout(
+            [1, states_thread, channels_thread],
+            [1, n // states_thread, 32 * states_thread // n],
+            [directions, 1, warps],
+            [2, 1, 0],
+        ),
+        "rows_layout": gl.BlockedLayout([1, 1, vector], [32 // across, 1, across], [warps, directions, 1], [2, 1, 0]),
+        "bc_layout": gl.BlockedLayout(
+            [1, 1, bc_vector], [32 // bc_across, 1, bc_across], [warps, directions, 1], [2, 1, 0]
+        ),
+        "token": gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0]),
+        "tile": gl.SwizzledSharedLayout(1, 1, 1, order=[2, 1, 0]),
+    }
+
+
+@functools.cache
+def backward_layouts(states_thread: int, channels_thread: int, warps: int, n: int) -> dict[str, Any]:
+    """Compile-time layouts of the backward kernel."""
+    block = block_of(states_thread, channels_thread, warps, n)
     rows_vector = 8  # 16 bytes of a 16-bit type
     across = min(32, block // rows_vector)
     pair_across = min(32, 2 * n // 4)
@@ -24,5 +55,5 @@ def tile_layouts(states_thread: int, channels_thread: int, warps: int, block: in
 
 
 def block_of(states_thread: int, channels_thread: int, warps: int, n: int) -> int:
-    """Channels a program: the lanes that are not on states, times channels a thread, times warps."""
+    """Channels a program: the lanes that are not on states, times channels a thread, times warps of a direction."""
     return 32 * states_thread // n * channels_thread * warps

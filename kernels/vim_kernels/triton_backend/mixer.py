@@ -9,14 +9,30 @@ from torch import Tensor
 
 from vim_kernels.triton_backend import plan
 from vim_kernels.triton_backend.launch import launch
-from vim_kernels.triton_backend.mixer_kernels import mixer_inputs_kernel
+from vim_kernels.triton_backend.mixer_kernels import (
+    mixer_convolution_kernel,
+    mixer_projection_kernel,
+    mixer_weights_kernel,
+    sum_parts_kernel,
+)
 from vim_kernels.triton_backend.plan import Tokens, tokens_of
-from vim_kernels.triton_backend.scan import ScanInputs, scan_backward, scan_forward
-from vim_kernels.triton_backend.token_kernels import decay_rates_kernel
+from vim_kernels.triton_backend.scan import ScanGradients, ScanInputs, scan_backward, scan_forward
 from vim_kernels.triton_backend.tokens import conv_backward, convolve, flat, gate_backward, own, split_taps
 from vim_kernels.types import ScanWeights
 
 LN2 = math.log(2)
+WEIGHTS_BLOCK, SUM_ROWS = 64, 32
+
+
+class MixerWeights(NamedTuple):
+    """The weights of both directions as the kernels read them: `mixer_kernels.mixer_weights_kernel`."""
+
+    rates: Tensor  # (2, n', d) float32
+    taps: Tensor  # (2, w + 1, d) float32
+    projections: Tensor  # (2, 2, columns, d)
+    dt_biases: tuple[Tensor, Tensor]
+    skips: tuple[Tensor, Tensor]
+    rank: int  # padded
 
 
 class MixerInputs(NamedTuple):
@@ -35,7 +51,7 @@ def bidirectional_scan_saved(
     """
     del backward
     d, n = forward.A_log.shape
-    states = x.new_empty(2, tokens_of(x, cu_seqlens).slots(), _states(n), d, dtype=torch.float32)
+    states = x.new_empty(2, tokens_of(x, cu_seqlens).slots(), _padded(n), d, dtype=torch.float32)
     return [states] if z is None else [states, x.new_empty(x.shape)]
 
 
@@ -55,7 +71,7 @@ def bidirectional_scan_forward(
     tokens = tokens_of(x, cu_seqlens)
     d = x.shape[2]
     scan_forward(
-        mixer_inputs(x, forward, backward, tokens, store_low=False).scan,
+        mixer_inputs(x, mixer_weights(x, forward, backward), tokens, store_low=False).scan,
         None if z is None else flat(z),
         out.view(-1, d),
         tokens,
@@ -84,7 +100,8 @@ def bidirectional_scan_backward(
     if x.numel() == 0:
         return dx, dz, _zeros(forward), _zeros(backward)
     tokens = tokens_of(x, cu_seqlens)
-    inputs, low = mixer_inputs(x, forward, backward, tokens, store_low=True)
+    ready = mixer_weights(x, forward, backward)
+    inputs, low = mixer_inputs(x, ready, tokens, store_low=True)
     dy = gate_backward(
         dout.view(-1, d),
         None if z is None else flat(z),
@@ -94,87 +111,92 @@ def bidirectional_scan_backward(
     )
     found = scan_backward(inputs, dy, tokens, states=saved[0], dfinal=None, softplus=True, want_initial=False)
     assert low is not None
-    assert found.skips is not None
-    du, ddt_proj, dx_proj = _projections_backward(found.u, found.dt, found.bc, inputs.u, low, forward, backward)
+    n, rank = forward.A_log.shape[1], forward.dt_proj.shape[1]
+    du, ddt_proj, dx_proj = _projections_backward(found, inputs.u, low, ready, n, rank)
     g, dtaps = conv_backward(
         du, x, (forward.conv_weight, backward.conv_weight), _conv_biases(forward, backward), cu_seqlens,
         reverse=False, silu=True, in_place=True,
     )  # fmt: skip
     convolve(g, (forward.conv_weight, backward.conv_weight), None, flat(dx), x, cu_seqlens, True, False)
-    n = forward.A_log.shape[1]
     # d/dA_log of A = -exp(A_log) is A; the kernel's gradient is for A, its rates are A log2(e)
     dA_log = (found.rates * inputs.rates * LN2)[:, :n].transpose(1, 2)
-    ddt_bias = found.dt.sum(1, dtype=torch.float32)
     gradients = []
     for q, weights in enumerate((forward, backward)):
         dweight, dbias = split_taps(dtaps[q], weights.conv_weight, weights.conv_bias)
-        parts = (dx_proj[q], ddt_proj[q], ddt_bias[q], dA_log[q], found.skips[q])
+        parts = (dx_proj[q], ddt_proj[q], found.dt_sum[q], dA_log[q], found.skips[q])
         wanted = (weights.x_proj, weights.dt_proj, weights.dt_bias, weights.A_log, weights.D)
         gradients.append(ScanWeights(dweight, dbias, *map(own, parts, wanted)))
     return dx, dz, gradients[0], gradients[1]
 
 
-def mixer_inputs(
-    x: Tensor, forward: ScanWeights, backward: ScanWeights, tokens: Tokens, *, store_low: bool
-) -> MixerInputs:
-    """Convolution, SiLU, x_proj, dt_proj and softplus of both directions."""
-    d, n = forward.A_log.shape
-    rank, states, rows = forward.dt_proj.shape[1], _states(n), tokens.rows
-    source = flat(x)
+def mixer_weights(x: Tensor, forward: ScanWeights, backward: ScanWeights) -> MixerWeights:
+    """What `mixer_inputs` and the scan need of the weights, in memory of its own."""
     f, b = _contiguous(forward), _contiguous(backward)
+    d, n = f.A_log.shape
+    rank, states, width = f.dt_proj.shape[1], _padded(n), f.conv_weight.shape[1]
+    columns = triton.next_power_of_2(2 * states + _padded(rank))
     biases = _conv_biases(f, b)
+    rates = x.new_empty(2, states, d, dtype=torch.float32)
+    taps = x.new_empty(2, width + 1, d, dtype=torch.float32)
+    projections = x.new_empty(2, 2, columns, d, dtype=x.dtype if x.is_cuda else torch.float32)  # see plan.dot_dtype
+    launch(mixer_weights_kernel, (triton.cdiv(d, WEIGHTS_BLOCK), 2),
+        f.A_log, b.A_log, f.conv_weight, b.conv_weight, *(biases or (x, x)), f.x_proj, b.x_proj, f.dt_proj, b.dt_proj,
+        rates, taps, projections, d,
+        N=n, STATES=states, WIDTH=width, RANK=rank, COLUMNS=columns, HAS_BIAS=biases is not None, BLOCK=WEIGHTS_BLOCK,
+    )  # fmt: skip
+    return MixerWeights(rates, taps, projections, (f.dt_bias, b.dt_bias), (f.D, b.D), _padded(rank))
+
+
+def mixer_inputs(x: Tensor, weights: MixerWeights, tokens: Tokens, *, store_low: bool) -> MixerInputs:
+    """Convolution, SiLU, x_proj, dt_proj and softplus of both directions."""
+    rows, d = tokens.rows, x.shape[2]
+    states, width = weights.rates.shape[1], weights.taps.shape[1] - 1
+    source, target = flat(x), plan.target(x.device)
     u = x.new_empty(2, rows, d)
+    sizes = plan.CONVOLUTION
+    launch(mixer_convolution_kernel, (triton.cdiv(rows, sizes.groups * sizes.steps), triton.cdiv(d, sizes.block)),
+        source, source.stride(0), weights.taps, u, tokens.segment(x), rows, tokens.length, d, rows * d,
+        PACKED=tokens.packed, WIDTH=width, GROUPS=sizes.groups, STEPS=sizes.steps, BLOCK=sizes.block,
+        HARDWARE=target == "cuda", num_warps=sizes.warps,
+    )  # fmt: skip
     dt = x.new_empty(2, rows, d, dtype=torch.float32 if x.dtype == torch.float32 else torch.float16)
     bc = x.new_empty(2, rows, 2 * states, dtype=torch.float32)
-    low = x.new_empty(2, rows, _rank(rank)) if store_low else None
-    sizes = plan.MIXER[plan.target(x.device)]
-    launch(mixer_inputs_kernel, (2, triton.cdiv(rows, sizes.rows)),
-        source, source.stride(0), f.conv_weight, b.conv_weight,
-        *(biases or (x, x)),
-        f.x_proj, b.x_proj, f.dt_proj, b.dt_proj, f.dt_bias, b.dt_bias,
-        u, dt, bc, low if low is not None else x, tokens.segment(x), rows, tokens.length, d,
-        rows * d, rows * 2 * states, rows * _rank(rank),
-        HAS_BIAS=biases is not None, PACKED=tokens.packed, STORE_LOW=store_low, WIDTH=f.conv_weight.shape[1],
-        N=n, STATES=states, RANK=rank, RANK_BLOCK=_rank(rank),
-        ROWS=sizes.rows, BLOCK=sizes.block, DOT=plan.dot_dtype(x), PRECISION="ieee",
-        HARDWARE=plan.target(x.device) == "cuda",
+    low = x.new_empty(2, rows, weights.rank) if store_low else None
+    sizes = plan.MIXER[target]
+    launch(mixer_projection_kernel, (triton.cdiv(rows, sizes.rows), 2),
+        u, weights.projections, *weights.dt_biases, dt, bc, low if low is not None else x,
+        rows, d, rows * d, rows * 2 * states, rows * weights.rank,
+        STORE_LOW=store_low, STATES=states, RANK_BLOCK=weights.rank, COLUMNS=weights.projections.shape[2],
+        ROWS=sizes.rows, BLOCK=sizes.block, EVEN=d % sizes.block == 0,
+        DOT=plan.dot_dtype(x), PRECISION="ieee", HARDWARE=target == "cuda",
         num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip
-    rates = x.new_empty(2, states, d, dtype=torch.float32)
-    launch(decay_rates_kernel, (triton.cdiv(d, 64), 2), f.A_log, b.A_log, rates, d, N=n, STATES=states, BLOCK=64)
-    return MixerInputs(ScanInputs(u, dt, bc, rates, (f.D, b.D), False), low)
+    return MixerInputs(ScanInputs(u, dt, bc, weights.rates, weights.skips, False), low)
 
 
 def _projections_backward(
-    du: Tensor, ddt: Tensor, dbc: Tensor, u: Tensor, low: Tensor, forward: ScanWeights, backward: ScanWeights
+    found: ScanGradients, u: Tensor, low: Tensor, weights: MixerWeights, n: int, rank: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Du with the path through x_proj added, in place; gradients (2, d, r) of dt_proj and (2, r + 2 n, d) of x_proj.
 
-    The columns are padded as in the kernels, to r', n', n': products over 12 columns run at a tenth of the speed of 16.
+    The columns are padded as in the kernels: products over 12 columns run at a tenth of the speed of 16.
     """
-    n, rank = forward.A_log.shape[1], forward.dt_proj.shape[1]
-    wide, states = low.shape[2], dbc.shape[2] // 2
-    x_proj = u.new_zeros(2, wide + 2 * states, u.shape[2])
-    dt_proj = u.new_zeros(2, u.shape[2], wide)
-    for q, weights in enumerate((forward, backward)):
-        dt_proj[q, :, :rank] = weights.dt_proj
-        x_proj[q, :rank] = weights.x_proj[:rank]
-        x_proj[q, wide : wide + n] = weights.x_proj[rank : rank + n]
-        x_proj[q, wide + states : wide + states + n] = weights.x_proj[rank + n :]
-    dprojected = u.new_empty(2, u.shape[1], wide + 2 * states)
-    dprojected[..., :wide] = torch.bmm(ddt, dt_proj)
-    dprojected[..., wide:] = dbc
-    ddt_proj = torch.bmm(ddt.transpose(1, 2), low)[..., :rank]
+    x_proj, dt_proj = weights.projections.to(u.dtype).unbind(1)
+    states = weights.rates.shape[1]
+    dprojected = torch.bmm(found.dt, dt_proj.transpose(1, 2))  # 0 where a column is not of the low rank
+    _, parts, rows, columns = found.bc.shape
+    launch(sum_parts_kernel, (triton.cdiv(rows, SUM_ROWS), 2),
+        found.bc, dprojected, parts, rows, dprojected.shape[2], COLUMNS=columns, ROWS=SUM_ROWS,
+    )  # fmt: skip
+    ddt_proj = torch.bmm(found.dt.transpose(1, 2), low)[..., :rank]
     dx_proj = torch.bmm(dprojected.transpose(1, 2), u)
-    dx_proj = torch.cat(
-        (dx_proj[:, :rank], dx_proj[:, wide : wide + n], dx_proj[:, wide + states : wide + states + n]), dim=1
-    )
-    return du.baddbmm_(dprojected, x_proj), ddt_proj, dx_proj
+    dB, dC, dlow = dx_proj[:, :n], dx_proj[:, states : states + n], dx_proj[:, 2 * states : 2 * states + rank]
+    return found.u.baddbmm_(dprojected, x_proj), ddt_proj, torch.cat((dlow, dB, dC), dim=1)
 
 
-def _rank(rank: int) -> int:
-    """The rank padded to what a product of tiles takes."""
-    return max(16, triton.next_power_of_2(rank))
+def _padded(size: int) -> int:
+    """A rank or number of states padded to what a product of tiles takes."""
+    return max(16, triton.next_power_of_2(size))
 
 
 def _contiguous(weights: ScanWeights) -> ScanWeights:
@@ -192,8 +214,3 @@ def _conv_biases(forward: ScanWeights, backward: ScanWeights) -> tuple[Tensor, T
         return None
     nothing = torch.zeros_like(forward.D)
     return (nothing if f is None else f).contiguous(), (nothing if b is None else b).contiguous()
-
-
-def _states(n: int) -> int:
-    """N padded to what a product of tiles takes."""
-    return max(16, triton.next_power_of_2(n))

@@ -1,94 +1,204 @@
-"""What a Vim mixer does before its scan, in one core-Triton kernel: convolution, SiLU, x_proj, dt_proj, softplus."""
+"""What a Vim mixer does before its scan, in core Triton: convolution and SiLU; then x_proj, dt_proj and softplus.
 
+Shapes: q = 2 directions, rows of all sequences, d channels, n states, w taps. The projection has COLUMNS: B, C, the low
+rank of dt and padding to a power of two; STATES is n and RANK_BLOCK the rank, padded to powers of two of at least 16,
+the least that a product of tiles takes.
+"""
+
+# ruff: noqa: RUF005 - Triton's language has no starred tuples
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false, reportCallIssue=false
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportAssignmentType=false
 # pyright: reportPossiblyUnboundVariable=false
 import triton
 import triton.language as tl
 
-from vim_kernels.triton_backend.token_kernels import convolve, segment, sigmoid, softplus, softplus_coarse
+from vim_kernels.triton_backend.forward_kernels import LOG2E
+from vim_kernels.triton_backend.token_kernels import reciprocal, segment, softplus, softplus_coarse
 
 DT_MAX = tl.constexpr(65504.0)  # the largest float16; exp(-65504 |A|) is 0 either way
 
 
 @triton.jit
-def _project(u, weight_ptr, first, r, wanted, d, ok, channels, total, PRECISION: tl.constexpr):
-    """Total (rows, columns) + u (rows, d) times rows `first + r` of the weight (r + 2 n, d), transposed."""
-    weight = tl.load(
-        weight_ptr + (first + r)[None, :] * channels + d[:, None], mask=(r < wanted)[None, :] & ok[:, None], other=0.0
-    )
-    return tl.dot(u, weight.to(u.dtype), total, input_precision=PRECISION)
-
-
-@triton.jit
-def mixer_inputs_kernel(
-    x_ptr, x_stride,
-    conv0_ptr, conv1_ptr, bias0_ptr, bias1_ptr, x_proj0_ptr, x_proj1_ptr, dt_proj0_ptr, dt_proj1_ptr,
-    dt_bias0_ptr, dt_bias1_ptr,
-    u_ptr, dt_ptr, bc_ptr, low_ptr,  # (2, rows, d), (2, rows, d), (2, rows, 2 STATES) float32, (2, rows, RANK_BLOCK)
-    segment_ptr, rows, length, channels, u_direction, bc_direction, low_direction,
-    HAS_BIAS: tl.constexpr, PACKED: tl.constexpr, STORE_LOW: tl.constexpr, WIDTH: tl.constexpr,
-    N: tl.constexpr, STATES: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, HARDWARE: tl.constexpr,
+def mixer_weights_kernel(
+    A_log0_ptr, A_log1_ptr, conv0_ptr, conv1_ptr, bias0_ptr, bias1_ptr, x_proj0_ptr, x_proj1_ptr,
+    dt_proj0_ptr, dt_proj1_ptr,
+    rates_ptr, taps_ptr,  # (q, STATES, d), (q, w + 1, d), float32
+    projections_ptr,  # (q, 2, COLUMNS, d): x_proj, then dt_proj transposed, 0 where a column is not of the low rank
+    channels,
+    N: tl.constexpr, STATES: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (directions, blocks of rows): both directions of a block of rows run together and share its x in the cache.
+    """Grid (blocks of channels, directions). The weights as the other kernels read them: channels side by side.
 
-    STATES is n padded to a power of two of at least 16, the least that a product of tiles takes; the padding is 0.
+    A_log (d, n) becomes -exp(A_log) log2(e), 0 beyond the n states; convolution (d, w) and bias (d,) taps, bias last.
     """
-    direction = tl.program_id(0)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    direction = tl.program_id(1)
+    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     n = tl.arange(0, STATES)
-    r = tl.arange(0, RANK_BLOCK)
-    sign = tl.where(direction == 1, -1, 1)
+    ok = d < channels
+    A_log_ptr = A_log0_ptr if direction == 0 else A_log1_ptr
     conv_ptr = conv0_ptr if direction == 0 else conv1_ptr
     bias_ptr = bias0_ptr if direction == 0 else bias1_ptr
     x_proj_ptr = x_proj0_ptr if direction == 0 else x_proj1_ptr
     dt_proj_ptr = dt_proj0_ptr if direction == 0 else dt_proj1_ptr
-    dt_bias_ptr = dt_bias0_ptr if direction == 0 else dt_bias1_ptr
-    own = segment(row, rows, segment_ptr, length, PACKED)
-    here = row < rows
-    wide_row = row.to(tl.int64)
-    low = tl.zeros([ROWS, RANK_BLOCK], tl.float32)
-    B = tl.zeros([ROWS, STATES], tl.float32)
-    C = tl.zeros([ROWS, STATES], tl.float32)
-    for start in range(0, channels, BLOCK):
-        d = start + tl.arange(0, BLOCK)
-        ok = d < channels
-        u = convolve(
-            x_ptr, x_stride, conv_ptr, bias_ptr, row, own, d, ok, sign, rows, segment_ptr, length,
-            HAS_BIAS, PACKED, WIDTH,
-        )  # fmt: skip
-        u = u * sigmoid(u)
-        at = wide_row[:, None] * channels + d[None, :]
-        tile = here[:, None] & ok[None, :]
-        tl.store(u_ptr + direction * u_direction + at, u.to(u_ptr.dtype.element_ty), mask=tile)
-        u = tl.where(ok[None, :], u, 0.0).to(DOT)
-        low = _project(u, x_proj_ptr, 0, r, RANK, d, ok, channels, low, PRECISION)
-        B = _project(u, x_proj_ptr, RANK, n, N, d, ok, channels, B, PRECISION)
-        C = _project(u, x_proj_ptr, RANK + N, n, N, d, ok, channels, C, PRECISION)
-    bc = bc_ptr + direction * bc_direction + wide_row[:, None] * (2 * STATES) + n[None, :]
-    tl.store(bc, B, mask=here[:, None])
-    tl.store(bc + STATES, C, mask=here[:, None])
-    if STORE_LOW:
-        kept = low_ptr + direction * low_direction + wide_row[:, None] * RANK_BLOCK + r[None, :]
-        tl.store(kept, low.to(low_ptr.dtype.element_ty), mask=here[:, None])
-    low = low.to(DOT)
-    for start in range(0, channels, BLOCK):
-        d = start + tl.arange(0, BLOCK)
-        ok = d < channels
-        weight = tl.load(
-            dt_proj_ptr + d[None, :] * RANK + r[:, None], mask=(r < RANK)[:, None] & ok[None, :], other=0.0
+    real = ok[None, :] & (n < N)[:, None]
+    rates = tl.load(A_log_ptr + d[None, :] * N + n[:, None], mask=real, other=0.0).to(tl.float32)
+    rates = tl.where((n < N)[:, None], tl.exp(rates) * -LOG2E, 0.0)
+    tl.store(rates_ptr + (direction * STATES + n[:, None]) * channels + d[None, :], rates, mask=ok[None, :])
+    taps_ptr += direction * (WIDTH + 1) * channels
+    for k in tl.static_range(WIDTH):
+        tap = tl.load(conv_ptr + d * WIDTH + k, mask=ok, other=0.0)
+        tl.store(taps_ptr + k * channels + d, tap.to(tl.float32), mask=ok)
+    bias = tl.zeros([BLOCK], tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + d, mask=ok, other=0.0).to(tl.float32)
+    tl.store(taps_ptr + WIDTH * channels + d, bias, mask=ok)
+    column = tl.arange(0, COLUMNS)
+    rank = column - 2 * STATES
+    is_rank = (rank >= 0) & (rank < RANK)
+    row = tl.where(rank < 0, RANK + (column // STATES) * N + column % STATES, rank)
+    used = tl.where(rank < 0, column % STATES < N, is_rank)
+    x_proj = tl.load(x_proj_ptr + row[:, None] * channels + d[None, :], mask=used[:, None] & ok[None, :], other=0.0)
+    dt_proj = tl.load(dt_proj_ptr + d[None, :] * RANK + rank[:, None], mask=is_rank[:, None] & ok[None, :], other=0.0)
+    at = projections_ptr + (direction * 2 * COLUMNS + column[:, None]) * channels + d[None, :]
+    tl.store(at, x_proj.to(projections_ptr.dtype.element_ty), mask=ok[None, :])
+    tl.store(at + COLUMNS * channels, dt_proj.to(projections_ptr.dtype.element_ty), mask=ok[None, :])
+
+
+@triton.jit
+def _convolve_tile(
+    x_ptr, x_stride, u_ptr, u_direction, taps, first, d, ok, rows, segment_ptr, length, channels,
+    MASKED: tl.constexpr, PACKED: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, HARDWARE: tl.constexpr,
+):  # fmt: skip
+    """Rows first .. first + STEPS - 1 of every group, in both directions; MASKED where a tap could cross a border.
+
+    Every row is read once for all the rows and taps that it meets.
+    """
+    x = ()
+    own = ()
+    for i in tl.static_range(STEPS + 2 * (WIDTH - 1)):
+        row = first + (i - (WIDTH - 1))
+        inside = (row >= 0) & (row < rows)
+        x = x + (
+            tl.load(x_ptr + row.to(tl.int64)[:, None] * x_stride + d[None, :], mask=inside[:, None] & ok, other=0.0),
         )
-        v = tl.dot(low, weight.to(DOT), input_precision=PRECISION)
+        if MASKED:
+            own = own + (segment(row, rows, segment_ptr, length, PACKED),)
+    for i in tl.static_range(STEPS):
+        row = first + i
+        at = row.to(tl.int64)[:, None] * channels + d[None, :]
+        here = (row < rows)[:, None] & ok
+        for direction in tl.static_range(2):
+            v = taps[direction * (WIDTH + 1) + WIDTH]
+            for k in tl.static_range(WIDTH):
+                met = x[i + WIDTH - 1 + (2 * direction - 1) * k].to(tl.float32)
+                if MASKED:
+                    same = own[i + WIDTH - 1 + (2 * direction - 1) * k] == own[i + WIDTH - 1]
+                    met = tl.where(same[:, None], met, 0.0)
+                v = tl.fma(met, taps[direction * (WIDTH + 1) + WIDTH - 1 - k], v)
+            u = v * reciprocal(1.0 + tl.exp2(v * -LOG2E), HARDWARE)
+            tl.store(u_ptr + direction * u_direction + at, u.to(u_ptr.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def mixer_convolution_kernel(
+    x_ptr, x_stride, taps_ptr, u_ptr,  # (rows, d), (q, w + 1, d) float32, (q, rows, d)
+    segment_ptr, rows, length, channels, u_direction,
+    PACKED: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
+    HARDWARE: tl.constexpr,
+):  # fmt: skip
+    """Grid (blocks of GROUPS x STEPS rows, blocks of channels). Both convolutions and SiLU."""
+    start = tl.program_id(0) * (GROUPS * STEPS)
+    first = start + tl.arange(0, GROUPS) * STEPS
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    ok = (d < channels)[None, :]
+    taps = ()
+    spread = tl.zeros([GROUPS, 1], tl.int32) + d[None, :]  # laid out as the tokens: no exchange between threads
+    for i in tl.static_range(2 * (WIDTH + 1)):
+        taps = taps + (tl.load(taps_ptr + i * channels + spread, mask=spread < channels, other=0.0),)
+    before = segment(start - (WIDTH - 1), rows, segment_ptr, length, PACKED)
+    behind = segment(start + GROUPS * STEPS + (WIDTH - 2), rows, segment_ptr, length, PACKED)
+    if (before == behind) & (before >= 0):
+        _convolve_tile(
+            x_ptr, x_stride, u_ptr, u_direction, taps, first, d, ok, rows, segment_ptr, length, channels,
+            False, PACKED, WIDTH, STEPS, HARDWARE,
+        )  # fmt: skip
+    else:
+        _convolve_tile(
+            x_ptr, x_stride, u_ptr, u_direction, taps, first, d, ok, rows, segment_ptr, length, channels,
+            True, PACKED, WIDTH, STEPS, HARDWARE,
+        )  # fmt: skip
+
+
+@triton.jit
+def mixer_projection_kernel(
+    u_ptr, projections_ptr, dt_bias0_ptr, dt_bias1_ptr,  # (q, rows, d), (q, 2, COLUMNS, d), (d,)
+    dt_ptr, bc_ptr, low_ptr,  # (q, rows, d), (q, rows, 2 STATES) float32, (q, rows, RANK_BLOCK)
+    rows, channels, u_direction, bc_direction, low_direction,
+    STORE_LOW: tl.constexpr, STATES: tl.constexpr, RANK_BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, HARDWARE: tl.constexpr,
+):  # fmt: skip
+    """Grid (blocks of rows, directions). B, C and dt of u. EVEN: no block of channels is cut short.
+
+    dt is a product with all columns, whose weights are 0 where the column is not of the low rank.
+    """
+    direction = tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    dt_bias_ptr = dt_bias0_ptr if direction == 0 else dt_bias1_ptr
+    here = (row < rows)[:, None]
+    row = row.to(tl.int64)[:, None]
+    u_ptr += direction * u_direction + row * channels
+    dt_ptr += direction * u_direction + row * channels
+    x_proj_ptr = projections_ptr + direction * 2 * COLUMNS * channels
+    dt_proj_ptr = x_proj_ptr + COLUMNS * channels
+    projected = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, channels, BLOCK):
+        d = start + tl.arange(0, BLOCK)
+        if EVEN:
+            u = tl.load(u_ptr + d[None, :], mask=here, other=0.0)
+            weight = tl.load(x_proj_ptr + column[None, :] * channels + d[:, None])
+        else:
+            u = tl.load(u_ptr + d[None, :], mask=here & (d < channels)[None, :], other=0.0)
+            weight = tl.load(
+                x_proj_ptr + column[None, :] * channels + d[:, None], mask=(d < channels)[:, None], other=0.0
+            )
+        projected = tl.dot(u.to(DOT), weight.to(DOT), projected, input_precision=PRECISION)
+    bc = bc_ptr + direction * bc_direction + row * (2 * STATES) + column[None, :]
+    tl.store(bc, projected, mask=here & (column < 2 * STATES)[None, :])
+    if STORE_LOW:
+        rank = (column - 2 * STATES)[None, :]
+        kept = low_ptr + direction * low_direction + row * RANK_BLOCK + rank
+        tl.store(kept, projected.to(low_ptr.dtype.element_ty), mask=here & (rank >= 0) & (rank < RANK_BLOCK))
+    projected = projected.to(DOT)
+    for start in range(0, channels, BLOCK):
+        d = start + tl.arange(0, BLOCK)
+        ok = d < channels
+        if EVEN:
+            weight = tl.load(dt_proj_ptr + column[:, None] * channels + d[None, :])
+        else:
+            weight = tl.load(dt_proj_ptr + column[:, None] * channels + d[None, :], mask=ok[None, :], other=0.0)
+        v = tl.dot(projected, weight.to(DOT), input_precision=PRECISION)
         v += tl.load(dt_bias_ptr + d, mask=ok, other=0.0).to(tl.float32)[None, :]
         if dt_ptr.dtype.element_ty == tl.float32:
             dt = softplus(v)
         else:
-            dt = softplus_coarse(v, HARDWARE)
-            dt = tl.where(dt > DT_MAX, DT_MAX, dt)
-        at = wide_row[:, None] * channels + d[None, :]
-        tl.store(
-            dt_ptr + direction * u_direction + at,
-            dt.to(dt_ptr.dtype.element_ty),
-            mask=here[:, None] & ok[None, :],
-        )
+            dt = tl.minimum(softplus_coarse(v, HARDWARE), DT_MAX, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(dt_ptr + d[None, :], dt.to(dt_ptr.dtype.element_ty), mask=here if EVEN else here & ok[None, :])
+
+
+@triton.jit
+def sum_parts_kernel(
+    parts_ptr, out_ptr, parts, rows, stride,  # (q, parts, rows, COLUMNS) float32; (q, rows, stride)
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Grid (blocks of rows, directions). The sum of the parts, in order, into the first COLUMNS columns of `out`."""
+    direction = tl.program_id(1).to(tl.int64)
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for part in range(0, parts):
+        at = ((direction * parts + part) * rows + row) * COLUMNS + column
+        total += tl.load(parts_ptr + at, mask=row < rows, other=0.0)
+    tl.store(out_ptr + (direction * rows + row) * stride + column, total.to(out_ptr.dtype.element_ty), mask=row < rows)

@@ -35,13 +35,22 @@ class BackwardSizes(NamedTuple):
 
 
 class TiledSizes(NamedTuple):
-    """Of the Gluon kernels: states and channels a thread, warps a program, tokens a tile, tokens a step."""
+    """Of the Gluon kernels: states and channels a thread, warps a direction, tokens a tile, tokens a step."""
 
     states_thread: int
     channels_thread: int
     warps: int
     tile: int
     step: int  # forward: tokens unrolled; backward: tokens whose states are in registers at a time
+
+
+class ConvolutionSizes(NamedTuple):
+    """Groups of consecutive rows, rows of a group, channels and warps a program."""
+
+    groups: int
+    steps: int
+    block: int
+    warps: int
 
 
 class MixerSizes(NamedTuple):
@@ -53,7 +62,9 @@ class MixerSizes(NamedTuple):
     stages: int
 
 
-TILED_FORWARD = TiledSizes(16, 1, 1, 16, 4)
+TILED_FORWARD = ((10, TiledSizes(16, 1, 1, 8, 8)), (4, TiledSizes(8, 1, 2, 16, 16)), (0, TiledSizes(4, 1, 2, 16, 16)))
+"""From how many warps a multiprocessor, if a warp holds all states of 32 channels, which sizes. Fewer states a thread
+make more warps, which wait less, of more instructions in all."""
 TILED_BACKWARD = TiledSizes(4, 4, 1, INTERVAL, 4)
 TILED_STATES = 16
 """The state size that the Gluon kernels are laid out for, Mamba's; another takes the core-Triton kernels."""
@@ -61,10 +72,11 @@ TILED_STATES = 16
 FORWARD = {"cuda": ForwardSizes(32, 1, 2), "hip": ForwardSizes(64, 1, 0), "interpreter": ForwardSizes(32, 1, 0)}
 STATE = {"cuda": ForwardSizes(32, 1, 2), "hip": ForwardSizes(64, 1, 0), "interpreter": ForwardSizes(32, 1, 0)}
 BACKWARD = {"cuda": BackwardSizes(32, 1, 2), "hip": BackwardSizes(64, 1, 2), "interpreter": BackwardSizes(32, 1, 4)}
-MIXER = {"cuda": MixerSizes(64, 32, 4, 3), "hip": MixerSizes(64, 32, 4, 1), "interpreter": MixerSizes(16, 64, 4, 1)}
+MIXER = {"cuda": MixerSizes(64, 64, 4, 3), "hip": MixerSizes(64, 32, 4, 1), "interpreter": MixerSizes(16, 64, 4, 1)}
+CONVOLUTION = ConvolutionSizes(4, 8, 128, 4)
 CARRY_BLOCK, CARRY_CHUNKS = 32, 64
-FEW_WARPS, WANTED_WARPS = 4, 64
-"""Warps a multiprocessor: under FEW_WARPS a scan of whole sequences waits, and is cut into chunks for WANTED_WARPS."""
+FORWARD_FEW, BACKWARD_FEW, WANTED_WARPS = 1.6, 4, 64
+"""Warps a multiprocessor: with fewer of them a scan of whole sequences waits, and is cut to make WANTED_WARPS."""
 
 
 class Tokens(NamedTuple):
@@ -140,18 +152,24 @@ def cut(tokens: Tokens, size: int | None, device: torch.device) -> Chunks:
     return Chunks(size, count, 1 if whole else 0, table, sequence_table)
 
 
-def chunk_size(tokens: Tokens, warps: int, processors: int) -> int | None:
-    """Rows a chunk, a multiple of INTERVAL, or None where `warps` warps a sequence fill the chip as they are.
+def chunk_size(tokens: Tokens, warps: int, processors: int, few: float, most: int | None = None) -> int | None:
+    """Rows a chunk, a multiple of INTERVAL, or None where `warps` warps a sequence are enough for the chip as they are.
 
-    Cutting costs a second pass over the exponentials. From docs/kernels.md: in chunks an H200 makes 0.8e12 state
-    updates a second; whole, a token takes 0.36 us and direction whatever the batch; they meet at 4 warps a processor.
+    Cutting costs a second pass over the exponentials: worth it under `few` warps a multiprocessor. `most` chunks a
+    sequence are as many as one step of the carry kernel takes.
     """
     programs = warps * tokens.sequences
-    if programs >= FEW_WARPS * processors or tokens.length <= 2 * INTERVAL:
+    if programs >= few * processors or tokens.length <= 2 * INTERVAL:
         return None
     length = tokens.rows // tokens.sequences
-    intervals = programs * triton.cdiv(length, INTERVAL) // (WANTED_WARPS * processors)
-    return max(1, intervals) * INTERVAL
+    whole = triton.cdiv(length, INTERVAL)
+    intervals = programs * whole // (WANTED_WARPS * processors)
+    return max(1, intervals, triton.cdiv(whole, most) if most else 0) * INTERVAL
+
+
+def tiled_forward(warps: int, processors: int) -> TiledSizes:
+    """Sizes for `warps` warps, if a warp holds all states of 32 channels."""
+    return next(sizes for fewest, sizes in TILED_FORWARD if warps >= fewest * processors)
 
 
 def tiled(device: torch.device, states: int) -> bool:

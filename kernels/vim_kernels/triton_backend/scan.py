@@ -14,9 +14,10 @@ from vim_kernels.triton_backend import plan
 from vim_kernels.triton_backend.backward_kernels import scan_backward_kernel
 from vim_kernels.triton_backend.forward_kernels import carry_kernel, chunk_state_kernel, scan_forward_kernel
 from vim_kernels.triton_backend.launch import launch
-from vim_kernels.triton_backend.layouts import block_of, tile_layouts
+from vim_kernels.triton_backend.layouts import backward_layouts, block_of, forward_layouts
 from vim_kernels.triton_backend.plan import Chunks, Tokens
-from vim_kernels.triton_backend.tiled_kernels import tiled_backward_kernel, tiled_forward_kernel
+from vim_kernels.triton_backend.tiled_forward import tiled_forward_kernel
+from vim_kernels.triton_backend.tiled_kernels import tiled_backward_kernel
 
 
 class ScanInputs(NamedTuple):
@@ -36,13 +37,14 @@ class ScanInputs(NamedTuple):
 
 
 class ScanGradients(NamedTuple):
-    """Gradients of ScanInputs; `initial` is (q, sequences, n, d) or None."""
+    """Gradients of ScanInputs; bc is (q, parts, rows, 2 n), to be summed; `initial` (q, sequences, n, d) or None."""
 
     u: Tensor
     dt: Tensor
     bc: Tensor
     rates: Tensor
-    skips: Tensor | None  # (q, d) float32
+    skips: Tensor  # (q, d) float32
+    dt_sum: Tensor  # (q, d) float32, of dt over all rows
     initial: Tensor | None
 
 
@@ -60,21 +62,47 @@ def scan_forward(
 ) -> Tensor | None:
     """Fill `out` with scale times the sum of the directions, gated by silu(z); returns the final states if wanted."""
     q, d, n = inputs.sizes
-    tiled = plan.tiled(out.device, n)
-    block, warps = _block(plan.TILED_FORWARD, plan.FORWARD[plan.target(out.device)], tiled, n)
-    blocks = triton.cdiv(d, block)
-    chunks = plan.cut(tokens, plan.chunk_size(tokens, blocks * warps, plan.processors(out.device)), out.device)
+    chunks = plan.cut(tokens, _forward_chunk(inputs, tokens), out.device)
     final = out.new_empty(q, tokens.sequences, n, d, dtype=torch.float32) if want_final else None
     entering = initial
     if not chunks.one_each:
         entering = _entering_states(inputs, inputs.u, tokens, chunks, initial, final, adjoint=False)
-    skips = inputs.skips or (out,)
+    _forward(inputs, z, out, ungated, entering, final if chunks.one_each else None, states, None, tokens, chunks, scale)
+    return final
+
+
+def _forward_chunk(inputs: ScanInputs, tokens: Tokens) -> int | None:
+    """Rows a chunk of the forward scan, or None."""
+    q, d, _ = inputs.sizes
+    processors = plan.processors(inputs.u.device)
+    return plan.chunk_size(tokens, q * triton.cdiv(d, 32), processors, plan.FORWARD_FEW, plan.CARRY_CHUNKS)
+
+
+def _forward(
+    inputs: ScanInputs,
+    z: Tensor | None,
+    out: Tensor | None,  # None: only final states and, in total, the sums of dt
+    ungated: Tensor | None,
+    entering: Tensor | None,
+    final: Tensor | None,
+    states: Tensor | None,
+    total: Tensor | None,
+    tokens: Tokens,
+    chunks: Chunks,
+    scale: float,
+) -> None:
+    """Launch the forward kernel for the device; what is None is not read or not written."""
+    q, d, n = inputs.sizes
+    device = inputs.u.device
+    unused = inputs.u if out is None else out  # may be written, where the gate's input is not wanted
+    skips = inputs.skips or (unused,)
+    states_only = out is None
     tensors = (
-        inputs.u, inputs.dt, inputs.bc, z if z is not None else out, out, ungated if ungated is not None else out,
-        inputs.rates, skips[0], skips[-1],
-        entering if entering is not None else out, final if final is not None else out,
-        states if states is not None else out,
-        chunks.table if chunks.table is not None else out, tokens.length, chunks.size, chunks.per_sequence,
+        inputs.u, inputs.dt, inputs.bc, *(unused if t is None else t for t in (z, out, ungated)),
+        inputs.rates, skips[0], skips[-1], *(unused if t is None else t for t in (entering, final, states)),
+    )  # fmt: skip
+    places = (
+        chunks.table if chunks.table is not None else unused, tokens.length, chunks.size, chunks.per_sequence,
         triton.cdiv(tokens.length, plan.INTERVAL), d,
     )  # fmt: skip
     strides = (
@@ -83,29 +111,24 @@ def scan_forward(
     )  # fmt: skip
     flags = {
         "DIRECTIONS": q, "REVERSE": inputs.reverse, "PACKED": tokens.packed, "GATE": z is not None,
-        "SAVE": states is not None, "HAS_D": inputs.skips is not None, "HAS_H0": entering is not None,
-        "STORE_FINAL": want_final and chunks.one_each, "SCALE": scale, "N": n, "BLOCK": block,
+        "SAVE": states is not None, "HAS_D": inputs.skips is not None and not states_only,
+        "HAS_H0": entering is not None, "STORE_FINAL": final is not None, "SCALE": scale, "N": n,
         "INTERVAL": plan.INTERVAL,
     }  # fmt: skip
-    options = {"num_warps": warps, "num_stages": 1}
-    if tiled:
-        sizes = plan.TILED_FORWARD
-        layouts = tile_layouts(sizes.states_thread, sizes.channels_thread, warps, block, n)
-        launch(
-            tiled_forward_kernel,
-            (blocks, chunks.total),
-            *tensors,
-            *strides,
-            **flags,
-            TILE=sizes.tile,
-            UNROLL=sizes.step,
-            **layouts,
-            **options,
-        )
+    if plan.tiled(device, n):
+        sizes = plan.tiled_forward(q * triton.cdiv(d, 32) * chunks.total, plan.processors(device))
+        block = block_of(sizes.states_thread, sizes.channels_thread, sizes.warps, n)
+        layouts = forward_layouts(q, sizes.states_thread, sizes.channels_thread, sizes.warps, sizes.tile, n)
+        launch(tiled_forward_kernel, (triton.cdiv(d, block), chunks.total),
+            *tensors, total if total is not None else unused, *places, *strides, **flags, STATES_ONLY=states_only,
+            BLOCK=block, TILE=sizes.tile, STEP=sizes.step, **layouts, num_warps=q * sizes.warps, num_stages=1,
+        )  # fmt: skip
     else:
-        ahead = plan.FORWARD[plan.target(out.device)].ahead
-        launch(scan_forward_kernel, (blocks, chunks.total), *tensors, d, *strides, **flags, AHEAD=ahead, **options)
-    return final
+        sizes = plan.FORWARD[plan.target(device)]
+        launch(scan_forward_kernel, (triton.cdiv(d, sizes.block), chunks.total),
+            *tensors, *places, d, *strides, **flags, BLOCK=sizes.block, AHEAD=sizes.ahead,
+            num_warps=sizes.warps, num_stages=1,
+        )  # fmt: skip
 
 
 def scan_backward(
@@ -121,9 +144,12 @@ def scan_backward(
     """Gradients of one scan; that of dt is for the value before softplus where `softplus`."""
     q, d, n = inputs.sizes
     tiled = plan.tiled(dy.device, n)
-    block, warps = _block(plan.TILED_BACKWARD, plan.BACKWARD[plan.target(dy.device)], tiled, n)
-    blocks = triton.cdiv(d, block)
-    chunks = plan.cut(tokens, plan.chunk_size(tokens, q * blocks * warps, plan.processors(dy.device)), dy.device)
+    by_tile, core = plan.TILED_BACKWARD, plan.BACKWARD[plan.target(dy.device)]
+    block = block_of(by_tile.states_thread, by_tile.channels_thread, by_tile.warps, n) if tiled else core.block
+    warps = by_tile.warps if tiled else core.warps
+    blocks, processors = triton.cdiv(d, block), plan.processors(dy.device)
+    size = plan.chunk_size(tokens, q * blocks * warps, processors, plan.BACKWARD_FEW)
+    chunks = plan.cut(tokens, size, dy.device)
     initial = dy.new_empty(q, tokens.sequences, n, d, dtype=torch.float32) if want_initial else None
     adjoint = dfinal
     if not chunks.one_each:
@@ -131,12 +157,12 @@ def scan_backward(
     du, ddt = torch.empty_like(inputs.u), torch.empty_like(inputs.u)
     dbc = dy.new_empty(q, blocks, tokens.rows, 2 * n, dtype=torch.float32)
     drates = dy.new_empty(q, chunks.total, n, d, dtype=torch.float32)
-    dskips = dy.new_empty(q, chunks.total, d, dtype=torch.float32) if inputs.skips else None
+    sums = dy.new_empty(q, chunks.total, 2, d, dtype=torch.float32)
     skips = inputs.skips or (dy,)
     tensors = (
         inputs.u, inputs.dt, inputs.bc, dy, inputs.rates, skips[0], skips[-1],
         states, adjoint if adjoint is not None else dy,
-        du, ddt, dbc, drates, dskips if dskips is not None else dy, initial if initial is not None else dy,
+        du, ddt, dbc, drates, sums, initial if initial is not None else dy,
         chunks.table if chunks.table is not None else dy, tokens.length, chunks.size, chunks.per_sequence,
         triton.cdiv(tokens.length, plan.INTERVAL),
         d, tokens.rows * d, tokens.rows * 2 * n, chunks.total * n * d, tokens.slots() * n * d, tokens.rows * 2 * n,
@@ -148,28 +174,24 @@ def scan_backward(
     }  # fmt: skip
     options = {"num_warps": warps, "num_stages": 1}
     if tiled:
-        sizes = plan.TILED_BACKWARD
-        layouts = tile_layouts(sizes.states_thread, sizes.channels_thread, warps, block, n)
+        layouts = backward_layouts(by_tile.states_thread, by_tile.channels_thread, warps, n)
         launch(
-            tiled_backward_kernel, (blocks, chunks.total, q), *tensors, **flags, GROUP=sizes.step, **layouts, **options
+            tiled_backward_kernel,
+            (blocks, chunks.total, q),
+            *tensors,
+            **flags,
+            GROUP=by_tile.step,
+            **layouts,
+            **options,
         )
     else:
-        group = plan.BACKWARD[plan.target(dy.device)].group
-        kept = triton.cdiv(plan.INTERVAL, group) * n * block
+        kept = triton.cdiv(plan.INTERVAL, core.group) * n * block
         scratch = dy.new_empty(q * chunks.total * blocks * kept, dtype=torch.float32)
-        launch(
-            scan_backward_kernel, (blocks, chunks.total, q), *tensors, scratch, kept, **flags, GROUP=group, **options
-        )
-    return ScanGradients(du, ddt, dbc.sum(1), drates.sum(1), dskips.sum(1) if dskips is not None else None, initial)
-
-
-def _block(
-    tiled_sizes: plan.TiledSizes, sizes: plan.ForwardSizes | plan.BackwardSizes, tiled: bool, n: int
-) -> tuple[int, int]:
-    """Channels and warps a program."""
-    if tiled:
-        return block_of(tiled_sizes.states_thread, tiled_sizes.channels_thread, tiled_sizes.warps, n), tiled_sizes.warps
-    return sizes.block, sizes.warps
+        launch(scan_backward_kernel, (blocks, chunks.total, q),
+            *tensors, scratch, kept, **flags, GROUP=core.group, **options,
+        )  # fmt: skip
+    of_channels = sums.sum(1)
+    return ScanGradients(du, ddt, dbc, drates.sum(1), of_channels[:, 0], of_channels[:, 1], initial)
 
 
 def _entering_states(
@@ -187,15 +209,18 @@ def _entering_states(
     after = source.new_empty(q, chunks.total, n, d, dtype=torch.float32)
     entering = torch.empty_like(after)
     total = source.new_empty(q, chunks.total, d, dtype=torch.float32)
-    sizes = plan.STATE[plan.target(source.device)]
-    launch(chunk_state_kernel, (triton.cdiv(d, sizes.block), chunks.total, q),
-        source, inputs.dt, inputs.bc, inputs.rates, after, total,
-        chunks.table if chunks.table is not None else source, tokens.length, chunks.size, chunks.per_sequence,
-        d, d, 0 if adjoint else tokens.rows * d, tokens.rows * d, tokens.rows * 2 * n, chunks.total * n * d,
-        chunks.total * d,
-        REVERSE=inputs.reverse, ADJOINT=adjoint, PACKED=tokens.packed,
-        N=n, BLOCK=sizes.block, AHEAD=sizes.ahead, num_warps=sizes.warps, num_stages=1,
-    )  # fmt: skip
+    if plan.tiled(source.device, n) and not adjoint:
+        _forward(inputs, None, None, None, None, after, None, total, tokens, chunks, 1.0)
+    else:
+        sizes = plan.STATE[plan.target(source.device)]
+        launch(chunk_state_kernel, (triton.cdiv(d, sizes.block), chunks.total, q),
+            source, inputs.dt, inputs.bc, inputs.rates, after, total,
+            chunks.table if chunks.table is not None else source, tokens.length, chunks.size, chunks.per_sequence,
+            d, d, 0 if adjoint else tokens.rows * d, tokens.rows * d, tokens.rows * 2 * n, chunks.total * n * d,
+            chunks.total * d,
+            REVERSE=inputs.reverse, ADJOINT=adjoint, PACKED=tokens.packed,
+            N=n, BLOCK=sizes.block, AHEAD=sizes.ahead, num_warps=sizes.warps, num_stages=1,
+        )  # fmt: skip
     launch(carry_kernel, (triton.cdiv(d, plan.CARRY_BLOCK), tokens.sequences, q * n),
         after, total, inputs.rates, entering,
         initial if initial is not None else after, final if final is not None else after,

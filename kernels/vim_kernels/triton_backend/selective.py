@@ -104,17 +104,17 @@ def selective_scan_backward(
         softplus=dt_softplus,
         want_initial=initial_state is not None,
     )
-    ddt = found.dt[0]
+    ddt, dbc = found.dt[0], found.bc[0].sum(0)
     states = inputs.rates.shape[1]
     return (
         found.u.view(x.shape),
         ddt.to(dt.dtype).view(dt.shape),
         (found.rates[0, :n].t()).to(A.dtype).contiguous(),
-        own(found.bc[0, :, :n], B),
-        own(found.bc[0, :, states : states + n], C),
-        None if D is None or found.skips is None else found.skips[0].to(D.dtype),
+        own(dbc[:, :n], B),
+        own(dbc[:, states : states + n], C),
+        None if D is None else own(found.skips[0], D),
         dz,
-        None if dt_bias is None else ddt.float().sum(0).to(dt_bias.dtype),
+        None if dt_bias is None else own(found.dt_sum[0], dt_bias),
         None
         if initial_state is None or found.initial is None
         else found.initial[0, :, :n].transpose(1, 2).to(initial_state.dtype).contiguous(),

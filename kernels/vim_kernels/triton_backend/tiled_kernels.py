@@ -6,7 +6,7 @@ CHANNELS_THREAD channels; that layout, not the compiler's choice, decides how of
 the state as it is: their dt is 0, so they decay by 1 and drive by 0.
 """
 
-# ruff: noqa: RUF005, SIM108 - Triton's language has no starred tuples, and folds only plain `if`s on constants
+# ruff: noqa: RUF005 - Triton's language has no starred tuples, and folds only plain `if`s on constants
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false, reportCallIssue=false
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportAssignmentType=false
 # pyright: reportPossiblyUnboundVariable=false
@@ -16,13 +16,13 @@ from triton.experimental.gluon import language as gl
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
 # Two names changed between Triton 3.6 and 3.9.
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 _descriptor = gl.shared_memory_descriptor
-_view = _descriptor.reinterpret if hasattr(_descriptor, "reinterpret") else _descriptor._reinterpret
+view_of = _descriptor.reinterpret if hasattr(_descriptor, "reinterpret") else _descriptor._reinterpret
 
 
 @gluon.jit
-def _chunk_rows(
+def chunk_rows(
     chunk, table_ptr, length, chunk_size, chunks_per_sequence, slots_per_sequence,
     INTERVAL: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
@@ -53,146 +53,9 @@ def _fetch(
 
 
 @gluon.jit
-def _finish_tile(
-    y_s, u_s, z_ptr, out_ptr, ungated_ptr, D_ptr, start, step, count, column, channels, z_stride,
-    ADD: gl.constexpr, LAST: gl.constexpr, GATE: gl.constexpr, SAVE: gl.constexpr, HAS_D: gl.constexpr,
-    SCALE: gl.constexpr, TILE: gl.constexpr, BLOCK: gl.constexpr, layout: gl.constexpr, view: gl.constexpr,
-):  # fmt: skip
-    """Skip, sum of the directions, gate and store of a whole tile, 16 bytes a thread."""
-    p = gl.arange(0, TILE, layout=gl.SliceLayout(1, layout))
-    d = column + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layout))
-    row = gl.expand_dims(start + step * p, 1)
-    ok = d < channels
-    mask = gl.expand_dims(p < count, 1) & gl.expand_dims(ok, 0)
-    at = row * channels + gl.expand_dims(d, 0)
-    y = _view(y_s, gl.float32, [TILE, BLOCK], view).load(layout)
-    if HAS_D:
-        skip = gl.load(D_ptr + d, mask=ok, other=0.0).to(gl.float32)
-        u = _view(u_s, u_s.dtype, [TILE, BLOCK], view).load(layout)
-        y += u.to(gl.float32) * gl.expand_dims(skip, 0)
-    if ADD:
-        y += gl.load(out_ptr + at, mask=mask, other=0.0).to(gl.float32)
-    if LAST:
-        if SAVE and GATE:
-            gl.store(ungated_ptr + at, y.to(ungated_ptr.dtype.element_ty), mask=mask)
-        if GATE:
-            z = gl.load(z_ptr + row * z_stride + gl.expand_dims(d, 0), mask=mask, other=0.0).to(gl.float32)
-            y = y * (SCALE * z) / (1.0 + gl.exp2(z * -LOG2E))
-        else:
-            y = y * SCALE
-    gl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@gluon.jit
-def _scan_direction(
-    u_s, dt_s, bc_s, y_s, u_ptr, dt_ptr, bc_ptr, z_ptr, out_ptr, ungated_ptr, rates_ptr, D_ptr, h0_ptr, final_ptr,
-    states_ptr, first, count, column, channels, z_stride,
-    REVERSE: gl.constexpr, ADD: gl.constexpr, LAST: gl.constexpr, GATE: gl.constexpr, SAVE: gl.constexpr,
-    HAS_D: gl.constexpr, HAS_H0: gl.constexpr, STORE_FINAL: gl.constexpr, SCALE: gl.constexpr,
-    N: gl.constexpr, BLOCK: gl.constexpr, INTERVAL: gl.constexpr, TILE: gl.constexpr, UNROLL: gl.constexpr,
-    state: gl.constexpr, rows_layout: gl.constexpr, bc_layout: gl.constexpr, view: gl.constexpr,
-):  # fmt: skip
-    """See `forward_kernels._scan_direction`."""
-    n = gl.arange(0, N, layout=gl.SliceLayout(1, state))
-    d = column + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, state))
-    ok = gl.expand_dims(d < channels, 0)
-    at = gl.expand_dims(n, 1) * channels + gl.expand_dims(d, 0)
-    rates = gl.load(rates_ptr + at, mask=ok, other=0.0)
-    if HAS_H0:
-        h = gl.load(h0_ptr + at, mask=ok, other=0.0)
-    else:
-        h = gl.zeros([N, BLOCK], gl.float32, layout=state)
-    step: gl.constexpr = -1 if REVERSE else 1
-    tiles = gl.cdiv(count, TILE)
-    tile = tiles - 1 if REVERSE else 0
-    rows = gl.minimum(gl.minimum(TILE, count - tile * TILE), count)  # none in a chunk that does not exist
-    start = first + tile * TILE + (rows - 1 if REVERSE else 0)
-    u = _fetch(u_ptr, channels, start, step, rows, column, channels, TILE, BLOCK, rows_layout)
-    dt = _fetch(dt_ptr, channels, start, step, rows, column, channels, TILE, BLOCK, rows_layout)
-    bc = _fetch(bc_ptr, 2 * N, start, step, rows, 0, 2 * N, TILE, 2 * N, bc_layout)
-    for j in range(0, tiles):
-        tile = tiles - 1 - j if REVERSE else j
-        rows = gl.minimum(TILE, count - tile * TILE)
-        start = first + tile * TILE + (rows - 1 if REVERSE else 0)
-        _view(u_s, u_s.dtype, [TILE, BLOCK], view).store(u)
-        _view(dt_s, dt_s.dtype, [TILE, BLOCK], view).store(dt)
-        _view(bc_s, gl.float32, [TILE, 2 * N], view).store(bc)
-        # The next tile is on its way while this one is scanned; no rows beyond the last.
-        ahead = gl.minimum(TILE, tile * TILE) if REVERSE else gl.minimum(TILE, count - (tile + 1) * TILE)
-        begin = start + step * rows
-        u = _fetch(u_ptr, channels, begin, step, ahead, column, channels, TILE, BLOCK, rows_layout)
-        dt = _fetch(dt_ptr, channels, begin, step, ahead, column, channels, TILE, BLOCK, rows_layout)
-        bc = _fetch(bc_ptr, 2 * N, begin, step, ahead, 0, 2 * N, TILE, 2 * N, bc_layout)
-        if SAVE:
-            # The state enters an interval at its first row, or when scanned backwards behind its last one.
-            if REVERSE:
-                border = (tile + 1) % (INTERVAL // TILE) == 0 or j == 0
-            else:
-                border = tile % (INTERVAL // TILE) == 0
-            if border:
-                slot = (tile // (INTERVAL // TILE)).to(gl.int64)
-                gl.store(states_ptr + slot * N * channels + at, h, mask=ok)
-        for group in range(0, TILE // UNROLL):
-            for k in gl.static_range(UNROLL):
-                i = group * UNROLL + k
-                x = u_s.index(i).load(gl.SliceLayout(0, state)).to(gl.float32)
-                length = dt_s.index(i).load(gl.SliceLayout(0, state)).to(gl.float32)
-                B = bc_s.index(2 * i).load(gl.SliceLayout(1, state))
-                C = bc_s.index(2 * i + 1).load(gl.SliceLayout(1, state))
-                decay = gl.exp2(gl.expand_dims(length, 0) * rates)
-                h = gl.fma(decay, h, gl.expand_dims(length * x, 0) * gl.expand_dims(B, 1))
-                y_s.index(i).store(gl.sum(h * gl.expand_dims(C, 1), axis=0))
-        _finish_tile(
-            y_s, u_s, z_ptr, out_ptr, ungated_ptr, D_ptr, start, step, rows, column, channels, z_stride,
-            ADD, LAST, GATE, SAVE, HAS_D, SCALE, TILE, BLOCK, rows_layout, view,
-        )  # fmt: skip
-    if STORE_FINAL:
-        gl.store(final_ptr + at, h, mask=ok)
-
-
-@gluon.jit
-def tiled_forward_kernel(
-    u_ptr, dt_ptr, bc_ptr, z_ptr, out_ptr, ungated_ptr, rates_ptr, D0_ptr, D1_ptr, h0_ptr, final_ptr, states_ptr,
-    table_ptr, length, chunk_size, chunks_per_sequence, slots_per_sequence,
-    channels, z_stride, u_direction, bc_direction, chunk_direction, slot_direction,
-    DIRECTIONS: gl.constexpr, REVERSE: gl.constexpr, PACKED: gl.constexpr, GATE: gl.constexpr, SAVE: gl.constexpr,
-    HAS_D: gl.constexpr, HAS_H0: gl.constexpr, STORE_FINAL: gl.constexpr, SCALE: gl.constexpr,
-    N: gl.constexpr, BLOCK: gl.constexpr, INTERVAL: gl.constexpr, TILE: gl.constexpr, UNROLL: gl.constexpr,
-    state: gl.constexpr, rows_layout: gl.constexpr, bc_layout: gl.constexpr, row: gl.constexpr, view: gl.constexpr,
-):  # fmt: skip
-    """Grid (blocks of channels, chunks); arguments as in `forward_kernels.scan_forward_kernel`."""
-    column = gl.program_id(0) * BLOCK
-    chunk = gl.program_id(1)
-    first, count, slot = _chunk_rows(
-        chunk, table_ptr, length, chunk_size, chunks_per_sequence, slots_per_sequence, INTERVAL, PACKED
-    )
-    u_s = gl.allocate_shared_memory(u_ptr.dtype.element_ty, [TILE, BLOCK], row)
-    dt_s = gl.allocate_shared_memory(dt_ptr.dtype.element_ty, [TILE, BLOCK], row)
-    bc_s = gl.allocate_shared_memory(gl.float32, [2 * TILE, N], row)
-    y_s = gl.allocate_shared_memory(gl.float32, [TILE, BLOCK], row)
-    at = chunk.to(gl.int64) * N * channels
-    saved = slot * N * channels
-    _scan_direction(
-        u_s, dt_s, bc_s, y_s, u_ptr, dt_ptr, bc_ptr, z_ptr, out_ptr, ungated_ptr, rates_ptr, D0_ptr,
-        h0_ptr + at, final_ptr + at, states_ptr + saved, first, count, column, channels, z_stride,
-        REVERSE, False, DIRECTIONS == 1, GATE and DIRECTIONS == 1, SAVE, HAS_D, HAS_H0, STORE_FINAL, SCALE,
-        N, BLOCK, INTERVAL, TILE, UNROLL, state, rows_layout, bc_layout, view,
-    )  # fmt: skip
-    if DIRECTIONS == 2:
-        _barrier()  # the second direction reads what other threads of the program wrote
-        _scan_direction(
-            u_s, dt_s, bc_s, y_s, u_ptr + u_direction, dt_ptr + u_direction, bc_ptr + bc_direction, z_ptr, out_ptr,
-            ungated_ptr, rates_ptr + N * channels, D1_ptr, h0_ptr + chunk_direction + at,
-            final_ptr + chunk_direction + at, states_ptr + slot_direction + saved, first, count, column, channels,
-            z_stride, True, True, True, GATE, SAVE, HAS_D, HAS_H0, STORE_FINAL, SCALE,
-            N, BLOCK, INTERVAL, TILE, UNROLL, state, rows_layout, bc_layout, view,
-        )  # fmt: skip
-
-
-@gluon.jit
 def tiled_backward_kernel(
     u_ptr, dt_ptr, bc_ptr, dy_ptr, rates_ptr, D0_ptr, D1_ptr, states_ptr, adjoint_ptr,
-    du_ptr, ddt_ptr, dbc_ptr, drates_ptr, dD_ptr, dh0_ptr,
+    du_ptr, ddt_ptr, dbc_ptr, drates_ptr, sums_ptr, dh0_ptr,
     table_ptr, length, chunk_size, chunks_per_sequence, slots_per_sequence,
     channels, u_direction, bc_direction, chunk_direction, slot_direction, block_stride,
     REVERSE: gl.constexpr, PACKED: gl.constexpr, HAS_D: gl.constexpr, HAS_ADJOINT: gl.constexpr,
@@ -213,7 +76,7 @@ def tiled_backward_kernel(
     ok_d = d < channels
     ok = gl.expand_dims(ok_d, 0)
     at = gl.expand_dims(n, 1) * channels + gl.expand_dims(d, 0)
-    first, count, slot = _chunk_rows(
+    first, count, slot = chunk_rows(
         chunk, table_ptr, length, chunk_size, chunks_per_sequence, slots_per_sequence, INTERVAL, PACKED
     )
     backwards = (direction == 1) != REVERSE
@@ -243,6 +106,7 @@ def tiled_backward_kernel(
     h_s = gl.allocate_shared_memory(gl.float32, [INTERVAL // GROUP, N, BLOCK], view)
     drates = gl.zeros([N, BLOCK], gl.float32, layout=state)
     dD = gl.zeros([BLOCK], gl.float32, layout=gl.SliceLayout(0, state))
+    ddt_sum = gl.zeros([BLOCK], gl.float32, layout=gl.SliceLayout(0, state))
     intervals = gl.cdiv(count, INTERVAL)
     for j in range(0, intervals):
         interval = gl.where(backwards, j, intervals - 1 - j)
@@ -253,10 +117,10 @@ def tiled_backward_kernel(
         dt = _fetch(dt_ptr, channels, start, step, rows, column, channels, INTERVAL, BLOCK, rows_layout)
         dy = _fetch(dy_ptr, channels, start, step, rows, column, channels, INTERVAL, BLOCK, rows_layout)
         bc = _fetch(bc_ptr, 2 * N, start, step, rows, 0, 2 * N, INTERVAL, 2 * N, bc_layout)
-        _view(u_s, u_s.dtype, [INTERVAL, BLOCK], view).store(u)
-        _view(dt_s, dt_s.dtype, [INTERVAL, BLOCK], view).store(dt)
-        _view(dy_s, dy_s.dtype, [INTERVAL, BLOCK], view).store(dy)
-        _view(bc_s, gl.float32, [INTERVAL, 2 * N], view).store(bc)
+        view_of(u_s, u_s.dtype, [INTERVAL, BLOCK], view).store(u)
+        view_of(dt_s, dt_s.dtype, [INTERVAL, BLOCK], view).store(dt)
+        view_of(dy_s, dy_s.dtype, [INTERVAL, BLOCK], view).store(dy)
+        view_of(bc_s, gl.float32, [INTERVAL, 2 * N], view).store(bc)
         groups = gl.cdiv(rows, GROUP)
         h_s.index(0).store(h)
         for group in range(0, groups - 1):
@@ -306,6 +170,7 @@ def tiled_backward_kernel(
                 if SOFTPLUS:
                     ddt = ddt * (1.0 - gl.exp2(tau * -LOG2E))
                 here = ok_d & (i < rows)
+                ddt_sum += gl.where(here, ddt, 0.0)
                 gl.store(du_ptr + out_row * channels + d, du.to(du_ptr.dtype.element_ty), mask=here)
                 gl.store(ddt_ptr + out_row * channels + d, ddt.to(ddt_ptr.dtype.element_ty), mask=here)
                 inside = (n * 0 + i) < rows
@@ -316,8 +181,8 @@ def tiled_backward_kernel(
                     mask=inside,
                 )
     gl.store(drates_ptr + state_at + at, drates, mask=ok)
-    if HAS_D:
-        out = (direction * gl.num_programs(1) + chunk).to(gl.int64) * channels
-        gl.store(dD_ptr + out + d, dD, mask=ok_d)
+    sums = sums_ptr + (direction * gl.num_programs(1) + chunk).to(gl.int64) * 2 * channels + d
+    gl.store(sums, dD, mask=ok_d)
+    gl.store(sums + channels, ddt_sum, mask=ok_d)
     if STORE_DH0:
         gl.store(dh0_ptr + state_at + at, R, mask=ok)

@@ -1,0 +1,245 @@
+"""The forward scan in Gluon, for NVIDIA: the same sums as in `forward_kernels`, with layouts and shared memory by hand.
+
+Both directions run at once, one half of the warps each, and meet in the middle of the chunk: until there each leaves
+its sum in `out`, from there on it adds to what the other left and applies the gate. A tile of tokens is brought to
+shared memory at a time, in the order of its direction and with zeros behind its end, so that the loop over tokens waits
+for no global load and computes no address. Zero tokens leave the state as it is: their dt is 0, so they decay by 1 and
+drive by 0. A thread holds STATES_THREAD states of a channel; where that is not all of them, the sum over the states
+takes log2 of the threads that share a channel shuffles a token.
+
+Shapes: q directions, t tokens of a tile, n states, d channels of a block.
+"""
+
+# ruff: noqa: RUF005, RET505 - Triton's language has no starred tuples, and folds only plain `if`s with an `else`
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false, reportCallIssue=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportAssignmentType=false
+# pyright: reportPossiblyUnboundVariable=false
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from vim_kernels.triton_backend.tiled_kernels import LOG2E, barrier, chunk_rows, view_of
+
+
+@gluon.jit
+def _outer(length: gl.constexpr, layout: gl.constexpr):
+    """0 .. length - 1 as (length, 1, 1) of a tile in `layout`."""
+    i = gl.arange(0, length, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))
+    return gl.expand_dims(gl.expand_dims(i, 1), 2)
+
+
+@gluon.jit
+def _middle(length: gl.constexpr, layout: gl.constexpr):
+    """0 .. length - 1 as (1, length, 1)."""
+    i = gl.arange(0, length, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
+    return gl.expand_dims(gl.expand_dims(i, 0), 2)
+
+
+@gluon.jit
+def _inner(length: gl.constexpr, layout: gl.constexpr):
+    """0 .. length - 1 as (1, 1, length)."""
+    i = gl.arange(0, length, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))
+    return gl.expand_dims(gl.expand_dims(i, 0), 1)
+
+
+@gluon.jit
+def _rows(
+    j, tiles, first, count, DIRECTIONS: gl.constexpr, REVERSE: gl.constexpr, TILE: gl.constexpr, layout: gl.constexpr
+):
+    """(t, q, 1): the row at every position of the j-th tile that a direction takes, and whether there is one."""
+    p = _outer(TILE, layout)
+    q = _middle(DIRECTIONS, layout)
+    backwards = (q == 1) != REVERSE
+    tile = gl.where(backwards, tiles - 1 - j, j)
+    rows = gl.minimum(TILE, count - tile * TILE)
+    row = first + tile * TILE + gl.where(backwards, rows - 1 - p, p)
+    return row, (p < rows) & (tile >= 0)
+
+
+@gluon.jit
+def tiled_forward_kernel(
+    u_ptr, dt_ptr, bc_ptr, z_ptr, out_ptr, ungated_ptr, rates_ptr, D0_ptr, D1_ptr, h0_ptr, final_ptr, states_ptr,
+    total_ptr, table_ptr, length, chunk_size, chunks_per_sequence, slots_per_sequence,
+    channels, z_stride, u_direction, bc_direction, chunk_direction, slot_direction,
+    DIRECTIONS: gl.constexpr, REVERSE: gl.constexpr, PACKED: gl.constexpr, GATE: gl.constexpr, SAVE: gl.constexpr,
+    HAS_D: gl.constexpr, HAS_H0: gl.constexpr, STORE_FINAL: gl.constexpr,
+    STATES_ONLY: gl.constexpr, SCALE: gl.constexpr,
+    N: gl.constexpr, BLOCK: gl.constexpr, INTERVAL: gl.constexpr, TILE: gl.constexpr, STEP: gl.constexpr,
+    state: gl.constexpr, rows_layout: gl.constexpr, bc_layout: gl.constexpr, token: gl.constexpr, tile: gl.constexpr,
+):  # fmt: skip
+    """Grid (blocks of channels, chunks); arguments as in `forward_kernels.scan_forward_kernel`.
+
+    STATES_ONLY: no output, but the final state and the sum of dt of every chunk, `total` (q, chunks, d) float32.
+    """
+    column = gl.program_id(0) * BLOCK
+    chunk = gl.program_id(1)
+    first, count, slot = chunk_rows(
+        chunk, table_ptr, length, chunk_size, chunks_per_sequence, slots_per_sequence, INTERVAL, PACKED
+    )
+    by_channel: gl.constexpr = gl.SliceLayout(1, state)  # (q, d)
+    by_state: gl.constexpr = gl.SliceLayout(2, state)  # (q, n)
+    u_s = gl.allocate_shared_memory(u_ptr.dtype.element_ty, [TILE, DIRECTIONS, BLOCK], token)
+    dt_s = gl.allocate_shared_memory(dt_ptr.dtype.element_ty, [TILE, DIRECTIONS, BLOCK], token)
+    b_s = gl.allocate_shared_memory(gl.float32, [TILE, DIRECTIONS, N], token)
+    c_s = gl.allocate_shared_memory(gl.float32, [TILE, DIRECTIONS, N], token)
+    y_s = gl.allocate_shared_memory(gl.float32, [TILE // STEP, STEP, DIRECTIONS, BLOCK], tile)
+
+    # (q, n, d): rates, state, where states are saved
+    q = _outer(DIRECTIONS, state)
+    d = column + _inner(BLOCK, state)
+    ok = d < channels
+    at = _middle(N, state) * channels + d
+    rates = gl.load(rates_ptr + q * (N * channels) + at, mask=ok, other=0.0)
+    of_chunk = q * chunk_direction + chunk.to(gl.int64) * (N * channels) + at
+    if HAS_H0:
+        h = gl.load(h0_ptr + of_chunk, mask=ok, other=0.0)
+    else:
+        h = gl.zeros([DIRECTIONS, N, BLOCK], gl.float32, layout=state)
+    saved_ptr = states_ptr + q * slot_direction + slot * (N * channels) + at
+    channel = column + gl.expand_dims(gl.arange(0, BLOCK, layout=gl.SliceLayout(0, by_channel)), 0)
+    direction = gl.expand_dims(gl.arange(0, DIRECTIONS, layout=gl.SliceLayout(1, by_channel)), 1)
+    total = gl.zeros([DIRECTIONS, BLOCK], gl.float32, layout=by_channel)
+    if HAS_D:
+        skip = gl.load(D0_ptr + channel, mask=channel < channels, other=0.0).to(gl.float32)
+        if DIRECTIONS == 2:
+            skip_1 = gl.load(D1_ptr + channel, mask=channel < channels, other=0.0).to(gl.float32)
+            skip = gl.where(direction == 1, skip_1, skip)
+
+    # (t, q, d) and (t, q, n): tiles of what is read and written
+    q_row = _middle(DIRECTIONS, rows_layout)
+    d_row = column + _inner(BLOCK, rows_layout)
+    ok_row = d_row < channels
+    q_bc = _middle(DIRECTIONS, bc_layout)
+    u_ptr += q_row * u_direction + d_row
+    dt_ptr += q_row * u_direction + d_row
+    bc_ptr += q_bc * bc_direction + _inner(N, bc_layout)
+    tiles = gl.cdiv(count, TILE)
+    row, here = _rows(0, tiles, first, count, DIRECTIONS, REVERSE, TILE, rows_layout)
+    row_bc, here_bc = _rows(0, tiles, first, count, DIRECTIONS, REVERSE, TILE, bc_layout)
+    u = gl.load(u_ptr + row * channels, mask=here & ok_row, other=0.0)
+    dt = gl.load(dt_ptr + row * channels, mask=here & ok_row, other=0.0)
+    B = gl.load(bc_ptr + row_bc * (2 * N), mask=here_bc, other=0.0)
+    C = gl.load(bc_ptr + row_bc * (2 * N) + N, mask=here_bc, other=0.0)
+    for j in range(0, tiles):
+        at_row = row * channels + d_row
+        at_z = row * z_stride + d_row
+        mask = here & ok_row
+        last_visit = (DIRECTIONS == 1) | (2 * j + 1 >= tiles)
+        # In the tile in the middle, of an odd number of them, both directions are at once: there the first goes before.
+        meets = 2 * j + 1 == tiles
+        # What the other direction left is loaded ahead, but for the tiles that it has only just been in.
+        fresh = meets | (2 * j == tiles)
+        view_of(u_s, u_s.dtype, [TILE, DIRECTIONS, BLOCK], tile).store(u)
+        view_of(dt_s, dt_s.dtype, [TILE, DIRECTIONS, BLOCK], tile).store(dt)
+        view_of(b_s, gl.float32, [TILE, DIRECTIONS, N], tile).store(B)
+        view_of(c_s, gl.float32, [TILE, DIRECTIONS, N], tile).store(C)
+        # The next tile is on its way while this one is scanned.
+        row, here = _rows(j + 1, tiles, first, count, DIRECTIONS, REVERSE, TILE, rows_layout)
+        row_bc, here_bc = _rows(j + 1, tiles, first, count, DIRECTIONS, REVERSE, TILE, bc_layout)
+        u = gl.load(u_ptr + row * channels, mask=here & ok_row, other=0.0)
+        dt = gl.load(dt_ptr + row * channels, mask=here & ok_row, other=0.0)
+        B = gl.load(bc_ptr + row_bc * (2 * N), mask=here_bc, other=0.0)
+        C = gl.load(bc_ptr + row_bc * (2 * N) + N, mask=here_bc, other=0.0)
+        # What the end of the tile will need, too; before the middle that is nothing.
+        z = gl.load(z_ptr + at_z, mask=mask & (last_visit & GATE), other=0.0)
+        if DIRECTIONS == 2 and not STATES_ONLY:
+            other = gl.load(out_ptr + at_row, mask=mask & (2 * j > tiles), other=0.0)
+        if SAVE:
+            # The state enters an interval at its first row, or when scanned backwards behind its last one.
+            RATIO: gl.constexpr = INTERVAL // TILE
+            last = tiles - 1 - j
+            opens = j % RATIO == 0
+            closes = ((last + 1) % RATIO == 0) | (j == 0)
+            if opens | closes:
+                backwards = (q == 1) != REVERSE
+                interval = gl.where(backwards, last, j) // RATIO
+                entered = gl.where(backwards, closes, opens)
+                gl.store(saved_ptr + interval.to(gl.int64) * (N * channels), h, mask=ok & entered)
+        for group in range(0, TILE // STEP):
+            # All loads before all stores: the compiler takes them for the same memory, and may overlap tokens only so.
+            u_l = ()
+            dt_l = ()
+            B_l = ()
+            C_l = ()
+            for k in gl.static_range(STEP):
+                i = group * STEP + k
+                u_l = u_l + (u_s.index(i).load(by_channel).to(gl.float32),)
+                dt_l = dt_l + (dt_s.index(i).load(by_channel).to(gl.float32),)
+                B_l = B_l + (b_s.index(i).load(by_state),)
+                if not STATES_ONLY:
+                    C_l = C_l + (c_s.index(i).load(by_state),)
+            y_l = ()
+            for k in gl.static_range(STEP):
+                decay = gl.exp2(gl.expand_dims(dt_l[k], 1) * rates)
+                h = gl.fma(decay, h, gl.expand_dims(dt_l[k] * u_l[k], 1) * gl.expand_dims(B_l[k], 2))
+                if STATES_ONLY:
+                    total += dt_l[k]
+                else:
+                    y = gl.sum(h * gl.expand_dims(C_l[k], 2), axis=1)
+                    if HAS_D:
+                        y = gl.fma(skip, u_l[k], y)
+                    y_l = y_l + (y,)
+            if not STATES_ONLY:
+                y_s.index(group).store(_stack(y_l, STEP, DIRECTIONS, BLOCK))
+        if not STATES_ONLY:
+            y = view_of(y_s, gl.float32, [TILE, DIRECTIONS, BLOCK], tile).load(rows_layout)
+            if DIRECTIONS == 2:
+                if meets | (2 * j < tiles):
+                    left = mask & ((q_row == 0) | (not meets))
+                    gl.store(out_ptr + at_row, y.to(out_ptr.dtype.element_ty), mask=left)
+                if last_visit:
+                    if fresh:
+                        barrier()
+                        other = gl.load(out_ptr + at_row, mask=mask, other=0.0)
+                    y += other.to(gl.float32)
+                    mask = mask & ((q_row == 1) | (not meets))
+                    _finish(y, z, at_row, mask, out_ptr, ungated_ptr, GATE, SAVE, SCALE)
+            else:
+                _finish(y, z, at_row, mask, out_ptr, ungated_ptr, GATE, SAVE, SCALE)
+    if STORE_FINAL:
+        gl.store(final_ptr + of_chunk, h, mask=ok)
+    if STATES_ONLY:
+        at_chunk = direction * (chunk_direction // N) + chunk.to(gl.int64) * channels + channel
+        gl.store(total_ptr + at_chunk, total, mask=channel < channels)
+
+
+@gluon.jit
+def _reciprocal(v):
+    """One instruction to one unit in the last place, where a division takes eight."""
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [v], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _joined(parts, FIRST: gl.constexpr, COUNT: gl.constexpr):
+    """COUNT (q, d) tensors as (q, d, 2, 2, ...), the lowest bit of their number first."""
+    if COUNT == 1:
+        return parts[FIRST]
+    else:
+        return gl.join(_joined(parts, FIRST, COUNT // 2), _joined(parts, FIRST + COUNT // 2, COUNT // 2))
+
+
+@gluon.jit
+def _stack(parts, COUNT: gl.constexpr, DIRECTIONS: gl.constexpr, BLOCK: gl.constexpr):
+    """COUNT (q, d) tensors as one (COUNT, q, d): one store to shared memory; one each would take a barrier each."""
+    joined = _joined(parts, 0, COUNT)
+    if COUNT == 2:
+        joined = gl.permute(joined, (2, 0, 1))
+    if COUNT == 4:
+        joined = gl.permute(joined, (3, 2, 0, 1))
+    if COUNT == 8:
+        joined = gl.permute(joined, (4, 3, 2, 0, 1))
+    if COUNT == 16:
+        joined = gl.permute(joined, (5, 4, 3, 2, 0, 1))
+    return gl.reshape(joined, [COUNT, DIRECTIONS, BLOCK])
+
+
+@gluon.jit
+def _finish(y, z, at, mask, out_ptr, ungated_ptr, GATE: gl.constexpr, SAVE: gl.constexpr, SCALE: gl.constexpr):
+    """Gate and store the sum of all directions."""
+    if GATE:
+        if SAVE:
+            gl.store(ungated_ptr + at, y.to(ungated_ptr.dtype.element_ty), mask=mask)
+        z = z.to(gl.float32)
+        y = y * (SCALE * z) * _reciprocal(1.0 + gl.exp2(z * -LOG2E))
+    else:
+        y = y * SCALE
+    gl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
