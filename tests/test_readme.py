@@ -37,7 +37,7 @@ def test_ci_runs_the_make_commands():
 def place(tmp_path_factory, request):
     """A folder that looks like the checkout, with pictures and an official checkpoint of small size."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in ("pretrain", "launch", "vim_backbone", "kernels", "benchmarks"):
+    for name in ("pretrain", "finetune", "launch", "vim_backbone", "kernels", "benchmarks"):
         (folder / name).symlink_to(ROOT / name)
     return folder
 
@@ -52,6 +52,12 @@ def test_all_other_commands(place, picture_folder):
     for line in commands():
         if line in RUN_BY_CI | NOT_RUN or line.startswith("python -m benchmarks"):
             continue
+        if "finetune.sample_data" in line:
+            line += " --train 6 --val 3 --size 32"
+        if "finetune/main.py" in line:
+            line = line.replace("runs/pretrain/backbone", "runs/mine/backbone")
+            line += " --steps=1 --epochs=null --model.img_size=32 --evaluate_every=0 --batch_size=4 --data.workers=0"
+            line += " --trackers=[] --overwrite"
         if "pretrain/main.py" in line and "--help" not in line:
             line = line.replace("--model.img_size 224", "--model.img_size 32").replace(" --steps 4", "")
             if "zero" in line and "--num_processes" not in line:
