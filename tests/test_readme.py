@@ -59,7 +59,7 @@ def test_all_other_commands(place, picture_folder):
             line += " --steps=1 --epochs=null --model.img_size=32 --evaluate_every=0 --batch_size=4 --data.workers=0"
             line += " --trackers=[] --overwrite"
         if "pretrain/main.py" in line and "--help" not in line:
-            line = line.replace("--model.img_size 224", "--model.img_size 32")
+            line = re.sub(r" --steps \d+", "", line.replace("--model.img_size 224", "--model.img_size 32"))
             if "zero" in line and "--num_processes" not in line:
                 line = line.replace("--config_file", "--num_processes 2 --config_file")
             epochs = line.replace("--epochs 100", "--epochs 1") + f" {SMALL}"
