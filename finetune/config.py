@@ -33,7 +33,7 @@ class BackboneConfig:
 class FinetuneOptim(OptimConfig):
     """AdamW with layer-wise rates, and the schedules of the three recipes."""
 
-    base_lr: float = 1.25e-4
+    base_lr: float = 5e-4
     """Learning rate per 256 pictures of a step; the rate used is base_lr * batch_size / 256."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's averaging factors."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.vim_backbone import official
+from vim_backbone import create_model
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -37,7 +38,7 @@ def test_ci_runs_the_make_commands():
 def place(tmp_path_factory, request):
     """A folder that looks like the checkout, with pictures and an official checkpoint of small size."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in ("pretrain", "launch", "vim_backbone", "kernels", "benchmarks"):
+    for name in ("pretrain", "finetune", "launch", "vim_backbone", "kernels", "benchmarks"):
         (folder / name).symlink_to(ROOT / name)
     return folder
 
@@ -50,10 +51,10 @@ def test_all_other_commands(place, picture_folder):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     ran = 0
     for line in commands():
-        if line in RUN_BY_CI | NOT_RUN or line.startswith("python -m benchmarks"):
+        if line in RUN_BY_CI | NOT_RUN or line.startswith("python -m benchmarks") or "finetune" in line:
             continue
         if "pretrain/main.py" in line and "--help" not in line:
-            line = line.replace("--model.img_size 224", "--model.img_size 32").replace(" --steps 4", "")
+            line = re.sub(r" --steps \d+", "", line.replace("--model.img_size 224", "--model.img_size 32"))
             if "zero" in line and "--num_processes" not in line:
                 line = line.replace("--config_file", "--num_processes 2 --config_file")
             epochs = line.replace("--epochs 100", "--epochs 1") + f" {SMALL}"
@@ -64,6 +65,25 @@ def test_all_other_commands(place, picture_folder):
         assert done.returncode == 0, f"{line}\n{done.stderr}"
         ran += 1
     assert ran >= 5
+
+
+@pytest.mark.slow
+def test_the_commands_of_fine_tuning(place):
+    create_model("vim_tiny", img_size=32, patch_size=8, depth=1, num_classes=0).save_pretrained(place / "published")
+    small = " --steps=1 --epochs=null --model.img_size=32 --evaluate_every=0 --batch_size=4 --data.workers=0"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    ran = 0
+    for line in (line for line in commands() if "finetune" in line):
+        if "finetune.sample_data" in line:
+            line += " --train 6 --val 3 --size 32"
+        if "finetune/main.py" in line:
+            line = re.sub(r"runs/\w+/backbone", "published", line) + small + " --trackers=[] --overwrite"
+        done = subprocess.run(
+            line, shell=True, cwd=place, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+        ran += 1
+    assert ran >= 8
 
 
 @pytest.mark.slow

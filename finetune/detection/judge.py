@@ -25,6 +25,8 @@ from pretrain.data import to_model
 
 STATS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 SHOWN_SCORE = 0.5
+LEGIBLE = 400
+"""Shorter side in pixels from which words on a picture can be read."""
 
 
 def judge(task: Task, split: CocoSplit, model: nn.Module, accelerator: Accelerator) -> Report:
@@ -122,11 +124,14 @@ def write_table(path: Path, truth: dict[str, Any], by_class: dict[str, list[floa
 
 
 def drawn_on(picture: Tensor, boxes: Tensor, names: list[str], masks: Tensor | None, colours: list[Any]) -> np.ndarray:
-    """(3, h, w) uint8 with boxes, masks and words -> (h, w, 3) uint8."""
+    """(3, h, w) uint8 with boxes, masks and words -> (h, w, 3) uint8, small pictures enlarged so that words fit."""
+    if len(boxes) and masks is not None:
+        picture = draw_segmentation_masks(picture, masks.bool(), alpha=0.5, colors=colours)
+    factor = max(1, LEGIBLE // min(picture.shape[1:]))
+    picture = picture.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
     if len(boxes):
-        if masks is not None:
-            picture = draw_segmentation_masks(picture, masks.bool(), alpha=0.5, colors=colours)
-        picture = draw_bounding_boxes(picture, boxes, names, colors=colours, width=1)
+        words: dict[str, Any] = {"label_colors": "white", "label_background_colors": colours}
+        picture = draw_bounding_boxes(picture, boxes * factor, names, colors=colours, width=2, **words)
     return picture.permute(1, 2, 0).numpy()
 
 

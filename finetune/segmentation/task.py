@@ -77,6 +77,7 @@ class SegmentationTask(Task):
             "backbone": self.pretrained.config.to_dict(),
             "head": asdict(self.config.head),
             "test": asdict(self.config.test),
+            "zero_is_ignored": self.config.data.zero_is_ignored,
         }
 
 

@@ -1,0 +1,75 @@
+"""Predictions of a finished run: the same as its evaluation's, whatever the batch; JSON and pictures for each task."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from finetune.main import main as finetune
+from finetune.predict import main
+from vim_backbone import UserError
+
+SMALL = ["--steps=2", "--batch_size=4", "--data.workers=0", "--trackers=[]", "--pictures=1"]
+MORE = {
+    "classification": (),
+    "segmentation": ("--head.channels=16", "--head.auxiliary_channels=16"),
+    "detection": ("--head.channels=16", "--head.box_width=16", "--head.proposals=20", "--head.min_score=0.01"),
+}
+PICTURES = {"classification": "val", "segmentation": "images/validation", "detection": "val"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, backbone, drawn):
+    """Task -> a finished run."""
+    made = {}
+
+    def run(task):
+        if task not in made:
+            out = tmp_path_factory.mktemp("runs")
+            finetune(
+                [task, *SMALL, *MORE[task], f"--backbone={backbone}", f"--data.source={drawn(task)}", f"--out={out}"]
+            )
+            made[task] = out / task
+        return made[task]
+
+    return run
+
+
+@pytest.mark.parametrize("task", MORE)
+def test_json_and_pictures(task, finished, drawn, tmp_path, capsys):
+    pictures = drawn(task) / PICTURES[task]
+    found = {}
+    for batch_size in ("1", "4"):
+        main([str(finished(task)), str(pictures), "--out", str(tmp_path / batch_size), "--batch_size", batch_size])
+        found[batch_size] = json.loads((tmp_path / batch_size / "predictions.json").read_text())
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "4")
+    assert len(found["1"]) == 9
+    for one, four in zip(found["1"], found["4"], strict=True):
+        with Image.open(tmp_path / "1" / one["drawing"]) as image:
+            assert image.width > 100
+        if task == "classification":
+            shares = [guess["share"] for guess in one["best"]]
+            assert sum(shares) == pytest.approx(1)
+            assert shares == pytest.approx([guess["share"] for guess in four["best"]], abs=1e-5)
+        elif task == "segmentation":
+            labels = np.asarray(Image.open(tmp_path / "1" / one["labels"]))
+            assert labels.shape == (32, 32)
+            assert set(np.unique(labels)) <= {1, 2, 3, 4}
+            assert sum(one["shares"].values()) == pytest.approx(1)
+        else:
+            assert {entry["category_id"] for entry in one["objects"]} <= {1, 4, 9}
+            assert len(one["objects"]) == len(four["objects"])
+            for entry in one["objects"][:3]:
+                assert coco_mask.decode(entry["segmentation"]).shape == (32, 32)
+
+
+def test_pictures_that_cannot_be_read(finished, tmp_path, capsys):
+    (tmp_path / "broken.jpg").write_bytes(b"broken")
+    main([str(finished("classification")), str(tmp_path / "broken.jpg"), "--out", str(tmp_path / "out")])
+    assert "broken.jpg: not read, no picture format that can be read" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"nowhere.png does not exist"):
+        main([str(finished("classification")), str(tmp_path / "nowhere.png")])
+    with pytest.raises(UserError, match="holds no fine-tuned model"):
+        main([str(tmp_path), str(tmp_path / "broken.jpg")])
