@@ -68,13 +68,15 @@ def build_accelerator(config: RunConfig, accumulation: int) -> Accelerator:
     kind = str(accelerator.distributed_type).split(".")[-1]
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != wanted or (wanted > 1 and kind == "NO"):
-        raise UserError(
+        raise _told_once(
             f"the launcher started {wanted} processes but Accelerate sees {accelerator.num_processes} ({kind}): "
             "on CPU set ACCELERATE_USE_CPU=true and launch with --multi_gpu, or use --use_deepspeed"
         )
     for variable, strategy in (("ACCELERATE_USE_DEEPSPEED", "DEEPSPEED"), ("ACCELERATE_USE_FSDP", "FSDP")):
         if _asked(variable) and kind != strategy:
-            raise UserError(f"the launcher asked for {strategy} but Accelerate set up {kind}: unset ACCELERATE_USE_CPU")
+            raise _told_once(
+                f"the launcher asked for {strategy} but Accelerate set up {kind}: unset ACCELERATE_USE_CPU"
+            )
     return accelerator
 
 
@@ -85,7 +87,12 @@ def refuse_what_is_missing() -> None:
     """
     wrong = _missing()
     if wrong is not None:
-        raise (UserError if os.environ.get("RANK", "0") == "0" else ToldError)(wrong)
+        raise _told_once(wrong)
+
+
+def _told_once(wrong: str) -> UserError:
+    """For what every process finds out by itself: the first one tells it."""
+    return (UserError if os.environ.get("RANK", "0") == "0" else ToldError)(wrong)
 
 
 def _missing() -> str | None:

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -18,6 +19,8 @@ from vim_backbone.errors import UserError, nearest
 from vim_backbone.files import explain
 
 Config = TypeVar("Config", bound=RunConfig)
+TELLING_SECONDS = 3
+"""What a process that keeps silent about an error waits for the one that tells it."""
 
 
 def parse(config_class: type[Config], argv: list[str], prog: str, description: str) -> Config:
@@ -48,7 +51,9 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int
     except UserError as error:
         if "--debug" in argv:
             raise
-        if not isinstance(error, ToldError):
+        if isinstance(error, ToldError):
+            time.sleep(TELLING_SECONDS)  # the launcher ends all when one ends, the one that tells among them
+        else:
             _say(f"error: {error}")
         return 2
     except Stopped as stopped:
