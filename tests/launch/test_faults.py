@@ -92,6 +92,16 @@ def test_bad_steps_are_skipped_counted_and_written_down(strategy, tmp_path):
     assert all(loss == loss for step, loss in losses(tmp_path / "runs/run").items() if step not in (3, 4))
 
 
+def test_a_spike_is_not_taken(tmp_path):
+    code, printed = finish(faulty(tmp_path, "one", "spike@18:-1", "--steps=20", "--guard.spike=3"))
+    assert code == 0, printed[-3000:]
+    (row,) = [json.loads(line) for line in (tmp_path / "runs/run/bad_steps.jsonl").read_text().splitlines()]
+    assert (row["step"], row["action"], len(row["samples"])) == (18, "skip", 8)
+    seen = losses(tmp_path / "runs/run")
+    assert seen[18] > 3 * seen[17]
+    assert seen[19] < 2 * seen[17]
+
+
 def test_a_bad_step_can_end_the_run(tmp_path):
     code, printed = finish(faulty(tmp_path, "one", "nan@3:0", "--guard.on_bad_step=stop"))
     assert code == 2
