@@ -57,14 +57,14 @@ class Task(ABC):
     """Lines for the user about the data."""
 
     @property
-    @abstractmethod
     def optim(self) -> FinetuneOptim:
         """Rates of the run."""
+        return self.config.optim
 
     @property
-    @abstractmethod
     def workers(self) -> int:
         """Data-loading processes."""
+        return self.config.data.workers
 
     @abstractmethod
     def new_model(self) -> nn.Module:
@@ -84,7 +84,7 @@ class Task(ABC):
 
     def evaluating_only(self) -> bool:
         """Whether the run takes no step."""
-        return False
+        return self.config.mode != "train"
 
     def eval_batch_size(self, accelerator: Accelerator) -> int:
         """Samples of a forward pass in evaluation: as in training."""

@@ -15,7 +15,6 @@ from finetune.classification.config import AugmentConfig, ClassificationConfig
 from finetune.classification.data import ClassSamples, open_labelled
 from finetune.classification.judge import judge
 from finetune.classification.probes import probe
-from finetune.config import FinetuneOptim
 from finetune.loading import Batch
 from finetune.run import Report, Task, finetune
 from launch.randomness import seeded
@@ -72,20 +71,6 @@ class ClassificationTask(Task):
             self.mixup = Mixup(
                 augment.mixup, augment.cutmix, label_smoothing=augment.smoothing, num_classes=num_classes
             )
-
-    @property
-    def optim(self) -> FinetuneOptim:
-        """Rates of the run."""
-        return self.config.optim
-
-    @property
-    def workers(self) -> int:
-        """Data-loading processes."""
-        return self.config.data.workers
-
-    def evaluating_only(self) -> bool:
-        """Whether the run takes no step."""
-        return self.config.mode != "train"
 
     def new_model(self) -> Classifier:
         """The classifier with fresh weights."""

@@ -9,7 +9,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from finetune.backbone import find_backbone, read_backbone
-from finetune.config import FinetuneOptim
 from finetune.detection.coco import TrainPictures, WholePictures, open_coco
 from finetune.detection.config import DetectionConfig
 from finetune.detection.judge import judge
@@ -43,20 +42,6 @@ class DetectionTask(Task):
         self.train = TrainPictures(train, size, config.jitter, config.head.masks)
         self.val = WholePictures(self.split, size)
         self.notes = [*train.notes, *self.split.notes]
-
-    @property
-    def optim(self) -> FinetuneOptim:
-        """Rates of the run."""
-        return self.config.optim
-
-    @property
-    def workers(self) -> int:
-        """Data-loading processes."""
-        return self.config.data.workers
-
-    def evaluating_only(self) -> bool:
-        """Whether the run takes no step."""
-        return self.config.mode == "evaluate"
 
     def new_model(self) -> Detector:
         """The detector with fresh weights."""

@@ -9,7 +9,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from finetune.backbone import find_backbone, read_backbone
-from finetune.config import FinetuneOptim
 from finetune.loading import Batch
 from finetune.run import Report, Task, finetune
 from finetune.segmentation.config import SegmentationConfig, TestConfig
@@ -39,20 +38,6 @@ class SegmentationTask(Task):
         size = self.pretrained.config.img_size
         self.train = TrainCrops(train, size, config.crop)
         self.val = WholePictures(val, size)
-
-    @property
-    def optim(self) -> FinetuneOptim:
-        """Rates of the run."""
-        return self.config.optim
-
-    @property
-    def workers(self) -> int:
-        """Data-loading processes."""
-        return self.config.data.workers
-
-    def evaluating_only(self) -> bool:
-        """Whether the run takes no step."""
-        return self.config.mode == "evaluate"
 
     def new_model(self) -> Segmenter:
         """The segmenter with fresh weights."""
