@@ -8,7 +8,6 @@ if not __package__:  # started as a file: import from this checkout, never from 
     sys.path[:1] = [str(_ROOT), str(_ROOT / "kernels")]
 
 import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,7 @@ from finetune.detection import task as detection
 from finetune.detection.config import DetectionConfig
 from finetune.segmentation import task as segmentation
 from finetune.segmentation.config import SegmentationConfig
-from launch.cli import parse, run
+from launch.cli import leave, parse, run
 from vim_backbone.errors import UserError, nearest
 
 TASKS: dict[str, tuple[type[Any], Callable[[Any], Any], str]] = {
@@ -51,4 +50,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    leave(run(main))

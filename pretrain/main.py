@@ -8,9 +8,8 @@ if not __package__:  # started as a file: import from this checkout, never from 
     sys.path[:1] = [str(_ROOT), str(_ROOT / "kernels")]
 
 import os
-import sys
 
-from launch.cli import parse, run
+from launch.cli import leave, parse, run
 from pretrain.config import PretrainConfig
 from pretrain.train import pretrain
 
@@ -26,4 +25,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    leave(run(main))

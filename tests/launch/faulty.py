@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path[:1] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "kernels")]
 
-from launch.cli import run
+from launch.cli import leave, run
 from pretrain import main, train
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -59,4 +59,4 @@ original, train.checked = train.checked, checked
 original_backward, train.Training.backward = train.Training.backward, backward
 
 if __name__ == "__main__":
-    sys.exit(run(main.main))
+    leave(run(main.main))

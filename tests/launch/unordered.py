@@ -14,8 +14,8 @@ if os.environ.get("PYTHONHASHSEED") != seed:
 
 sys.path[:1] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "kernels")]
 
-from launch.cli import run
+from launch.cli import leave, run
 from pretrain import main
 
 if __name__ == "__main__":
-    sys.exit(run(main.main))
+    leave(run(main.main))
