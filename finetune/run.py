@@ -21,7 +21,7 @@ from launch.optim import build_optimizer
 from launch.randomness import seed_of
 from launch.sharding import shape_of
 from launch.training import Training
-from pretrain.data import BadPictures, BatchPlan
+from pretrain.data import BadPictures, plan_batches
 from vim_backbone import VisionMamba
 from vim_backbone.block import Block
 from vim_backbone.files import write_json, write_tensors, write_text
@@ -117,7 +117,7 @@ def finetune(task: Task) -> Path:
     """
     config: FinetuneConfig = task.config
     accelerator = build_accelerator(config, config.accumulation)
-    plan = BatchPlan(config.batch_size, config.accumulation, accelerator.num_processes, accelerator.process_index)
+    plan = plan_batches(accelerator, config.batch_size, config.accumulation)
     start = on_main(accelerator, lambda: open_run(config, FIXED_ON_RESUME))
     total_steps = 0 if task.evaluating_only() else config.total_steps(len(task.train))
     bad = BadPictures(config.folder / "bad_pictures.txt", len(task.train), max_share=0.5)

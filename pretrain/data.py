@@ -8,10 +8,12 @@ from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
+from launch.accelerator import on_main
 from launch.randomness import generator, seed_of
 from pretrain.images import ImageSource, StreamCells, check_size, open_cell, to_rgb
 from pretrain.masking import MaskConfig, draw_mask
@@ -254,6 +256,13 @@ class BatchPlan:
                 f"accumulation steps: use a multiple of {parts}"
             )
         object.__setattr__(self, "micro_batch", self.batch_size // parts)
+
+
+def plan_batches(accelerator: Accelerator, batch_size: int, accumulation: int) -> BatchPlan:
+    """The plan of this process. For all processes; a batch that does not divide is told once."""
+    world = accelerator.num_processes
+    on_main(accelerator, lambda: BatchPlan(batch_size, accumulation, world, rank=0))
+    return BatchPlan(batch_size, accumulation, world, accelerator.process_index)
 
 
 def build_loader(

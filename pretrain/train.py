@@ -1,7 +1,7 @@
 """The pretraining run: build everything, loop, publish the backbone; how a run lives is launch/training.py."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from launch.randomness import seed_of
 from launch.sharding import shape_of
 from launch.training import Training
 from pretrain.config import PretrainConfig
-from pretrain.data import BadPictures, Batch, BatchPlan, View, Views, build_loader, to_model
+from pretrain.data import BadPictures, Batch, View, Views, build_loader, plan_batches, to_model
 from pretrain.images import StreamCells, open_source
 from pretrain.mae import MaskedAutoencoder, Reconstruction, split_patches
 from pretrain.reconstructions import draw_reconstructions, reconstruction_grid
@@ -54,10 +54,7 @@ def pretrain(config: PretrainConfig) -> Path:
     pictures = None if isinstance(source, StreamCells) else len(source)
     total_steps = config.total_steps(pictures)
     accelerator = build_accelerator(config, config.accumulation)
-    plan = on_main(
-        accelerator, lambda: BatchPlan(config.batch_size, config.accumulation, accelerator.num_processes, rank=0)
-    )
-    plan = replace(plan, rank=accelerator.process_index)
+    plan = plan_batches(accelerator, config.batch_size, config.accumulation)
     start = on_main(accelerator, lambda: open_run(config, FIXED_ON_RESUME))
 
     architecture = config.model.architecture()

@@ -1,13 +1,11 @@
 """Lays out a mixer's weights: channels last and filled up with zeros, decay rates in blocks of sixteen channels."""
 
-import math
-
 import numpy as np
 
 from vim_kernels.cpu_backend.jit import device, serial_kernel
+from vim_kernels.cpu_backend.tensors import LOG2_E
 from vim_kernels.cpu_backend.vector import LANES, exp2_product, load, scalar_at, set_scalar, splat, store
 
-LOG2_E = 1 / math.log(2)
 ZERO = np.float32(0)
 
 
