@@ -16,7 +16,9 @@ from finetune.sample_data import Sizes
 from finetune.sample_data import classification as draw
 from launch.cli import parse
 from launch.metrics import read_metrics
-from vim_backbone import UserError, from_pretrained
+from tests.vim_backbone import official
+from vim_backbone import UserError, VimConfig, VisionMamba, from_pretrained
+from vim_backbone.convert import convert
 
 SMALL = ["--batch_size=4", "--log_every=1", "--data.workers=0", "--trackers=[]", "--optim.base_lr=0.01", "--pictures=2"]
 PLAIN = ["--augment.auto_augment=null", "--augment.mixup=0", "--augment.cutmix=0", "--augment.erasing=0",
@@ -190,6 +192,33 @@ def test_another_backbone_is_refused_on_resume(config):
     run(config("--steps=1"))
     with pytest.raises(UserError, match=r"was trained with model\.img_size = None, not 64"):
         run(config("--steps=2", "--model.img_size=64", "--resume"))
+
+
+def test_a_backbone_of_another_width_is_refused_on_resume(config, backbone, tmp_path):
+    folder = shutil.copytree(backbone, tmp_path / "own")
+    run(config("--steps=1", f"--backbone={folder}"))
+    VisionMamba(VimConfig.from_dict(from_pretrained(folder).config.to_dict() | {"d_model": 48})).save_pretrained(folder)
+    with pytest.raises(UserError, match=r"has shape .*the model wants") as caught:
+        run(config("--steps=2", f"--backbone={folder}", "--resume"))
+    assert "\n" not in str(caught.value)
+
+
+def test_official_weights_are_judged_as_the_official_model_does_and_fine_tuned(config, drawn, tmp_path):
+    state = official.random_state(d=32, depth=2, patches=16, patch=8, classes=3)
+    torch.save({"model": state}, tmp_path / "official.pth")
+    folder = convert(tmp_path / "official.pth", tmp_path / "converted")
+    options = (f"--backbone={folder}", "--augment.crop_pct=1", *PLAIN)
+    judged = run(config("--mode=evaluate", "--name=judged", *options))
+    found = json.loads((judged / "evaluations/step-00000000/metrics.json").read_text())
+    samples = ClassificationTask(config(*options)).val
+    images, targets = samples.collate([samples.draw(i) for i in range(len(samples))])
+    logits = official.forward(state, images, stride=8)
+    assert found["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item(), rel=1e-4)
+    assert found["top1"] == pytest.approx((logits.argmax(1) == targets).float().mean().item())
+    tuned = run(config("--steps=1", "--name=tuned", *options))
+    after = load_file(tuned / "backbone/model.safetensors")
+    assert after.keys() == state.keys()
+    assert not torch.equal(after["layers.0.mixer.A_b_log"], state["layers.0.mixer.A_b_log"])
 
 
 def test_the_command_line(capsys):
