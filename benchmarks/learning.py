@@ -8,19 +8,15 @@ has its own split, weights, masks and labels. Prints means and spreads; `--out` 
 
 import argparse
 import contextlib
-import csv
 import io
 import json
 import time
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.machine import clock, versions, write_csv
 from benchmarks.vit import blocks_of
 from finetune.classification.config import ClassificationConfig
 from finetune.classification.task import run as classify
@@ -51,7 +47,9 @@ def options_given() -> argparse.Namespace:
     parser.add_argument("--pretrain-lr", type=float, default=4e-3, help="of pretraining, per 256 pictures")
     parser.add_argument("--shots", type=int, nargs="+", default=[5], help="labelled pictures of each class")
     parser.add_argument("--steps", type=int, default=150, help="of fine-tuning, of 50 pictures each")
-    parser.add_argument("--tuned-lr", type=float, default=1e-2, help="of fine-tuning pretrained weights, per 256 pictures")
+    parser.add_argument(
+        "--tuned-lr", type=float, default=1e-2, help="of fine-tuning pretrained weights, per 256 pictures"
+    )
     parser.add_argument("--scratch-lr", type=float, default=1e-2, help="of training fresh weights, per 256 pictures")
     parser.add_argument("--layer-decay", type=float, default=0.65, help="of fine-tuning pretrained weights")
     parser.add_argument("--threads", type=int, help="of the CPU")
@@ -89,7 +87,11 @@ class Seed:
                 few = (f"--data.shots={shots}", f"--steps={self.options.steps}", "--batch_size=50")
                 warm = ("--optim.warmup_steps=15", "--optim.clip_grad=1")
                 tuned = (f"--optim.base_lr={self.options.tuned_lr}", f"--optim.layer_decay={self.options.layer_decay}")
-                fresh = (f"--optim.base_lr={self.options.scratch_lr}", "--optim.layer_decay=1", "--model.from_scratch=true")
+                fresh = (
+                    f"--optim.base_lr={self.options.scratch_lr}",
+                    "--optim.layer_decay=1",
+                    "--model.from_scratch=true",
+                )
                 for what, how in (("pretrained", tuned), ("scratch", fresh)):
                     self.note(what, 10 * shots, last, self.classify(backbones[last], *few, *warm, *how))
         return self.rows

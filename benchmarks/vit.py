@@ -1,4 +1,4 @@
-"""timm's ViT blocks in the place of Vim's: everything around the blocks, and the engines that train it, stay the same."""
+"""timm's ViT blocks in the place of Vim's: all around the blocks, and the engines that train them, stay the same."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ HEAD_WIDTH = 64
 
 
 class ViTBlock(nn.Module):
-    """Attention (SDPA) and MLP of a ViT behind the interface of a Vim block, initialised as MAE's; no stochastic depth."""
+    """A ViT's attention (SDPA) and MLP behind the interface of a Vim block, initialised as MAE's."""
 
     def __init__(self, config: VimConfig, drop_path: float) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class ViTBlock(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, h: Tensor, residual: Tensor | None) -> tuple[Tensor, None]:
-        """(batch, length, d_model) -> the same: a ViT block adds to the stream itself, so that there is no other one."""
+        """(batch, length, d_model) -> the same: a ViT block adds to the stream by itself."""
         assert residual is None
         return self.block(h), None
 

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 
+import datasets
 import pytest
 import torch
 from PIL import Image
@@ -127,6 +128,35 @@ def test_few_shots_and_hold_out(config, drawn):
     train, val = ({samples.name(i) for i in range(len(samples))} for samples in (held.train, held.val))
     assert (len(train), len(val), len(train & val)) == (18, 6, 0)
     assert [held.val.data.labels.count(k) for k in range(3)] == [2, 2, 2]
+
+
+@pytest.fixture
+def hub_data(drawn, tmp_path, monkeypatch):
+    """A data set as the Hub holds them: parquet files of encoded pictures and class labels; no split "val"."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    features = datasets.Features(
+        photo=datasets.Image(), kind=datasets.ClassLabel(names=["triangle", "circle", "square"])
+    )
+    for split, name in (("train", "train"), ("val", "test")):
+        files = sorted((drawn("classification") / split).rglob("*.jpg"))
+        columns = {"photo": [{"bytes": file.read_bytes(), "path": None} for file in files],
+                   "kind": [file.parent.name for file in files]}  # fmt: skip
+        data = datasets.Dataset.from_dict(columns, features=features)
+        data.to_parquet(tmp_path / f"shapes/data/{name}-00000-of-00001.parquet")
+    return tmp_path / "shapes"
+
+
+def test_a_data_set_of_the_hub(config, hub_data, tmp_path):
+    folder = run(config(f"--data.source=hf:{hub_data}", "--steps=1", *PLAIN))
+    assert read_metrics(folder / "metrics.jsonl")[-1]["val_samples"] == 9
+    rows = list(csv.DictReader((folder / "evaluations/step-00000001/classes.csv").open()))
+    assert [(row["class"], row["samples"]) for row in rows] == [("triangle", "3"), ("circle", "3"), ("square", "3")]
+    task = ClassificationTask(config(f"--data.source=hf:{hub_data}", "--data.shots=2"))
+    assert [task.train.data.labels.count(k) for k in range(3)] == [2, 2, 2]
+    with pytest.raises(UserError, match=r"has no column 'picture' of type Image: set data.image_column"):
+        run(config(f"--data.source=hf:{hub_data}", "--data.image_column=picture"))
+    with pytest.raises(UserError, match=r"datasets cannot load .*nothing \(split 'train'\): "):
+        run(config(f"--data.source=hf:{tmp_path}/nothing"))
 
 
 def test_longer_sequences_and_higher_resolution(config):
