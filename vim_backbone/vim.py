@@ -16,6 +16,7 @@ from vim_backbone.block import Block, RMSNorm, drop_path
 from vim_backbone.config import VimConfig
 from vim_backbone.errors import UserError
 from vim_backbone.folder import save_pretrained
+from vim_backbone.hand_over import Given, hand_over
 from vim_backbone.position import resize_table, sincos_table
 from vim_backbone.tokens import TokenLayout
 from vim_backbone.weights import lecun_normal_
@@ -117,9 +118,13 @@ class VisionMamba(nn.Module):
 
     def encode(self, patches: Tensor) -> tuple[Tensor, Tensor]:
         """Patch tokens in scan order, all or the visible ones -> normed special (b, s, d), normed patches (b, l, d)."""
-        h, residual = self._join_special(patches), None
+        h = self._join_special(patches)
+        residual: Tensor | None = None
+        del patches  # the memory of what is used up is free while the blocks run
         for block in self.layers:
-            h, residual = self._run(block, h, residual)
+            given: tuple[Given[Tensor], Given[Tensor | None]] = hand_over(h, block), hand_over(residual, block)
+            del h, residual
+            h, residual = self._run(block, *given)
         h = drop_path(h, self.config.drop_path_rate, self.training)
         normed, _ = self.norm_f(h, residual)
         return self.layout.split(normed)
@@ -138,7 +143,7 @@ class VisionMamba(nn.Module):
         """Positions of the class token (1, 0 or 1, d) and of the patches of `grid` (1, l, d)."""
         return self.position_layout.split(resize_table(self.pos_embed, self.position_layout, self.grid_size, grid))
 
-    def _run(self, block: nn.Module, h: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _run(self, block: nn.Module, h: Given[Tensor], residual: Given[Tensor | None]) -> tuple[Tensor, Tensor]:
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(block, h, residual, use_reentrant=False)  # pyright: ignore[reportReturnType]
         return block(h, residual)

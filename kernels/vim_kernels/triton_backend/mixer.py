@@ -62,25 +62,32 @@ def bidirectional_scan_forward(
     backward: ScanWeights,
     cu_seqlens: Tensor | None,
     save: bool,
+    overwrite: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Output (b, l, d) in the dtype of x, and what was saved."""
-    out = x.new_empty(x.shape)
+    """Output (b, l, d) in the dtype of x, in its memory if overwrite, and what was saved.
+
+    Without `save` a large batch goes slice by slice: the slices share the memory of what the scan reads.
+    """
+    out = x if overwrite else x.new_empty(x.shape)
     saved = bidirectional_scan_saved(x, z, forward, backward, cu_seqlens) if save else []
     if x.numel() == 0:
         return out, saved
-    tokens = tokens_of(x, cu_seqlens)
-    d = x.shape[2]
-    scan_forward(
-        mixer_inputs(x, mixer_weights(x, forward, backward), tokens, store_low=False).scan,
-        None if z is None else flat(z),
-        out.view(-1, d),
-        tokens,
-        scale=0.5,
-        states=saved[0] if save else None,
-        ungated=saved[1].view(-1, d) if save and z is not None else None,
-        initial=None,
-        want_final=False,
-    )
+    ready = mixer_weights(x, forward, backward)
+    slices = 1 if save else plan.slices(tokens_of(x, cu_seqlens), x.shape[2], plan.processors(x.device))
+    zs = [None] * slices if z is None else z.tensor_split(slices)
+    for x_part, z_part, out_part in zip(x.tensor_split(slices), zs, out.tensor_split(slices), strict=True):
+        tokens = tokens_of(x_part, cu_seqlens)
+        scan_forward(
+            mixer_inputs(x_part, ready, tokens, store_low=False).scan,
+            None if z_part is None else flat(z_part),
+            flat(out_part),
+            tokens,
+            scale=0.5,
+            states=saved[0] if save else None,
+            ungated=flat(saved[1]) if save and z is not None else None,
+            initial=None,
+            want_final=False,
+        )
     return out, saved
 
 

@@ -77,6 +77,9 @@ CONVOLUTION = ConvolutionSizes(4, 8, 128, 4)
 CARRY_BLOCK, CARRY_CHUNKS = 32, 64
 FORWARD_FEW, BACKWARD_FEW, WANTED_WARPS = 1.6, 4, 64
 """Warps a multiprocessor: with fewer of them a scan of whole sequences waits, and is cut to make WANTED_WARPS."""
+SLICE_WARPS, SLICE_ROWS = TILED_FORWARD[0][0], 2**17
+"""Warps a multiprocessor and tokens that a slice of a batch must have, so that it is as fast as a part of the whole: as
+many warps as hold their place on the chip at a time, and kernels that are long beside their launches."""
 
 
 class Tokens(NamedTuple):
@@ -165,6 +168,14 @@ def chunk_size(tokens: Tokens, warps: int, processors: int, few: float, most: in
     whole = triton.cdiv(length, INTERVAL)
     intervals = programs * whole // (WANTED_WARPS * processors)
     return max(1, intervals, triton.cdiv(whole, most) if most else 0) * INTERVAL
+
+
+def slices(tokens: Tokens, channels: int, processors: int) -> int:
+    """Parts of a batch that a forward pass which saves nothing takes in turn, to share memory; 1 where packed."""
+    if tokens.packed or not processors:
+        return 1
+    warps = 2 * triton.cdiv(channels, 32) * tokens.sequences
+    return max(1, min(warps // (SLICE_WARPS * processors), tokens.rows // SLICE_ROWS, tokens.sequences))
 
 
 def tiled_forward(warps: int, processors: int) -> TiledSizes:
