@@ -17,7 +17,7 @@ from vim_kernels.triton_backend.mixer_kernels import (
 )
 from vim_kernels.triton_backend.plan import Tokens, tokens_of
 from vim_kernels.triton_backend.scan import ScanGradients, ScanInputs, scan_backward, scan_forward
-from vim_kernels.triton_backend.tokens import conv_backward, convolve, flat, gate_backward, own, split_taps
+from vim_kernels.triton_backend.tokens import conv_backward, flat, gate_backward, own, split_taps
 from vim_kernels.types import ScanWeights
 
 LN2 = math.log(2)
@@ -120,11 +120,8 @@ def bidirectional_scan_backward(
     assert low is not None
     n, rank = forward.A_log.shape[1], forward.dt_proj.shape[1]
     du, ddt_proj, dx_proj = _projections_backward(found, inputs.u, low, ready, n, rank)
-    g, dtaps = conv_backward(
-        du, x, (forward.conv_weight, backward.conv_weight), _conv_biases(forward, backward), cu_seqlens,
-        reverse=False, silu=True, in_place=True,
-    )  # fmt: skip
-    convolve(g, (forward.conv_weight, backward.conv_weight), None, flat(dx), x, cu_seqlens, True, False)
+    taps, biases = (forward.conv_weight, backward.conv_weight), _conv_biases(forward, backward)
+    dtaps = conv_backward(du, x, taps, biases, dx, cu_seqlens, reverse=False, silu=True)
     # d/dA_log of A = -exp(A_log) is A; the kernel's gradient is for A, its rates are A log2(e)
     dA_log = (found.rates * inputs.rates * LN2)[:, :n].transpose(1, 2)
     gradients = []

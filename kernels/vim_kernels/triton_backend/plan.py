@@ -74,6 +74,11 @@ STATE = {"cuda": ForwardSizes(32, 1, 2), "hip": ForwardSizes(64, 1, 0), "interpr
 BACKWARD = {"cuda": BackwardSizes(32, 1, 2), "hip": BackwardSizes(64, 1, 2), "interpreter": BackwardSizes(32, 1, 4)}
 MIXER = {"cuda": MixerSizes(64, 64, 4, 3), "hip": MixerSizes(64, 32, 4, 1), "interpreter": MixerSizes(16, 64, 4, 1)}
 CONVOLUTION = ConvolutionSizes(4, 8, 128, 4)
+CONVOLUTION_BACKWARD = {
+    "cuda": ConvolutionSizes(2, 8, 128, 4),
+    "hip": ConvolutionSizes(8, 3, 64, 4),  # more rows a group spill
+    "interpreter": ConvolutionSizes(2, 8, 128, 4),
+}
 CARRY_BLOCK, CARRY_CHUNKS = 32, 64
 FORWARD_FEW, BACKWARD_FEW, WANTED_WARPS = 1.6, 4, 64
 """Warps a multiprocessor: with fewer of them a scan of whole sequences waits, and is cut to make WANTED_WARPS."""
