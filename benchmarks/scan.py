@@ -4,9 +4,9 @@
 scan.png, and `--plot` draws a scan.csv anew. A state update is one (token, channel, direction, state): it takes one
 exponential, and on a GPU the rate of exponentials is the roof. "scan x 2" is both directions with D, z and
 softplus(dt + bias) as two single-direction calls, the only form that mamba_ssm has; "layer" is everything between
-in_proj and out_proj; "scan" is the part of it behind softplus, both directions and the gate in one launch. "graph ms" is
-the same replayed as a CUDA graph, that is without Python; updates and ratios (time / ours) are of that where there is
-one.
+in_proj and out_proj; "scan" is the part of it behind softplus, both directions and the gate in one launch. "graph ms"
+is the same replayed as a CUDA graph, that is without Python; updates and ratios (time / ours) are of that where there
+is one.
 """
 
 import argparse
