@@ -4,11 +4,10 @@ import math
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from vim_kernels.triton_backend import plan
-from vim_kernels.triton_backend.launch import launch
+from vim_kernels.triton_backend.launch import cdiv, launch, power_of_two
 from vim_kernels.triton_backend.mixer_kernels import (
     mixer_convolution_kernel,
     mixer_projection_kernel,
@@ -138,12 +137,12 @@ def mixer_weights(x: Tensor, forward: ScanWeights, backward: ScanWeights) -> Mix
     f, b = _contiguous(forward), _contiguous(backward)
     d, n = f.A_log.shape
     rank, states, width = f.dt_proj.shape[1], _padded(n), f.conv_weight.shape[1]
-    columns = triton.next_power_of_2(2 * states + _padded(rank))
+    columns = power_of_two(2 * states + _padded(rank))
     biases = _conv_biases(f, b)
     rates = x.new_empty(2, states, d, dtype=torch.float32)
     taps = x.new_empty(2, width + 1, d, dtype=torch.float32)
     projections = x.new_empty(2, 2, columns, d, dtype=x.dtype if x.is_cuda else torch.float32)  # see plan.dot_dtype
-    launch(mixer_weights_kernel, (triton.cdiv(d, WEIGHTS_BLOCK), 2),
+    launch(mixer_weights_kernel, (cdiv(d, WEIGHTS_BLOCK), 2),
         f.A_log, b.A_log, f.conv_weight, b.conv_weight, *(biases or (x, x)), f.x_proj, b.x_proj, f.dt_proj, b.dt_proj,
         rates, taps, projections, d,
         N=n, STATES=states, WIDTH=width, RANK=rank, COLUMNS=columns, HAS_BIAS=biases is not None, BLOCK=WEIGHTS_BLOCK,
@@ -158,7 +157,7 @@ def mixer_inputs(x: Tensor, weights: MixerWeights, tokens: Tokens, *, store_low:
     source, target = flat(x), plan.target(x.device)
     u = x.new_empty(2, rows, d)
     sizes = plan.CONVOLUTION
-    launch(mixer_convolution_kernel, (triton.cdiv(rows, sizes.groups * sizes.steps), triton.cdiv(d, sizes.block)),
+    launch(mixer_convolution_kernel, (cdiv(rows, sizes.groups * sizes.steps), cdiv(d, sizes.block)),
         source, source.stride(0), weights.taps, u, tokens.segment(x), rows, tokens.length, d, rows * d,
         PACKED=tokens.packed, WIDTH=width, GROUPS=sizes.groups, STEPS=sizes.steps, BLOCK=sizes.block,
         HARDWARE=target == "cuda", num_warps=sizes.warps,
@@ -167,7 +166,7 @@ def mixer_inputs(x: Tensor, weights: MixerWeights, tokens: Tokens, *, store_low:
     bc = x.new_empty(2, rows, 2 * states, dtype=torch.float32)
     low = x.new_empty(2, rows, weights.rank) if store_low else None
     sizes = plan.MIXER[target]
-    launch(mixer_projection_kernel, (triton.cdiv(rows, sizes.rows), 2),
+    launch(mixer_projection_kernel, (cdiv(rows, sizes.rows), 2),
         u, weights.projections, *weights.dt_biases, dt, bc, low if low is not None else x,
         rows, d, rows * d, rows * 2 * states, rows * weights.rank,
         STORE_LOW=store_low, STATES=states, RANK_BLOCK=weights.rank, COLUMNS=weights.projections.shape[2],
@@ -189,7 +188,7 @@ def _projections_backward(
     states = weights.rates.shape[1]
     dprojected = torch.bmm(found.dt, dt_proj.transpose(1, 2))  # 0 where a column is not of the low rank
     _, parts, rows, columns = found.bc.shape
-    launch(sum_parts_kernel, (triton.cdiv(rows, SUM_ROWS), 2),
+    launch(sum_parts_kernel, (cdiv(rows, SUM_ROWS), 2),
         found.bc, dprojected, parts, rows, dprojected.shape[2], COLUMNS=columns, ROWS=SUM_ROWS,
     )  # fmt: skip
     ddt_proj = torch.bmm(found.dt.transpose(1, 2), low)[..., :rank]
@@ -200,7 +199,7 @@ def _projections_backward(
 
 def _padded(size: int) -> int:
     """A rank or number of states padded to what a product of tiles takes."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, power_of_two(size))
 
 
 def _contiguous(weights: ScanWeights) -> ScanWeights:

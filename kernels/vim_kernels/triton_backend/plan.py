@@ -7,12 +7,11 @@ import functools
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from vim_kernels.triton_backend.forward_kernels import chunk_table_kernel
-from vim_kernels.triton_backend.launch import launch
+from vim_kernels.triton_backend.launch import cdiv, launch
 
 INTERVAL = 32
 """Tokens between two states saved for the backward: 4 n / INTERVAL bytes a token, channel and direction."""
@@ -104,7 +103,7 @@ class Tokens(NamedTuple):
         """Saved states a channel and direction, an upper bound where packed."""
         if self.packed:
             return self.rows // INTERVAL + self.sequences
-        return self.sequences * triton.cdiv(self.length, INTERVAL)
+        return self.sequences * cdiv(self.length, INTERVAL)
 
     def segment(self, like: Tensor) -> Tensor:
         """(rows,) int32, the sequence of every row where packed; otherwise unused."""
@@ -140,14 +139,14 @@ def cut(tokens: Tokens, size: int | None, device: torch.device) -> Chunks:
     size = tokens.length if size is None else min(size, tokens.length)
     whole = size == tokens.length
     if tokens.cu_seqlens is None:
-        per_sequence = triton.cdiv(tokens.length, size)
+        per_sequence = cdiv(tokens.length, size)
         return Chunks(size, tokens.sequences * per_sequence, per_sequence, None, None)
     count = tokens.sequences if whole else tokens.rows // size + tokens.sequences
     table = torch.empty(count, 3, dtype=torch.int32, device=device)
     sequence_table = torch.empty(tokens.sequences, 2, dtype=torch.int32, device=device)
     launch(
         chunk_table_kernel,
-        (triton.cdiv(count, 128),),
+        (cdiv(count, 128),),
         tokens.cu_seqlens,
         table,
         sequence_table,
@@ -170,16 +169,16 @@ def chunk_size(tokens: Tokens, warps: int, processors: int, few: float, most: in
     if programs >= few * processors or tokens.length <= 2 * INTERVAL:
         return None
     length = tokens.rows // tokens.sequences
-    whole = triton.cdiv(length, INTERVAL)
+    whole = cdiv(length, INTERVAL)
     intervals = programs * whole // (WANTED_WARPS * processors)
-    return max(1, intervals, triton.cdiv(whole, most) if most else 0) * INTERVAL
+    return max(1, intervals, cdiv(whole, most) if most else 0) * INTERVAL
 
 
 def slices(tokens: Tokens, channels: int, processors: int) -> int:
     """Parts of a batch that a forward pass which saves nothing takes in turn, to share memory; 1 where packed."""
     if tokens.packed or not processors:
         return 1
-    warps = 2 * triton.cdiv(channels, 32) * tokens.sequences
+    warps = 2 * cdiv(channels, 32) * tokens.sequences
     return max(1, min(warps // (SLICE_WARPS * processors), tokens.rows // SLICE_ROWS, tokens.sequences))
 
 

@@ -1,11 +1,10 @@
 """Convolution and fused add + RMS norm of the Triton backend, forward and backward, and what the scans share."""
 
 import torch
-import triton
 from torch import Tensor
 
 from vim_kernels.triton_backend import plan
-from vim_kernels.triton_backend.launch import launch
+from vim_kernels.triton_backend.launch import cdiv, launch, power_of_two
 from vim_kernels.triton_backend.plan import tokens_of
 from vim_kernels.triton_backend.token_kernels import (
     add_rms_norm_backward_kernel,
@@ -42,7 +41,7 @@ def causal_conv1d_forward(
     if x.numel() == 0:
         return out
     source, tokens, d = flat(x), tokens_of(x, cu_seqlens), x.shape[2]
-    launch(conv_kernel, (triton.cdiv(tokens.rows, TILE["ROWS"]), triton.cdiv(d, TILE["BLOCK"])),
+    launch(conv_kernel, (cdiv(tokens.rows, TILE["ROWS"]), cdiv(d, TILE["BLOCK"])),
         source, source.stride(0), weight.contiguous(), bias if bias is not None else source, out,
         tokens.segment(source), tokens.rows, tokens.length, d,
         SIGN=-1 if reverse else 1, SILU=activation == "silu", HAS_BIAS=bias is not None, PACKED=tokens.packed,
@@ -90,9 +89,9 @@ def conv_backward(
     source, target, sizes = flat(x), flat(dx), plan.CONVOLUTION_BACKWARD[plan.target(x.device)]
     weights = tuple(w.contiguous() for w in weights)
     width = weights[0].shape[1]
-    programs = max(1, min(SUMMING_PROGRAMS, triton.cdiv(tokens.rows, sizes.groups * sizes.steps)))
+    programs = max(1, min(SUMMING_PROGRAMS, cdiv(tokens.rows, sizes.groups * sizes.steps)))
     partial = du.new_empty(q, programs, width + 1, d, dtype=torch.float32)
-    launch(conv_backward_kernel, (programs, triton.cdiv(d, sizes.block)),
+    launch(conv_backward_kernel, (programs, cdiv(d, sizes.block)),
         source, source.stride(0), weights[0], weights[-1], biases[0] if biases else du, biases[-1] if biases else du,
         du, target, target.stride(0), partial, tokens.segment(du), tokens.rows, tokens.length, d, tokens.rows * d,
         DIRECTIONS=q, SIGN=-1 if reverse else 1, SILU=silu, HAS_BIAS=biases is not None, PACKED=tokens.packed,
@@ -111,7 +110,7 @@ def softplus(dt: Tensor, bias: Tensor | None, *, apply: bool) -> Tensor:
     """In float32, softplus of dt + bias, or only their sum where not `apply`. dt is (rows, d), any row stride."""
     rows, d = dt.shape
     out = dt.new_empty(rows, d, dtype=torch.float32)
-    launch(softplus_kernel, (triton.cdiv(rows, TILE["ROWS"]), triton.cdiv(d, TILE["BLOCK"])),
+    launch(softplus_kernel, (cdiv(rows, TILE["ROWS"]), cdiv(d, TILE["BLOCK"])),
         dt, bias if bias is not None else dt, out, rows, d, dt.stride(0),
         HAS_BIAS=bias is not None, SOFTPLUS=apply, **TILE,
     )  # fmt: skip
@@ -122,7 +121,7 @@ def gate_backward(dout: Tensor, z: Tensor | None, ungated: Tensor | None, dz: Te
     """Gradient (rows, d) of the sum before the gate; fills dz (rows, d), any row stride, where z is given."""
     rows, d = dout.shape
     dy = torch.empty_like(dout)
-    launch(gate_backward_kernel, (triton.cdiv(rows, TILE["ROWS"]), triton.cdiv(d, TILE["BLOCK"])),
+    launch(gate_backward_kernel, (cdiv(rows, TILE["ROWS"]), cdiv(d, TILE["BLOCK"])),
         dout, z if z is not None else dout, ungated if ungated is not None else dout, dy, dz if dz is not None else dy,
         rows, d, z.stride(0) if z is not None else d, dz.stride(0) if dz is not None else d,
         GATE=z is not None, SCALE=scale, **TILE,
@@ -139,7 +138,7 @@ def add_rms_norm_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps
     if rows == 0:
         return normed, total
     tile = _norm_tile(channels)
-    launch(add_rms_norm_kernel, (triton.cdiv(rows, tile["ROWS"]),),
+    launch(add_rms_norm_kernel, (cdiv(rows, tile["ROWS"]),),
         x, residual.contiguous() if residual is not None else x, weight.contiguous(), normed, total,
         rows, channels, eps,
         HAS_RESIDUAL=residual is not None, **tile,
@@ -156,17 +155,17 @@ def add_rms_norm_backward(
     if rows == 0:
         return torch.zeros_like(total), torch.zeros_like(weight)
     tile = _norm_tile(channels)
-    blocks = triton.cdiv(rows, tile["ROWS"])
+    blocks = cdiv(rows, tile["ROWS"])
     programs = max(1, min(SUMMING_PROGRAMS, blocks))
     partial = total.new_empty(programs, channels)
     dsum = torch.empty_like(total)
     launch(add_rms_norm_backward_kernel, (programs,),
         dnormed, dtotal if dtotal is not None else dnormed, total, weight.contiguous(), dsum, partial, rows, channels,
-        eps, triton.cdiv(blocks, programs), HAS_DTOTAL=dtotal is not None, **tile,
+        eps, cdiv(blocks, programs), HAS_DTOTAL=dtotal is not None, **tile,
     )  # fmt: skip
     return dsum, partial.sum(0).to(weight.dtype)
 
 
 def _norm_tile(channels: int) -> dict[str, int]:
-    block = triton.next_power_of_2(channels)
+    block = power_of_two(channels)
     return {"ROWS": max(1, NORM_ELEMENTS // block), "BLOCK": block}
