@@ -82,8 +82,8 @@ CARRY_BLOCK, CARRY_CHUNKS = 32, 64
 FORWARD_FEW, BACKWARD_FEW, WANTED_WARPS = 1.6, 4, 64
 """Warps a multiprocessor: with fewer of them a scan of whole sequences waits, and is cut to make WANTED_WARPS."""
 SLICE_WARPS, SLICE_ROWS = TILED_FORWARD[0][0], 2**17
-"""Warps a multiprocessor and tokens that a slice of a batch must have, so that it is as fast as a part of the whole: as
-many warps as hold their place on the chip at a time, and kernels that are long beside their launches."""
+"""Warps a multiprocessor and tokens that a slice of a batch must have to be about as fast as a part of the whole: more
+warps gain little, and its kernels are long beside their launches."""
 
 
 class Tokens(NamedTuple):
