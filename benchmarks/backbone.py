@@ -11,7 +11,7 @@ graphs, which take theirs from a pool of their own when they are recorded.
 import argparse
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.machine import clock, peak_allocated, product_rate, read_csv, versions, write_csv
 from vim_backbone import VisionMamba
 from vim_backbone.config import named_config
-from vim_kernels import use_backend
+from vim_kernels import less_memory, use_backend
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DEIT = {"vim_tiny": "deit_tiny_patch16_224", "vim_small": "deit_small_patch16_224", "vim_base": "deit_base_patch16_224"}
@@ -53,6 +53,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="also time both under torch.compile, with CUDA graphs")
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--seconds", type=float, default=30.0, help="to measure for, each size; at least three rounds")
+    parser.add_argument("--less-memory", action="store_true", help="Vim in more slices of the batch, forward only")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
     parser.add_argument("--out", type=Path, help="folder for backbone.csv and backbone.png")
     parser.add_argument("--plot", type=Path, nargs=2, metavar=("CSV", "PNG"), help="only draw a table measured before")
@@ -101,7 +102,12 @@ class Case:
 
     def _context(self) -> AbstractContextManager[Any]:
         if self.is_vim:
-            return use_backend(self.options.backend) if self.options.backend else nullcontext()
+            contexts = ExitStack()
+            if self.options.backend:
+                contexts.enter_context(use_backend(self.options.backend))
+            if self.options.less_memory:
+                contexts.enter_context(less_memory())
+            return contexts
         return nullcontext() if self.attention == "sdpa" else sdpa_kernel(ATTENTION[self.attention])
 
     def _vim_features(self, images: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def test_a_peer_that_cannot_run_is_named_with_its_reason(monkeypatch, capsys):
 
 def test_memory_of_a_forward_pass_is_what_its_tensors_took():
     options = argparse.Namespace(
-        model="vim_tiny", batch=1, dtype="fp32", train=False, mask=0.0, device="cpu", backend="torch"
+        model="vim_tiny", batch=1, less_memory=False, dtype="fp32", train=False, mask=0.0, device="cpu", backend="torch"
     )
     small, large = (1e6 * backbone.peak_megabytes("vim", options, pixels) for pixels in (64, 256))
     tokens = (256 // 16) ** 2 - (64 // 16) ** 2

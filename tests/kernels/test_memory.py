@@ -13,7 +13,7 @@ from benchmarks.machine import peak_allocated
 from vim_backbone import VisionMamba
 from vim_backbone.block import Block
 from vim_backbone.config import named_config
-from vim_kernels import ScanWeights, available_backends, bidirectional_scan, use_backend
+from vim_kernels import ScanWeights, available_backends, bidirectional_scan, less_memory, use_backend
 
 plan = pytest.importorskip("vim_kernels.triton_backend.plan", reason="Triton is not installed")
 from vim_kernels.triton_backend import mixer, scan, tokens  # noqa: E402 - after the check that Triton is there
@@ -62,18 +62,20 @@ def test_slices_of_a_batch_give_the_same_numbers(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("batch", "length", "channels", "slices"),
+    ("batch", "length", "channels", "slices", "tight"),
     [
-        (64, 6085, 384, 1),  # 768 blocks of 32 channels, twice, for 132 multiprocessors: they all run at once
-        (128, 6085, 384, 2),
-        (64, 6085, 768, 2),
-        (512, 197, 384, 1),  # kernels of less than a millisecond: more launches would cost more than memory is worth
-        (1, 6085, 384, 1),
+        (64, 6085, 384, 1, 2),  # 768 blocks of 32 channels, twice, for 132 multiprocessors: they all run at once
+        (128, 6085, 384, 2, 4),
+        (64, 6085, 768, 2, 2),
+        (512, 197, 384, 1, 1),  # kernels of less than a millisecond: more launches would cost more than memory is worth
+        (1, 6085, 384, 1, 1),
     ],
 )
-def test_slices_leave_the_chip_full(batch, length, channels, slices):
+def test_slices_leave_the_chip_full(batch, length, channels, slices, tight):
     rows = plan.Tokens(batch * length, length, batch, None)
     assert plan.slices(rows, channels, processors=132) == slices
+    with less_memory():
+        assert plan.slices(rows, channels, processors=132) == tight
     assert plan.slices(rows._replace(cu_seqlens=torch.tensor([0, batch * length])), channels, processors=132) == 1
 
 

@@ -10,6 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from vim_kernels.memory import is_tight
 from vim_kernels.triton_backend.forward_kernels import chunk_table_kernel
 from vim_kernels.triton_backend.launch import cdiv, launch
 
@@ -179,7 +180,8 @@ def slices(tokens: Tokens, channels: int, processors: int) -> int:
     if tokens.packed or not processors:
         return 1
     warps = 2 * cdiv(channels, 32) * tokens.sequences
-    return max(1, min(warps // (SLICE_WARPS * processors), tokens.rows // SLICE_ROWS, tokens.sequences))
+    wanted = SLICE_WARPS // 2 if is_tight() else SLICE_WARPS
+    return max(1, min(warps // (wanted * processors), tokens.rows // SLICE_ROWS, tokens.sequences))
 
 
 def tiled_forward(warps: int, processors: int) -> TiledSizes:
