@@ -123,3 +123,14 @@ def test_hooks_see_whole_values():
         assert torch.equal(model(images), plain)
     assert len(kept) > 8
     assert all(torch.equal(tensor, then) for tensor, then in kept)
+
+
+def test_a_model_traced_without_gradients_gives_the_same():
+    torch.manual_seed(0)
+    model = VisionMamba(named_config("vim_tiny", d_model=16, depth=2, img_size=(32, 32)))
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        want = model(images)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(images), want)
+        assert torch.equal(torch.export.export(model, (images,)).module()(images), want)
