@@ -1,13 +1,15 @@
 """The life of a run on any strategy: prepare, resume, step, judge, save, stop. What is trained is the caller's matter.
 
-with Training(config, accelerator, total_steps, checkpoint) as training:
-training.prepare(build, optimizer_of, unit=Block, ...)
-for step in training.steps():
-for part in training.parts():
-batch = next(batches)
-with part:
-training.backward(training.model(batch))
-training.update(rate, names)
+A caller's loop:
+
+    with Training(config, accelerator, total_steps, checkpoint) as training:
+        training.prepare(build, optimizer_of, unit=Block, ...)
+        for step in training.steps():
+            for part in training.parts():
+                batch = next(batches)
+                with part:
+                    training.backward(training.model(batch))
+            training.update(rate, names)
 """
 
 import json
