@@ -180,7 +180,7 @@ def train(run: Run) -> None:
     device, rank = training.accelerator.device, training.accelerator.process_index
     backbone = task.pretrained.config
     rows, columns = backbone.grid(*backbone.img_size)
-    speed = Throughput(tokens_per_image=rows * columns)
+    speed = Throughput()
     latest: dict[str, float] = {}
     for step in training.steps():
         torch.manual_seed(seed_of(config.seed, step, rank))  # for stochastic depth
@@ -194,6 +194,7 @@ def train(run: Run) -> None:
                 training.backward(torch.stack(list(named.values())).sum())
         training.update(task.optim.rate(step, config.batch_size, training.total_steps), names)
         speed.images += config.batch_size
+        speed.tokens += config.batch_size * rows * columns
 
         done = step + 1
         if training.notice:

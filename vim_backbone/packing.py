@@ -42,3 +42,13 @@ class PackedLayout:
         pictures = len(self.cu_seqlens) - 1
         special, patches = tokens[0].index_select(0, self._places).tensor_split([pictures * self.num_special])
         return special.unflatten(0, (pictures, self.num_special)), patches[None]
+
+
+def layout_of(
+    layout: TokenLayout, lengths: Sequence[int] | None, device: torch.device
+) -> tuple[TokenLayout | PackedLayout, Tensor | None]:
+    """The layout itself for a batch (no `lengths`); else that of a row, and its cu_seqlens."""
+    if lengths is None:
+        return layout, None
+    packed = PackedLayout(layout, lengths, device)
+    return packed, packed.cu_seqlens

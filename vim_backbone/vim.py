@@ -16,7 +16,7 @@ from vim_backbone.block import Block, RMSNorm, drop_path
 from vim_backbone.config import VimConfig
 from vim_backbone.errors import UserError
 from vim_backbone.folder import save_pretrained
-from vim_backbone.packing import PackedLayout
+from vim_backbone.packing import PackedLayout, layout_of
 from vim_backbone.position import resize_table, sincos_table
 from vim_backbone.tokens import TokenLayout
 from vim_backbone.weights import lecun_normal_
@@ -116,7 +116,7 @@ class VisionMamba(nn.Module):
 
         Of a list of pictures, the list of each one's (s + l, d).
         """
-        patches, lengths = self._embed(images)
+        patches, lengths = self.embed(images)
         return _joined(*self.encode(patches, lengths), lengths)
 
     def forward_head(self, tokens: Tensor | list[Tensor], pre_logits: bool = False) -> Tensor:
@@ -134,8 +134,10 @@ class VisionMamba(nn.Module):
             raise UserError(f"pictures have {images.shape[1]} channels, the backbone wants {self.config.in_chans}")
         return self.patch_embed(images) + self._positions(grid)[1]
 
-    def embed_packed(self, images: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
-        """Pictures (c, h, w) -> their patch tokens in one row (1, l, d), and the number of each."""
+    def embed(self, images: Images) -> tuple[Tensor, list[int] | None]:
+        """Pictures -> patch tokens (b, l, d) and None; of a list, one row (1, l, d) and the number of each picture."""
+        if isinstance(images, Tensor):
+            return self.embed_patches(images), None
         if not images:
             raise UserError("the list of pictures is empty")
         for image in images:
@@ -149,24 +151,13 @@ class VisionMamba(nn.Module):
 
         With `lengths`, one row (1, l, d) with so many patches of each picture -> (pictures, s, d), (1, l, d).
         """
-        layout, cu_seqlens = self._layout_of(lengths, patches.device)
+        layout, cu_seqlens = layout_of(self.layout, lengths, patches.device)
         h, residual = self._join_special(patches, layout, len(lengths or patches)), None
         for block in self.layers:
             h, residual = self._run(block, h, residual, cu_seqlens)
         h = drop_path(h, self.config.drop_path_rate, self.training, cu_seqlens)
         normed, _ = self.norm_f(h, residual)
         return layout.split(normed)
-
-    def _embed(self, images: Images) -> tuple[Tensor, list[int] | None]:
-        return (self.embed_patches(images), None) if isinstance(images, Tensor) else self.embed_packed(images)
-
-    def _layout_of(
-        self, lengths: Sequence[int] | None, device: torch.device
-    ) -> tuple[TokenLayout | PackedLayout, Tensor | None]:
-        if lengths is None:
-            return self.layout, None
-        packed = PackedLayout(self.layout, lengths, device)
-        return packed, packed.cu_seqlens
 
     def _join_special(self, patches: Tensor, layout: TokenLayout | PackedLayout, pictures: int) -> Tensor:
         special = []
@@ -217,8 +208,8 @@ class VisionMamba(nn.Module):
             raise UserError(f"output_fmt is {output_fmt!r}: choose NCHW or NLC")
         taken = self._block_indices(indices)
         last = max(taken) + 1 if stop_early and intermediates_only else len(self.layers)
-        patches, lengths = self._embed(images)
-        layout, cu_seqlens = self._layout_of(lengths, patches.device)
+        patches, lengths = self.embed(images)
+        layout, cu_seqlens = layout_of(self.layout, lengths, patches.device)
         h, residual, found = self._join_special(patches, layout, len(images)), None, {}
 
         def asked(special: Tensor, patches: Tensor, image: Tensor) -> Any:
