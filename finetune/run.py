@@ -21,7 +21,8 @@ from launch.optim import build_optimizer
 from launch.randomness import seed_of
 from launch.sharding import shape_of
 from launch.training import Training
-from pretrain.data import BadPictures, plan_batches
+from pretrain.bad_pictures import BadPictures
+from pretrain.data import plan_batches
 from vim_backbone import VisionMamba
 from vim_backbone.block import Block
 from vim_backbone.files import write_json, write_tensors, write_text

@@ -18,8 +18,9 @@ from launch.optim import build_optimizer, learning_rate
 from launch.randomness import seed_of
 from launch.sharding import shape_of
 from launch.training import Training
+from pretrain.bad_pictures import BadPictures
 from pretrain.config import PretrainConfig
-from pretrain.data import BadPictures, Batch, DataConfig, View, Views, build_loader, collate, plan_batches, to_model
+from pretrain.data import Batch, DataConfig, View, Views, build_loader, collate, plan_batches, to_model
 from pretrain.images import StreamCells, open_source
 from pretrain.mae import MaskedAutoencoder, Reconstruction, Split, split_patches
 from pretrain.reconstructions import draw_reconstructions, reconstruction_grid

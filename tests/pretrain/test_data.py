@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from launch.randomness import generator
+from pretrain.bad_pictures import BadPictures
 from pretrain.data import (
-    BadPictures,
     BatchPlan,
     DataConfig,
     StepSampler,
