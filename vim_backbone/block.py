@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from vim_backbone.config import VimConfig
+from vim_backbone.hand_over import Given, hand_over, take
 from vim_backbone.mixer import Mixer
 from vim_backbone.weights import init_mixer
 from vim_kernels import add_rms_norm
@@ -35,15 +36,20 @@ class Block(nn.Module):
         self.drop_path = drop_path
         init_mixer(self.mixer, config.depth)
 
-    def forward(self, h: Tensor, residual: Tensor | None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, h: Given[Tensor], residual: Given[Tensor | None], cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(batch, length, d_model) twice -> output of the mixer, residual stream.
 
         `cu_seqlens` (pictures + 1,) are the borders of pictures packed into one row (1, total, d_model).
         """
+        h, residual = take(h), take(residual)
         if residual is not None:
             h = drop_path(h, self.drop_path, self.training, cu_seqlens)
         normed, stream = self.norm(h, residual)
-        return self.mixer(normed, cu_seqlens), stream
+        given = hand_over(normed, self.mixer)
+        del h, residual, normed
+        return self.mixer(given, cu_seqlens), stream
 
 
 def drop_path(h: Tensor, rate: float, training: bool, cu_seqlens: Tensor | None = None) -> Tensor:

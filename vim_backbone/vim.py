@@ -16,6 +16,7 @@ from vim_backbone.block import Block, RMSNorm, drop_path
 from vim_backbone.config import VimConfig
 from vim_backbone.errors import UserError
 from vim_backbone.folder import save_pretrained
+from vim_backbone.hand_over import Given, hand_over
 from vim_backbone.packing import PackedLayout, layout_of
 from vim_backbone.position import resize_table, sincos_table
 from vim_backbone.tokens import TokenLayout
@@ -152,9 +153,13 @@ class VisionMamba(nn.Module):
         With `lengths`, one row (1, l, d) with so many patches of each picture -> (pictures, s, d), (1, l, d).
         """
         layout, cu_seqlens = layout_of(self.layout, lengths, patches.device)
-        h, residual = self._join_special(patches, layout, len(lengths or patches)), None
+        h = self._join_special(patches, layout, len(lengths or patches))
+        residual: Tensor | None = None
+        del patches  # the memory of what is used up is free while the blocks run
         for block in self.layers:
-            h, residual = self._run(block, h, residual, cu_seqlens)
+            given: tuple[Given[Tensor], Given[Tensor | None]] = hand_over(h, block), hand_over(residual, block)
+            del h, residual
+            h, residual = self._run(block, *given, cu_seqlens)
         h = drop_path(h, self.config.drop_path_rate, self.training, cu_seqlens)
         normed, _ = self.norm_f(h, residual)
         return layout.split(normed)
@@ -174,7 +179,7 @@ class VisionMamba(nn.Module):
         return self.position_layout.split(resize_table(self.pos_embed, self.position_layout, self.grid_size, grid))
 
     def _run(
-        self, block: nn.Module, h: Tensor, residual: Tensor | None, cu_seqlens: Tensor | None
+        self, block: nn.Module, h: Given[Tensor], residual: Given[Tensor | None], cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(block, h, residual, cu_seqlens, use_reentrant=False)  # pyright: ignore[reportReturnType]

@@ -42,8 +42,10 @@ def bidirectional_scan_forward(
     backward: ScanWeights,
     cu_seqlens: Tensor | None,
     save: bool,
+    overwrite: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
     """See `vim_kernels.interface.FastBackend`."""
+    del overwrite
     saved = bidirectional_scan_saved(x, z, forward, backward, cu_seqlens) if save else []
     dtype = kernel_dtype(x, z)
     rows, gate = token_rows(x, dtype), None if z is None else token_rows(z, dtype)
@@ -51,8 +53,8 @@ def bidirectional_scan_forward(
     two = direction_weights(forward, backward, rows)
     us = _convolve(rows, two, plan)
     projections = [(u @ weights.x_proj.t()).float() for u, weights in zip(us, two, strict=True)]
-    out = torch.empty_like(us[0])
-    partial = out if dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+    # a token's u is read before its sum is written: the directions leave theirs where their u was
+    out, partial = us[1], us[0] if dtype == torch.float32 else torch.empty_like(us[0], dtype=torch.float32)
     first, last = _scan_fields(rows, gate, two, us, projections)
     first |= {"gate": 0, "out": partial.data_ptr(), "scale": 1.0}
     last |= {"partial": partial.data_ptr(), "out": out.data_ptr(), "out_bf16": dtype == torch.bfloat16}

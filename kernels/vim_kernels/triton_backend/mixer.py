@@ -17,7 +17,7 @@ from vim_kernels.triton_backend.mixer_kernels import (
 )
 from vim_kernels.triton_backend.plan import Tokens, tokens_of
 from vim_kernels.triton_backend.scan import ScanGradients, ScanInputs, scan_backward, scan_forward
-from vim_kernels.triton_backend.tokens import conv_backward, convolve, flat, gate_backward, own, split_taps
+from vim_kernels.triton_backend.tokens import conv_backward, flat, gate_backward, own, split_taps
 from vim_kernels.types import ScanWeights
 
 LN2 = math.log(2)
@@ -62,25 +62,32 @@ def bidirectional_scan_forward(
     backward: ScanWeights,
     cu_seqlens: Tensor | None,
     save: bool,
+    overwrite: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Output (b, l, d) in the dtype of x, and what was saved."""
-    out = x.new_empty(x.shape)
+    """Output (b, l, d) in the dtype of x, in its memory if overwrite, and what was saved.
+
+    Without `save` a large batch goes slice by slice: the slices share the memory of what the scan reads.
+    """
+    out = x if overwrite else x.new_empty(x.shape)
     saved = bidirectional_scan_saved(x, z, forward, backward, cu_seqlens) if save else []
     if x.numel() == 0:
         return out, saved
-    tokens = tokens_of(x, cu_seqlens)
-    d = x.shape[2]
-    scan_forward(
-        mixer_inputs(x, mixer_weights(x, forward, backward), tokens, store_low=False).scan,
-        None if z is None else flat(z),
-        out.view(-1, d),
-        tokens,
-        scale=0.5,
-        states=saved[0] if save else None,
-        ungated=saved[1].view(-1, d) if save and z is not None else None,
-        initial=None,
-        want_final=False,
-    )
+    ready = mixer_weights(x, forward, backward)
+    slices = 1 if save else plan.slices(tokens_of(x, cu_seqlens), x.shape[2], plan.processors(x.device))
+    zs = [None] * slices if z is None else z.tensor_split(slices)
+    for x_part, z_part, out_part in zip(x.tensor_split(slices), zs, out.tensor_split(slices), strict=True):
+        tokens = tokens_of(x_part, cu_seqlens)
+        scan_forward(
+            mixer_inputs(x_part, ready, tokens, store_low=False).scan,
+            None if z_part is None else flat(z_part),
+            flat(out_part),
+            tokens,
+            scale=0.5,
+            states=saved[0] if save else None,
+            ungated=flat(saved[1]) if save and z is not None else None,
+            initial=None,
+            want_final=False,
+        )
     return out, saved
 
 
@@ -113,11 +120,8 @@ def bidirectional_scan_backward(
     assert low is not None
     n, rank = forward.A_log.shape[1], forward.dt_proj.shape[1]
     du, ddt_proj, dx_proj = _projections_backward(found, inputs.u, low, ready, n, rank)
-    g, dtaps = conv_backward(
-        du, x, (forward.conv_weight, backward.conv_weight), _conv_biases(forward, backward), cu_seqlens,
-        reverse=False, silu=True, in_place=True,
-    )  # fmt: skip
-    convolve(g, (forward.conv_weight, backward.conv_weight), None, flat(dx), x, cu_seqlens, True, False)
+    taps, biases = (forward.conv_weight, backward.conv_weight), _conv_biases(forward, backward)
+    dtaps = conv_backward(du, x, taps, biases, dx, cu_seqlens, reverse=False, silu=True)
     # d/dA_log of A = -exp(A_log) is A; the kernel's gradient is for A, its rates are A log2(e)
     dA_log = (found.rates * inputs.rates * LN2)[:, :n].transpose(1, 2)
     gradients = []

@@ -74,9 +74,17 @@ STATE = {"cuda": ForwardSizes(32, 1, 2), "hip": ForwardSizes(64, 1, 0), "interpr
 BACKWARD = {"cuda": BackwardSizes(32, 1, 2), "hip": BackwardSizes(64, 1, 2), "interpreter": BackwardSizes(32, 1, 4)}
 MIXER = {"cuda": MixerSizes(64, 64, 4, 3), "hip": MixerSizes(64, 32, 4, 1), "interpreter": MixerSizes(16, 64, 4, 1)}
 CONVOLUTION = ConvolutionSizes(4, 8, 128, 4)
+CONVOLUTION_BACKWARD = {
+    "cuda": ConvolutionSizes(2, 8, 128, 4),
+    "hip": ConvolutionSizes(8, 3, 64, 4),  # more rows a group spill
+    "interpreter": ConvolutionSizes(2, 8, 128, 4),
+}
 CARRY_BLOCK, CARRY_CHUNKS = 32, 64
 FORWARD_FEW, BACKWARD_FEW, WANTED_WARPS = 1.6, 4, 64
 """Warps a multiprocessor: with fewer of them a scan of whole sequences waits, and is cut to make WANTED_WARPS."""
+SLICE_WARPS, SLICE_ROWS = TILED_FORWARD[0][0], 2**17
+"""Warps a multiprocessor and tokens that a slice of a batch must have, so that it is as fast as a part of the whole: as
+many warps as hold their place on the chip at a time, and kernels that are long beside their launches."""
 
 
 class Tokens(NamedTuple):
@@ -165,6 +173,14 @@ def chunk_size(tokens: Tokens, warps: int, processors: int, few: float, most: in
     whole = triton.cdiv(length, INTERVAL)
     intervals = programs * whole // (WANTED_WARPS * processors)
     return max(1, intervals, triton.cdiv(whole, most) if most else 0) * INTERVAL
+
+
+def slices(tokens: Tokens, channels: int, processors: int) -> int:
+    """Parts of a batch that a forward pass which saves nothing takes in turn, to share memory; 1 where packed."""
+    if tokens.packed or not processors:
+        return 1
+    warps = 2 * triton.cdiv(channels, 32) * tokens.sequences
+    return max(1, min(warps // (SLICE_WARPS * processors), tokens.rows // SLICE_ROWS, tokens.sequences))
 
 
 def tiled_forward(warps: int, processors: int) -> TiledSizes:

@@ -51,7 +51,7 @@ class ScanGradients(NamedTuple):
 def scan_forward(
     inputs: ScanInputs,
     z: Tensor | None,  # (rows, d), any row stride
-    out: Tensor,  # (rows, d)
+    out: Tensor,  # (rows, d), any row stride
     tokens: Tokens,
     *,
     scale: float,
@@ -106,8 +106,8 @@ def _forward(
         triton.cdiv(tokens.length, plan.INTERVAL), d,
     )  # fmt: skip
     strides = (
-        z.stride(0) if z is not None else d, tokens.rows * d, tokens.rows * 2 * n, chunks.total * n * d,
-        tokens.slots() * n * d,
+        z.stride(0) if z is not None else d, out.stride(0) if out is not None else d,
+        tokens.rows * d, tokens.rows * 2 * n, chunks.total * n * d, tokens.slots() * n * d,
     )  # fmt: skip
     flags = {
         "DIRECTIONS": q, "REVERSE": inputs.reverse, "PACKED": tokens.packed, "GATE": z is not None,
