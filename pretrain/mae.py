@@ -113,7 +113,7 @@ class MaskedAutoencoder(nn.Module):
         errors = (predicted.float() - target).square()
         if lengths is None:
             return errors.mean()
-        counts = [patches - seen for patches, seen in zip(self._patches(images), lengths, strict=True)]
+        counts = [patches - seen for patches, seen in zip(self.encoder.lengths(images) or [], lengths, strict=True)]
         return torch.stack([own.mean() for own in errors.split(counts, dim=1)]).mean()
 
     @torch.no_grad()
@@ -128,7 +128,7 @@ class MaskedAutoencoder(nn.Module):
         pixels = patches.scatter(1, hidden, (predicted * deviation + mean).gather(1, hidden).to(patches.dtype))
         if isinstance(images, Tensor):
             return Reconstruction(predicted, unpatchify(pixels, self.patch_size, self._grid(images)))
-        pieces = pixels.split(self._patches(images), dim=1)
+        pieces = pixels.split(self.encoder.lengths(images) or [], dim=1)
         made = [
             unpatchify(own, self.patch_size, self._grid(image))[0] for own, image in zip(pieces, images, strict=True)
         ]
@@ -136,12 +136,12 @@ class MaskedAutoencoder(nn.Module):
 
     def _decode(self, images: Images, visible: Tensor, lengths: list[int] | None) -> Tensor:
         """(b, l, decoder width) for all patches."""
-        patches, all_lengths = self.encoder.embed(images)
-        special, seen = self.encoder.encode(select(patches, visible), lengths)
+        special, seen = self.encoder.encode(select(self.encoder.embed(images), visible), lengths)
         special, seen = self.decoder_embed(special), self.decoder_embed(seen)
-        tokens = self.mask_token.to(seen.dtype).expand(len(seen), patches.shape[1], -1)
-        tokens = tokens.scatter(1, visible[..., None].expand_as(seen), seen) + self._positions(images)
-        layout, cu_seqlens = layout_of(self.layout, all_lengths, tokens.device)
+        positions = self._positions(images)
+        tokens = self.mask_token.to(seen.dtype).expand(len(seen), positions.shape[1], -1)
+        tokens = tokens.scatter(1, visible[..., None].expand_as(seen), seen) + positions
+        layout, cu_seqlens = layout_of(self.layout, self.encoder.lengths(images), tokens.device)
         h, residual = layout.join(special.to(tokens.dtype), tokens), None
         for block in self.decoder_layers:
             h, residual = block(h, residual, cu_seqlens)
@@ -155,10 +155,6 @@ class MaskedAutoencoder(nn.Module):
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
         return self.encoder.config.grid(*images.shape[-2:])
-
-    def _patches(self, images: Images) -> list[int]:
-        """Patches of each picture."""
-        return [rows * columns for rows, columns in map(self._grid, images)]
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that decay would harm although they have two axes or more."""

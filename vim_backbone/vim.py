@@ -117,8 +117,8 @@ class VisionMamba(nn.Module):
 
         Of a list of pictures, the list of each one's (s + l, d).
         """
-        patches, lengths = self.embed(images)
-        return _joined(*self.encode(patches, lengths), lengths)
+        lengths = self.lengths(images)
+        return _joined(*self.encode(self.embed(images), lengths), lengths)
 
     def forward_head(self, tokens: Tensor | list[Tensor], pre_logits: bool = False) -> Tensor:
         """Tokens of `forward_features` -> pooled (b, d) when `pre_logits`, else through the classifier."""
@@ -135,17 +135,22 @@ class VisionMamba(nn.Module):
             raise UserError(f"pictures have {images.shape[1]} channels, the backbone wants {self.config.in_chans}")
         return self.patch_embed(images) + self._positions(grid)[1]
 
-    def embed(self, images: Images) -> tuple[Tensor, list[int] | None]:
-        """Pictures -> patch tokens (b, l, d) and None; of a list, one row (1, l, d) and the number of each picture."""
+    def embed(self, images: Images) -> Tensor:
+        """Pictures -> patch tokens with their positions (b, l, d); of a list, one row (1, l, d)."""
         if isinstance(images, Tensor):
-            return self.embed_patches(images), None
+            return self.embed_patches(images)
+        return torch.cat([self.embed_patches(image[None]) for image in images], dim=1)
+
+    def lengths(self, images: Images) -> list[int] | None:
+        """Patches of each picture of a list; None for a batch. Raises UserError for what cannot be packed."""
+        if isinstance(images, Tensor):
+            return None
         if not images:
             raise UserError("the list of pictures is empty")
         for image in images:
             if image.dim() != 3:
                 raise UserError(f"a picture of the list has shape {tuple(image.shape)}, it must be (channels, h, w)")
-        embedded = [self.embed_patches(image[None]) for image in images]
-        return torch.cat(embedded, dim=1), [tokens.shape[1] for tokens in embedded]
+        return [rows * columns for rows, columns in (self.config.grid(*image.shape[-2:]) for image in images)]
 
     def encode(self, patches: Tensor, lengths: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """Patch tokens in scan order, all or the visible ones -> normed special (b, s, d), normed patches (b, l, d).
@@ -213,9 +218,9 @@ class VisionMamba(nn.Module):
             raise UserError(f"output_fmt is {output_fmt!r}: choose NCHW or NLC")
         taken = self._block_indices(indices)
         last = max(taken) + 1 if stop_early and intermediates_only else len(self.layers)
-        patches, lengths = self.embed(images)
-        layout, cu_seqlens = layout_of(self.layout, lengths, patches.device)
-        h, residual, found = self._join_special(patches, layout, len(images)), None, {}
+        lengths = self.lengths(images)
+        layout, cu_seqlens = layout_of(self.layout, lengths, images[0].device)
+        h, residual, found = self._join_special(self.embed(images), layout, len(images)), None, {}
 
         def asked(special: Tensor, patches: Tensor, image: Tensor) -> Any:
             if output_fmt == "NCHW":
