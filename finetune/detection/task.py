@@ -14,7 +14,7 @@ from finetune.detection.config import DetectionConfig
 from finetune.detection.judge import judge
 from finetune.detection.rcnn import Detector
 from finetune.loading import Batch
-from finetune.run import Report, Task, finetune
+from finetune.run import Observer, Report, Task, finetune
 from pretrain.data import to_model
 from vim_backbone import UserError
 
@@ -67,6 +67,6 @@ class DetectionTask(Task):
         }
 
 
-def run(config: DetectionConfig) -> Path:
+def run(config: DetectionConfig, observe: Observer | None = None) -> Path:
     """Train or judge; returns the run's folder."""
-    return finetune(DetectionTask(config))
+    return finetune(DetectionTask(config), observe)

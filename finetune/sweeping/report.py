@@ -1,0 +1,239 @@
+"""What a sweep found: results.csv, pictures, report.html, the best model, and commands that repeat the best trials."""
+
+import base64
+import csv
+import html
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import yaml
+from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+from optuna.trial import TrialState
+from ray import tune
+
+from finetune.sweeping.config import SweepConfig
+from finetune.sweeping.ledger import Entry, Ledger
+from finetune.sweeping.progress import score_of, short
+from finetune.sweeping.trial import arguments
+from vim_backbone.files import write_json, write_text
+
+RESULTS, REPORT, BEST = "results.csv", "report.html", "best"
+FEWEST = 4
+"""Finished trials below which the importance of a field is a matter of chance alone."""
+
+
+def write_report(config: SweepConfig, ledger: Ledger) -> list[str]:
+    """Write all of it into the sweep's folder; returns lines for the user."""
+    entries = ledger.entries()
+    write_results(config.folder / RESULTS, entries, ledger)
+    lines = [f"{sum(e.state == state for e in entries)} {state}" for state in ("finished", "stopped early", "failed")]
+    said = [f"{', '.join(lines)} of {config.trials} trials; the record is {config.folder / RESULTS}"]
+    drawn = draw(config, ledger)
+    if best := ledger.best(1):
+        said.append(publish_best(config, best[0]))
+    else:
+        said.append("no trial has come to its end, so that there is no best model")
+    write_html(config, ledger, drawn)
+    said.append(f"report: {config.folder / REPORT}")
+    return said
+
+
+def write_results(path: Path, entries: list[Entry], ledger: Ledger) -> None:
+    """One row a trial: state, score, how far it came, its fields, all metrics of its last evaluation, the error."""
+    metrics = sorted({name for e in entries for row in e.evaluations[-1:] for name in row.metrics})
+    fields = [d.field for d in ledger.space]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["trial", "state", "step", "percent", "seconds", *metrics, *fields, "checkpoint", "error"])
+        for e in entries:
+            last = e.evaluations[-1] if e.evaluations else None
+            reached = [last.step, last.percent, round(last.seconds, 3)] if last else ["", "", ""]
+            values = [last.metrics.get(name, "") if last else "" for name in metrics]
+            told = [e.fields.get(name, "") for name in fields]
+            table.writerow([e.number, e.state, *reached, *values, *told, e.checkpoint or "", e.error or ""])
+
+
+def draw(config: SweepConfig, ledger: Ledger) -> list[Path]:
+    """Pictures of the scores (best so far, curves) and of the fields (parallel coordinates, importance)."""
+    entries = [e for e in ledger.entries() if e.evaluations]
+    if not entries:
+        return []
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    draw_best_so_far(left, config, ledger)
+    draw_curves(right, config, ledger, entries)
+    paths = [saved(figure, config.folder / "scores.png")]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), width_ratios=[3, 2], layout="constrained")
+    draw_parallel(left, config, ledger, entries)
+    draw_importance(right, config, ledger)
+    return [*paths, saved(figure, config.folder / "fields.png")]
+
+
+def draw_best_so_far(axes: Any, config: SweepConfig, ledger: Ledger) -> None:
+    """The score of each finished trial, and the best up to it."""
+    finished = [e for e in ledger.entries() if e.state == "finished"]
+    scores = [e.score(config.metric) or 0.0 for e in finished]
+    best = (np.maximum if config.mode == "max" else np.minimum).accumulate(scores) if scores else []
+    axes.plot([e.number for e in finished], scores, "o", color="tab:gray", alpha=0.6, label="finished trial")
+    early = [e for e in ledger.entries() if e.state == "stopped early"]
+    axes.plot(
+        [e.number for e in early], [e.score(config.metric) for e in early], "x", color="tab:gray", alpha=0.5,
+        label="stopped early",
+    )  # fmt: skip
+    axes.step([e.number for e in finished], best, where="post", color="tab:blue", label="best so far")
+    axes.set(xlabel="trial", ylabel=config.metric)
+    axes.legend(fontsize="small")
+
+
+def draw_curves(axes: Any, config: SweepConfig, ledger: Ledger, entries: list[Entry]) -> None:
+    """The score of each trial as it trained; the best stands out."""
+    best = {e.number for e in ledger.best(1)}
+    for e in sorted(entries, key=lambda e: e.number in best):
+        points = [(row.percent, row.metrics.get(config.metric)) for row in e.evaluations]
+        style = {"color": "tab:blue", "linewidth": 2} if e.number in best else {"color": "tab:gray", "alpha": 0.5}
+        end = "o" if e.state == "finished" else "x"
+        axes.plot(*zip(*points, strict=True), **style, marker=end, markevery=[-1], markersize=4)
+    axes.set(xlabel="percent of the trial's training", ylabel=config.metric)
+
+
+def draw_parallel(axes: Any, config: SweepConfig, ledger: Ledger, entries: list[Entry]) -> None:
+    """Each trial a line over its fields, coloured by its score."""
+    scores = np.array([e.score(config.metric) for e in entries], float)
+    low, high = float(np.nanmin(scores)), float(np.nanmax(scores))
+    columns, names = [], []
+    for d in ledger.space:
+        values = [e.fields.get(d.field) for e in entries]
+        names.append(d.field.rpartition(".")[2])
+        if d.listed:
+            places = [d.values.index(v) if v in d.values else 0 for v in values]
+            columns.append(np.array(places) / max(1, len(d.values) - 1))
+            ends = [short(d.values[0]), short(d.values[-1])]
+        else:
+            scale = np.log if d.kind == "loguniform" else np.asarray
+            bottom, top = scale(np.array(d.values, float))
+            columns.append((scale(np.array(values, float)) - bottom) / (top - bottom))
+            ends = [short(d.values[0]), short(d.values[1])]
+        for y, text, place in ((0, ends[0], "top"), (1, ends[1], "bottom")):
+            axes.text(len(columns) - 1, y, text, ha="center", va=place, fontsize="x-small")
+    names.append(config.metric)
+    columns.append((scores - low) / ((high - low) or 1))
+    axes.text(len(columns) - 1, 0, short(low), ha="center", va="top", fontsize="x-small")
+    axes.text(len(columns) - 1, 1, short(high), ha="center", va="bottom", fontsize="x-small")
+    colours = plt.get_cmap("viridis")
+    order = np.argsort(scores if config.mode == "max" else -scores)
+    for i in order:
+        shade = columns[-1][i] if config.mode == "max" else 1 - columns[-1][i]
+        faint = 0.9 if entries[i].state == "finished" else 0.3
+        axes.plot(range(len(columns)), [c[i] for c in columns], color=colours(shade), alpha=faint)
+    axes.set(yticks=[], ylim=(-0.12, 1.12))
+    axes.set_xticks(range(len(columns)), names, rotation=25, ha="right", fontsize="small")
+    for side in ("left", "right", "top", "bottom"):
+        axes.spines[side].set_visible(False)
+    for x in range(len(columns)):
+        axes.axvline(x, color="black", linewidth=0.5)
+
+
+def importances(ledger: Ledger) -> dict[str, float] | None:
+    """Field -> share of the score's variation that it explains, by PED-ANOVA (arXiv 2304.10255); None for too few."""
+    finished = ledger.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if len(finished) < FEWEST or len({trial.value for trial in finished}) < 2:
+        return None
+    varied = [d.field for d in ledger.space if len({trial.params[d.field] for trial in finished}) > 1]
+    if not varied:
+        return None
+    try:
+        return get_param_importances(ledger.study, evaluator=PedAnovaImportanceEvaluator(), params=varied)
+    except (ValueError, RuntimeError):
+        return None
+
+
+def draw_importance(axes: Any, config: SweepConfig, ledger: Ledger) -> None:
+    """Bars, the most important on top."""
+    shares = importances(ledger)
+    axes.set_title(f"importance for {config.metric}", fontsize="medium")
+    if shares is None:
+        axes.text(0.5, 0.5, f"fewer than {FEWEST} finished trials,\nor all alike", ha="center", va="center")
+        axes.set_axis_off()
+        return
+    names = sorted(shares, key=lambda name: shares[name])
+    axes.barh(names, [shares[name] for name in names], color="tab:blue")
+    axes.set(xlim=(0, 1), xlabel="share")
+    axes.tick_params(axis="y", labelsize="small")
+
+
+def saved(figure: Any, path: Path) -> Path:
+    """The picture on the disk."""
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def publish_best(config: SweepConfig, best: Entry) -> str:
+    """Copy the best trial's run into `best/`, with its config and metrics; returns a line for the user."""
+    folder = config.folder / BEST
+    aside = folder.with_name(f".{BEST}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    assert best.checkpoint is not None
+    tune.Checkpoint(best.checkpoint).to_directory(str(aside))
+    for name in ("checkpoints", ".launcher"):
+        path = aside / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    write_json(aside / "metrics.json", best.evaluations[-1].metrics)
+    write_text(aside / "fields.yaml", yaml.safe_dump(best.fields, sort_keys=False))
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+    told = "  ".join(f"{name} {short(value)}" for name, value in best.fields.items())
+    return f"best: trial {best.number}, {config.metric} {score_of(best, config.metric)}, {told}; published in {folder}"
+
+
+def command(config: SweepConfig, entry: Entry) -> str:
+    """The command that repeats a trial outside of Ray."""
+    several = config.resources.workers > 1
+    launch = f"accelerate launch --num_processes {config.resources.workers}" if several else "accelerate launch"
+    base = [f"--config={config.base}"] if config.base else []
+    told = [*base, "--trackers=[]", *arguments(config.fields | entry.fields), f"--name={config.name}-{entry.number}"]
+    return f"{launch} finetune/main.py {config.task} " + " ".join(shlex.quote(word) for word in told)
+
+
+def top_lines(config: SweepConfig, ledger: Ledger) -> list[str]:
+    """A comment and a command for each of the best trials."""
+    lines = []
+    for entry in ledger.best(config.top):
+        lines.append(f"# trial {entry.number}: {config.metric} {score_of(entry, config.metric)}")
+        if entry.changed:
+            lines.append("# population-based training changed its fields on the way: this repeats the last ones alone")
+        lines.append(command(config, entry))
+    return lines
+
+
+def write_html(config: SweepConfig, ledger: Ledger, pictures: list[Path]) -> None:
+    """One file with the pictures in it and the trials as a table, to be opened without a network."""
+    fields = [d.field for d in ledger.space]
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("trial", "state", config.metric, *fields, "error"))
+    finished = ledger.best(len(ledger.entries()))
+    rows = []
+    for e in [*finished, *(e for e in ledger.entries() if e.state != "finished")]:
+        values = [score_of(e, config.metric), *(short(e.fields.get(name)) for name in fields), e.error or ""]
+        cells = "".join(f"<td>{html.escape(str(value))}</td>" for value in (e.number, e.state, *values))
+        rows.append(f"<tr>{cells}</tr>")
+    shown = "".join(
+        f'<p><img alt="{path.stem}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"></p>'
+        for path in pictures
+    )
+    commands = html.escape("\n".join(command(config, e) for e in finished[:3]))
+    title = html.escape(f"{config.name}: {config.task}, {config.metric}")
+    page = (
+        f'<!doctype html><meta charset="utf-8"><title>{title}</title>'
+        "<style>body{font-family:sans-serif;margin:2em}img{max-width:100%}table{border-collapse:collapse}"
+        "td,th{border-bottom:1px solid #ccc;padding:.2em .7em;text-align:left}pre{white-space:pre-wrap}</style>"
+        f"<h1>{title}</h1>{shown}<h2>The best again, without Ray</h2><pre>{commands}</pre>"
+        f"<h2>Trials</h2><table><tr>{head}</tr>{''.join(rows)}</table>\n"
+    )
+    write_text(config.folder / REPORT, page)
