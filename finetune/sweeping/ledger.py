@@ -30,7 +30,6 @@ STATES = {
 EVALUATION = "evaluation-"
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-warnings.filterwarnings("ignore", category=ExperimentalWarning)
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,8 @@ class Ledger:
             places = {d.field: d.values for d in self.space}
             labels = {d.field: d.distribution for d in self.space}
             choices = {f: getattr(labels[f], "choices")[places[f].index(v)] for f, v in chosen.items()}  # noqa: B009
-            sampler = PartialFixedSampler(choices, sampler)
+            with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
+                sampler = PartialFixedSampler(choices, sampler)
         self.study.sampler = sampler
         return self.study.ask({d.field: d.distribution for d in self.space}).number
 

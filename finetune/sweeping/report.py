@@ -81,13 +81,15 @@ def draw_best_so_far(axes: Any, config: SweepConfig, ledger: Ledger) -> None:
     finished = [e for e in ledger.entries() if e.state == "finished"]
     scores = [e.score(config.metric) or 0.0 for e in finished]
     best = (np.maximum if config.mode == "max" else np.minimum).accumulate(scores) if scores else []
-    axes.plot([e.number for e in finished], scores, "o", color="tab:gray", alpha=0.6, label="finished trial")
+    numbers = [e.number for e in finished]
+    axes.plot(numbers, scores, "o", color="tab:gray", alpha=0.6, label="finished trial")
     early = [e for e in ledger.entries() if e.state == "stopped early"]
     axes.plot(
         [e.number for e in early], [e.score(config.metric) for e in early], "x", color="tab:gray", alpha=0.5,
         label="stopped early",
     )  # fmt: skip
-    axes.step([e.number for e in finished], best, where="post", color="tab:blue", label="best so far")
+    last = len(ledger.entries()) - 1
+    axes.step([*numbers, last], [*best, *best[-1:]] if scores else [np.nan], where="post", label="best so far")
     axes.set(xlabel="trial", ylabel=config.metric)
     axes.legend(fontsize="small")
 
@@ -120,12 +122,12 @@ def draw_parallel(axes: Any, config: SweepConfig, ledger: Ledger, entries: list[
             bottom, top = scale(np.array(d.values, float))
             columns.append((scale(np.array(values, float)) - bottom) / (top - bottom))
             ends = [short(d.values[0]), short(d.values[1])]
-        for y, text, place in ((0, ends[0], "top"), (1, ends[1], "bottom")):
+        for y, text, place in ((-0.03, ends[0], "top"), (1.03, ends[1], "bottom")):
             axes.text(len(columns) - 1, y, text, ha="center", va=place, fontsize="x-small")
     names.append(config.metric)
     columns.append((scores - low) / ((high - low) or 1))
-    axes.text(len(columns) - 1, 0, short(low), ha="center", va="top", fontsize="x-small")
-    axes.text(len(columns) - 1, 1, short(high), ha="center", va="bottom", fontsize="x-small")
+    axes.text(len(columns) - 1, -0.03, short(low), ha="center", va="top", fontsize="x-small")
+    axes.text(len(columns) - 1, 1.03, short(high), ha="center", va="bottom", fontsize="x-small")
     colours = plt.get_cmap("viridis")
     order = np.argsort(scores if config.mode == "max" else -scores)
     for i in order:
@@ -137,7 +139,7 @@ def draw_parallel(axes: Any, config: SweepConfig, ledger: Ledger, entries: list[
     for side in ("left", "right", "top", "bottom"):
         axes.spines[side].set_visible(False)
     for x in range(len(columns)):
-        axes.axvline(x, color="black", linewidth=0.5)
+        axes.vlines(x, 0, 1, color="black", linewidth=0.5)
 
 
 def importances(ledger: Ledger) -> dict[str, float] | None:
@@ -195,8 +197,10 @@ def publish_best(config: SweepConfig, best: Entry) -> str:
 
 def command(config: SweepConfig, entry: Entry) -> str:
     """The command that repeats a trial outside of Ray."""
-    several = config.resources.workers > 1
-    launch = f"accelerate launch --num_processes {config.resources.workers}" if several else "accelerate launch"
+    each = config.resources
+    launch = f"accelerate launch --num_processes {each.workers}" if each.workers > 1 else "accelerate launch"
+    if not each.gpus:  # sums on CPU depend on the number of threads, which Ray sets to a trial's cores
+        launch = f"OMP_NUM_THREADS={max(1, int(each.cpus))} {launch}"
     base = [f"--config={config.base}"] if config.base else []
     told = [*base, "--trackers=[]", *arguments(config.fields | entry.fields), f"--name={config.name}-{entry.number}"]
     return f"{launch} finetune/main.py {config.task} " + " ".join(shlex.quote(word) for word in told)

@@ -41,6 +41,14 @@ class Remembered:
     status: str = "TERMINATED"
 
 
+class Population(PopulationBasedTraining):
+    """Population-based training of the ledger's trials."""
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Ray refuses searchers here, because they are not told of fields that change; the ledger is."""
+        super().on_trial_add(SimpleNamespace(search_alg=None), trial)  # pyright: ignore[reportArgumentType]
+
+
 class LedgerSearcher(Searcher):
     """Hands out the trials that are to go on, then new ones, until there are enough."""
 
@@ -190,7 +198,7 @@ def build_scheduler(config: SweepConfig, space: list[Dimension]) -> TrialSchedul
         if not mutable:
             fixed = ", ".join(FIXED_ON_RESUME)
             raise UserError(f"scheduler.kind is 'pbt': no field of the space can change in a running trial ({fixed}*)")
-        return PopulationBasedTraining(
+        return Population(
             **common, perturbation_interval=told.grace, hyperparam_mutations={"fields": mutable}, require_attrs=False
         )
     return FIFOScheduler()
