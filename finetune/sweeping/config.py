@@ -98,8 +98,9 @@ class SweepConfig:
     """Folder that holds the sweeps."""
     seed: int = 0
     """Seed of what is drawn from the space."""
-    resume: bool = False
-    """Go on with the sweep of this name: finished trials stay, running ones go on from their checkpoints."""
+    resume: bool | Literal["auto"] = False
+    """Go on with the sweep of this name: finished trials stay, running ones go on from their checkpoints; auto: begin it
+    where there is none."""
     overwrite: bool = False
     """Delete an earlier sweep of the same name first."""
     top: int = 0

@@ -155,7 +155,7 @@ def open_folder(config: SweepConfig) -> None:
     """Make the sweep's folder, or check that the one to be resumed is of the same sweep."""
     folder = config.folder
     begun = (folder / JOURNAL).exists()
-    if config.resume:
+    if config.resume is True or (config.resume == "auto" and begun):
         if not begun:
             raise UserError(f"nothing to resume: there is no sweep in {folder}; start without --resume")
         for name, (before, now) in differences(config, folder / CONFIG).items():

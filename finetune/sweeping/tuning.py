@@ -163,7 +163,8 @@ def tune_trials(config: SweepConfig, ledger: Ledger, inputs: dict[str, Any], sto
     scheduler = build_scheduler(config, ledger.space)
     remind(scheduler, ledger)
     several = each.workers > 1
-    bundle = {"cpu": 0 if several else each.cpus} | ({} if several or not each.gpus else {"gpu": each.gpus})
+    # a trial of several processes only waits for them, which takes no core, but Ray wants something to be taken
+    bundle = {"memory": 2**20} if several else {"cpu": each.cpus} | ({"gpu": each.gpus} if each.gpus else {})
     at_a_time = config.concurrent or (slots(each) if several else None)
     tuner = tune.Tuner(
         tune.with_resources(run_trial_on_workers if several else run_trial, bundle),
