@@ -99,8 +99,8 @@ class SweepConfig:
     seed: int = 0
     """Seed of what is drawn from the space."""
     resume: bool | Literal["auto"] = False
-    """Go on with the sweep of this name: finished trials stay, running ones go on from their checkpoints; auto: begin it
-    where there is none."""
+    """Go on with the sweep of this name: finished trials stay, running ones go on from their checkpoints; auto: begin
+    it where there is none."""
     overwrite: bool = False
     """Delete an earlier sweep of the same name first."""
     top: int = 0

@@ -1,4 +1,4 @@
-"""What a sweep found: results.csv, pictures, report.html, the best model, and commands that repeat the best trials."""
+"""What a sweep found: results.csv, a picture, report.html, the best model, and commands that repeat the best trials."""
 
 import base64
 import csv
@@ -14,9 +14,10 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+import optuna
 import yaml
-from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
-from optuna.trial import TrialState
+from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+from optuna.trial import create_trial
 from ray import tune
 
 from finetune.sweeping.config import SweepConfig
@@ -26,8 +27,9 @@ from finetune.sweeping.trial import arguments
 from vim_backbone.files import write_json, write_text
 
 RESULTS, REPORT, BEST = "results.csv", "report.html", "best"
-FEWEST = 4
-"""Finished trials below which the importance of a field is a matter of chance alone."""
+PICTURE = "sweep.png"
+FEWEST = 8
+"""Trials below which the importance of a field is a matter of chance alone."""
 
 
 def write_report(config: SweepConfig, ledger: Ledger) -> list[str]:
@@ -61,19 +63,20 @@ def write_results(path: Path, entries: list[Entry], ledger: Ledger) -> None:
             table.writerow([e.number, e.state, *reached, *values, *told, e.checkpoint or "", e.error or ""])
 
 
-def draw(config: SweepConfig, ledger: Ledger) -> list[Path]:
-    """Pictures of the scores (best so far, curves) and of the fields (parallel coordinates, importance)."""
+def draw(config: SweepConfig, ledger: Ledger) -> Path | None:
+    """One picture: best so far, curves of the trials, parallel coordinates, importance of the fields."""
     entries = [e for e in ledger.entries() if e.evaluations]
     if not entries:
-        return []
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    draw_best_so_far(left, config, ledger)
-    draw_curves(right, config, ledger, entries)
-    paths = [saved(figure, config.folder / "scores.png")]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), width_ratios=[3, 2], layout="constrained")
-    draw_parallel(left, config, ledger, entries)
-    draw_importance(right, config, ledger)
-    return [*paths, saved(figure, config.folder / "fields.png")]
+        return None
+    figure, ((best, curves), (parallel, importance)) = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    draw_best_so_far(best, config, ledger)
+    draw_curves(curves, config, ledger, entries)
+    draw_parallel(parallel, config, ledger, entries)
+    draw_importance(importance, config, ledger)
+    path = config.folder / PICTURE
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+    return path
 
 
 def draw_best_so_far(axes: Any, config: SweepConfig, ledger: Ledger) -> None:
@@ -91,7 +94,7 @@ def draw_best_so_far(axes: Any, config: SweepConfig, ledger: Ledger) -> None:
     last = len(ledger.entries()) - 1
     axes.step([*numbers, last], [*best, *best[-1:]] if scores else [np.nan], where="post", label="best so far")
     axes.set(xlabel="trial", ylabel=config.metric)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="best")
 
 
 def draw_curves(axes: Any, config: SweepConfig, ledger: Ledger, entries: list[Entry]) -> None:
@@ -143,17 +146,19 @@ def draw_parallel(axes: Any, config: SweepConfig, ledger: Ledger, entries: list[
 
 
 def importances(ledger: Ledger) -> dict[str, float] | None:
-    """Field -> share of the score's variation that it explains, by PED-ANOVA (arXiv 2304.10255); None for too few."""
-    finished = ledger.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    if len(finished) < FEWEST or len({trial.value for trial in finished}) < 2:
+    """Field -> share of the score's variation that it explains, by fANOVA (Hutter et al., 2014); None for too few.
+
+    Trials that were stopped early count by their last score: those that came to their end are too alike to tell.
+    """
+    judged = optuna.create_study(direction=ledger.study.direction)
+    for trial, entry in zip(ledger.study.get_trials(deepcopy=False), ledger.entries(), strict=True):
+        if entry.state in ("finished", "stopped early"):
+            value = entry.score(ledger.metric)
+            judged.add_trial(create_trial(params=trial.params, distributions=trial.distributions, value=value))
+    trials = judged.get_trials(deepcopy=False)
+    if len(trials) < FEWEST or len({trial.value for trial in trials}) == 1:
         return None
-    varied = [d.field for d in ledger.space if len({trial.params[d.field] for trial in finished}) > 1]
-    if not varied:
-        return None
-    try:
-        return get_param_importances(ledger.study, evaluator=PedAnovaImportanceEvaluator(), params=varied)
-    except (ValueError, RuntimeError):
-        return None
+    return get_param_importances(judged, evaluator=FanovaImportanceEvaluator(seed=0))
 
 
 def draw_importance(axes: Any, config: SweepConfig, ledger: Ledger) -> None:
@@ -161,20 +166,13 @@ def draw_importance(axes: Any, config: SweepConfig, ledger: Ledger) -> None:
     shares = importances(ledger)
     axes.set_title(f"importance for {config.metric}", fontsize="medium")
     if shares is None:
-        axes.text(0.5, 0.5, f"fewer than {FEWEST} finished trials,\nor all alike", ha="center", va="center")
+        axes.text(0.5, 0.5, f"fewer than {FEWEST} trials,\nor all alike", ha="center", va="center")
         axes.set_axis_off()
         return
     names = sorted(shares, key=lambda name: shares[name])
     axes.barh(names, [shares[name] for name in names], color="tab:blue")
     axes.set(xlim=(0, 1), xlabel="share")
     axes.tick_params(axis="y", labelsize="small")
-
-
-def saved(figure: Any, path: Path) -> Path:
-    """The picture on the disk."""
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
 
 
 def publish_best(config: SweepConfig, best: Entry) -> str:
@@ -217,8 +215,8 @@ def top_lines(config: SweepConfig, ledger: Ledger) -> list[str]:
     return lines
 
 
-def write_html(config: SweepConfig, ledger: Ledger, pictures: list[Path]) -> None:
-    """One file with the pictures in it and the trials as a table, to be opened without a network."""
+def write_html(config: SweepConfig, ledger: Ledger, picture: Path | None) -> None:
+    """One file with the picture in it and the trials as a table, to be opened without a network."""
     fields = [d.field for d in ledger.space]
     head = "".join(f"<th>{html.escape(name)}</th>" for name in ("trial", "state", config.metric, *fields, "error"))
     finished = ledger.best(len(ledger.entries()))
@@ -227,10 +225,8 @@ def write_html(config: SweepConfig, ledger: Ledger, pictures: list[Path]) -> Non
         values = [score_of(e, config.metric), *(short(e.fields.get(name)) for name in fields), e.error or ""]
         cells = "".join(f"<td>{html.escape(str(value))}</td>" for value in (e.number, e.state, *values))
         rows.append(f"<tr>{cells}</tr>")
-    shown = "".join(
-        f'<p><img alt="{path.stem}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"></p>'
-        for path in pictures
-    )
+    data = base64.b64encode(picture.read_bytes()).decode() if picture else ""
+    shown = f'<p><img alt="scores and fields" src="data:image/png;base64,{data}"></p>' if picture else ""
     commands = html.escape("\n".join(command(config, e) for e in finished[:3]))
     title = html.escape(f"{config.name}: {config.task}, {config.metric}")
     page = (

@@ -164,7 +164,8 @@ def tune_trials(config: SweepConfig, ledger: Ledger, inputs: dict[str, Any], sto
     remind(scheduler, ledger)
     several = each.workers > 1
     # a trial of several processes only waits for them, which takes no core, but Ray wants something to be taken
-    bundle = {"memory": 2**20} if several else {"cpu": each.cpus} | ({"gpu": each.gpus} if each.gpus else {})
+    alone: dict[str, float] = {"cpu": each.cpus, "gpu": each.gpus}
+    bundle: dict[str, float] = {"memory": 2**20} if several else alone
     at_a_time = config.concurrent or (slots(each) if several else None)
     tuner = tune.Tuner(
         tune.with_resources(run_trial_on_workers if several else run_trial, bundle),

@@ -58,7 +58,7 @@ def test_classification_with_a_trial_killed_on_purpose(told, backbone, tmp_path)
     assert [e.state for e in found] == ["finished"] * 3
     assert [steps_of(e) for e in found] == [list(range(1, 9))] * 3, "each evaluation once in the record"
     assert set(METRICS["classification"]) <= set(found[0].evaluations[-1].metrics)
-    assert (folder / "report.html").read_text().count("data:image/png;base64,") == 2
+    assert (folder / "report.html").read_text().count("data:image/png;base64,") == 1
 
     best = max(found, key=lambda e: (e.score("top1"), -e.number))
     comment, command = top(replace(config, top=1))
