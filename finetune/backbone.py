@@ -36,10 +36,17 @@ def find_backbone(name: str) -> Path:
     if Path(name).expanduser().exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         return Path(name).expanduser()
     try:
-        return Path(snapshot_download(name, allow_patterns=["config.json", "model.safetensors"]))
+        folder = Path(snapshot_download(name, allow_patterns=["config.json", "model.safetensors"]))
     except Exception as error:  # the Hub's client raises a dozen unrelated classes
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"backbone {name} is no folder here, and the Hub does not give it: {why}") from error
+        raise UserError(
+            f"backbone {name} is no folder here, and the Hub does not give it; without a network, give a folder ({why})"
+        ) from error
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"backbone {name} on the Hub has no config.json: the official weights go through vim_backbone.convert first"
+        )
+    return folder
 
 
 def read_backbone(folder: Path, config: BackboneConfig, seed: int, num_classes: int, **more: Any) -> Pretrained:

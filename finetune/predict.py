@@ -16,10 +16,11 @@ from torchvision.transforms.v2 import functional as transforms
 
 from finetune.classification.judge import draw_predictions
 from finetune.classification.task import Classifier, judging_transform
-from finetune.detection.coco import fit
-from finetune.detection.config import DetectionHead
-from finetune.detection.judge import SHOWN_SCORE, colours_of, drawn_on, in_picture, to_coco
+from finetune.detection import config as detection
+from finetune.detection.judge import SHOWN_SCORE, colours_of, drawn_on, to_coco
 from finetune.detection.rcnn import Detector
+from finetune.detection.task import views_of
+from finetune.detection.views import with_pasted_masks
 from finetune.run import MODEL
 from finetune.segmentation.config import SegmentationHead, TestConfig
 from finetune.segmentation.data import to_test_size
@@ -27,7 +28,8 @@ from finetune.segmentation.judge import draw_overlays
 from finetune.segmentation.task import windows_of
 from finetune.segmentation.upernet import Segmenter, resize
 from launch.cli import run
-from pretrain.data import reason, to_model, to_pixels
+from pretrain.bad_pictures import reason
+from pretrain.data import to_model, to_pixels
 from pretrain.images import files_below, to_rgb
 from vim_backbone.config import VimConfig
 from vim_backbone.errors import UserError, require
@@ -65,7 +67,7 @@ class Predictor:
             return Classifier(self.config)
         if self.task == "segmentation":
             return Segmenter(self.config, SegmentationHead(**self.description["head"]), len(self.classes))
-        return Detector(self.config, DetectionHead(**self.description["head"]), len(self.classes))
+        return Detector(self.config, detection.DetectionHead(**self.description["head"]), len(self.classes))
 
     @torch.inference_mode()
     def __call__(self, images: list[Image.Image], drawings: list[Path]) -> list[Prediction]:
@@ -104,12 +106,14 @@ class Predictor:
         return found
 
     def _detect(self, images: list[Image.Image], drawings: list[Path]) -> list[Prediction]:
-        fitted = [fit(image, self.config.img_size) for image in images]
-        batch = to_model(torch.stack([pixels for pixels, _ in fitted]), self.device)
-        detections = self.model(batch, sizes=[sizes[:2] for _, sizes in fitted])
+        test = detection.TestConfig(**self.description.get("test", {}))
+        views = views_of(self.config, test, self.description["head"]["detections"])
+        of_squares = [list(of_square) for of_square in zip(*map(views.fit, images), strict=True)]
+        batches = [to_model(torch.stack([pixels for pixels, _ in of]), self.device) for of in of_squares]
+        detections = views.detect(self.model, batches, [[sizes for _, sizes in of] for of in of_squares])
         found = []
-        for image, (_, sizes), raw, path in zip(images, fitted, detections, drawings, strict=True):
-            inside = in_picture(raw, sizes)
+        for image, raw, path in zip(images, detections, drawings, strict=True):
+            inside = with_pasted_masks(raw, (image.height, image.width))
             objects = to_coco(inside, 0, self.description["category_ids"])
             for entry, label in zip(objects, inside["labels"].tolist(), strict=True):
                 del entry["image_id"]

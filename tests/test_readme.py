@@ -91,7 +91,7 @@ def test_the_python_in_the_readme(place):
     argv = [sys.executable, "pretrain/main.py", "--steps=1", *SMALL.split(), "--overwrite"]
     subprocess.run(argv, cwd=place, check=True, capture_output=True)
     for block in blocks(ROOT / "README.md", "python"):
-        shapes = "\nassert features.shape == (1, 192)\nassert [m.shape for m in maps] == [(1, 192, 16, 24)]"
+        shapes = "\nassert features.shape == (2, 192)\nassert [m.shape for m in maps] == [(1, 192, 16, 24)]"
         assert "# two maps" in block
         one_block = block.replace("indices=2", "indices=1")  # the model of this test has one block
         done = subprocess.run(

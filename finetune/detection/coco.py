@@ -3,7 +3,6 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 
 from finetune.detection.config import DetectionData, JitterConfig
+from finetune.detection.views import GREY, Sizes, Views
 from pretrain.images import BadPictureError, to_rgb
 from vim_backbone.errors import UserError
-
-GREY = [124, 116, 104]
-"""ImageNet's mean colour, which padding has."""
 
 
 @dataclass
@@ -223,11 +220,11 @@ def with_boxes_of_masks(masks: Tensor, labels: Tensor) -> dict[str, Tensor]:
 
 
 class WholePictures:
-    """Pictures fitted into the square, for evaluation."""
+    """Pictures in the squares that they are judged in."""
 
-    def __init__(self, split: CocoSplit, size: tuple[int, int]) -> None:
+    def __init__(self, split: CocoSplit, views: Views) -> None:
         self.split = split
-        self.size = size
+        self.views = views
 
     def __len__(self) -> int:
         return len(self.split)
@@ -236,20 +233,14 @@ class WholePictures:
         """File name."""
         return self.split.name(index)
 
-    def draw(self, index: int) -> tuple[Tensor, tuple[int, int, int, int]]:
-        """See `fit`."""
-        return fit(self.split.picture(index), self.size)
+    def draw(self, index: int) -> tuple[list[Tensor], list[Sizes]]:
+        """For each square (3, h, w) uint8, and the sizes."""
+        fitted = self.views.fit(self.split.picture(index))
+        return [pixels for pixels, _ in fitted], [sizes for _, sizes in fitted]
 
-    def collate(self, samples: list[tuple[Any, Any]]) -> tuple[Tensor, list[Any]]:
-        """(b, 3, h, w), and the sizes."""
-        return torch.stack([image for image, _ in samples]), [sizes for _, sizes in samples]
-
-
-def fit(image: Image.Image, size: Sequence[int]) -> tuple[Tensor, tuple[int, int, int, int]]:
-    """RGB -> (3, h, w) uint8, padded below and to the right; height and width in it, height and width before."""
-    factor = min(size[0] / image.height, size[1] / image.width)
-    height, width = (max(1, round(side * factor)) for side in (image.height, image.width))
-    pixels = transforms.pil_to_tensor(image.resize((width, height), Image.Resampling.BILINEAR))
-    canvas = torch.tensor(GREY, dtype=torch.uint8).view(3, 1, 1).repeat(1, *size)
-    canvas[:, :height, :width] = pixels
-    return canvas, (height, width, image.height, image.width)
+    def collate(self, samples: list[tuple[Any, Any]]) -> tuple[list[Tensor], list[list[Sizes]]]:
+        """For each square (b, 3, h, w), and the sizes of the b pictures."""
+        images, sizes = (
+            [list(of_square) for of_square in zip(*part, strict=True)] for part in zip(*samples, strict=True)
+        )
+        return [torch.stack(of_square) for of_square in images], sizes

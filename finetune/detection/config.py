@@ -71,6 +71,23 @@ class DetectionHead:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TestConfig:
+    """How a whole picture is judged."""
+
+    __test__ = False  # no test case, whatever pytest makes of its name
+
+    scales: list[float] = field(default_factory=lambda: [1.0])
+    """Sides of the squares that a picture is fitted into, as factors on model.img_size; several: multi-scale testing,
+    the best of the detections that overlap."""
+    flip: bool = False
+    """Judge the mirror image too."""
+
+    def __post_init__(self) -> None:
+        good = bool(self.scales) and all(0.1 <= scale <= 10 for scale in self.scales)
+        require(good, "test.scales", self.scales, "give one factor or more, each in [0.1, 10]")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DetectionConfig(FinetuneConfig):
     """Detection. For COCO: ViTDet's recipe with model.img_size 1024, batch_size 64, steps 184375, warm-up 250."""
 
@@ -81,6 +98,7 @@ class DetectionConfig(FinetuneConfig):
     data: DetectionData
     jitter: JitterConfig = field(default_factory=JitterConfig)
     head: DetectionHead = field(default_factory=DetectionHead)
+    test: TestConfig = field(default_factory=TestConfig)
     optim: FinetuneOptim = field(
         default_factory=lambda: FinetuneOptim(base_lr=4e-4, weight_decay=0.1, layer_decay=0.7, schedule="steps")
     )

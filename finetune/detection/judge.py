@@ -13,11 +13,11 @@ from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as coco_mask
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.transforms.v2 import functional as transforms
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from finetune.detection.coco import CocoSplit, decode_mask
+from finetune.detection.views import Views, with_pasted_masks
 from finetune.loading import evaluation_batches
 from finetune.run import Report, Task
 from finetune.segmentation.judge import palette
@@ -29,7 +29,7 @@ LEGIBLE = 400
 """Shorter side in pixels from which words on a picture can be read."""
 
 
-def judge(task: Task, split: CocoSplit, model: nn.Module, accelerator: Accelerator) -> Report:
+def judge(task: Task, split: CocoSplit, views: Views, model: nn.Module, accelerator: Accelerator) -> Report:
     """COCO's evaluation of the detections in all validation pictures. For all processes."""
     ids = [category["id"] for category in split.categories]
     results: list[dict[str, Any]] = []
@@ -37,12 +37,13 @@ def judge(task: Task, split: CocoSplit, model: nn.Module, accelerator: Accelerat
     for batch in evaluation_batches(task.val, accelerator, task.eval_batch_size(accelerator), task.workers):
         bad += batch.bad
         with accelerator.autocast():
-            found = model(to_model(batch.images, accelerator.device), sizes=[tuple(s[:2]) for s in batch.targets])
-        for detections, sizes, number, counted in zip(found, batch.targets, batch.numbers, batch.counted, strict=True):
+            images = [to_model(of_square, accelerator.device) for of_square in batch.images]
+            found = views.detect(model, images, batch.targets)
+        for detections, number, counted in zip(found, batch.numbers, batch.counted, strict=True):
             if counted:
-                image_id = split.images[number]["id"]
-                done.append(image_id)
-                results += to_coco(in_picture(detections, sizes), image_id, ids)
+                entry = split.images[number]
+                done.append(entry["id"])
+                results += to_coco(with_pasted_masks(detections, (entry["height"], entry["width"])), entry["id"], ids)
     results, done, bad = gather_object(results), gather_object(done), gather_object(bad)
     if not accelerator.is_main_process:
         return Report()
@@ -62,17 +63,6 @@ def judge(task: Task, split: CocoSplit, model: nn.Module, accelerator: Accelerat
         draw(folder / "predictions.png", split, sorted(task.drawn), results, task.classes)
 
     return Report(metrics | {"samples": float(len(done))}, write, bad)
-
-
-def in_picture(detections: dict[str, Tensor], sizes: tuple[int, int, int, int]) -> dict[str, Any]:
-    """Detections in a fitted picture -> boxes and masks (n, h, w) in the picture as it was, on the CPU."""
-    height, width, full_height, full_width = sizes
-    scale = torch.tensor([full_width / width, full_height / height] * 2, device=detections["boxes"].device)
-    found = {"boxes": detections["boxes"] * scale, "labels": detections["labels"], "scores": detections["scores"]}
-    if "masks" in detections:
-        pasted = paste_masks_in_image(detections["masks"].float(), found["boxes"], (full_height, full_width))
-        found["masks"] = (pasted[:, 0] > 0.5).to(torch.uint8)
-    return {key: value.cpu() for key, value in found.items()}
 
 
 def to_coco(found: dict[str, Any], image_id: int, category_ids: list[int]) -> list[dict[str, Any]]:

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from finetune.backbone import find_backbone, read_backbone
 from finetune.detection.coco import TrainPictures, WholePictures, open_coco
-from finetune.detection.config import DetectionConfig
+from finetune.detection.config import DetectionConfig, TestConfig
 from finetune.detection.judge import judge
 from finetune.detection.rcnn import Detector
+from finetune.detection.views import Views
 from finetune.loading import Batch
-from finetune.run import Report, Task, finetune
+from finetune.run import Observer, Report, Task, finetune
 from pretrain.data import to_model
-from vim_backbone import UserError
+from vim_backbone import UserError, VimConfig
 
 
 class DetectionTask(Task):
@@ -40,7 +41,8 @@ class DetectionTask(Task):
         self.pretrained = read_backbone(find_backbone(config.backbone), config.model, config.seed, 0)
         size = self.pretrained.config.img_size
         self.train = TrainPictures(train, size, config.jitter, config.head.masks)
-        self.val = WholePictures(self.split, size)
+        self.views = views_of(self.pretrained.config, config.test, config.head.detections)
+        self.val = WholePictures(self.split, self.views)
         self.notes = [*train.notes, *self.split.notes]
 
     def new_model(self) -> Detector:
@@ -55,7 +57,7 @@ class DetectionTask(Task):
 
     def evaluate(self, model: nn.Module, accelerator: Accelerator) -> Report:
         """COCO's AP."""
-        return judge(self, self.split, model, accelerator)
+        return judge(self, self.split, self.views, model, accelerator)
 
     def description(self) -> dict[str, Any]:
         """Classes, architecture, heads."""
@@ -64,9 +66,22 @@ class DetectionTask(Task):
             "category_ids": [category["id"] for category in self.split.categories],
             "backbone": self.pretrained.config.to_dict(),
             "head": asdict(self.config.head),
+            "test": asdict(self.config.test),
         }
 
 
-def run(config: DetectionConfig) -> Path:
+def views_of(config: VimConfig, test: TestConfig, most: int) -> Views:
+    """How the config says that pictures are judged."""
+    stride = config.stride or config.patch_size
+
+    def side(length: int, scale: float) -> int:
+        return max(config.patch_size, round(scale * length / stride) * stride)
+
+    height, width = config.img_size
+    squares = [(side(height, scale), side(width, scale)) for scale in test.scales]
+    return Views(squares, test.flip, most)
+
+
+def run(config: DetectionConfig, observe: Observer | None = None) -> Path:
     """Train or judge; returns the run's folder."""
-    return finetune(DetectionTask(config))
+    return finetune(DetectionTask(config), observe)

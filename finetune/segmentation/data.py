@@ -129,6 +129,17 @@ def _check_labels(pairs: Pairs) -> None:
             continue
 
 
+class PhotometricDistort(v2.RandomPhotometricDistort):
+    """mmsegmentation's: SSD's distortion, with its hue, and without torchvision's exchange of the colour channels."""
+
+    def __init__(self) -> None:
+        super().__init__(hue=(-0.1, 0.1))
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """What to do to one picture."""
+        return super().make_params(flat_inputs) | {"channel_permutation": None}
+
+
 class TrainCrops:
     """Training crops: rescaled, cropped so that no class fills it, mirrored, distorted."""
 
@@ -136,7 +147,7 @@ class TrainCrops:
         self.pairs = pairs
         self.size = size
         self.crop = crop
-        self.distort = v2.RandomPhotometricDistort()
+        self.distort = PhotometricDistort()
 
     def __len__(self) -> int:
         return len(self.pairs)

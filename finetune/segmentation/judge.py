@@ -16,6 +16,7 @@ from finetune.loading import evaluation_batches
 from finetune.run import Report, Task
 from finetune.segmentation.data import IGNORED
 from finetune.segmentation.upernet import Windows, resize
+from launch.sharding import zero_stage
 from pretrain.data import to_model, to_pixels
 
 MOST_NAMED = 12
@@ -54,11 +55,14 @@ def judge(task: Task, model: nn.Module, accelerator: Accelerator, windows: Windo
     shown, bad = [], []
     for batch in evaluation_batches(task.val, accelerator, 1, task.workers):
         bad += batch.bad
-        if not batch.counted[0]:
-            continue
         image, target = to_model(batch.images[0][None], device), batch.targets[0].to(device)
+        passes = windows.passes(*image.shape[-2:])
+        idle = most_of(passes, accelerator) - passes if zero_stage(accelerator) == 3 else 0
         with accelerator.autocast():
             logits = windows.logits(model, image)
+            windows.idle(model, image, idle)
+        if not batch.counted[0]:
+            continue
         predicted = resize(logits.float(), target.shape).argmax(1)[0]
         confusion += confusion_of(predicted, target, classes)
         samples += 1
@@ -76,6 +80,13 @@ def judge(task: Task, model: nn.Module, accelerator: Accelerator, windows: Windo
         draw_overlays(folder / "predictions.png", panels, task.classes)
 
     return Report(scores(confusion) | {"samples": float(samples)}, write, bad)
+
+
+def most_of(number: int, accelerator: Accelerator) -> int:
+    """The largest of the processes' numbers."""
+    every = accelerator.gather(torch.tensor([number], device=accelerator.device))
+    assert isinstance(every, Tensor)
+    return int(every.max())
 
 
 def write_table(path: Path, confusion: Tensor, classes: list[str]) -> None:

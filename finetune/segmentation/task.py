@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 from finetune.backbone import find_backbone, read_backbone
 from finetune.loading import Batch
-from finetune.run import Report, Task, finetune
+from finetune.run import Observer, Report, Task, finetune
 from finetune.segmentation.config import SegmentationConfig, TestConfig
 from finetune.segmentation.data import TrainCrops, WholePictures, class_names, open_pairs
 from finetune.segmentation.judge import judge
 from finetune.segmentation.upernet import Segmenter, Windows, feature_layers
-from launch.sharding import zero_stage
 from pretrain.data import to_model
 from vim_backbone import UserError, VimConfig
 
@@ -50,9 +49,6 @@ class SegmentationTask(Task):
 
     def evaluate(self, model: nn.Module, accelerator: Accelerator) -> Report:
         """MIoU, mAcc, aAcc."""
-        if zero_stage(accelerator) == 3:
-            raise UserError("segmentation is not evaluated under ZeRO-3, whose forward passes must be as many on all "
-                            "processes: use ZeRO-2")  # fmt: skip
         return judge(self, model, accelerator, windows_of(self.pretrained.config, self.config.test))
 
     def description(self) -> dict[str, Any]:
@@ -73,6 +69,6 @@ def windows_of(config: VimConfig, test: TestConfig) -> Windows:
     return Windows((height, width), step, config.stride or config.patch_size, config.patch_size, test.flip)
 
 
-def run(config: SegmentationConfig) -> Path:
+def run(config: SegmentationConfig, observe: Observer | None = None) -> Path:
     """Train or judge; returns the run's folder."""
-    return finetune(SegmentationTask(config))
+    return finetune(SegmentationTask(config), observe)

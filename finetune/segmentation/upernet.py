@@ -157,6 +157,17 @@ class Windows:
             found = ((found.softmax(1) + mirrored.softmax(1)) / 2).log()
         return found
 
+    def passes(self, height: int, width: int) -> int:
+        """Forward passes that a picture takes."""
+        sides = zip((height, width), self.size, self.step, strict=True)
+        once = math.prod(len(starts(max(side, size), size, step)) if step else 1 for side, size, step in sides)
+        return (1 + self.flip) * once
+
+    def idle(self, model: nn.Module, image: Tensor, passes: int) -> None:
+        """So many more forward passes for nothing: under ZeRO-3 all processes must take as many."""
+        for _ in range(passes):
+            model(image.new_zeros(1, image.shape[1], *self.size))
+
     def _once(self, model: nn.Module, image: Tensor) -> Tensor:
         height, width = image.shape[-2:]
         if not any(self.step):

@@ -1,5 +1,8 @@
 """Which parameter learns at which rate, and what a backbone becomes when it is taken up."""
 
+import json
+import shutil
+
 import pytest
 import torch
 
@@ -95,5 +98,33 @@ def test_the_fresh_head_and_fresh_weights_are_those_of_the_seed(backbone):
 def test_a_backbone_that_is_not_there(tmp_path, monkeypatch):
     assert find_backbone(str(tmp_path)) == tmp_path
     assert find_backbone("runs/pretrain/backbone").parts[-1] == "backbone"
-    with pytest.raises(UserError, match=r"backbone no-such/thing is no folder here, and the Hub does not give it"):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"no-such/thing is no folder here, and the Hub .* without a network, give a"):
         find_backbone("no-such/thing")
+
+
+def test_a_backbone_on_the_hub(backbone, tmp_path, monkeypatch):
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append(name)
+        for pattern in allow_patterns:
+            shutil.copy(backbone / pattern, tmp_path)
+        return str(tmp_path)
+
+    monkeypatch.setattr("finetune.backbone.snapshot_download", download)
+    tensors = read_backbone(find_backbone("someone/vim"), BackboneConfig(), seed=0, num_classes=0).tensors
+    assert asked == ["someone/vim"]
+    torch.testing.assert_close(tensors, from_pretrained(backbone).state_dict(), rtol=0, atol=0)
+    monkeypatch.setattr("finetune.backbone.snapshot_download", lambda name, **_: str(tmp_path / name))
+    with pytest.raises(UserError, match=r"someone/official on the Hub has no config.json: the official weights go thr"):
+        find_backbone("someone/official")
+
+
+def test_a_folder_of_another_width(backbone, tmp_path):
+    folder = shutil.copytree(backbone, tmp_path / "wide")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"d_model": 48}))
+    with pytest.raises(UserError, match=r"wide/model.safetensors: .* has shape .*32.*, the model wants .*48") as caught:
+        read_backbone(folder, BackboneConfig(), seed=0, num_classes=3)
+    assert "\n" not in str(caught.value)

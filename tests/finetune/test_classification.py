@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 
+import datasets
 import pytest
 import torch
 from PIL import Image
@@ -16,7 +17,9 @@ from finetune.sample_data import Sizes
 from finetune.sample_data import classification as draw
 from launch.cli import parse
 from launch.metrics import read_metrics
-from vim_backbone import UserError, from_pretrained
+from tests.vim_backbone import official
+from vim_backbone import UserError, VimConfig, VisionMamba, from_pretrained
+from vim_backbone.convert import convert
 
 SMALL = ["--batch_size=4", "--log_every=1", "--data.workers=0", "--trackers=[]", "--optim.base_lr=0.01", "--pictures=2"]
 PLAIN = ["--augment.auto_augment=null", "--augment.mixup=0", "--augment.cutmix=0", "--augment.erasing=0",
@@ -127,6 +130,35 @@ def test_few_shots_and_hold_out(config, drawn):
     assert [held.val.data.labels.count(k) for k in range(3)] == [2, 2, 2]
 
 
+@pytest.fixture
+def hub_data(drawn, tmp_path, monkeypatch):
+    """A data set as the Hub holds them: parquet files of encoded pictures and class labels; no split "val"."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    features = datasets.Features(
+        photo=datasets.Image(), kind=datasets.ClassLabel(names=["triangle", "circle", "square"])
+    )
+    for split, name in (("train", "train"), ("val", "test")):
+        files = sorted((drawn("classification") / split).rglob("*.jpg"))
+        columns = {"photo": [{"bytes": file.read_bytes(), "path": None} for file in files],
+                   "kind": [file.parent.name for file in files]}  # fmt: skip
+        data = datasets.Dataset.from_dict(columns, features=features)
+        data.to_parquet(tmp_path / f"shapes/data/{name}-00000-of-00001.parquet")
+    return tmp_path / "shapes"
+
+
+def test_a_data_set_of_the_hub(config, hub_data, tmp_path):
+    folder = run(config(f"--data.source=hf:{hub_data}", "--steps=1", *PLAIN))
+    assert read_metrics(folder / "metrics.jsonl")[-1]["val_samples"] == 9
+    rows = list(csv.DictReader((folder / "evaluations/step-00000001/classes.csv").open()))
+    assert [(row["class"], row["samples"]) for row in rows] == [("triangle", "3"), ("circle", "3"), ("square", "3")]
+    task = ClassificationTask(config(f"--data.source=hf:{hub_data}", "--data.shots=2"))
+    assert [task.train.data.labels.count(k) for k in range(3)] == [2, 2, 2]
+    with pytest.raises(UserError, match=r"has no column 'picture' of type Image: set data.image_column"):
+        run(config(f"--data.source=hf:{hub_data}", "--data.image_column=picture"))
+    with pytest.raises(UserError, match=r"datasets cannot load .*nothing \(split 'train'\): "):
+        run(config(f"--data.source=hf:{tmp_path}/nothing"))
+
+
 def test_longer_sequences_and_higher_resolution(config):
     folder = run(config("--steps=1", "--model.stride=4", "--model.img_size=[48, 40]", *PLAIN))
     published = from_pretrained(folder / "backbone")
@@ -190,6 +222,33 @@ def test_another_backbone_is_refused_on_resume(config):
     run(config("--steps=1"))
     with pytest.raises(UserError, match=r"was trained with model\.img_size = None, not 64"):
         run(config("--steps=2", "--model.img_size=64", "--resume"))
+
+
+def test_a_backbone_of_another_width_is_refused_on_resume(config, backbone, tmp_path):
+    folder = shutil.copytree(backbone, tmp_path / "own")
+    run(config("--steps=1", f"--backbone={folder}"))
+    VisionMamba(VimConfig.from_dict(from_pretrained(folder).config.to_dict() | {"d_model": 48})).save_pretrained(folder)
+    with pytest.raises(UserError, match=r"has shape .*the model wants") as caught:
+        run(config("--steps=2", f"--backbone={folder}", "--resume"))
+    assert "\n" not in str(caught.value)
+
+
+def test_official_weights_are_judged_as_the_official_model_does_and_fine_tuned(config, drawn, tmp_path):
+    state = official.random_state(d=32, depth=2, patches=16, patch=8, classes=3)
+    torch.save({"model": state}, tmp_path / "official.pth")
+    folder = convert(tmp_path / "official.pth", tmp_path / "converted")
+    options = (f"--backbone={folder}", "--augment.crop_pct=1", *PLAIN)
+    judged = run(config("--mode=evaluate", "--name=judged", *options))
+    found = json.loads((judged / "evaluations/step-00000000/metrics.json").read_text())
+    samples = ClassificationTask(config(*options)).val
+    images, targets = samples.collate([samples.draw(i) for i in range(len(samples))])
+    logits = official.forward(state, images, stride=8)
+    assert found["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item(), rel=1e-4)
+    assert found["top1"] == pytest.approx((logits.argmax(1) == targets).float().mean().item())
+    tuned = run(config("--steps=1", "--name=tuned", *options))
+    after = load_file(tuned / "backbone/model.safetensors")
+    assert after.keys() == state.keys()
+    assert not torch.equal(after["layers.0.mixer.A_b_log"], state["layers.0.mixer.A_b_log"])
 
 
 def test_the_command_line(capsys):

@@ -12,11 +12,12 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load_file
 
-from finetune.detection.coco import TrainPictures, fit, open_coco
+from finetune.detection.coco import TrainPictures, open_coco
 from finetune.detection.config import DetectionConfig, DetectionData, JitterConfig
-from finetune.detection.judge import evaluate, in_picture, to_coco
+from finetune.detection.judge import evaluate, to_coco
 from finetune.detection.rcnn import SimpleFeaturePyramid, scale_gradient
 from finetune.detection.task import run
+from finetune.detection.views import Views, enlarged, fit, mirrored, with_pasted_masks
 from launch.cli import parse
 from launch.metrics import read_metrics
 from launch.randomness import seeded
@@ -108,10 +109,38 @@ def test_a_fitted_picture_and_back():
     assert not (pixels[:, 16:] == 255).any()
     masks = torch.ones(1, 1, 28, 28)
     box = torch.tensor([[8.0, 4.0, 16.0, 12.0]])
-    found = in_picture({"boxes": box, "labels": torch.ones(1), "scores": torch.ones(1), "masks": masks}, sizes)
+    raw = {"boxes": box, "labels": torch.ones(1), "scores": torch.ones(1), "masks": masks}
+    found = with_pasted_masks(enlarged(raw, sizes), (30, 60))
     assert found["boxes"].tolist() == [[15.0, 7.5, 30.0, 22.5]]
     assert found["masks"].shape == (1, 30, 60)
     assert found["masks"].sum() == pytest.approx(15 * 15, rel=0.15)
+
+
+def test_several_scales_and_mirror_images_find_one_object_once():
+    """A detector that sees white pixels, and is the surer the larger the picture."""
+
+    def detector(images, sizes):
+        found = []
+        for image, (height, width) in zip(images, sizes, strict=True):
+            rows, columns = (image[:, :height, :width].amin(0) > 0).nonzero(as_tuple=True)
+            box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            half = (torch.arange(28) < 14).float().expand(1, 1, 28, 28)  # the left half of what it is shown
+            found.append({"boxes": torch.tensor([box]).float(), "labels": torch.tensor([2]),
+                          "scores": torch.tensor([width / 100]), "masks": half})  # fmt: skip
+        return found
+
+    picture = Image.new("RGB", (60, 30))
+    picture.paste("white", (6, 9, 21, 24))
+    views = Views([(32, 32), (64, 64)], flip=True, most=100)
+    fitted = views.fit(picture)
+    batches, sizes = [(pixels[None] == 255).float() for pixels, _ in fitted], [[own] for _, own in fitted]
+    (found,) = views.detect(detector, batches, sizes)
+    assert found["scores"].tolist() == pytest.approx([0.64])
+    assert found["labels"].tolist() == [2]
+    torch.testing.assert_close(found["boxes"], torch.tensor([[6.0, 9.0, 21.0, 24.0]]), rtol=0, atol=1)
+    back = mirrored(detector(batches[1].flip(-1), [(32, 64)])[0], 64)
+    torch.testing.assert_close(back["boxes"], detector(batches[1], [(32, 64)])[0]["boxes"])
+    assert back["masks"][0, 0, 0, 14:].all(), "the left half of a mirror image is the right half of the picture"
 
 
 def test_the_pyramid_has_five_levels():
@@ -126,7 +155,8 @@ def test_the_pyramid_has_five_levels():
 
 @pytest.mark.parametrize("cascade", [False, True])
 def test_runs_learn_resume_exactly_and_judge(config, cascade, tmp_path):
-    options = ["--steps=24", "--checkpoint_every=22", f"--head.cascade={str(cascade).lower()}", "--batch_size=4"]
+    options = ["--steps=24", "--checkpoint_every=22", f"--head.cascade={str(cascade).lower()}", "--batch_size=4",
+               *(["--test.scales=[0.75,1.5]", "--test.flip=true"] if cascade else [])]  # fmt: skip
     whole = run(config(*options))
     rows = read_metrics(whole / "metrics.jsonl")
     losses = [row["loss"] for row in rows if "loss" in row]

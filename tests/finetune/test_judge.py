@@ -32,6 +32,18 @@ def test_counts_are_those_of_sklearn():
     assert (counts.confusion.numpy() == confusion_matrix(targets, logits.argmax(1))).all()
 
 
+def test_many_classes_take_no_table_of_classes_by_classes(tmp_path):
+    many = 200_000  # whose table would take 320 GB
+    counts = Counts(many, torch.device("cpu"))
+    logits = torch.zeros(4, many)
+    logits[torch.arange(4), torch.tensor([7, 199_999, 5, 5])] = 1
+    counts.add(logits, torch.tensor([7, 199_999, 6, 6]))
+    assert counts.metrics()["top1"] == 0.5
+    write_tables(tmp_path, counts, [str(k) for k in range(many)])
+    pairs = (tmp_path / "confusion.csv").read_text().splitlines()
+    assert pairs == ["class,predicted,samples", "6,5,2"]
+
+
 def test_tables_and_pictures(tmp_path):
     logits, targets = random_scores()
     counts = Counts(8, torch.device("cpu"))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from sklearn.metrics import jaccard_score
 
 from finetune.segmentation.config import CropConfig, SegmentationConfig, SegmentationData
-from finetune.segmentation.data import IGNORED, TrainCrops, class_names, open_pairs
+from finetune.segmentation.data import IGNORED, PhotometricDistort, TrainCrops, class_names, open_pairs
 from finetune.segmentation.judge import confusion_of, scores
 from finetune.segmentation.task import run
 from finetune.segmentation.upernet import Windows, feature_layers, pixel_loss, starts
@@ -118,6 +118,18 @@ def test_crops_move_picture_and_map_together(drawn):
         counts = torch.bincount(target[target != IGNORED].long())
         fullest.append(float(counts.max() / counts.sum()))
     assert np.mean(fullest) < 0.85
+
+
+def test_photometric_distortion_keeps_the_hue():
+    """A class may be known by its colour, so that channels must not be exchanged, as torchvision does for half."""
+    picture = torch.tensor([150, 60, 80], dtype=torch.uint8).view(3, 1, 1).expand(3, 4, 4)
+    distort, seen = PhotometricDistort(), set()
+    for seed in range(60):
+        with seeded(seed):
+            pixel = distort(picture)[:, 0, 0].tolist()
+        assert max(pixel) == pixel[0]
+        seen.add(tuple(pixel))
+    assert len(seen) > 30
 
 
 def test_what_a_run_leaves_behind(config):

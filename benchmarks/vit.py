@@ -1,0 +1,40 @@
+"""timm's ViT blocks in the place of Vim's: all around the blocks, and the engines that train them, stay the same."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
+from timm.models.vision_transformer import Block as TimmBlock
+from torch import Tensor, nn
+
+from vim_backbone import VimConfig
+
+HEAD_WIDTH = 64
+
+
+class ViTBlock(nn.Module):
+    """A ViT's attention (SDPA) and MLP behind the interface of a Vim block, initialised as MAE's."""
+
+    def __init__(self, config: VimConfig, drop_path: float) -> None:
+        super().__init__()
+        assert drop_path == 0.0
+        self.block = TimmBlock(config.d_model, max(1, config.d_model // HEAD_WIDTH), qkv_bias=True)
+        for module in self.block.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, h: Tensor, residual: Tensor | None) -> tuple[Tensor, None]:
+        """(batch, length, d_model) -> the same: a ViT block adds to the stream by itself."""
+        assert residual is None
+        return self.block(h), None
+
+
+@contextmanager
+def blocks_of(net: str) -> Iterator[None]:
+    """Backbones and decoders that are made inside have the blocks of `net`, "vim" or "vit"."""
+    if net == "vim":
+        yield
+        return
+    with patch("vim_backbone.vim.Block", ViTBlock), patch("pretrain.mae.Block", ViTBlock):
+        yield
