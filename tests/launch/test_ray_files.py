@@ -102,10 +102,11 @@ def test_the_slurm_job_starts_ray_stops_requeues_and_goes_on(tmp_path):
         left = []
         try:
             for _ in range(1200):
+                with contextlib.suppress(psutil.Error):
+                    left = psutil.Process(job.pid).children(recursive=True) or left
                 if (tmp_path / "joined").exists() or job.poll() is not None:
                     break
                 time.sleep(0.1)
-            left = psutil.Process(job.pid).children(recursive=True)
             if turn == 0:
                 job.send_signal(signal.SIGUSR1)
             job.wait(timeout=120)
@@ -113,7 +114,7 @@ def test_the_slurm_job_starts_ray_stops_requeues_and_goes_on(tmp_path):
             for process in left:  # SLURM ends what a job leaves behind: Ray's head
                 with contextlib.suppress(psutil.Error):
                     process.kill()
-        assert job.returncode == 0
+        assert job.returncode == 0, job.stderr.read()[-3000:]
         assert (tmp_path / "joined").read_text() == "1 some.yaml --trials 3 --resume auto"
         assert (tmp_path / "requeued").exists() == (turn == 0)
         (tmp_path / "requeued").unlink(missing_ok=True)
