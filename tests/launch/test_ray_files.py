@@ -91,7 +91,7 @@ def test_the_slurm_job_starts_ray_stops_requeues_and_goes_on(tmp_path):
     path = f"{tmp_path / 'tools'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     env = environment(
         PATH=path, SLURM_JOB_ID="42", SLURM_JOB_NODELIST="here", SLURM_NNODES="1", CPUS="1", GPUS="0",
-        RAY_TMPDIR=str(tmp_path), SLURM_CPUS_PER_TASK="1",
+        SLURM_CPUS_PER_TASK="1",
     )  # fmt: skip
     for turn in range(2):
         script = ["bash", str(FILES / "sweep.sbatch"), "some.yaml", "--trials", "3"]
