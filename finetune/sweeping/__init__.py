@@ -17,8 +17,13 @@ SETTINGS = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 os.environ.update({key: value for key, value in SETTINGS.items() if key not in os.environ})
-FILE = Path.home() / ".ray/auth_token"
 TOKEN = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-if "ray" not in sys.modules and not any(key in os.environ for key in TOKEN) and not FILE.exists():
-    # without a token, any user of this machine could have a Ray on it run code; here it needs no file
+OWN_TOKEN = not (
+    "ray" in sys.modules
+    or any(name in os.environ for name in (*TOKEN, "RAY_ADDRESS"))
+    or (Path.home() / ".ray/auth_token").exists()
+)
+"""Whether this process obeys a token of its own, which no cluster knows."""
+if OWN_TOKEN:
+    # without one, any user of this machine could have a Ray on it run code
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
