@@ -7,6 +7,10 @@ if not __package__:  # started as a file: import from this checkout, never from 
     _ROOT = Path(__file__).resolve().parents[1]
     sys.path[:1] = [str(_ROOT), str(_ROOT / "kernels")]
 
+import os
+import sys
+
+from finetune.sweeping import OWN_TOKEN, TOKEN
 from finetune.sweeping.config import SweepConfig
 from finetune.sweeping.sweep import sweep, top
 from launch.cli import leave, parse, run
@@ -29,7 +33,17 @@ def main(argv: list[str]) -> None:
     if argv[0].startswith("-"):
         raise UserError(f"the first argument is {argv[0]!r}, it must be the sweep's YAML file")
     config = parse(SweepConfig, [f"--config={argv[0]}", *argv[1:]], "finetune/sweep.py SWEEP.yaml", "Sweep.")
+    if config.ray.address is not None and OWN_TOKEN:
+        start_again_to_join(config.ray.address)
     print("\n".join(top(config)) if config.top else sweep(config))  # noqa: T201 - the command's result
+
+
+def start_again_to_join(address: str) -> None:
+    """Replace this process by one without a token of its own, because Ray fixes that when it is imported."""
+    for name in TOKEN:
+        os.environ.pop(name, None)
+    os.environ["RAY_ADDRESS"] = address
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 if __name__ == "__main__":

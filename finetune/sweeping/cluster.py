@@ -9,21 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-SETTINGS = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a trial without GPUs sees none
-    "RAY_AIR_NEW_OUTPUT": "0",  # its table; ours is in progress.py
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the ledger has it all
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that cannot run reports why, and no metric
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-}
-os.environ.update({key: value for key, value in SETTINGS.items() if key not in os.environ})
+import ray
+from ray._private import ray_constants
 
-import ray  # noqa: E402 - reads some of the above
-from ray._private import ray_constants  # noqa: E402
-
-from finetune.sweeping.config import RayConfig, ResourceConfig  # noqa: E402
-from vim_backbone.errors import UserError  # noqa: E402
+from finetune.sweeping.config import RayConfig, ResourceConfig
+from vim_backbone.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = ("finetune", "pretrain", "launch", "vim_backbone", "kernels/vim_kernels")
@@ -67,8 +57,7 @@ def running(config: RayConfig, each: ResourceConfig) -> Iterator[None]:
 
 
 def _stay_on_loopback() -> None:
-    """Have Ray listen on 127.0.0.1 alone, with no token file: by itself it listens on every interface (2.60)."""
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    """Have Ray listen on 127.0.0.1 alone: by itself it listens on every interface (2.60)."""
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # as Ray does where it has no clusters
     ray_constants.ENABLE_RAY_CLUSTER = False
 

@@ -126,7 +126,7 @@ def draw_parallel(axes: Any, config: SweepConfig, ledger: Ledger, entries: list[
             columns.append((scale(np.array(values, float)) - bottom) / (top - bottom))
             ends = [short(d.values[0]), short(d.values[1])]
         for y, text, place in ((-0.03, ends[0], "top"), (1.03, ends[1], "bottom")):
-            axes.text(len(columns) - 1, y, text, ha="center", va=place, fontsize="x-small")
+            axes.text(len(columns) - 1, y, text, ha="center" if columns[1:] else "right", va=place, fontsize="x-small")
     names.append(config.metric)
     columns.append((scores - low) / ((high - low) or 1))
     axes.text(len(columns) - 1, -0.03, short(low), ha="center", va="top", fontsize="x-small")

@@ -70,13 +70,15 @@ def sweep(config: SweepConfig) -> Path:
 
 
 def top(config: SweepConfig) -> list[str]:
-    """The commands of the best trials so far."""
-    config, space, _ = checked(config)
-    if not (config.folder / JOURNAL).exists():
-        raise UserError(f"there is no sweep in {config.folder}: run it first")
-    ledger = Ledger(config.folder, config.mode, config.metric, space)
+    """The commands of the best trials so far, by the sweep's own record of what it was told."""
+    folder = config.folder
+    if not (folder / JOURNAL).exists():
+        raise UserError(f"there is no sweep in {folder}: run it first")
+    told = parse(SweepConfig, [f"--config={folder / CONFIG}"], "", "")
+    told, space, _ = checked(replace(told, out=config.out, top=config.top))
+    ledger = Ledger(folder, told.mode, told.metric, space)
     try:
-        lines = top_lines(config, ledger)
+        lines = top_lines(told, ledger)
     finally:
         ledger.close()
     return lines or ["# no trial has come to its end yet"]

@@ -36,9 +36,6 @@ def cluster(nodes: int = 2):
     """Raylets of one CPU each; gives the cluster and its address."""
     from ray.cluster_utils import Cluster
 
-    from finetune.sweeping import cluster as settings  # noqa: F401 - Ray's environment, before it starts
-
-    os.environ["RAY_AUTH_MODE"] = "disabled"
     options = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
     made = Cluster(initialize_head=True, head_node_args=options)
     try:

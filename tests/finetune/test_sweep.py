@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from finetune.sweeping.cluster import running
 from finetune.sweeping.config import METRICS, RayConfig, ResourceConfig
 from finetune.sweeping.sweep import sweep, top
+from launch.signals import Stopped
 from tests.finetune.ray_sweep import cluster, config_of, entries, kept, meanwhile, steps_of, trial_workers, wait
 from tests.launch.real import ROOT, environment, free_port
 from vim_backbone.errors import UserError
@@ -151,6 +152,14 @@ def test_two_workers_train_one_trial_as_one_process_does(told):
     assert two.score("top1") == one.score("top1")
     for ours, theirs in zip(two.evaluations, one.evaluations, strict=True):
         assert ours.metrics["loss"] == pytest.approx(theirs.metrics["loss"], rel=1e-4)
+
+
+def test_what_the_time_did_not_suffice_for_is_left_for_resume(told):
+    config = told(fields={"steps": 1}, trials=1)
+    with pytest.raises(Stopped, match="1 trials are left"):
+        sweep(replace(config, hours=1e-7))
+    sweep(replace(config, resume=True))
+    assert [e.state for e in entries(config)] == ["finished"]
 
 
 def test_what_never_fits_is_said_at_once(nodes):
