@@ -47,9 +47,9 @@ def options_given() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--nets", nargs="+", choices=DEPTHS, default=list(DEPTHS))
-    parser.add_argument("--epochs", type=int, default=25, help="of pretraining")
+    parser.add_argument("--epochs", type=int, default=15, help="of pretraining")
     parser.add_argument("--shots", type=int, default=5, help="labelled pictures of each class")
-    parser.add_argument("--steps", type=int, default=120, help="of fine-tuning, of 50 pictures each")
+    parser.add_argument("--steps", type=int, default=100, help="of fine-tuning, of 50 pictures each")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--work", type=Path, default=Path("runs/learning"), help="folder for data and runs")
     parser.add_argument("--out", type=Path, help="folder for learning.csv and learning.png")
@@ -99,7 +99,7 @@ class Seed:
         config = parse(PretrainConfig, [
             f"--data.source={self.data}/train", f"--out={self.work}", f"--seed={self.seed}", *QUIET,
             f"--steps={total}", f"--batch_size={batch}", "--optim.base_lr=4e-3",
-            "--optim.warmup_steps=40", "--optim.clip_grad=1",
+            "--optim.warmup_steps=20", "--optim.clip_grad=1",
             f"--model.img_size={SIZE}", f"--model.patch_size={PATCH}", f"--model.depth={DEPTHS[self.net]}",
             "--decoder.width=96", "--decoder.depth=1", "--data.flip=false", "--data.min_scale=0.6",
             f"--checkpoint_every={every}", f"--keep_every={every}", f"--picture_every={total}",

@@ -82,6 +82,21 @@ def test_windows_cover_every_pixel_and_average():
     torch.testing.assert_close(flipped.exp(), expected.softmax(1))  # a model that sees single pixels is symmetric
 
 
+@pytest.mark.parametrize(("step", "flip"), [((10, 10), False), ((10, 7), True), ((0, 0), True)])
+def test_passes_are_counted_as_they_are_taken(step, flip):
+    taken = []
+
+    def model(images):
+        taken.append(images.shape)
+        return images
+
+    windows, image = Windows((16, 16), step, 8, 8, flip), torch.zeros(1, 3, 50, 12)
+    windows.logits(model, image)
+    assert windows.passes(50, 12) == len(taken)
+    windows.idle(model, image, 3)
+    assert len(taken) == windows.passes(50, 12) + 3
+
+
 def test_the_loss_leaves_ignored_pixels_out():
     logits, target = torch.randn(2, 4, 5, 5), torch.randint(4, (2, 5, 5))
     target[0, :3] = IGNORED

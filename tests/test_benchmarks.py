@@ -1,0 +1,29 @@
+"""What the benchmarks compare with is what they say."""
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from benchmarks.vit import blocks_of
+from vim_backbone import VimConfig, VisionMamba
+from vim_backbone.block import Block
+
+
+def test_a_vit_in_the_place_of_vim_is_timms():
+    config = VimConfig(d_model=128, depth=2, img_size=(32, 32), patch_size=8, num_classes=0)
+    torch.manual_seed(0)
+    with blocks_of("vit"):
+        ours = VisionMamba(config)
+    assert isinstance(VisionMamba(config).layers[0], Block), "outside, blocks are Vim's again"
+    theirs = VisionTransformer(img_size=32, patch_size=8, embed_dim=128, depth=2, num_heads=2, num_classes=0)
+    state = {
+        key.replace("layers.", "blocks.").replace(".block.", "."): value for key, value in ours.state_dict().items()
+    }
+    special, patches = ours.position_layout.split(state["pos_embed"])
+    state["pos_embed"] = torch.cat([special, patches], dim=1)  # the class token comes first in timm's
+    del state["norm_f.weight"]
+    assert theirs.load_state_dict(state, strict=False).missing_keys == ["norm.weight", "norm.bias"]
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        _, maps = ours.eval().forward_intermediates(images, [1])
+        _, expected = theirs.eval().forward_intermediates(images, [1])
+    torch.testing.assert_close(maps[0], expected[0], rtol=1e-4, atol=1e-4)
