@@ -3,17 +3,15 @@
 `python -m benchmarks.backbone --sizes 224 512 1024 1248` prints one table a run; `--out DIR` adds a CSV and a plot.
 Runs of all models alternate in one process, so that a busy machine slows all of them; times are medians. Ratios are
 time / Vim's time: above 1, Vim is faster. The floor: "products" is what the matrix products take at the rate of a
-large one; "G exp" counts the exponentials of scan or softmax. Memory is the peak above the idle model; on a CPU each
-model gets its own process for it.
+large one; "G exp" counts the exponentials of scan or softmax. Memory is what the
+allocator gave out at most at a time, above the idle model; compiled rows are compiled once more for it without CUDA
+graphs, which take theirs from a pool of their own when they are recorded.
 """
 
 import argparse
-import resource
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,11 +22,12 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.machine import clock, product_rate, versions, write_csv
+from benchmarks.machine import clock, peak_allocated, product_rate, read_csv, versions, write_csv
 from vim_backbone import VisionMamba
 from vim_backbone.config import named_config
-from vim_kernels import use_backend
+from vim_kernels import less_memory, use_backend
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DEIT = {"vim_tiny": "deit_tiny_patch16_224", "vim_small": "deit_small_patch16_224", "vim_base": "deit_base_patch16_224"}
@@ -54,9 +53,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="also time both under torch.compile, with CUDA graphs")
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--seconds", type=float, default=30.0, help="to measure for, each size; at least three rounds")
+    parser.add_argument("--less-memory", action="store_true", help="Vim in more slices of the batch, forward only")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
     parser.add_argument("--out", type=Path, help="folder for backbone.csv and backbone.png")
-    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    parser.add_argument("--plot", type=Path, nargs=2, metavar=("CSV", "PNG"), help="only draw a table measured before")
     options = parser.parse_args()
     options.train |= options.mask > 0
     options.attention = options.attention or (["sdpa"] if options.device == "cpu" else ["flash", "cudnn", "eager"])
@@ -66,7 +66,7 @@ def parse() -> argparse.Namespace:
 class Case:
     """One model at one picture size: `run()` is what is timed."""
 
-    def __init__(self, name: str, options: argparse.Namespace, size: int) -> None:
+    def __init__(self, name: str, options: argparse.Namespace, size: int, *, graphs: bool = True) -> None:
         torch.manual_seed(0)
         kind, *details = name.split()
         self.options, self.is_vim = options, kind == "vim"
@@ -83,7 +83,7 @@ class Case:
         features = self._vim_features if self.is_vim else self._deit_features
         self.timed: Callable[[Tensor], Tensor] = features if options.train else self.model
         if "compiled" in details:
-            mode = "reduce-overhead" if options.device == "cuda" else "default"  # with CUDA graphs
+            mode = "reduce-overhead" if graphs and options.device == "cuda" else "default"
             self.timed = torch.compile(self.timed, mode=mode)
 
     def run(self) -> None:
@@ -102,7 +102,12 @@ class Case:
 
     def _context(self) -> AbstractContextManager[Any]:
         if self.is_vim:
-            return use_backend(self.options.backend) if self.options.backend else nullcontext()
+            contexts = ExitStack()
+            if self.options.backend:
+                contexts.enter_context(use_backend(self.options.backend))
+            if self.options.less_memory:
+                contexts.enter_context(less_memory())
+            return contexts
         return nullcontext() if self.attention == "sdpa" else sdpa_kernel(ATTENTION[self.attention])
 
     def _vim_features(self, images: Tensor) -> Tensor:
@@ -146,26 +151,17 @@ def busy_seconds() -> float:
 
 
 def peak_megabytes(name: str, options: argparse.Namespace, size: int) -> float:
-    """Peak memory of two runs above what the model and the pictures take."""
+    """Peak memory of a run above what the model and the pictures take."""
+    case = Case(name, options, size, graphs=False)
+    case.run()
     if options.device == "cuda":
-        case = Case(name, options, size)
-        case.run()
         idle = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         case.run()
         return (torch.cuda.max_memory_allocated() - idle) / 1e6
-    command = [sys.executable, "-m", "benchmarks.backbone", *sys.argv[1:], "--sizes", str(size), "--peak-of", name]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
-
-
-def print_peak(options: argparse.Namespace) -> None:
-    """What the process for `peak_megabytes` does: a tiny picture first, for everything that is loaded once."""
-    Case(options.peak_of, options, 32).run()
-    case = Case(options.peak_of, options, options.sizes[0])
-    idle = psutil.Process().memory_info().rss
-    case.run()
-    case.run()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - idle) / 1e6)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        case.run()
+    return peak_allocated(profiled) / 1e6
 
 
 def work(is_vim: bool, options: argparse.Namespace, size: int) -> tuple[float, float]:
@@ -211,17 +207,24 @@ def measure_size(options: argparse.Namespace, size: int, gemm_rate: float) -> li
     return rows
 
 
-def write(folder: Path, rows: list[dict[str, Any]], about: dict[str, str]) -> None:
-    """backbone.csv and backbone.png."""
-    write_csv(folder / "backbone.csv", rows, about)
+def plot(table: Path, picture: Path) -> None:
+    """The plot of a backbone.csv."""
+    rows = read_csv(table)
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for model in dict.fromkeys(row["model"] for row in rows):
         chosen = [row for row in rows if row["model"] == model]
-        axes.plot([row["pixels"] for row in chosen], [row["ms"] for row in chosen], marker="o", label=model)
+        pixels = [int(row["pixels"]) for row in chosen]
+        axes.plot(pixels, [float(row["ms"]) for row in chosen], marker="o", label=model)
     axes.set(xscale="log", yscale="log", xlabel="side of the picture in pixels", ylabel="ms")
-    axes.set_title(f"{about['run']}\n{about['device']}", fontsize=8)
+    sides = sorted({int(row["pixels"]) for row in rows})
+    axes.set_xticks(sides, map(str, sides), minor=False)
+    axes.set_xticks([], minor=True)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.grid(axis="y", which="both", alpha=0.3)
+    axes.set_title(f"{rows[0]['run']}\n{rows[0]['device']}", fontsize=8)
     axes.legend()
-    figure.savefig(folder / "backbone.png", dpi=150)
+    figure.savefig(picture, dpi=150)
 
 
 def main() -> None:
@@ -229,8 +232,8 @@ def main() -> None:
     options = parse()
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.peak_of:
-        print_peak(options)
+    if options.plot:
+        plot(*options.plot)
         return
     what = f"training step, {options.mask:.0%} masked" if options.train else "forward pass"
     about = {
@@ -258,7 +261,8 @@ def main() -> None:
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     rows = [row for size in options.sizes for row in measure_size(options, size, gemm_rate)]
     if options.out:
-        write(options.out, rows, about)
+        write_csv(options.out / "backbone.csv", rows, about)
+        plot(options.out / "backbone.csv", options.out / "backbone.png")
 
 
 if __name__ == "__main__":

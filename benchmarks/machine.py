@@ -46,6 +46,12 @@ def write_csv(path: Path, rows: list[dict[str, Any]], about: dict[str, str]) -> 
         table.writerows(row | about for row in rows)
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a table that `write_csv` wrote."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def seconds(run: Callable[[], object], device: str, budget: float = 0.5) -> float:
     """Median seconds of `run` over about `budget` seconds, after a warm-up; on a GPU by its own clock."""
     run()

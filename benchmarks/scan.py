@@ -1,11 +1,12 @@
 """The scan beside its peers and the machine's roof: time, state updates a second, share of the roof, peak memory.
 
 `python -m benchmarks.scan` prints one row for each size, pass and implementation; `--out DIR` adds scan.csv and
-scan.png. A state update is one (token, channel, direction, state): it takes one exponential, and on a GPU the rate of
-exponentials is the roof. "scan x 2" is both directions with D, z and softplus(dt + bias) as two single-direction calls,
-the only form that mamba_ssm has; "layer" is everything between in_proj and out_proj; "scan" is the part of it behind
-softplus, both directions and the gate in one launch. "graph ms" is the same replayed as a CUDA graph, that is without
-Python; updates and ratios (time / ours) are of that where there is one.
+scan.png, and `--plot` draws a scan.csv anew. A state update is one (token, channel, direction, state): it takes one
+exponential, and on a GPU the rate of exponentials is the roof. "scan x 2" is both directions with D, z and
+softplus(dt + bias) as two single-direction calls, the only form that mamba_ssm has; "layer" is everything between
+in_proj and out_proj; "scan" is the part of it behind softplus, both directions and the gate in one launch. "graph ms"
+is the same replayed as a CUDA graph, that is without Python; updates and ratios (time / ours) are of that where there
+is one.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from torch._higher_order_ops.associative_scan import associative_scan  # has no public name yet
 
-from benchmarks.machine import clock, copy_rate, exp_rate, graphed, seconds, versions, write_csv
+from benchmarks.machine import clock, copy_rate, exp_rate, graphed, read_csv, seconds, versions, write_csv
 from vim_kernels import ScanWeights, available_backends, bidirectional_scan, selective_scan
 
 try:
@@ -200,8 +201,10 @@ def rows_of(size: str, options: argparse.Namespace, roof: float, rivals: list[st
         try:
             case = make()
             found = [measure(run, options.device) for run in case if run is not None]
-        except torch.OutOfMemoryError:
-            print(f"{size} {what}: out of memory", flush=True)
+        except RuntimeError as error:  # out of memory, or a peer that PyTorch cannot compile here
+            if f", {options.backend}" in what and not isinstance(error, torch.OutOfMemoryError):
+                raise
+            print(f"{size} {what}: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
             continue
         for which, (spent, graph, peak) in zip(Case._fields, found, strict=False):
             base = bases.setdefault(f"{what.split(',')[0]} {which}", graph)
@@ -223,21 +226,24 @@ def rows_of(size: str, options: argparse.Namespace, roof: float, rivals: list[st
     return rows
 
 
-def write(folder: Path, rows: list[dict[str, Any]], about: dict[str, str]) -> None:
-    """scan.csv and scan.png."""
-    write_csv(folder / "scan.csv", rows, about)
+def plot(table: Path, picture: Path) -> None:
+    """The plot of a scan.csv."""
+    rows = read_csv(table)
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    order = list(dict.fromkeys(row["batch x length x channels"] for row in rows))
+    names = list(dict.fromkeys(row["what"] for row in rows))
     for axis, which in zip(axes, ("forward", "backward"), strict=True):
-        chosen = [row for row in rows if row["pass"] == which]
-        for what in dict.fromkeys(row["what"] for row in chosen):
-            mine = [row for row in chosen if row["what"] == what]
-            sizes = [row["batch x length x channels"] for row in mine]
-            axis.plot(sizes, [float(row["1e9 updates/s"]) for row in mine], marker="o", label=what)
-        axis.set(yscale="log", title=which, ylabel="1e9 state updates a second")
-        axis.tick_params(axis="x", rotation=30)
-    axes[1].legend(fontsize=8)
-    figure.suptitle(f"{about['device']}, {about['dtype']}", fontsize=9)
-    figure.savefig(folder / "scan.png", dpi=150)
+        for name in names:
+            mine = [row for row in rows if row["pass"] == which and row["what"] == name]
+            places = [order.index(row["batch x length x channels"]) for row in mine]
+            axis.plot(places, [float(row["1e9 updates/s"]) for row in mine], marker="o", label=name)
+        axis.set(yscale="log", title=which)
+        axis.set_xticks(range(len(order)), order, rotation=30, ha="right")
+        axis.grid(axis="y", which="both", alpha=0.3)
+    axes[0].set(ylabel="1e9 state updates a second", xlabel="batch x length x channels")
+    axes[0].legend(fontsize=8)
+    figure.suptitle(f"{rows[0]['device']}, {rows[0]['dtype']}, {rows[0]['date']}", fontsize=9)
+    figure.savefig(picture, dpi=150)
 
 
 def main() -> None:
@@ -248,9 +254,13 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16" if device == "cuda" else "fp32")
     parser.add_argument("--backend", default="triton" if device == "cuda" else "cpu", help="of vim_kernels")
     parser.add_argument("--sizes", nargs="+", help="BATCHxLENGTHxCHANNELS")
-    parser.add_argument("--rivals", nargs="*", help="mamba_ssm (if it is installed), associative_scan, loop (slow)")
+    parser.add_argument("--rivals", nargs="*", help="mamba_ssm and associative_scan unless given; loop (slow)")
     parser.add_argument("--out", type=Path, help="folder for scan.csv and scan.png")
+    parser.add_argument("--plot", type=Path, nargs=2, metavar=("CSV", "PNG"), help="only draw a table measured before")
     options = parser.parse_args()
+    if options.plot:
+        plot(*options.plot)
+        return
     if reason := available_backends(options.device).get(options.backend, "unknown"):
         parser.error(f"backend {options.backend!r}: {reason}")
     if options.device == "cuda":
@@ -260,7 +270,7 @@ def main() -> None:
     print("\n".join([*about.values(), options.dtype]))
     print(f"exponentials {roof / 1e9:.1f} G/s, copy {copy_rate(options.device) / 1e9:.0f} GB/s\n")
     if options.rivals is None:
-        options.rivals = ["associative_scan" if selective_scan_fn is None else "mamba_ssm"]
+        options.rivals = ["mamba_ssm", "associative_scan"]
     if "mamba_ssm" in options.rivals and selective_scan_fn is None:
         print("mamba_ssm is not installed: no rows of it\n")
     titles = (
@@ -279,7 +289,8 @@ def main() -> None:
     for size in options.sizes or SIZES[options.device]:
         rows += rows_of(size, options, roof, options.rivals)
     if options.out:
-        write(options.out, rows, about | {"dtype": options.dtype})
+        write_csv(options.out / "scan.csv", rows, about | {"dtype": options.dtype})
+        plot(options.out / "scan.csv", options.out / "scan.png")
 
 
 if __name__ == "__main__":

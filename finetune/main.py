@@ -20,7 +20,7 @@ from finetune.segmentation.config import SegmentationConfig
 from launch.cli import leave, parse, run
 from vim_backbone.errors import UserError, nearest
 
-TASKS: dict[str, tuple[type[Any], Callable[[Any], Any], str]] = {
+TASKS: dict[str, tuple[type[Any], Callable[..., Any], str]] = {
     "classification": (ClassificationConfig, classification.run, "One class a picture: fine-tune, linear probe, kNN."),
     "detection": (DetectionConfig, detection.run, "Boxes and masks of objects: Mask R-CNN, Cascade; COCO's AP."),
     "segmentation": (SegmentationConfig, segmentation.run, "A class for each pixel: UperNet; mIoU."),

@@ -28,7 +28,8 @@ from finetune.segmentation.judge import draw_overlays
 from finetune.segmentation.task import windows_of
 from finetune.segmentation.upernet import Segmenter, resize
 from launch.cli import run
-from pretrain.data import reason, to_model, to_pixels
+from pretrain.bad_pictures import reason
+from pretrain.data import to_model, to_pixels
 from pretrain.images import files_below, to_rgb
 from vim_backbone.config import VimConfig
 from vim_backbone.errors import UserError, require

@@ -21,7 +21,8 @@ from launch.optim import build_optimizer
 from launch.randomness import seed_of
 from launch.sharding import shape_of
 from launch.training import Training
-from pretrain.data import BadPictures, plan_batches
+from pretrain.bad_pictures import BadPictures
+from pretrain.data import plan_batches
 from vim_backbone import VisionMamba
 from vim_backbone.block import Block
 from vim_backbone.files import write_json, write_tensors, write_text
@@ -42,6 +43,20 @@ class Report:
     """Writes tables and pictures into a folder."""
     bad: list[tuple[str, str]] = field(default_factory=list)
     """Samples that could not be read and are not counted, with the reason."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an observer of the run is told."""
+
+    step: int
+    total_steps: int
+    metrics: dict[str, float]
+    """As in `metrics.json`. Empty on all processes but the main one."""
+
+
+Observer = Callable[[Evaluation], None]
+"""Called on every process after an evaluation: all up to it is saved, and after the last the model is published."""
 
 
 class Task(ABC):
@@ -108,9 +123,10 @@ class Run:
     training: Training
     log: RunLog
     bad: BadPictures
+    observe: Observer | None
 
 
-def finetune(task: Task) -> Path:
+def finetune(task: Task, observe: Observer | None = None) -> Path:
     """Train as the task's config says and return the run's folder, with the model published in `model/`.
 
     Raises UserError before any work where something asked for cannot be done, and Stopped after an interrupt.
@@ -136,14 +152,17 @@ def finetune(task: Task) -> Path:
         )
         with RunLog(config, accelerator, total_steps, training.state.step) as log:
             batches = enduring(batches_from, training.state.step * config.accumulation, log.say)
-            run = Run(task, config, batches, training, log, bad)
+            run = Run(task, config, batches, training, log, bad, observe)
             for line in (introduction(run), *task.notes, *start.notes):
                 log.say(line)
             if task.evaluating_only():
-                evaluate(run)
+                metrics = evaluate(run)
             else:
-                train(run)
+                metrics = train(run)
                 publish(run)
+            if observe is not None:
+                metrics = evaluate(run) if metrics is None else metrics  # a run that was resumed when all was done
+                observe(Evaluation(training.state.step, total_steps, metrics))
     return config.folder
 
 
@@ -174,14 +193,18 @@ def scaled_optimizer(model: nn.Module, task: Task) -> torch.optim.AdamW:
     return build_optimizer(model, task.optim, task.config.batch_size, scales.__getitem__)
 
 
-def train(run: Run) -> None:
-    """The loop: steps until the last one, or until a signal; what was done is saved either way."""
+def train(run: Run) -> dict[str, float] | None:
+    """The loop: steps until the last one, or until a signal; what was done is saved either way.
+
+    Returns the metrics of the last step, None where no step was left to do.
+    """
     task, config, training = run.task, run.config, run.training
     device, rank = training.accelerator.device, training.accelerator.process_index
     backbone = task.pretrained.config
     rows, columns = backbone.grid(*backbone.img_size)
-    speed = Throughput(tokens_per_image=rows * columns)
+    speed = Throughput()
     latest: dict[str, float] = {}
+    metrics: dict[str, float] | None = None
     for step in training.steps():
         torch.manual_seed(seed_of(config.seed, step, rank))  # for stochastic depth
         names: list[str] = []
@@ -194,6 +217,7 @@ def train(run: Run) -> None:
                 training.backward(torch.stack(list(named.values())).sum())
         training.update(task.optim.rate(step, config.batch_size, training.total_steps), names)
         speed.images += config.batch_size
+        speed.tokens += config.batch_size * rows * columns
 
         done = step + 1
         if training.notice:
@@ -204,8 +228,12 @@ def train(run: Run) -> None:
             run.log.metrics(done, latest | parts | {"memory_gb": peak_memory_gb(device)})
         run.log.progress(done, latest)
         if done == training.total_steps or (config.evaluate_every and done % config.evaluate_every == 0):
-            evaluate(run)
+            metrics = evaluate(run)
+            if run.observe is not None and done < training.total_steps:
+                training.save_now()
+                run.observe(Evaluation(done, training.total_steps, metrics))
             speed.read()
+    return metrics
 
 
 def checked(run: Run, batch: Batch) -> Batch:
@@ -215,14 +243,14 @@ def checked(run: Run, batch: Batch) -> Batch:
     return batch
 
 
-def evaluate(run: Run) -> None:
+def evaluate(run: Run) -> dict[str, float]:
     """Judge the model, averaged where averaging is on; log, and write tables and pictures. For all processes."""
     training = run.training
     step, accelerator = training.state.step, training.accelerator
     with training.evaluating() as model:
         report = run.task.evaluate(model, accelerator)
     if not accelerator.is_main_process:
-        return
+        return {}
     folder = run.config.folder / EVALUATIONS / f"step-{step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     report.write(folder)
@@ -236,6 +264,7 @@ def evaluate(run: Run) -> None:
         run.log.say(f"{len(report.bad)} validation pictures cannot be read and are not counted, such as {name}: {why}")
     shown = "  ".join(f"{key} {value:.4f}" for key, value in report.metrics.items() if key != "samples")
     run.log.say(f"step {step}: {shown}; tables and pictures in {folder}")
+    return report.metrics
 
 
 def publish(run: Run) -> None:

@@ -7,19 +7,19 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from launch.accelerator import ToldError
-from launch.config import RunConfig, field_types
+from launch.config import field_types
 from launch.signals import Stopped
 from vim_backbone.errors import UserError, nearest
 from vim_backbone.files import explain
 
-Config = TypeVar("Config", bound=RunConfig)
+Config = TypeVar("Config")
 TELLING_SECONDS = 3
 """What a process that keeps silent about an error waits for the one that tells it."""
 
@@ -29,6 +29,7 @@ def parse(config_class: type[Config], argv: list[str], prog: str, description: s
 
     Raises UserError for a field that does not exist, a wrong type, or a file that cannot be read.
     """
+    assert is_dataclass(config_class)
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the fields below")

@@ -4,6 +4,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+from launch.signals import in_main_thread
 from vim_backbone.errors import UserError
 
 Batch = TypeVar("Batch")
@@ -28,7 +29,8 @@ def enduring(loader_from: Callable[[int], Iterable[Batch]], start: int, say: Cal
             batches = iter(loader_from(start))
             # PyTorch would raise at whatever line is running when a child dies, halfway through a step perhaps;
             # without its handler the loss shows when the next batch is asked for
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            if in_main_thread():  # elsewhere PyTorch sets none
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             for batch in batches:
                 yield batch
                 start, lost = start + 1, 0

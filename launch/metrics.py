@@ -92,12 +92,11 @@ class RunLog:
 class Throughput:
     """Rates since they were last read: images and tokens a second over all processes, and the share spent waiting."""
 
-    def __init__(self, tokens_per_image: int) -> None:
-        self.tokens_per_image = tokens_per_image
+    def __init__(self) -> None:
         self._reset()
 
     def _reset(self) -> None:
-        self.images, self.waited, self.since = 0, 0.0, time.perf_counter()
+        self.images, self.tokens, self.waited, self.since = 0, 0, 0.0, time.perf_counter()
 
     def waiting(self, batches: Iterator[Batch]) -> Batch:
         """The next batch, its time noted as waiting."""
@@ -111,7 +110,7 @@ class Throughput:
         seconds = time.perf_counter() - self.since
         rates = {
             "images_per_second": self.images / seconds,
-            "tokens_per_second": self.images * self.tokens_per_image / seconds,
+            "tokens_per_second": self.tokens / seconds,
             "data_wait_share": self.waited / seconds,
         }
         self._reset()

@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,8 +45,11 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Catch Ctrl-C, SIGTERM and SIGUSR1 inside the block."""
+    """Catch Ctrl-C, SIGTERM and SIGUSR1 inside the block; in a thread, where Python lets none be caught, do nothing."""
     request = StopRequest()
+    if not in_main_thread():
+        yield request
+        return
     before = {number: signal.signal(number, request) for number in STOPPING}
     stop_with_launcher()
     try:
@@ -53,6 +57,11 @@ def stop_requests() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def in_main_thread() -> bool:
+    """Whether signal handlers can be set here; a trial of Ray runs in another thread."""
+    return threading.current_thread() is threading.main_thread()
 
 
 def stop_with_launcher() -> None:

@@ -1,13 +1,15 @@
 """The life of a run on any strategy: prepare, resume, step, judge, save, stop. What is trained is the caller's matter.
 
-with Training(config, accelerator, total_steps, checkpoint) as training:
-training.prepare(build, optimizer_of, unit=Block, ...)
-for step in training.steps():
-for part in training.parts():
-batch = next(batches)
-with part:
-training.backward(training.model(batch))
-training.update(rate, names)
+A caller's loop:
+
+    with Training(config, accelerator, total_steps, checkpoint) as training:
+        training.prepare(build, optimizer_of, unit=Block, ...)
+        for step in training.steps():
+            for part in training.parts():
+                batch = next(batches)
+                with part:
+                    training.backward(training.model(batch))
+            training.update(rate, names)
 """
 
 import json
@@ -224,8 +226,7 @@ class Training:
             return line + ("; learning rate halved" if action == "lower" else "")
         self._guard.in_a_row = 0
         self.state.extra["guard"] = self._guard.state()
-        self.save()
-        on_main(self.accelerator, self._writer.wait)
+        self.save_now()
         line += f"; the run ends, with {self._guard.config.on_bad_step!r} for bad steps and all before it saved"
         raise (UserError if self.accelerator.is_main_process else ToldError)(line)
 
@@ -236,9 +237,14 @@ class Training:
         on_main(self.accelerator, lambda: self._writer.write(taken))
         return self._writer.folder / f"step-{taken.step:08d}"
 
-    def _end_on_signal(self) -> None:
+    def save_now(self) -> Path:
+        """Save, and return when all of it is on the disk. For all processes."""
         where = self.save()
         on_main(self.accelerator, self._writer.wait)
+        return where
+
+    def _end_on_signal(self) -> None:
+        where = self.save_now()
         received = self._stop.received or signal.SIGTERM
         step = self.state.step
         raise Stopped(

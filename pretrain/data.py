@@ -3,8 +3,8 @@
 import signal
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from functools import partial
+from typing import Any, Literal, NamedTuple, cast, overload
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_
 
 from launch.accelerator import on_main
 from launch.randomness import generator, seed_of
+from pretrain.bad_pictures import reason
 from pretrain.images import ImageSource, StreamCells, check_size, open_cell, to_rgb
 from pretrain.masking import MaskConfig, draw_mask
 from vim_backbone.errors import UserError, require
@@ -36,6 +37,9 @@ class DataConfig:
     """Image column of a data set; the first one when not given."""
     streaming: bool = False
     """Read a data set as a stream, without a copy on disk."""
+    sizes: Literal["fixed", "native"] = "fixed"
+    """fixed: every view has model.img_size. native: a view keeps the shape and resolution of its crop and is only
+    scaled down, to the area of model.img_size; the views are packed into one row of patches, without padding."""
     min_scale: float = 0.2
     """Smallest share of a picture's area that a random crop takes."""
     flip: bool = True
@@ -71,10 +75,10 @@ class Sample(NamedTuple):
 class Batch:
     """Views of one forward pass."""
 
-    images: Tensor | None
-    """(b, 3, h, w) uint8; None where a sample had to be given up."""
-    masks: Tensor
-    """(b, l) bool, True = hidden."""
+    images: Tensor | list[Tensor] | None
+    """(b, 3, h, w) uint8, or a list of (3, h, w) of native sizes; None where a sample had to be given up."""
+    masks: Tensor | list[Tensor]
+    """(b, l) bool, True = hidden, or a list of (l,)."""
     names: list[str]
     """Pictures the views were cut from."""
     bad: list[tuple[str, str]]
@@ -86,11 +90,30 @@ class View:
     """Cuts training views out of pictures."""
 
     img_size: tuple[int, int]
-    """Height and width in pixels."""
+    """Height and width in pixels; of native sizes, their product is the largest area."""
     grid: tuple[int, int]
     """Rows and columns of patches."""
     data: DataConfig
     mask: MaskConfig
+
+    @property
+    def native(self) -> bool:
+        """Whether views differ in size."""
+        return self.data.sizes == "native"
+
+    @property
+    def sizes(self) -> str:
+        """In words."""
+        return f"{'native sizes up to ' if self.native else ''}{self.img_size[0]} x {self.img_size[1]}"
+
+    def draw(self, image: Image.Image, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """An opened picture -> a view of it (3, h, w) uint8, and its mask (l,) bool."""
+        if self.native:
+            view = self.cut(image, rng)
+            side = self.img_size[0] // self.grid[0]
+            return view, draw_mask((view.shape[1] // side, view.shape[2] // side), self.mask, rng)
+        mask = draw_mask(self.grid, self.mask, rng)  # first: the order of the draws is part of what a seed means
+        return self.cut(image, rng), mask
 
     def cut(self, image: Image.Image, rng: torch.Generator) -> Tensor:
         """An opened picture -> random crop, resized and maybe mirrored, (3, h, w) uint8.
@@ -98,10 +121,12 @@ class View:
         A JPEG is decoded at the lowest of its built-in scales (1/2, 1/4, 1/8) that still holds the crop in full detail.
         """
         check_size(image, self.data.max_megapixels)
-        height, width = self.img_size
         turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 swap width and height
         full = (image.height, image.width) if turned else (image.width, image.height)
         box = random_crop(*full, self.data.min_scale, rng)
+        height, width = self.img_size
+        if self.native:
+            height, width = native_size((box[3] - box[1], box[2] - box[0]), self.img_size, self.grid)
         mirror = self.data.flip and torch.rand((), generator=rng) < 0.5
         surplus = min((box[2] - box[0]) / width, (box[3] - box[1]) / height)
         if surplus >= 2:
@@ -114,9 +139,20 @@ class View:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
-    def draw_mask(self, rng: torch.Generator) -> Tensor:
-        """(l,) bool."""
-        return draw_mask(self.grid, self.mask, rng)
+
+def native_size(crop: tuple[float, float], img_size: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
+    """Height and width for a crop of this height and width: its own, scaled down to the area of `img_size` at most.
+
+    Whole patches on each side, never more of them than `grid` has, and two at least, one to hide and one to see.
+    """
+    side, most = img_size[0] // grid[0], grid[0] * grid[1]
+    scale = min(1.0, (img_size[0] * img_size[1] / (crop[0] * crop[1])) ** 0.5)
+    rows, columns = (max(1, round(length * scale / side)) for length in crop)
+    while rows * columns > most:  # rounded up, or thinner than a patch: shorten the longer side
+        rows, columns = (min(rows, most) - 1, columns) if rows >= columns else (rows, min(columns, most) - 1)
+    if rows * columns == 1:
+        rows, columns = (2, 1) if crop[0] > crop[1] else (1, 2)
+    return rows * side, columns * side
 
 
 def random_crop(width: int, height: int, min_scale: float, rng: torch.Generator) -> tuple[float, float, float, float]:
@@ -153,14 +189,13 @@ class Views(Dataset[Sample]):
         bad: list[tuple[str, str]] = []
         for attempt in range(min(MAX_TRIES, len(self.source))):
             chosen = (index + attempt) % len(self.source)
-            rng = generator(self.seed, epoch, index)
-            mask = self.view.draw_mask(rng)
             try:
                 with self.source.open(chosen) as image:
-                    return Sample(self.view.cut(image, rng), mask, self.source.name(chosen), bad)
+                    view, mask = self.view.draw(image, generator(self.seed, epoch, index))
+                return Sample(view, mask, self.source.name(chosen), bad)
             except Exception as error:  # a decoder may raise anything on damaged data
                 bad.append((self.source.name(chosen), reason(error)))
-        return Sample(None, self.view.draw_mask(generator(self.seed, epoch, index)), "", bad)
+        return Sample(None, torch.empty(0), "", bad)
 
 
 class StreamedViews(IterableDataset[Sample | None]):
@@ -195,17 +230,15 @@ class StreamedViews(IterableDataset[Sample | None]):
                     used += 1
                     yield None
                 continue
-            rng = generator(self.seed, rank, worker, used)
-            mask = self.view.draw_mask(rng)
             try:
                 with open_cell(cell) as image:
-                    sample = Sample(self.view.cut(image, rng), mask, name, bad)
+                    view, mask = self.view.draw(image, generator(self.seed, rank, worker, used))
             except Exception as error:  # a decoder may raise anything on damaged data
                 bad.append((name, reason(error)))
                 if len(bad) >= MAX_TRIES:
-                    yield Sample(None, mask, "", bad)
+                    yield Sample(None, torch.empty(0), "", bad)
                 continue
-            used, bad = used + 1, []
+            sample, used, bad = Sample(view, mask, name, bad), used + 1, []
             yield sample
 
 
@@ -283,7 +316,7 @@ def build_loader(
     workers = view.data.workers
     options: dict[str, Any] = {
         "num_workers": workers,
-        "collate_fn": collate,
+        "collate_fn": partial(collate, native=view.native),
         "pin_memory": torch.cuda.is_available(),
         "worker_init_fn": leave_signals_to_the_trainer,
         "persistent_workers": workers > 0,
@@ -298,17 +331,16 @@ def build_loader(
     return cast("Iterable[Batch | None]", DataLoader(Views(source, view, seed), batch_sampler=sampler, **options))
 
 
-def collate(samples: list[Sample | None]) -> Batch | None:
-    """Samples to a batch; None for a batch that a resumed stream passes over."""
+def collate(samples: list[Sample | None], native: bool) -> Batch | None:
+    """Samples to a batch, of lists where their sizes differ; None for a batch that a resumed stream passes over."""
     taken = [sample for sample in samples if sample is not None]
     if not taken:
         return None
-    bad = [entry for sample in taken for entry in sample.bad]
-    images = [sample.image for sample in taken if sample.image is not None]
-    images = images if len(images) == len(taken) else []  # given up; the training process says so
-    return Batch(
-        torch.stack(images) if images else None, torch.stack([s.mask for s in taken]), [s.name for s in taken], bad
-    )
+    names, bad = [sample.name for sample in taken], [entry for sample in taken for entry in sample.bad]
+    images, masks = [sample.image for sample in taken if sample.image is not None], [sample.mask for sample in taken]
+    if len(images) < len(taken):
+        return Batch(None, [], names, bad)  # given up; the training process says so
+    return Batch(images, masks, names, bad) if native else Batch(torch.stack(images), torch.stack(masks), names, bad)
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:
@@ -318,8 +350,18 @@ def leave_signals_to_the_trainer(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def to_model(images: Tensor, device: torch.device) -> Tensor:
-    """(b, 3, h, w) uint8 -> float on the device, normalised with ImageNet's mean and deviation."""
+@overload
+def to_model(images: Tensor, device: torch.device) -> Tensor: ...
+@overload
+def to_model(images: list[Tensor], device: torch.device) -> list[Tensor]: ...
+@overload
+def to_model(images: Tensor | list[Tensor], device: torch.device) -> Tensor | list[Tensor]: ...
+
+
+def to_model(images: Tensor | list[Tensor], device: torch.device) -> Tensor | list[Tensor]:
+    """(b, 3, h, w) uint8, or a list -> float on the device, normalised with ImageNet's mean and deviation."""
+    if isinstance(images, list):
+        return [to_model(image, device) for image in images]
     images = images.to(device, non_blocking=True).float().div_(255)
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     return (images - mean) / std
@@ -329,67 +371,3 @@ def to_pixels(images: Tensor) -> Tensor:
     """The inverse of `to_model`, in [0, 1]."""
     mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     return (images * std + mean).clamp(0, 1)
-
-
-class ReadBatch(Protocol):
-    """What a batch of any task tells about the pictures that were read for it."""
-
-    @property
-    def images(self) -> Any:
-        """None where a sample had to be given up."""
-
-    @property
-    def names(self) -> list[str]:
-        """Pictures that were used."""
-        ...
-
-    @property
-    def bad(self) -> list[tuple[str, str]]:
-        """Pictures passed over, with the reason."""
-        ...
-
-
-class BadPictures:
-    """Counts and names pictures that cannot be used, in bad_pictures.txt of the run; fails the run past a share."""
-
-    def __init__(self, path: Path, total: int | None, max_share: float) -> None:
-        self.path = path
-        self.total = total
-        self.max_share = max_share
-        self.known = self._read()
-        self.seen = 0
-
-    def add(self, batch: ReadBatch) -> list[str]:
-        """Take note of a batch; returns a line for each picture not met before. Raises UserError past the share."""
-        self.seen += len(batch.names) + len(batch.bad)
-        if batch.images is None:
-            name, why = batch.bad[-1]
-            raise UserError(
-                f"{len(batch.bad)} pictures in a row cannot be used, the last {name} ({why}): see data.source"
-            )
-        fresh = {name: why for name, why in batch.bad if name not in self.known}
-        if not fresh:
-            return []
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.writelines(f"{name}\t{why}\n" for name, why in fresh.items())
-        self.known = self._read()  # other processes write to it too
-        total = self.total or max(self.seen, 1000)
-        if len(self.known) > self.max_share * total:
-            first, why = next(iter(self.known.items()))
-            raise UserError(
-                f"{len(self.known)} of {total} pictures cannot be used, over data.max_bad_share {self.max_share:g}; "
-                f"the first is {first} ({why}), all are in {self.path}"
-            )
-        return [f"skipped {name}: {why} ({len(self.known)} of {total} so far)" for name, why in fresh.items()]
-
-    def _read(self) -> dict[str, str]:
-        if not self.path.exists():
-            return {}
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        return dict(line.split("\t", 1) for line in lines if "\t" in line)
-
-
-def reason(error: Exception) -> str:
-    """Why a picture cannot be used, on one line."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return "no picture format that can be read, or an empty file" if "cannot identify image file" in text else text

@@ -1,9 +1,11 @@
 """Masked autoencoding on Vim: the encoder scans the visible patches, a shallow Vim decoder rebuilds the hidden ones.
 
 Shape letters: b batch, c channels, l patches, v visible patches, m hidden patches, s special tokens, d encoder width,
-p pixels of a patch (side * side * channels).
+p pixels of a patch (side * side * channels). Pictures of different sizes come as a list and are one row: b is 1 then,
+and l, v and m count the patches of all.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,7 +15,10 @@ from torch import Tensor, nn
 from vim_backbone import VimConfig, VisionMamba
 from vim_backbone.block import Block, RMSNorm
 from vim_backbone.errors import UserError, require
-from vim_backbone.position import sincos_table
+from vim_backbone.packing import layout_of
+from vim_backbone.position import resize_table, sincos_table
+from vim_backbone.tokens import TokenLayout
+from vim_backbone.vim import Images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +40,20 @@ class Reconstruction(NamedTuple):
 
     predicted: Tensor
     """(b, l, p) normalised pixels predicted for every patch."""
-    pixels: Tensor
-    """(b, c, h, w): the prediction with each patch's true mean and deviation put back, visible patches as they were."""
+    pixels: Images
+    """(b, c, h, w), or a list: the prediction with each patch's true mean and deviation put back, visible patches as
+    they were."""
+
+
+class Split(NamedTuple):
+    """What the model is told of the masks: indices of patches, each in scan order."""
+
+    visible: Tensor
+    """(b, v)"""
+    hidden: Tensor
+    """(b, m)"""
+    lengths: list[int] | None = None
+    """Visible patches of each picture, where they are packed."""
 
 
 class MaskedAutoencoder(nn.Module):
@@ -73,42 +90,71 @@ class MaskedAutoencoder(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(
-        self, images: Tensor, visible: Tensor, hidden: Tensor, reconstruct: bool = False
+        self,
+        images: Images,
+        visible: Tensor,
+        hidden: Tensor,
+        lengths: list[int] | None = None,
+        reconstruct: bool = False,
     ) -> Tensor | Reconstruction:
         """Loss: mean squared error on the normalised pixels of hidden patches; or what `reconstruct` gives.
 
-        ZeRO-3 collects parameters for `forward` alone, so that all that a run does with a model goes through it.
+        Every picture counts alike, however many patches it has. ZeRO-3 collects parameters for `forward` alone, so that
+        all that a run does with a model goes through it.
 
         Args:
-            images: (b, c, h, w) of the encoder's img_size.
-            visible, hidden: (b, v) and (b, m) indices of `split_patches`.
+            images: (b, c, h, w), or a list of pictures (c, h, w).
+            visible, hidden, lengths: the fields of `split_patches`.
         """
         if reconstruct:
-            return self.reconstruct(images, visible, hidden)
-        predicted = self.decoder_pred(select(self._decode(images, visible), hidden))
+            return self.reconstruct(images, visible, hidden, lengths)
+        predicted = self.decoder_pred(select(self._decode(images, visible, lengths), hidden))
         target, _, _ = normalise(select(patchify(images, self.patch_size), hidden))
-        return (predicted.float() - target).square().mean()
+        errors = (predicted.float() - target).square()
+        if lengths is None:
+            return errors.mean()
+        counts = [patches - seen for patches, seen in zip(self.encoder.lengths(images) or [], lengths, strict=True)]
+        return torch.stack([own.mean() for own in errors.split(counts, dim=1)]).mean()
 
     @torch.no_grad()
-    def reconstruct(self, images: Tensor, visible: Tensor, hidden: Tensor) -> Reconstruction:
-        """Predictions for every patch, and the picture they make; arguments as `forward`."""
-        predicted = self.decoder_pred(self._decode(images, visible)).float()
+    def reconstruct(
+        self, images: Images, visible: Tensor, hidden: Tensor, lengths: list[int] | None = None
+    ) -> Reconstruction:
+        """Predictions for every patch, and the pictures they make; arguments as `forward`."""
+        predicted = self.decoder_pred(self._decode(images, visible, lengths)).float()
         patches = patchify(images, self.patch_size)
         _, mean, deviation = normalise(patches)
         hidden = hidden[..., None].expand(-1, -1, patches.shape[-1])
         pixels = patches.scatter(1, hidden, (predicted * deviation + mean).gather(1, hidden).to(patches.dtype))
-        return Reconstruction(predicted, unpatchify(pixels, self.patch_size, self.encoder.grid_size))
+        if isinstance(images, Tensor):
+            return Reconstruction(predicted, unpatchify(pixels, self.patch_size, self._grid(images)))
+        pieces = pixels.split(self.encoder.lengths(images) or [], dim=1)
+        made = [
+            unpatchify(own, self.patch_size, self._grid(image))[0] for own, image in zip(pieces, images, strict=True)
+        ]
+        return Reconstruction(predicted, made)
 
-    def _decode(self, images: Tensor, visible: Tensor) -> Tensor:
+    def _decode(self, images: Images, visible: Tensor, lengths: list[int] | None) -> Tensor:
         """(b, l, decoder width) for all patches."""
-        special, seen = self.encoder.encode(select(self.encoder.embed_patches(images), visible))
+        special, seen = self.encoder.encode(select(self.encoder.embed(images), visible), lengths)
         special, seen = self.decoder_embed(special), self.decoder_embed(seen)
-        tokens = self.mask_token.to(seen.dtype).expand(len(seen), self.decoder_pos_embed.shape[1], -1)
-        tokens = tokens.scatter(1, visible[..., None].expand_as(seen), seen) + self.decoder_pos_embed
-        h, residual = self.layout.join(special.to(tokens.dtype), tokens), None
+        positions = self._positions(images)
+        tokens = self.mask_token.to(seen.dtype).expand(len(seen), positions.shape[1], -1)
+        tokens = tokens.scatter(1, visible[..., None].expand_as(seen), seen) + positions
+        layout, cu_seqlens = layout_of(self.layout, self.encoder.lengths(images), tokens.device)
+        h, residual = layout.join(special.to(tokens.dtype), tokens), None
         for block in self.decoder_layers:
-            h, residual = block(h, residual)
-        return self.layout.split(self.decoder_norm(h, residual)[0])[1]
+            h, residual = block(h, residual, cu_seqlens)
+        return layout.split(self.decoder_norm(h, residual)[0])[1]
+
+    def _positions(self, images: Images) -> Tensor:
+        """Of the decoder, (1, l, decoder width)."""
+        layout, size = TokenLayout("none", 0), self.encoder.grid_size
+        grids = [self._grid(image) for image in ([images] if isinstance(images, Tensor) else images)]
+        return torch.cat([resize_table(self.decoder_pos_embed, layout, size, grid) for grid in grids], dim=1)
+
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        return self.encoder.config.grid(*images.shape[-2:])
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that decay would harm although they have two axes or more."""
@@ -117,14 +163,18 @@ class MaskedAutoencoder(nn.Module):
         return inner | {"mask_token"} | {name for name, _ in self.named_parameters() if name.endswith(ends)}
 
 
-def split_patches(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices of the visible patches (b, v) and of the hidden ones (b, m), each in scan order.
+def split_patches(mask: Tensor | Sequence[Tensor]) -> Split:
+    """Masks (b, l) bool, True = hidden, as many in every row, or a list of masks (l,) -> which patches are which.
 
-    `mask` is (b, l) bool, True = hidden, as many in every row; on a GPU this waits for the device.
+    On a GPU this waits for the device.
     """
+    if not isinstance(mask, Tensor):
+        row = torch.cat(list(mask))
+        visible, hidden = (torch.nonzero(chosen).transpose(0, 1) for chosen in (~row, row))
+        return Split(visible, hidden, [int((~own).sum()) for own in mask])
     order = torch.argsort(mask.to(torch.uint8), dim=1, stable=True)
     visible, hidden = order.tensor_split([mask.shape[1] - int(mask[0].sum())], dim=1)
-    return visible, hidden
+    return Split(visible, hidden)
 
 
 def select(tokens: Tensor, indices: Tensor) -> Tensor:
@@ -132,8 +182,10 @@ def select(tokens: Tensor, indices: Tensor) -> Tensor:
     return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
-def patchify(images: Tensor, side: int) -> Tensor:
-    """(b, c, h, w) -> (b, l, p): patches row by row; within a patch row, column, channel."""
+def patchify(images: Images, side: int) -> Tensor:
+    """(b, c, h, w) -> (b, l, p): patches row by row; within a patch row, column, channel. A list gives one row."""
+    if not isinstance(images, Tensor):
+        return torch.cat([patchify(image[None], side) for image in images], dim=1)
     b, c, h, w = images.shape
     grid = images.reshape(b, c, h // side, side, w // side, side)
     return grid.permute(0, 2, 4, 3, 5, 1).reshape(b, (h // side) * (w // side), side * side * c)

@@ -5,28 +5,31 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from pretrain.data import to_pixels
 from pretrain.mae import patchify, unpatchify
+from vim_backbone.vim import Images
 
 COLUMNS = ("input", "what the encoder saw", "reconstruction")
 
 
-def reconstruction_grid(pixels: Tensor, images: Tensor, masks: Tensor, patch_size: int) -> np.ndarray:
-    """(n, 3 columns, h, w, 3) in [0, 1] for rebuilt and given images (n, 3, h, w), normalised, and masks (n, l)."""
-    original, rebuilt = to_pixels(images), to_pixels(pixels)
-    patches = patchify(original, patch_size)
-    grid = (images.shape[2] // patch_size, images.shape[3] // patch_size)
-    seen = unpatchify(torch.where(masks[..., None], 0.35, patches), patch_size, grid)
-    return torch.stack([original, seen, rebuilt], dim=1).permute(0, 1, 3, 4, 2).cpu().numpy()
+def reconstruction_grid(pixels: Images, images: Images, masks: Images, patch_size: int) -> list[np.ndarray]:
+    """(3 columns, h, w, 3) in [0, 1] for each rebuilt and given image (3, h, w), normalised, and its mask (l,)."""
+    made = []
+    for guess, image, mask in zip(pixels, images, masks, strict=True):
+        original, rebuilt = to_pixels(image), to_pixels(guess)
+        patches = patchify(original[None], patch_size)
+        grid = (image.shape[1] // patch_size, image.shape[2] // patch_size)
+        seen = unpatchify(torch.where(mask[None, :, None].to(patches.device), 0.35, patches), patch_size, grid)[0]
+        made.append(torch.stack([original, seen, rebuilt]).permute(0, 2, 3, 1).cpu().numpy())
+    return made
 
 
-def draw_reconstructions(grid: np.ndarray, title: str, path: Path) -> None:
+def draw_reconstructions(grid: list[np.ndarray], title: str, path: Path) -> None:
     """Write the grid as a PNG, two samples a row, with a title and column names."""
     samples = len(grid)
     rows = -(-samples // 2)
-    height, width = grid.shape[2:4]
+    height, width = (max(sample.shape[axis] for sample in grid) for axis in (1, 2))
     figure = Figure(figsize=(13, 0.9 + rows * (2.15 * height / width)), dpi=100, layout="constrained")
     axes = figure.subplots(rows, 6 if samples > 1 else 3, squeeze=False)
     for axis in axes.flat:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
 from torch import Tensor
 
 from launch.accelerator import build_accelerator, on_main, strategy
@@ -16,13 +18,15 @@ from launch.optim import build_optimizer, learning_rate
 from launch.randomness import seed_of
 from launch.sharding import shape_of
 from launch.training import Training
+from pretrain.bad_pictures import BadPictures
 from pretrain.config import PretrainConfig
-from pretrain.data import BadPictures, Batch, View, Views, build_loader, plan_batches, to_model
+from pretrain.data import Batch, DataConfig, View, Views, build_loader, collate, plan_batches, to_model
 from pretrain.images import StreamCells, open_source
-from pretrain.mae import MaskedAutoencoder, Reconstruction, split_patches
+from pretrain.mae import MaskedAutoencoder, Reconstruction, Split, split_patches
 from pretrain.reconstructions import draw_reconstructions, reconstruction_grid
 from vim_backbone import VisionMamba
 from vim_backbone.block import Block
+from vim_backbone.errors import require
 from vim_backbone.folder import model_card
 
 FIXED_ON_RESUME = ("model.", "decoder.")
@@ -55,6 +59,7 @@ def pretrain(config: PretrainConfig) -> Path:
     total_steps = config.total_steps(pictures)
     accelerator = build_accelerator(config, config.accumulation)
     plan = plan_batches(accelerator, config.batch_size, config.accumulation)
+    on_main(accelerator, lambda: refuse_to_compile_native_sizes(accelerator, data))
     start = on_main(accelerator, lambda: open_run(config, FIXED_ON_RESUME))
 
     architecture = config.model.architecture()
@@ -84,6 +89,14 @@ def pretrain(config: PretrainConfig) -> Path:
     return config.folder
 
 
+def refuse_to_compile_native_sizes(accelerator: Accelerator, data: DataConfig) -> None:
+    """Raise UserError where every step would be compiled anew."""
+    plugin = accelerator.state.dynamo_plugin
+    compiled = plugin is not None and plugin.backend != DynamoBackend.NO
+    remedy = "every step would be compiled anew: launch with --dynamo_backend no, or take fixed sizes"
+    require(not (compiled and data.sizes == "native"), "data.sizes", data.sizes, remedy)
+
+
 def build_model(config: PretrainConfig) -> MaskedAutoencoder:
     """The model as it is before the first step, the same for one seed on every process."""
     torch.manual_seed(seed_of(config.seed))
@@ -95,19 +108,20 @@ def build_model(config: PretrainConfig) -> MaskedAutoencoder:
 def train(run: Run) -> None:
     """The loop: steps until the last one, or until a signal; what was done is saved either way."""
     config, training, device = run.config, run.training, run.training.accelerator.device
-    patches = run.view.grid[0] * run.view.grid[1]
-    speed = Throughput(tokens_per_image=patches - config.mask.num_masked(patches))
+    speed = Throughput()
     latest: dict[str, float] = {}
     for step in training.steps():
         torch.manual_seed(seed_of(config.seed, step, training.accelerator.process_index))  # for stochastic depth
         names: list[str] = []
-        images, masks = torch.empty(0), torch.empty(0)
+        batch = None
         for part in training.parts():
             batch = speed.waiting(run.batches)
-            images, masks = checked(run, batch)
+            images = checked(run, batch)
             names += batch.names
+            patches = patches_on(device, batch.masks)
+            speed.tokens += patches.visible.numel() * training.accelerator.num_processes
             with part:
-                training.backward(training.model(to_model(images, device), *patches_on(device, masks)))
+                training.backward(training.model(to_model(images, device), *patches))
         training.update(learning_rate(step, config.optim, config.batch_size, training.total_steps), names)
         speed.images += config.batch_size
 
@@ -119,35 +133,40 @@ def train(run: Run) -> None:
             run.log.metrics(done, latest | {"memory_gb": peak_memory_gb(device)})
         run.log.progress(done, latest)
         if done % config.picture_every == 0 or done == training.total_steps:
-            show_reconstructions(run, images, masks)
+            show_reconstructions(run, batch)
 
 
-def checked(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Images and masks of a batch, its bad pictures counted and named."""
+def checked(run: Run, batch: Batch) -> Tensor | list[Tensor]:
+    """Images of a batch, its bad pictures counted and named."""
     for line in run.bad.add(batch):
         run.log.say(line)
     assert batch.images is not None
-    return batch.images, batch.masks
+    return batch.images
 
 
-def patches_on(device: torch.device, masks: Tensor) -> list[Tensor]:
+def patches_on(device: torch.device, masks: Tensor | list[Tensor]) -> Split:
     """What the model is told of the masks, on its device; split on the CPU, where counting waits for nothing."""
-    return [indices.to(device, non_blocking=True) for indices in split_patches(masks)]
+    visible, hidden, lengths = split_patches(masks)
+    return Split(visible.to(device, non_blocking=True), hidden.to(device, non_blocking=True), lengths)
 
 
-def show_reconstructions(run: Run, images: Tensor, masks: Tensor) -> None:
+def show_reconstructions(run: Run, batch: Batch | None) -> None:
     """Write reconstructions/step-N.png: views of the same pictures each time (of a stream: of the batch at hand).
 
     For all processes, because the model may be spread over them.
     """
     training = run.training
-    images, masks = images[:SAMPLES_SHOWN], masks[:SAMPLES_SHOWN]
+    assert batch is not None
+    assert batch.images is not None
+    images, masks = batch.images[:SAMPLES_SHOWN], batch.masks[:SAMPLES_SHOWN]
     if not isinstance(run.source, StreamCells):
         views = Views(run.source, run.view, run.config.seed)
         count = len(run.source)
         samples = [views[SHOWN_EPOCH + i // count, i % count] for i in range(SAMPLES_SHOWN)]
-        usable = [(sample.image, sample.mask) for sample in samples if sample.image is not None]
-        images, masks = torch.stack([image for image, _ in usable]), torch.stack([mask for _, mask in usable])
+        shown = collate([sample for sample in samples if sample.image is not None], run.view.native)
+        assert shown is not None
+        assert shown.images is not None
+        images, masks = shown.images, shown.masks
     device = training.accelerator.device
     images = to_model(images, device)
     with training.evaluating() as model:
@@ -155,11 +174,11 @@ def show_reconstructions(run: Run, images: Tensor, masks: Tensor) -> None:
     assert isinstance(made, Reconstruction)
     if training.accelerator.is_main_process:
         patch_size = run.config.model.architecture().patch_size
-        hidden = round(100 * masks.float().mean().item())
+        hidden = round(100 * torch.cat([mask.float() for mask in masks]).mean().item())
         step = training.state.step
         title = f"{run.config.name}: step {step}, {hidden} % of the patches hidden, crops never trained on"
         path = run.config.folder / "reconstructions" / f"step-{step:08d}.png"
-        draw_reconstructions(reconstruction_grid(made.pixels, images, masks.to(device), patch_size), title, path)
+        draw_reconstructions(reconstruction_grid(made.pixels, images, masks, patch_size), title, path)
 
 
 def publish(run: Run) -> None:
@@ -172,10 +191,9 @@ def publish(run: Run) -> None:
     assert isinstance(model, MaskedAutoencoder)
     tensors = training.published(model.encoder)
     folder = config.folder / "backbone"
-    patches = run.view.grid[0] * run.view.grid[1]
     history = (
         f"\n## Pretraining\n\nMasked autoencoding of {config.data.source!r}: {training.state.step} steps of "
-        f"{config.batch_size} pictures, {config.mask.num_masked(patches)} of {patches} patches hidden "
+        f"{config.batch_size} pictures, {run.view.sizes}, {config.mask.ratio:.0%} of the patches hidden "
         f"({config.mask.kind}), {config.precision}, seed {config.seed}"
         f"{f', weights averaged with decay {config.ema_decay}' if config.ema_decay else ''}.\n"
     )
@@ -195,7 +213,7 @@ def introduction(run: Run, pictures: int | None) -> str:
     start = f"from step {done} " if done else ""
     return (
         f"{config.model.name} ({encoder:.1f} M parameters) on {pictures if pictures is not None else 'streamed'} "
-        f"pictures of {config.data.source!r}, {run.view.img_size[0]} x {run.view.img_size[1]}, {start}"
+        f"pictures of {config.data.source!r}, {run.view.sizes}, {start}"
         f"to step {run.training.total_steps}, {accelerator.num_processes} x {accelerator.device.type} "
         f"{strategy(accelerator)}, {config.precision}"
     )

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from vim_backbone.config import VimConfig
+from vim_backbone.hand_over import Given, hand_over, take
 from vim_backbone.mixer import Mixer
 from vim_backbone.weights import init_mixer
 from vim_kernels import add_rms_norm
@@ -35,17 +36,28 @@ class Block(nn.Module):
         self.drop_path = drop_path
         init_mixer(self.mixer, config.depth)
 
-    def forward(self, h: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(batch, length, d_model) twice -> output of the mixer, residual stream."""
+    def forward(
+        self, h: Given[Tensor], residual: Given[Tensor | None], cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(batch, length, d_model) twice -> output of the mixer, residual stream.
+
+        `cu_seqlens` (pictures + 1,) are the borders of pictures packed into one row (1, total, d_model).
+        """
+        h, residual = take(h), take(residual)
         if residual is not None:
-            h = drop_path(h, self.drop_path, self.training)
+            h = drop_path(h, self.drop_path, self.training, cu_seqlens)
         normed, stream = self.norm(h, residual)
-        return self.mixer(normed), stream
+        given = hand_over(normed, self.mixer)
+        del h, residual, normed
+        return self.mixer(given, cu_seqlens), stream
 
 
-def drop_path(h: Tensor, rate: float, training: bool) -> Tensor:
-    """Stochastic depth (arXiv 1603.09382): zero whole samples with probability `rate`, scale up the others."""
+def drop_path(h: Tensor, rate: float, training: bool, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Stochastic depth (arXiv 1603.09382): zero whole pictures with probability `rate`, scale up the others."""
     if rate == 0.0 or not training:
         return h
-    keep = torch.rand(h.shape[0], 1, 1, device=h.device) >= rate
+    pictures = len(h) if cu_seqlens is None else len(cu_seqlens) - 1
+    keep = torch.rand(pictures, 1, 1, device=h.device) >= rate
+    if cu_seqlens is not None:
+        keep = keep.repeat_interleave(cu_seqlens.diff(), dim=0, output_size=h.shape[1]).transpose(0, 1)
     return h * keep.to(h.dtype) / (1.0 - rate)

@@ -1,9 +1,11 @@
 """The bidirectional Mamba mixer of a Vim block: projections around the scan op of `vim_kernels`."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vim_backbone.config import VimConfig
+from vim_backbone.hand_over import Given, hooked, take
 from vim_kernels import ScanWeights, bidirectional_scan
 
 
@@ -31,16 +33,18 @@ class Mixer(nn.Module):
         self.out_proj = nn.Linear(e, d, bias=False)
         self.scan_norm = nn.LayerNorm(e) if config.mixer_norm else None
 
-    def forward(self, h: Tensor) -> Tensor:
-        """(batch, length, d_model) -> the same."""
-        xz = self.in_proj(h)
+    def forward(self, h: Given[Tensor], cu_seqlens: Tensor | None = None) -> Tensor:
+        """(batch, length, d_model) -> the same; or (1, total, d_model), pictures packed with borders `cu_seqlens`."""
+        xz = self.in_proj(take(h))
         forward = _weights(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
         backward = _weights(self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
         if self.scan_norm is None:
-            y = bidirectional_scan(xz, forward, backward)
+            kept = torch.is_grad_enabled() or hooked(self.in_proj)
+            y = bidirectional_scan(xz, forward, backward, cu_seqlens=cu_seqlens, overwrite=not kept)
         else:
             x, z = xz.chunk(2, dim=-1)
-            y = self.scan_norm(bidirectional_scan(x, forward, backward, gated=False)) * F.silu(z)
+            y = bidirectional_scan(x, forward, backward, gated=False, cu_seqlens=cu_seqlens)
+            y = self.scan_norm(y) * F.silu(z)
         return self.out_proj(y)
 
 

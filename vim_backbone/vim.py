@@ -5,7 +5,7 @@ Shape letters: b batch, c h w picture, l patch tokens, s special tokens (class t
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,14 @@ from vim_backbone.block import Block, RMSNorm, drop_path
 from vim_backbone.config import VimConfig
 from vim_backbone.errors import UserError
 from vim_backbone.folder import save_pretrained
+from vim_backbone.hand_over import Given, hand_over
+from vim_backbone.packing import PackedLayout, layout_of
 from vim_backbone.position import resize_table, sincos_table
 from vim_backbone.tokens import TokenLayout
 from vim_backbone.weights import lecun_normal_
+
+Images = Tensor | Sequence[Tensor]
+"""Pictures (b, c, h, w), or a list of pictures (c, h, w) of any sizes."""
 
 
 class PatchEmbed(nn.Module):
@@ -42,7 +47,8 @@ class VisionMamba(nn.Module):
     """Vim (arXiv 2401.09417); parameter names are those of the official checkpoints.
 
     Calling it with pictures (b, c, h, w), any h and w that the stride divides, gives logits (b, num_classes), or the
-    pooled features (b, d_model) when `num_classes` is 0. The feature methods follow timm.
+    pooled features (b, d_model) when `num_classes` is 0. The feature methods follow timm. All take a list of pictures
+    (c, h, w) of different sizes too, and scan them packed into one row, without padding, each as if it were alone.
     """
 
     def __init__(self, config: VimConfig) -> None:
@@ -95,17 +101,31 @@ class VisionMamba(nn.Module):
             nn.init.trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(b, c, h, w) -> logits (b, num_classes), or pooled features (b, d) without a head."""
+    def forward(self, images: Images) -> Tensor:
+        """Pictures -> logits (b, num_classes), or pooled features (b, d) without a head."""
         return self.forward_head(self.forward_features(images))
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        """(b, c, h, w) -> normed tokens (b, s + l, d): class token, registers, then patches row by row."""
-        return torch.cat(self.encode(self.embed_patches(images)), dim=1)
+    @overload
+    def forward_features(self, images: Tensor) -> Tensor: ...
+    @overload
+    def forward_features(self, images: Sequence[Tensor]) -> list[Tensor]: ...
+    @overload
+    def forward_features(self, images: Images) -> Tensor | list[Tensor]: ...
 
-    def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
+    def forward_features(self, images: Images) -> Tensor | list[Tensor]:
+        """(b, c, h, w) -> normed tokens (b, s + l, d): class token, registers, then patches row by row.
+
+        Of a list of pictures, the list of each one's (s + l, d).
+        """
+        lengths = self.lengths(images)
+        return _joined(*self.encode(self.embed(images), lengths), lengths)
+
+    def forward_head(self, tokens: Tensor | list[Tensor], pre_logits: bool = False) -> Tensor:
         """Tokens of `forward_features` -> pooled (b, d) when `pre_logits`, else through the classifier."""
-        pooled = tokens[:, 0] if self.global_pool == "token" else tokens[:, self.num_prefix_tokens :].mean(dim=1)
+        if isinstance(tokens, Tensor):
+            pooled = tokens[:, 0] if self.global_pool == "token" else tokens[:, self.num_prefix_tokens :].mean(dim=1)
+        else:
+            pooled = torch.cat([self.forward_head(own[None], pre_logits=True) for own in tokens])
         return pooled if pre_logits else self.head(pooled)
 
     def embed_patches(self, images: Tensor) -> Tensor:
@@ -115,16 +135,41 @@ class VisionMamba(nn.Module):
             raise UserError(f"pictures have {images.shape[1]} channels, the backbone wants {self.config.in_chans}")
         return self.patch_embed(images) + self._positions(grid)[1]
 
-    def encode(self, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """Patch tokens in scan order, all or the visible ones -> normed special (b, s, d), normed patches (b, l, d)."""
-        h, residual = self._join_special(patches), None
-        for block in self.layers:
-            h, residual = self._run(block, h, residual)
-        h = drop_path(h, self.config.drop_path_rate, self.training)
-        normed, _ = self.norm_f(h, residual)
-        return self.layout.split(normed)
+    def embed(self, images: Images) -> Tensor:
+        """Pictures -> patch tokens with their positions (b, l, d); of a list, one row (1, l, d)."""
+        if isinstance(images, Tensor):
+            return self.embed_patches(images)
+        return torch.cat([self.embed_patches(image[None]) for image in images], dim=1)
 
-    def _join_special(self, patches: Tensor) -> Tensor:
+    def lengths(self, images: Images) -> list[int] | None:
+        """Patches of each picture of a list; None for a batch. Raises UserError for what cannot be packed."""
+        if isinstance(images, Tensor):
+            return None
+        if not images:
+            raise UserError("the list of pictures is empty")
+        for image in images:
+            if image.dim() != 3:
+                raise UserError(f"a picture of the list has shape {tuple(image.shape)}, it must be (channels, h, w)")
+        return [rows * columns for rows, columns in (self.config.grid(*image.shape[-2:]) for image in images)]
+
+    def encode(self, patches: Tensor, lengths: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """Patch tokens in scan order, all or the visible ones -> normed special (b, s, d), normed patches (b, l, d).
+
+        With `lengths`, one row (1, l, d) with so many patches of each picture -> (pictures, s, d), (1, l, d).
+        """
+        layout, cu_seqlens = layout_of(self.layout, lengths, patches.device)
+        h = self._join_special(patches, layout, len(lengths or patches))
+        residual: Tensor | None = None
+        del patches  # the memory of what is used up is free while the blocks run
+        for block in self.layers:
+            given: tuple[Given[Tensor], Given[Tensor | None]] = hand_over(h, block), hand_over(residual, block)
+            del h, residual
+            h, residual = self._run(block, *given, cu_seqlens)
+        h = drop_path(h, self.config.drop_path_rate, self.training, cu_seqlens)
+        normed, _ = self.norm_f(h, residual)
+        return layout.split(normed)
+
+    def _join_special(self, patches: Tensor, layout: TokenLayout | PackedLayout, pictures: int) -> Tensor:
         special = []
         if self.cls_token is not None:
             special.append(self.cls_token + self._positions(self.grid_size)[0])
@@ -132,20 +177,22 @@ class VisionMamba(nn.Module):
             special.append(self.register_tokens)
         if not special:
             return patches
-        return self.layout.join(torch.cat(special, dim=1).to(patches.dtype).expand(len(patches), -1, -1), patches)
+        return layout.join(torch.cat(special, dim=1).to(patches.dtype).expand(pictures, -1, -1), patches)
 
     def _positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Positions of the class token (1, 0 or 1, d) and of the patches of `grid` (1, l, d)."""
         return self.position_layout.split(resize_table(self.pos_embed, self.position_layout, self.grid_size, grid))
 
-    def _run(self, block: nn.Module, h: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _run(
+        self, block: nn.Module, h: Given[Tensor], residual: Given[Tensor | None], cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(block, h, residual, use_reentrant=False)  # pyright: ignore[reportReturnType]
-        return block(h, residual)
+            return checkpoint(block, h, residual, cu_seqlens, use_reentrant=False)  # pyright: ignore[reportReturnType]
+        return block(h, residual, cu_seqlens)
 
     def forward_intermediates(
         self,
-        images: Tensor,
+        images: Images,
         indices: int | Sequence[int] | None = None,
         return_prefix_tokens: bool = False,
         norm: bool = False,
@@ -156,7 +203,7 @@ class VisionMamba(nn.Module):
         """Residual streams after chosen blocks, as timm's method of this name.
 
         Args:
-            images: (b, c, h, w).
+            images: (b, c, h, w), or a list of (c, h, w); each intermediate is then a list too.
             indices: blocks to take, counted from 0 or from the end; an int n takes the last n; None takes all.
             return_prefix_tokens: give each as (patches, prefix tokens).
             norm: pass each through the final norm.
@@ -170,22 +217,30 @@ class VisionMamba(nn.Module):
         if output_fmt not in ("NCHW", "NLC"):
             raise UserError(f"output_fmt is {output_fmt!r}: choose NCHW or NLC")
         taken = self._block_indices(indices)
-        grid = self.config.grid(*images.shape[-2:])
         last = max(taken) + 1 if stop_early and intermediates_only else len(self.layers)
-        h, residual, found = self._join_special(self.embed_patches(images)), None, {}
+        lengths = self.lengths(images)
+        layout, cu_seqlens = layout_of(self.layout, lengths, images[0].device)
+        h, residual, found = self._join_special(self.embed(images), layout, len(images)), None, {}
+
+        def asked(special: Tensor, patches: Tensor, image: Tensor) -> Any:
+            if output_fmt == "NCHW":
+                patches = patches.transpose(-1, -2).unflatten(-1, self.config.grid(*image.shape[-2:]))
+            return (patches, special) if return_prefix_tokens else patches
+
         for index, block in enumerate(self.layers[:last]):
-            h, residual = self._run(block, h, residual)
+            h, residual = self._run(block, h, residual, cu_seqlens)
             if index in taken:
                 normed, stream = self.norm_f(h, residual)
-                special, patches = self.layout.split(normed if norm else stream.to(h.dtype))
-                if output_fmt == "NCHW":
-                    patches = patches.transpose(1, 2).reshape(len(patches), -1, *grid)
-                found[index] = (patches, special) if return_prefix_tokens else patches
+                special, patches = layout.split(normed if norm else stream.to(h.dtype))
+                if lengths is None:
+                    found[index] = asked(special, patches, images)  # pyright: ignore[reportArgumentType]
+                else:
+                    found[index] = list(map(asked, special, patches[0].split(lengths), images))
         intermediates = [found[index] for index in taken]
         if intermediates_only:
             return intermediates
-        h = drop_path(h, self.config.drop_path_rate, self.training)
-        return torch.cat(self.layout.split(self.norm_f(h, residual)[0]), dim=1), intermediates
+        h = drop_path(h, self.config.drop_path_rate, self.training, cu_seqlens)
+        return _joined(*layout.split(self.norm_f(h, residual)[0]), lengths), intermediates
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -250,3 +305,10 @@ class VisionMamba(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of storing its activations."""
         self.grad_checkpointing = enable
+
+
+def _joined(special: Tensor, patches: Tensor, lengths: list[int] | None) -> Tensor | list[Tensor]:
+    """Special tokens before the patches; of each packed picture where there are `lengths`."""
+    if lengths is None:
+        return torch.cat([special, patches], dim=1)
+    return [torch.cat(own) for own in zip(special, patches[0].split(lengths), strict=True)]

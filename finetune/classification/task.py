@@ -16,7 +16,7 @@ from finetune.classification.data import ClassSamples, open_labelled
 from finetune.classification.judge import judge
 from finetune.classification.probes import probe
 from finetune.loading import Batch
-from finetune.run import Report, Task, finetune
+from finetune.run import Observer, Report, Task, finetune
 from launch.randomness import seeded
 from vim_backbone import UserError, VimConfig, VisionMamba
 from vim_backbone.folder import read_config
@@ -123,6 +123,6 @@ def judging_transform(size: tuple[int, int], crop_pct: float) -> Any:
     return create_transform((3, *size), is_training=False, interpolation="bicubic", crop_pct=crop_pct)
 
 
-def run(config: ClassificationConfig) -> Path:
+def run(config: ClassificationConfig, observe: Observer | None = None) -> Path:
     """Train or judge; returns the run's folder."""
-    return finetune(ClassificationTask(config))
+    return finetune(ClassificationTask(config), observe)

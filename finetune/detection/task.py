@@ -15,7 +15,7 @@ from finetune.detection.judge import judge
 from finetune.detection.rcnn import Detector
 from finetune.detection.views import Views
 from finetune.loading import Batch
-from finetune.run import Report, Task, finetune
+from finetune.run import Observer, Report, Task, finetune
 from pretrain.data import to_model
 from vim_backbone import UserError, VimConfig
 
@@ -82,6 +82,6 @@ def views_of(config: VimConfig, test: TestConfig, most: int) -> Views:
     return Views(squares, test.flip, most)
 
 
-def run(config: DetectionConfig) -> Path:
+def run(config: DetectionConfig, observe: Observer | None = None) -> Path:
     """Train or judge; returns the run's folder."""
-    return finetune(DetectionTask(config))
+    return finetune(DetectionTask(config), observe)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from finetune.backbone import find_backbone, read_backbone
 from finetune.loading import Batch
-from finetune.run import Report, Task, finetune
+from finetune.run import Observer, Report, Task, finetune
 from finetune.segmentation.config import SegmentationConfig, TestConfig
 from finetune.segmentation.data import TrainCrops, WholePictures, class_names, open_pairs
 from finetune.segmentation.judge import judge
@@ -69,6 +69,6 @@ def windows_of(config: VimConfig, test: TestConfig) -> Windows:
     return Windows((height, width), step, config.stride or config.patch_size, config.patch_size, test.flip)
 
 
-def run(config: SegmentationConfig) -> Path:
+def run(config: SegmentationConfig, observe: Observer | None = None) -> Path:
     """Train or judge; returns the run's folder."""
-    return finetune(SegmentationTask(config))
+    return finetune(SegmentationTask(config), observe)

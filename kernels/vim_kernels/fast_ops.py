@@ -58,7 +58,14 @@ class FastOps:
         return y, state
 
     def bidirectional_scan(
-        self, xz: Tensor, forward: ScanWeights, backward: ScanWeights, *, gated: bool, cu_seqlens: Tensor | None
+        self,
+        xz: Tensor,
+        forward: ScanWeights,
+        backward: ScanWeights,
+        *,
+        gated: bool,
+        cu_seqlens: Tensor | None,
+        overwrite: bool = False,
     ) -> Tensor:
         """See `vim_kernels.reference.bidirectional_scan`."""
         if _any_float64(xz, *forward, *backward):
@@ -66,7 +73,7 @@ class FastOps:
         if _is_plain_call(xz, *forward, *backward):
             x, z = library.halves(xz.contiguous(), gated)
             run = fast_module(self.name).bidirectional_scan_forward
-            return run(x, z, forward, backward, cu_seqlens, False)[0]
+            return run(x, z, forward, backward, cu_seqlens, False, overwrite)[0]
         save = _saves(xz, *forward, *backward)
         return library.bidirectional_scan(xz.contiguous(), *forward, *backward, gated, cu_seqlens, self.name, save)[0]
 

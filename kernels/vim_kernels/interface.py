@@ -18,7 +18,8 @@ FAST_MODULES: dict[str, str] = {
 
 
 class FastBackend(Protocol):
-    """Plain tensor functions, no autograd. All scratch is allocated inside; inputs are never written.
+    """Plain tensor functions, no autograd. All scratch is allocated inside; inputs are never written,
+    but for the x of `bidirectional_scan_forward` where that is allowed.
 
     Tensors may differ in float dtype (no float64); incoming gradients are contiguous and like the outputs. Gradients
     come back contiguous, unaliased, in the shape and dtype of their inputs, None where the input is None.
@@ -44,8 +45,12 @@ class FastBackend(Protocol):
         backward: ScanWeights,
         cu_seqlens: Tensor | None,
         save: bool,
+        overwrite: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Output (b, l, d) in the dtype of x, and what was saved."""
+        """Output (b, l, d) in the dtype of x, and what was saved.
+
+        Where `overwrite`, x may be written, and the output may be x itself.
+        """
         ...
 
     def bidirectional_scan_backward(

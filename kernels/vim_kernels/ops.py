@@ -104,6 +104,7 @@ def bidirectional_scan(
     *,
     gated: bool = True,
     cu_seqlens: Tensor | None = None,
+    overwrite: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Everything of a Vim mixer between in_proj and out_proj (Vim, arXiv 2401.09417, algorithm 1).
@@ -116,9 +117,11 @@ def bidirectional_scan(
             when `gated` is False (for blocks that normalise before the gate).
         forward, backward: the parameters of the two directions.
         cu_seqlens: int32 (images + 1,) borders of packed images; convolution and state restart at each.
+        overwrite: xz is not needed any more: without gradients the result may take the memory of its first half. What
+            xz holds afterwards is undefined.
 
     Returns:
-        (batch, length, d_inner) in the dtype of xz.
+        (batch, length, d_inner) in the dtype of xz; contiguous unless `overwrite`.
 
     Raises:
         ValueError or TypeError, naming the argument, for a wrong shape, dtype, device or cu_seqlens.
@@ -137,7 +140,8 @@ def bidirectional_scan(
     module = backends.resolve(backend, xz.device)
     off = torch.autocast(xz.device.type, enabled=False) if torch.is_autocast_enabled(xz.device.type) else nullcontext()
     with off:
-        return module.bidirectional_scan(xz, forward, backward, gated=gated, cu_seqlens=cu_seqlens)
+        options = {"gated": gated, "cu_seqlens": cu_seqlens, "overwrite": overwrite}
+        return module.bidirectional_scan(xz, forward, backward, **options)
 
 
 def _check_mixer_shapes(gated: bool, xz: tuple[int, ...], *weights: Any) -> None:

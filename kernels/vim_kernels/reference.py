@@ -96,8 +96,10 @@ def bidirectional_scan(
     *,
     gated: bool,
     cu_seqlens: Tensor | None,
+    overwrite: bool = False,  # of xz: allowed, and not done here
 ) -> Tensor:
     """Both directions of a Vim mixer, averaged, and gated once by silu(z). (Vim, arXiv 2401.09417, algorithm 1.)"""
+    del overwrite
     work = _work_dtype(xz)
     channels = forward.A_log.shape[0]
     x = xz[..., :channels].to(work)

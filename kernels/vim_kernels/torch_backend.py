@@ -105,8 +105,10 @@ def bidirectional_scan_forward(
     backward: ScanWeights,
     cu_seqlens: Tensor | None,
     save: bool,
+    overwrite: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
     """See `vim_kernels.interface.FastBackend`."""
+    del overwrite
     saved = bidirectional_scan_saved(x, z, forward, backward, cu_seqlens) if save else []
     total = torch.zeros_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
     for reverse, weights in enumerate((forward, backward)):

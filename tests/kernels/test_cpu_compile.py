@@ -1,7 +1,9 @@
 """The CPU kernels' inner loops compiled, not run, for other processors: each must get the widest vectors it has."""
 
+import ast
 import inspect
 import re
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +27,10 @@ LOOPS = {
     "recompute": (scan_backward._recompute, (SCAN, SCAN_GRADIENT)),
     "walk back": (scan_backward._walk_back, (SCAN, SCAN_GRADIENT)),
 }
+
+
+DECORATORS = {"device", "kernel", "serial_kernel"}
+SCALARS = {"float32"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,3 +67,18 @@ def test_loops_use_the_widest_vectors(target, loop, monkeypatch):
     assert len(re.findall(fused, text)) >= 8
     assert "fmaf" not in text  # the C library's, one lane at a time
     assert ("vscalefps" in text and "vperm" in text) == (target == "AVX-512" and loop != "walk back")
+
+
+def test_kernels_make_no_array():
+    """They work on bare addresses: an array of a kernel's own is freed after its last mention, before its last use."""
+    folder = Path(scan_forward.__file__).parent
+    calls = {
+        (path.name, node.func.attr)
+        for path in folder.glob("*.py")
+        for function in ast.walk(ast.parse(path.read_text()))
+        if isinstance(function, ast.FunctionDef) and {ast.unparse(d) for d in function.decorator_list} & DECORATORS
+        for node in ast.walk(function)
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("np.")
+    }
+    assert {path for path, _ in calls} >= {"scan_forward.py", "scan_backward.py", "conv_kernels.py"}
+    assert {name for _, name in calls} <= SCALARS

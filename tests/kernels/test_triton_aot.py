@@ -65,3 +65,17 @@ def test_tiled_forward_loop_shuffles_once_a_token_and_halving_of_the_states(comp
         assert loop.get("SHFL", 0) == shuffles, found
         assert loop.get("BAR", 0) <= 3, found
         assert sum(loop.values()) <= 13 * exponentials, found
+
+
+def test_backward_of_the_convolution_reads_every_row_once(compiled):
+    """Its loop over blocks of rows has two ways, one for blocks with a border of sequences in them."""
+    if "gfx" in compiled[0]["target"]:
+        pytest.skip("the loops are read off NVIDIA's machine code")
+    (found,) = (c for c in compiled if c["kernel"] == "conv_backward_kernel")
+    flags, loop = found["flags"], found["loops"][-1]
+    seen = flags["STEPS"] + 2 * (flags["WIDTH"] - 1)
+    gradients = flags["DIRECTIONS"] * (flags["STEPS"] + flags["WIDTH"] - 1)
+    assert loop["LDG"] <= 2 * (seen + gradients) + seen + 2, found  # and the sequences of the rows, of both ends
+    assert not {"SHFL", "BAR"} & loop.keys(), found
+    elements = loop["MUFU"] // (2 * 2 * gradients) * flags["STEPS"]  # a thread; two instructions a sigmoid
+    assert sum(loop.values()) <= 2 * 100 * elements, found

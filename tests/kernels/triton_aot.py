@@ -40,13 +40,22 @@ TARGETS = {
 NVIDIA_TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 SIXTEEN_BIT = {
     "u_ptr", "dt_ptr", "z_ptr", "out_ptr", "ungated_ptr", "dy_ptr", "du_ptr", "ddt_ptr", "dout_ptr", "dz_ptr", "x_ptr",
-    "g_ptr", "low_ptr", "projections_ptr", "normed_ptr", "dnormed_ptr",
+    "dx_ptr", "low_ptr", "projections_ptr", "normed_ptr", "dnormed_ptr",
 }  # fmt: skip
 INT32 = {"table_ptr", "sequence_ptr", "segment_ptr", "cu_seqlens_ptr"}
 INT64 = {
     "u_direction", "bc_direction", "chunk_direction", "slot_direction", "total_direction", "block_stride",
 }  # fmt: skip
-MULTIPLE_OF_16 = {"channels", "x_stride", "z_stride", "dz_stride", "out_stride", "dt_stride", "scratch_stride"} | INT64
+MULTIPLE_OF_16 = {
+    "channels",
+    "x_stride",
+    "z_stride",
+    "dz_stride",
+    "dx_stride",
+    "out_stride",
+    "dt_stride",
+    "scratch_stride",
+} | INT64
 
 
 class Case(NamedTuple):
@@ -113,7 +122,7 @@ def cases(column: str) -> list[Case]:
     found.append(Case(mixer_kernels.sum_parts_kernel, {"COLUMNS": 32, "ROWS": 32}, 4))
     if column == "cuda":
         found += _tiled_cases()
-    return found + _token_cases()
+    return found + _token_cases(column)
 
 
 def _tiled_cases() -> list[Case]:
@@ -146,13 +155,15 @@ def _tiled_cases() -> list[Case]:
     return found
 
 
-def _token_cases() -> list[Case]:
+def _token_cases(column: str) -> list[Case]:
     tile = {"ROWS": 32, "BLOCK": 64}
-    conv = {"REVERSE": False, "SILU": True, "HAS_BIAS": True, "PACKED": True, "WIDTH": 4, **tile}
+    conv = {"SIGN": 1, "SILU": True, "HAS_BIAS": True, "PACKED": True, "WIDTH": 4}
+    sizes, hardware = plan.CONVOLUTION_BACKWARD[column], {"HARDWARE": column == "cuda"}
+    backward = {"DIRECTIONS": 2, "GROUPS": sizes.groups, "STEPS": sizes.steps, "BLOCK": sizes.block, **conv, **hardware}
     norm = {"ROWS": 16, "BLOCK": 256}
     return [
-        Case(token_kernels.conv_kernel, {"DIRECTIONS": 2, **conv}, 4),
-        Case(token_kernels.conv_backward_kernel, conv, 4),
+        Case(token_kernels.conv_kernel, conv | tile, 4),
+        Case(token_kernels.conv_backward_kernel, backward, sizes.warps),
         Case(token_kernels.softplus_kernel, {"HAS_BIAS": True, "SOFTPLUS": True, **tile}, 4),
         Case(token_kernels.gate_backward_kernel, {"GATE": True, "SCALE": 0.5, **tile}, 4),
         Case(token_kernels.add_rms_norm_kernel, {"HAS_RESIDUAL": True, **norm}, 4),

@@ -60,6 +60,14 @@ def test_going_on_with_another_strategy_and_another_number_of_processes(before, 
     )
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+def test_native_sizes(strategy, tmp_path):
+    """Every picture counts alike, so that it does not matter which process has the large ones."""
+    options = ("--steps=3", "--data.sizes=native", "--model.patch_size=8", "--accumulation=2")
+    folder = run(tmp_path, strategy, *options)
+    assert losses(folder) == pytest.approx(losses(run(tmp_path / "one", "one", *options)), rel=2e-6)
+
+
 def test_offloading_and_recomputing_change_nothing(one, tmp_path):
     """DeepSpeedCPUAdam is compiled at the first run on a machine, in half a minute."""
     assert_same_run(run(tmp_path, "zero3_offload", *OPTIONS, "--model.grad_checkpointing=true"), one)

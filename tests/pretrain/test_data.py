@@ -11,14 +11,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from launch.randomness import generator
+from pretrain.bad_pictures import BadPictures
 from pretrain.data import (
-    BadPictures,
     BatchPlan,
     DataConfig,
     StepSampler,
     View,
     Views,
     build_loader,
+    native_size,
     random_crop,
     to_model,
     to_pixels,
@@ -207,3 +208,32 @@ def test_a_resumed_stream_goes_on_where_it_was(tmp_path, picture_folder, workers
     resumed = stream(5, 8, known_bad)
     assert resumed[:5] == [None] * 5
     assert all(same(a, b) for a, b in zip(whole[5:], resumed[5:], strict=True))
+
+
+@given(st.tuples(st.floats(1, 5000), st.floats(1, 5000)), st.sampled_from([(4, 6), (1, 2), (20, 20)]))
+def test_native_sizes(crop, grid):
+    side = 8
+    height, width = native_size(crop, (grid[0] * side, grid[1] * side), grid)
+    assert (height % side, width % side) == (0, 0)
+    assert 2 <= height // side * (width // side) <= grid[0] * grid[1]
+    assert height <= max(crop[0] + side, 2 * side)  # never scaled up, but for whole patches
+    assert width <= max(crop[1] + side, 2 * side)
+
+
+def test_native_views_keep_the_shape_of_the_crop(picture_folder):
+    """A crop of 400 x 100 gives as many patches as one of 200 x 200, in its own shape."""
+    assert native_size((100, 400), (64, 64), (8, 8)) == (32, 128)
+    assert native_size((200, 200), (64, 64), (8, 8)) == (64, 64)
+    assert native_size((17, 30), (64, 64), (8, 8)) == (16, 32)
+    source = folder_source(picture_folder)
+    loaded = list(build_loader(source, view(sizes="native"), 3, BatchPlan(6, 1, 1, 0), 0, 4))
+    again = list(build_loader(source, view(sizes="native", workers=2), 3, BatchPlan(6, 1, 1, 0), 1, 4))
+    for batch, same_batch in zip(loaded[1:], again, strict=True):
+        assert all(map(torch.equal, batch.images, same_batch.images))
+        assert all(map(torch.equal, batch.masks, same_batch.masks))
+    shapes = {tuple(image.shape) for batch in loaded for image in batch.images}
+    assert len(shapes) > 3
+    assert all(h * w <= 32 * 48 for _, h, w in shapes)
+    for image, mask in zip(loaded[0].images, loaded[0].masks, strict=True):
+        assert len(mask) == image.shape[1] * image.shape[2] // 64
+        assert mask.sum() == MaskConfig().num_masked(len(mask))

@@ -34,7 +34,7 @@ def test_patchify_and_back():
 
 def test_visible_patches_stay_in_scan_order():
     _, masks = inputs()
-    visible, hidden = split_patches(masks)
+    visible, hidden, _ = split_patches(masks)
     assert (visible.shape, hidden.shape) == ((2, 6), (2, 18))
     for seen, unseen, mask in zip(visible, hidden, masks, strict=True):
         assert seen.tolist() == torch.nonzero(~mask).flatten().tolist()
@@ -77,7 +77,7 @@ def test_the_encoder_scans_the_visible_patches_with_the_published_layout():
     """What the encoder makes of a masked picture equals a plain pass over just those patches."""
     model = autoencoder(num_registers=2)
     images, masks = inputs()
-    visible, hidden = split_patches(masks)
+    visible, hidden, _ = split_patches(masks)
     seen = []
     model.encoder.layers[0].register_forward_hook(lambda module, given, out: seen.append(given[0]))
     model(images, visible, hidden)
@@ -133,3 +133,25 @@ def test_undecayed_names_exist():
 def test_overlapping_patches_are_refused():
     with pytest.raises(UserError, match="pretrain with stride = patch_size"):
         autoencoder(stride=4)
+
+
+def test_packed_pictures_are_as_if_alone():
+    """Values and gradients; every picture counts alike, though one has ten times the patches of another."""
+    model = autoencoder(num_registers=2).train()
+    sizes = [(32, 48), (8, 16), (64, 24), (40, 40)]
+    images = [torch.randn(3, *size, generator=generator(i)) for i, size in enumerate(sizes)]
+    masks = [draw_mask((h // 8, w // 8), MaskConfig(ratio=0.6), generator(i)) for i, (h, w) in enumerate(sizes)]
+    loss = model(images, *split_patches(masks))
+    loss.backward()
+    packed = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    made = model.reconstruct(images, *split_patches(masks)).pixels
+    model.zero_grad()
+    alone = torch.stack([model(i[None], *split_patches(m[None])) for i, m in zip(images, masks, strict=True)])
+    alone.mean().backward()
+    torch.testing.assert_close(loss, alone.mean())
+    assert alone.std() > 1e-3
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(packed[name], parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
+    for pixels, image, mask in zip(made, images, masks, strict=True):
+        torch.testing.assert_close(pixels, model.reconstruct(image[None], *split_patches(mask[None])).pixels[0])

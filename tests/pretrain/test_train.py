@@ -79,7 +79,7 @@ def test_the_published_backbone_is_the_one_that_was_trained(tmp_path):
     with torch.no_grad():
         assert torch.equal(backbone.forward_features(images), model.encoder.eval().forward_features(images))
     card = (folder / "backbone/README.md").read_text()
-    assert "2 steps of 4 pictures, 12 of 16 patches hidden" in card
+    assert "2 steps of 4 pictures, 32 x 32, 75% of the patches hidden" in card
 
 
 def test_it_learns(tmp_path):
@@ -103,6 +103,7 @@ def test_it_learns(tmp_path):
             id="everything",
         ),
         pytest.param(("--precision=bf16", "--mask.kind=block"), id="bf16"),
+        pytest.param(("--data.sizes=native", "--model.patch_size=8", "--picture_every=2"), id="native sizes"),
     ],
 )
 def test_resume_is_exact(tmp_path, options):
@@ -190,6 +191,12 @@ def test_the_compiled_model_follows_the_same_curve(tmp_path):
     plain = losses(pretrain(config(tmp_path / "plain", "--steps=3")))
     for step, (loss, norm, rate) in losses(tmp_path / "runs/pretrain").items():
         assert plain[step] == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-4), rate)
+
+
+def test_native_sizes_are_not_compiled(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    with pytest.raises(UserError, match=r"data\.sizes is 'native'.*--dynamo_backend no"):
+        pretrain(config(tmp_path, "--data.sizes=native"))
 
 
 @pytest.mark.slow

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vim_kernels.cpu_backend.conv_kernels import conv_backward, conv_forward
+from vim_kernels.cpu_backend.conv_kernels import conv_backward, conv_backward_vectors, conv_forward
 from vim_kernels.cpu_backend.plan import Plan, plan_for, tile_bound
 from vim_kernels.cpu_backend.records import CONV, SCAN, SCAN_GRADIENT
-from vim_kernels.cpu_backend.scan_backward import scan_backward
-from vim_kernels.cpu_backend.scan_forward import scan_forward
+from vim_kernels.cpu_backend.scan_backward import backward_vectors, scan_backward
+from vim_kernels.cpu_backend.scan_forward import forward_vectors, scan_forward
 from vim_kernels.cpu_backend.tensors import address, fresh, kernel_dtype, records, token_rows, unblocked
 from vim_kernels.cpu_backend.vector import LANES
 from vim_kernels.cpu_backend.weights import DirectionWeights, direction_weights, whole
@@ -42,8 +42,10 @@ def bidirectional_scan_forward(
     backward: ScanWeights,
     cu_seqlens: Tensor | None,
     save: bool,
+    overwrite: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
     """See `vim_kernels.interface.FastBackend`."""
+    del overwrite
     saved = bidirectional_scan_saved(x, z, forward, backward, cu_seqlens) if save else []
     dtype = kernel_dtype(x, z)
     rows, gate = token_rows(x, dtype), None if z is None else token_rows(z, dtype)
@@ -51,15 +53,16 @@ def bidirectional_scan_forward(
     two = direction_weights(forward, backward, rows)
     us = _convolve(rows, two, plan)
     projections = [(u @ weights.x_proj.t()).float() for u, weights in zip(us, two, strict=True)]
-    out = torch.empty_like(us[0])
-    partial = out if dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+    # a token's u is read before its sum is written: the directions leave theirs where their u was
+    out, partial = us[1], us[0] if dtype == torch.float32 else torch.empty_like(us[0], dtype=torch.float32)
     first, last = _scan_fields(rows, gate, two, us, projections)
     first |= {"gate": 0, "out": partial.data_ptr(), "scale": 1.0}
     last |= {"partial": partial.data_ptr(), "out": out.data_ptr(), "out_bf16": dtype == torch.bfloat16}
     for fields, projection, kept, states in zip((first, last), projections, saved[::2], saved[1::2], strict=False):
         kept.copy_(projection)
         fields["checkpoints"] = states.data_ptr()
-    scan_forward(records(SCAN, first, last), plan.borders, plan.chunks, plan.tasks, plan.task_starts)
+    scratch = plan.scratch(forward_vectors(two[0].states, plan.widest))
+    scan_forward(records(SCAN, first, last), plan.borders, plan.chunks, plan.tasks, plan.task_starts, scratch)
     return out.view(rows.shape)[..., : x.shape[-1]].to(x.dtype).contiguous(), saved
 
 
@@ -93,7 +96,8 @@ def bidirectional_scan_backward(
     gradients[0]["y_out"] = partial.data_ptr()
     gradients[1] |= {"dgate": address(dz), "dgate_stride": halves * d}
     directions, gradients = records(SCAN, *fields), records(SCAN_GRADIENT, *gradients)
-    scan_backward(directions, gradients, plan.borders, plan.chunks, plan.tasks, plan.task_starts)
+    scratch = plan.scratch(backward_vectors(two[0].states, plan.widest))
+    scan_backward(directions, gradients, plan.borders, plan.chunks, plan.tasks, plan.task_starts, scratch)
     found = []
     for weights, (du, ddt, dbc, dweights), u, projection, given in zip(
         two, kept, us, projections, (forward, backward), strict=True
@@ -226,7 +230,8 @@ def _conv_gradients(
                 dx_partial=address(partial) if k else 0, dx_partial_stride=partial.stride(1),
             )
         )  # fmt: skip
-    conv_backward(records(CONV, *fields), plan.borders, plan.tasks, plan.task_starts)
+    scratch = plan.scratch(conv_backward_vectors(two[0].taps))
+    conv_backward(records(CONV, *fields), plan.borders, plan.tasks, plan.task_starts, scratch)
     totals = [dweights.sum(0) for dweights in kept]
     return [(total[:-1].t(), total[-1]) for total in totals]
 

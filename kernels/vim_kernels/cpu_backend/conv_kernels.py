@@ -133,14 +133,18 @@ def _backward_tile(d, channel, first, last, start, stop, pre, dweights):
     store(dweights, d.taps * d.channels, bias)
 
 
+def conv_backward_vectors(taps):
+    """Vectors of scratch that a worker of `conv_backward` needs."""
+    return TILE + taps
+
+
 @kernel
-def conv_backward(directions, borders, tasks, worker_starts):
+def conv_backward(directions, borders, tasks, worker_starts, scratch):
     """Run every task (sequence, first block, last block, group) over the workers, directions in order."""
     for worker in numba.prange(len(worker_starts) - 1):
         for i in range(worker_starts[worker], worker_starts[worker + 1]):
             sequence = tasks[i, 0]
             start, stop = borders[sequence], borders[sequence + 1]
-            scratch = np.empty(LANES * (TILE + directions[0].taps + 1), np.float32)
             for k in range(len(directions)):
                 d = directions[k]
                 for block in range(tasks[i, 1], tasks[i, 2]):
@@ -150,4 +154,4 @@ def conv_backward(directions, borders, tasks, worker_starts):
                         store(dweights, row * d.channels, splat(np.float32(0)))
                     for first in range(start, stop, TILE):
                         last = min(stop, first + TILE)
-                        _backward_tile(d, channel, first, last, start, stop, aligned(scratch), dweights)
+                        _backward_tile(d, channel, first, last, start, stop, aligned(scratch[worker]), dweights)

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vim_kernels.cpu_backend.conv_kernels import conv_backward, conv_forward
+from vim_kernels.cpu_backend.conv_kernels import conv_backward, conv_backward_vectors, conv_forward
 from vim_kernels.cpu_backend.plan import plan_for
 from vim_kernels.cpu_backend.records import CONV
 from vim_kernels.cpu_backend.tensors import (
@@ -71,7 +71,7 @@ def causal_conv1d_backward(
         rows, taps, offset, activation, reverse, dout=address(dout), dout_stride=dout.stride(1), dout_bf16=is_bf16,
         dx=address(dx), dx_stride=rows.shape[-1], dx_bf16=is_bf16, dweights=address(dweights),
     )  # fmt: skip
-    conv_backward(d, plan.borders, plan.tasks, plan.task_starts)
+    conv_backward(d, plan.borders, plan.tasks, plan.task_starts, plan.scratch(conv_backward_vectors(len(taps))))
     total = dweights.sum(0)
     dx, dweight, dbias = fresh(dx, x), fresh(total[:-1].t(), weight), fresh(total[-1], bias)
     assert dx is not None

@@ -22,6 +22,8 @@ class Plan(NamedTuple):
     sequences: int
     groups: int
     workers: int
+    widest: int
+    """Most channel blocks of a task."""
     borders: np.ndarray
     """(sequences + 1,) first token of each sequence."""
     chunks: np.ndarray
@@ -34,6 +36,14 @@ class Plan(NamedTuple):
     """(pieces, 3): sequence, first token, end; sorted by worker."""
     piece_starts: np.ndarray
     """(workers + 1,)"""
+
+    def scratch(self, vectors: int) -> np.ndarray:
+        """For each worker, float32 memory of so many vectors and what `aligned` may skip.
+
+        The kernels work on bare addresses, so an array of their own would be freed after its last mention in the code,
+        which comes before its last use.
+        """
+        return np.empty((self.workers, LANES * (vectors + 1)), np.float32)
 
 
 def plan_for(x: Tensor, cu_seqlens: Tensor | None) -> Plan:
@@ -83,6 +93,7 @@ def _plan(borders: tuple[int, ...], blocks: int, workers: int) -> Plan:
         sequences=len(lengths),
         groups=groups,
         workers=workers,
+        widest=max((last - first for _, first, last, _ in tasks), default=0),
         borders=np.array(borders, np.int64),
         chunks=(np.cumsum(tiles) - tiles).astype(np.int64),
         tasks=np.array(tasks, np.int64).reshape(-1, 4),

@@ -204,17 +204,19 @@ def _scan_sequence(d, g, sequence, start, stop, chunk, first_block, last_block, 
         copy_blocks(adjoint, g.dinitial + 4 * (sequence * per_sequence + offset), blocks * states)
 
 
+def backward_vectors(states, widest):
+    """Vectors of scratch that a worker of `scan_backward` needs."""
+    return 5 * TILE + states * (4 * TILE + 1 + widest)
+
+
 @kernel
-def scan_backward(directions, gradients, borders, chunks, tasks, worker_starts):
+def scan_backward(directions, gradients, borders, chunks, tasks, worker_starts, scratch):
     """Run every task (sequence, first block, last block, group), directions in order, over the workers."""
     for worker in numba.prange(len(worker_starts) - 1):
         for i in range(worker_starts[worker], worker_starts[worker + 1]):
             sequence, first_block, last_block = tasks[i, 0], tasks[i, 1], tasks[i, 2]
-            states = directions[0].states
-            vectors = 5 * TILE + states * (4 * TILE + 1 + last_block - first_block)
-            scratch = np.empty(LANES * (vectors + 1), np.float32)
             for k in range(len(directions)):
                 _scan_sequence(
                     directions[k], gradients[k], sequence, borders[sequence], borders[sequence + 1], chunks[sequence],
-                    first_block, last_block, tasks[i, 3], aligned(scratch),
+                    first_block, last_block, tasks[i, 3], aligned(scratch[worker]),
                 )  # fmt: skip

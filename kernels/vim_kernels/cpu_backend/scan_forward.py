@@ -144,16 +144,19 @@ def _scan_sequence(d, sequence, start, stop, chunk, first_block, last_block, sta
         copy_blocks(state, d.final + 4 * (sequence * per_sequence + offset), vectors)
 
 
+def forward_vectors(states, widest):
+    """Vectors of scratch that a worker of `scan_forward` needs."""
+    return states * widest + 3 * TILE
+
+
 @kernel
-def scan_forward(directions, borders, chunks, tasks, worker_starts):
+def scan_forward(directions, borders, chunks, tasks, worker_starts, scratch):
     """Run every task (sequence, first block, last block, group), directions in order, over the workers."""
     for worker in numba.prange(len(worker_starts) - 1):
         for i in range(worker_starts[worker], worker_starts[worker + 1]):
             sequence, first_block, last_block = tasks[i, 0], tasks[i, 1], tasks[i, 2]
-            widest = directions[0].states * (last_block - first_block)
-            scratch = np.empty(LANES * (widest + 3 * TILE + 1), np.float32)
-            state = aligned(scratch)
-            dts = state + BYTES * widest
+            state = aligned(scratch[worker])
+            dts = state + BYTES * directions[0].states * (last_block - first_block)
             drives = dts + BYTES * TILE
             ys = drives + BYTES * TILE
             for k in range(len(directions)):

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from vim_kernels.cpu_backend.plan import Plan, plan_for, tile_bound
 from vim_kernels.cpu_backend.records import SCAN, SCAN_GRADIENT
-from vim_kernels.cpu_backend.scan_backward import scan_backward
-from vim_kernels.cpu_backend.scan_forward import scan_forward
+from vim_kernels.cpu_backend.scan_backward import backward_vectors, scan_backward
+from vim_kernels.cpu_backend.scan_forward import forward_vectors, scan_forward
 from vim_kernels.cpu_backend.tensors import (
     LOG2_E,
     address,
@@ -98,7 +98,9 @@ def selective_scan_forward(
     d["out"], d["out_stride"], d["out_bf16"] = address(out), call.channels, call.dtype == torch.bfloat16
     d["initial"], d["final"] = address(initial), address(final)
     d["checkpoints"] = address(saved[0]) if save else 0
-    scan_forward(d, call.plan.borders, call.plan.chunks, call.plan.tasks, call.plan.task_starts)
+    plan = call.plan
+    scratch = plan.scratch(forward_vectors(call.states, plan.widest))
+    scan_forward(d, plan.borders, plan.chunks, plan.tasks, plan.task_starts, scratch)
     y = out[..., : x.shape[-1]].to(x.dtype).contiguous()
     return y, unblocked(final, x.shape[-1]), saved
 
@@ -137,7 +139,8 @@ def selective_scan_backward(
         dweights=address(dweights), dfinal=address(dfinal), dinitial=address(dinitial),
     )  # fmt: skip
     call.record["checkpoints"] = saved[0].data_ptr()
-    scan_backward(call.record, gradient, plan.borders, plan.chunks, plan.tasks, plan.task_starts)
+    scratch = plan.scratch(backward_vectors(n, plan.widest))
+    scan_backward(call.record, gradient, plan.borders, plan.chunks, plan.tasks, plan.task_starts, scratch)
     dB, dC = dbc.sum(0).view(*B.shape[:2], 2 * n).chunk(2, dim=-1)
     total = dweights.sum(0)
     dA = unblocked(total[: n * d].view(-1, n, LANES), d)

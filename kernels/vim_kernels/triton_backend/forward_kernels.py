@@ -52,7 +52,7 @@ def _prefetch(pointers):
 @triton.jit
 def _scan_direction(
     u_ptr, dt_ptr, bc_ptr, z_ptr, out_ptr, ungated_ptr, rates_ptr, D_ptr, h0_ptr, final_ptr, states_ptr,
-    first, count, channel, channels, state_stride, z_stride,
+    first, count, channel, channels, state_stride, z_stride, out_stride,
     REVERSE: tl.constexpr, ADD: tl.constexpr, LAST: tl.constexpr, GATE: tl.constexpr, SAVE: tl.constexpr,
     HAS_D: tl.constexpr, HAS_H0: tl.constexpr, STORE_FINAL: tl.constexpr, SCALE: tl.constexpr,
     N: tl.constexpr, BLOCK: tl.constexpr, INTERVAL: tl.constexpr, AHEAD: tl.constexpr,
@@ -79,7 +79,7 @@ def _scan_direction(
         u_row = u_ptr + row * channels
         dt_row = dt_ptr + row * channels
         bc_row = bc_ptr + row * (2 * N)
-        out_row = out_ptr + row * channels
+        out_row = out_ptr + row * out_stride
         z_row = z_ptr + row * z_stride
         ungated_row = ungated_ptr + row * channels
         for i in range(0, rows):
@@ -89,7 +89,7 @@ def _scan_direction(
                     _prefetch(u_row + step * AHEAD * channels + d)
                     _prefetch(dt_row + step * AHEAD * channels + d)
                     if ADD:
-                        _prefetch(out_row + step * AHEAD * channels + d)
+                        _prefetch(out_row + step * AHEAD * out_stride + d)
                     if GATE:
                         _prefetch(z_row + step * AHEAD * z_stride + d)
             B = tl.load(bc_row + n)
@@ -114,7 +114,7 @@ def _scan_direction(
             u_row += step * channels
             dt_row += step * channels
             bc_row += step * (2 * N)
-            out_row += step * channels
+            out_row += step * out_stride
             z_row += step * z_stride
             ungated_row += step * channels
     if STORE_FINAL:
@@ -125,11 +125,12 @@ def _scan_direction(
 @triton.jit(do_not_specialize=["state_stride"])
 def scan_forward_kernel(
     u_ptr, dt_ptr, bc_ptr,  # (q, rows, d), (q, rows, d), (q, rows, 2 n) float32
-    z_ptr, out_ptr, ungated_ptr,  # (rows, d) with row stride z_stride; (rows, d); (rows, d) the sum before the gate
+    z_ptr, out_ptr,  # (rows, d) with row strides z_stride, out_stride
+    ungated_ptr,  # (rows, d) the sum before the gate
     rates_ptr, D0_ptr, D1_ptr,  # (q, n, d) float32, A log2(e); (d,) of either direction
     h0_ptr, final_ptr, states_ptr,  # (q, chunks, n, d), the same, (q, slots, n, d), all float32
     table_ptr, length, chunk_size, chunks_per_sequence, slots_per_sequence,
-    channels, state_stride, z_stride, u_direction, bc_direction, chunk_direction, slot_direction,
+    channels, state_stride, z_stride, out_stride, u_direction, bc_direction, chunk_direction, slot_direction,
     DIRECTIONS: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr, GATE: tl.constexpr, SAVE: tl.constexpr,
     HAS_D: tl.constexpr, HAS_H0: tl.constexpr, STORE_FINAL: tl.constexpr, SCALE: tl.constexpr,
     N: tl.constexpr, BLOCK: tl.constexpr, INTERVAL: tl.constexpr, AHEAD: tl.constexpr,
@@ -144,7 +145,8 @@ def scan_forward_kernel(
     saved = slot * N * channels
     _scan_direction(
         u_ptr, dt_ptr, bc_ptr, z_ptr, out_ptr, ungated_ptr, rates_ptr, D0_ptr,
-        h0_ptr + state, final_ptr + state, states_ptr + saved, first, count, channel, channels, state_stride, z_stride,
+        h0_ptr + state, final_ptr + state, states_ptr + saved,
+        first, count, channel, channels, state_stride, z_stride, out_stride,
         REVERSE, False, DIRECTIONS == 1, GATE and DIRECTIONS == 1, SAVE,
         HAS_D, HAS_H0, STORE_FINAL, SCALE, N, BLOCK, INTERVAL, AHEAD,
     )  # fmt: skip
@@ -153,7 +155,8 @@ def scan_forward_kernel(
         _scan_direction(
             u_ptr + u_direction, dt_ptr + u_direction, bc_ptr + bc_direction, z_ptr, out_ptr, ungated_ptr,
             rates_ptr + N * channels, D1_ptr, h0_ptr + chunk_direction + state, final_ptr + chunk_direction + state,
-            states_ptr + slot_direction + saved, first, count, channel, channels, state_stride, z_stride,
+            states_ptr + slot_direction + saved,
+            first, count, channel, channels, state_stride, z_stride, out_stride,
             True, True, True, GATE, SAVE, HAS_D, HAS_H0, STORE_FINAL, SCALE, N, BLOCK, INTERVAL, AHEAD,
         )  # fmt: skip
 

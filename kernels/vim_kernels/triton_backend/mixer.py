@@ -4,11 +4,10 @@ import math
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from vim_kernels.triton_backend import plan
-from vim_kernels.triton_backend.launch import launch
+from vim_kernels.triton_backend.launch import cdiv, launch, power_of_two
 from vim_kernels.triton_backend.mixer_kernels import (
     mixer_convolution_kernel,
     mixer_projection_kernel,
@@ -17,7 +16,7 @@ from vim_kernels.triton_backend.mixer_kernels import (
 )
 from vim_kernels.triton_backend.plan import Tokens, tokens_of
 from vim_kernels.triton_backend.scan import ScanGradients, ScanInputs, scan_backward, scan_forward
-from vim_kernels.triton_backend.tokens import conv_backward, convolve, flat, gate_backward, own, split_taps
+from vim_kernels.triton_backend.tokens import conv_backward, flat, gate_backward, own, split_taps
 from vim_kernels.types import ScanWeights
 
 LN2 = math.log(2)
@@ -62,25 +61,32 @@ def bidirectional_scan_forward(
     backward: ScanWeights,
     cu_seqlens: Tensor | None,
     save: bool,
+    overwrite: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Output (b, l, d) in the dtype of x, and what was saved."""
-    out = x.new_empty(x.shape)
+    """Output (b, l, d) in the dtype of x, in its memory if overwrite, and what was saved.
+
+    Without `save` a large batch goes slice by slice: the slices share the memory of what the scan reads.
+    """
+    out = x if overwrite else x.new_empty(x.shape)
     saved = bidirectional_scan_saved(x, z, forward, backward, cu_seqlens) if save else []
     if x.numel() == 0:
         return out, saved
-    tokens = tokens_of(x, cu_seqlens)
-    d = x.shape[2]
-    scan_forward(
-        mixer_inputs(x, mixer_weights(x, forward, backward), tokens, store_low=False).scan,
-        None if z is None else flat(z),
-        out.view(-1, d),
-        tokens,
-        scale=0.5,
-        states=saved[0] if save else None,
-        ungated=saved[1].view(-1, d) if save and z is not None else None,
-        initial=None,
-        want_final=False,
-    )
+    ready = mixer_weights(x, forward, backward)
+    slices = 1 if save else plan.slices(tokens_of(x, cu_seqlens), x.shape[2], plan.processors(x.device))
+    zs = [None] * slices if z is None else z.tensor_split(slices)
+    for x_part, z_part, out_part in zip(x.tensor_split(slices), zs, out.tensor_split(slices), strict=True):
+        tokens = tokens_of(x_part, cu_seqlens)
+        scan_forward(
+            mixer_inputs(x_part, ready, tokens, store_low=False).scan,
+            None if z_part is None else flat(z_part),
+            flat(out_part),
+            tokens,
+            scale=0.5,
+            states=saved[0] if save else None,
+            ungated=flat(saved[1]) if save and z is not None else None,
+            initial=None,
+            want_final=False,
+        )
     return out, saved
 
 
@@ -113,11 +119,8 @@ def bidirectional_scan_backward(
     assert low is not None
     n, rank = forward.A_log.shape[1], forward.dt_proj.shape[1]
     du, ddt_proj, dx_proj = _projections_backward(found, inputs.u, low, ready, n, rank)
-    g, dtaps = conv_backward(
-        du, x, (forward.conv_weight, backward.conv_weight), _conv_biases(forward, backward), cu_seqlens,
-        reverse=False, silu=True, in_place=True,
-    )  # fmt: skip
-    convolve(g, (forward.conv_weight, backward.conv_weight), None, flat(dx), x, cu_seqlens, True, False)
+    taps, biases = (forward.conv_weight, backward.conv_weight), _conv_biases(forward, backward)
+    dtaps = conv_backward(du, x, taps, biases, dx, cu_seqlens, reverse=False, silu=True)
     # d/dA_log of A = -exp(A_log) is A; the kernel's gradient is for A, its rates are A log2(e)
     dA_log = (found.rates * inputs.rates * LN2)[:, :n].transpose(1, 2)
     gradients = []
@@ -134,12 +137,12 @@ def mixer_weights(x: Tensor, forward: ScanWeights, backward: ScanWeights) -> Mix
     f, b = _contiguous(forward), _contiguous(backward)
     d, n = f.A_log.shape
     rank, states, width = f.dt_proj.shape[1], _padded(n), f.conv_weight.shape[1]
-    columns = triton.next_power_of_2(2 * states + _padded(rank))
+    columns = power_of_two(2 * states + _padded(rank))
     biases = _conv_biases(f, b)
     rates = x.new_empty(2, states, d, dtype=torch.float32)
     taps = x.new_empty(2, width + 1, d, dtype=torch.float32)
     projections = x.new_empty(2, 2, columns, d, dtype=x.dtype if x.is_cuda else torch.float32)  # see plan.dot_dtype
-    launch(mixer_weights_kernel, (triton.cdiv(d, WEIGHTS_BLOCK), 2),
+    launch(mixer_weights_kernel, (cdiv(d, WEIGHTS_BLOCK), 2),
         f.A_log, b.A_log, f.conv_weight, b.conv_weight, *(biases or (x, x)), f.x_proj, b.x_proj, f.dt_proj, b.dt_proj,
         rates, taps, projections, d,
         N=n, STATES=states, WIDTH=width, RANK=rank, COLUMNS=columns, HAS_BIAS=biases is not None, BLOCK=WEIGHTS_BLOCK,
@@ -154,7 +157,7 @@ def mixer_inputs(x: Tensor, weights: MixerWeights, tokens: Tokens, *, store_low:
     source, target = flat(x), plan.target(x.device)
     u = x.new_empty(2, rows, d)
     sizes = plan.CONVOLUTION
-    launch(mixer_convolution_kernel, (triton.cdiv(rows, sizes.groups * sizes.steps), triton.cdiv(d, sizes.block)),
+    launch(mixer_convolution_kernel, (cdiv(rows, sizes.groups * sizes.steps), cdiv(d, sizes.block)),
         source, source.stride(0), weights.taps, u, tokens.segment(x), rows, tokens.length, d, rows * d,
         PACKED=tokens.packed, WIDTH=width, GROUPS=sizes.groups, STEPS=sizes.steps, BLOCK=sizes.block,
         HARDWARE=target == "cuda", num_warps=sizes.warps,
@@ -163,7 +166,7 @@ def mixer_inputs(x: Tensor, weights: MixerWeights, tokens: Tokens, *, store_low:
     bc = x.new_empty(2, rows, 2 * states, dtype=torch.float32)
     low = x.new_empty(2, rows, weights.rank) if store_low else None
     sizes = plan.MIXER[target]
-    launch(mixer_projection_kernel, (triton.cdiv(rows, sizes.rows), 2),
+    launch(mixer_projection_kernel, (cdiv(rows, sizes.rows), 2),
         u, weights.projections, *weights.dt_biases, dt, bc, low if low is not None else x,
         rows, d, rows * d, rows * 2 * states, rows * weights.rank,
         STORE_LOW=store_low, STATES=states, RANK_BLOCK=weights.rank, COLUMNS=weights.projections.shape[2],
@@ -185,7 +188,7 @@ def _projections_backward(
     states = weights.rates.shape[1]
     dprojected = torch.bmm(found.dt, dt_proj.transpose(1, 2))  # 0 where a column is not of the low rank
     _, parts, rows, columns = found.bc.shape
-    launch(sum_parts_kernel, (triton.cdiv(rows, SUM_ROWS), 2),
+    launch(sum_parts_kernel, (cdiv(rows, SUM_ROWS), 2),
         found.bc, dprojected, parts, rows, dprojected.shape[2], COLUMNS=columns, ROWS=SUM_ROWS,
     )  # fmt: skip
     ddt_proj = torch.bmm(found.dt.transpose(1, 2), low)[..., :rank]
@@ -196,7 +199,7 @@ def _projections_backward(
 
 def _padded(size: int) -> int:
     """A rank or number of states padded to what a product of tiles takes."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, power_of_two(size))
 
 
 def _contiguous(weights: ScanWeights) -> ScanWeights:

@@ -7,12 +7,12 @@ import functools
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from vim_kernels.memory import is_tight
 from vim_kernels.triton_backend.forward_kernels import chunk_table_kernel
-from vim_kernels.triton_backend.launch import launch
+from vim_kernels.triton_backend.launch import cdiv, launch
 
 INTERVAL = 32
 """Tokens between two states saved for the backward: 4 n / INTERVAL bytes a token, channel and direction."""
@@ -74,9 +74,17 @@ STATE = {"cuda": ForwardSizes(32, 1, 2), "hip": ForwardSizes(64, 1, 0), "interpr
 BACKWARD = {"cuda": BackwardSizes(32, 1, 2), "hip": BackwardSizes(64, 1, 2), "interpreter": BackwardSizes(32, 1, 4)}
 MIXER = {"cuda": MixerSizes(64, 64, 4, 3), "hip": MixerSizes(64, 32, 4, 1), "interpreter": MixerSizes(16, 64, 4, 1)}
 CONVOLUTION = ConvolutionSizes(4, 8, 128, 4)
+CONVOLUTION_BACKWARD = {
+    "cuda": ConvolutionSizes(2, 8, 128, 4),
+    "hip": ConvolutionSizes(8, 3, 64, 4),  # more rows a group spill
+    "interpreter": ConvolutionSizes(2, 8, 128, 4),
+}
 CARRY_BLOCK, CARRY_CHUNKS = 32, 64
 FORWARD_FEW, BACKWARD_FEW, WANTED_WARPS = 1.6, 4, 64
 """Warps a multiprocessor: with fewer of them a scan of whole sequences waits, and is cut to make WANTED_WARPS."""
+SLICE_WARPS, SLICE_ROWS = TILED_FORWARD[0][0], 2**17
+"""Warps a multiprocessor and tokens that a slice of a batch must have to be about as fast as a part of the whole: more
+warps gain little, and its kernels are long beside their launches."""
 
 
 class Tokens(NamedTuple):
@@ -96,7 +104,7 @@ class Tokens(NamedTuple):
         """Saved states a channel and direction, an upper bound where packed."""
         if self.packed:
             return self.rows // INTERVAL + self.sequences
-        return self.sequences * triton.cdiv(self.length, INTERVAL)
+        return self.sequences * cdiv(self.length, INTERVAL)
 
     def segment(self, like: Tensor) -> Tensor:
         """(rows,) int32, the sequence of every row where packed; otherwise unused."""
@@ -132,14 +140,14 @@ def cut(tokens: Tokens, size: int | None, device: torch.device) -> Chunks:
     size = tokens.length if size is None else min(size, tokens.length)
     whole = size == tokens.length
     if tokens.cu_seqlens is None:
-        per_sequence = triton.cdiv(tokens.length, size)
+        per_sequence = cdiv(tokens.length, size)
         return Chunks(size, tokens.sequences * per_sequence, per_sequence, None, None)
     count = tokens.sequences if whole else tokens.rows // size + tokens.sequences
     table = torch.empty(count, 3, dtype=torch.int32, device=device)
     sequence_table = torch.empty(tokens.sequences, 2, dtype=torch.int32, device=device)
     launch(
         chunk_table_kernel,
-        (triton.cdiv(count, 128),),
+        (cdiv(count, 128),),
         tokens.cu_seqlens,
         table,
         sequence_table,
@@ -162,9 +170,18 @@ def chunk_size(tokens: Tokens, warps: int, processors: int, few: float, most: in
     if programs >= few * processors or tokens.length <= 2 * INTERVAL:
         return None
     length = tokens.rows // tokens.sequences
-    whole = triton.cdiv(length, INTERVAL)
+    whole = cdiv(length, INTERVAL)
     intervals = programs * whole // (WANTED_WARPS * processors)
-    return max(1, intervals, triton.cdiv(whole, most) if most else 0) * INTERVAL
+    return max(1, intervals, cdiv(whole, most) if most else 0) * INTERVAL
+
+
+def slices(tokens: Tokens, channels: int, processors: int) -> int:
+    """Parts of a batch that a forward pass which saves nothing takes in turn, to share memory; 1 where packed."""
+    if tokens.packed or not processors:
+        return 1
+    warps = 2 * cdiv(channels, 32) * tokens.sequences
+    wanted = SLICE_WARPS // 2 if is_tight() else SLICE_WARPS
+    return max(1, min(warps // (wanted * processors), tokens.rows // SLICE_ROWS, tokens.sequences))
 
 
 def tiled_forward(warps: int, processors: int) -> TiledSizes:

@@ -7,13 +7,12 @@ state that enters each; the scan itself from there. The backward does the same w
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from vim_kernels.triton_backend import plan
 from vim_kernels.triton_backend.backward_kernels import scan_backward_kernel
 from vim_kernels.triton_backend.forward_kernels import carry_kernel, chunk_state_kernel, scan_forward_kernel
-from vim_kernels.triton_backend.launch import launch
+from vim_kernels.triton_backend.launch import cdiv, launch
 from vim_kernels.triton_backend.layouts import backward_layouts, block_of, forward_layouts
 from vim_kernels.triton_backend.plan import Chunks, Tokens
 from vim_kernels.triton_backend.tiled_forward import tiled_forward_kernel
@@ -51,7 +50,7 @@ class ScanGradients(NamedTuple):
 def scan_forward(
     inputs: ScanInputs,
     z: Tensor | None,  # (rows, d), any row stride
-    out: Tensor,  # (rows, d)
+    out: Tensor,  # (rows, d), any row stride
     tokens: Tokens,
     *,
     scale: float,
@@ -75,7 +74,7 @@ def _forward_chunk(inputs: ScanInputs, tokens: Tokens) -> int | None:
     """Rows a chunk of the forward scan, or None."""
     q, d, _ = inputs.sizes
     processors = plan.processors(inputs.u.device)
-    return plan.chunk_size(tokens, q * triton.cdiv(d, 32), processors, plan.FORWARD_FEW, plan.CARRY_CHUNKS)
+    return plan.chunk_size(tokens, q * cdiv(d, 32), processors, plan.FORWARD_FEW, plan.CARRY_CHUNKS)
 
 
 def _forward(
@@ -103,11 +102,11 @@ def _forward(
     )  # fmt: skip
     places = (
         chunks.table if chunks.table is not None else unused, tokens.length, chunks.size, chunks.per_sequence,
-        triton.cdiv(tokens.length, plan.INTERVAL), d,
+        cdiv(tokens.length, plan.INTERVAL), d,
     )  # fmt: skip
     strides = (
-        z.stride(0) if z is not None else d, tokens.rows * d, tokens.rows * 2 * n, chunks.total * n * d,
-        tokens.slots() * n * d,
+        z.stride(0) if z is not None else d, out.stride(0) if out is not None else d,
+        tokens.rows * d, tokens.rows * 2 * n, chunks.total * n * d, tokens.slots() * n * d,
     )  # fmt: skip
     flags = {
         "DIRECTIONS": q, "REVERSE": inputs.reverse, "PACKED": tokens.packed, "GATE": z is not None,
@@ -116,16 +115,16 @@ def _forward(
         "INTERVAL": plan.INTERVAL,
     }  # fmt: skip
     if plan.tiled(device, n):
-        sizes = plan.tiled_forward(q * triton.cdiv(d, 32) * chunks.total, plan.processors(device))
+        sizes = plan.tiled_forward(q * cdiv(d, 32) * chunks.total, plan.processors(device))
         block = block_of(sizes.states_thread, sizes.channels_thread, sizes.warps, n)
         layouts = forward_layouts(q, sizes.states_thread, sizes.channels_thread, sizes.warps, sizes.tile, n)
-        launch(tiled_forward_kernel, (triton.cdiv(d, block), chunks.total),
+        launch(tiled_forward_kernel, (cdiv(d, block), chunks.total),
             *tensors, total if total is not None else unused, *places, *strides, **flags, STATES_ONLY=states_only,
             BLOCK=block, TILE=sizes.tile, STEP=sizes.step, **layouts, num_warps=q * sizes.warps, num_stages=1,
         )  # fmt: skip
     else:
         sizes = plan.FORWARD[plan.target(device)]
-        launch(scan_forward_kernel, (triton.cdiv(d, sizes.block), chunks.total),
+        launch(scan_forward_kernel, (cdiv(d, sizes.block), chunks.total),
             *tensors, *places, d, *strides, **flags, BLOCK=sizes.block, AHEAD=sizes.ahead,
             num_warps=sizes.warps, num_stages=1,
         )  # fmt: skip
@@ -147,7 +146,7 @@ def scan_backward(
     by_tile, core = plan.TILED_BACKWARD, plan.BACKWARD[plan.target(dy.device)]
     block = block_of(by_tile.states_thread, by_tile.channels_thread, by_tile.warps, n) if tiled else core.block
     warps = by_tile.warps if tiled else core.warps
-    blocks, processors = triton.cdiv(d, block), plan.processors(dy.device)
+    blocks, processors = cdiv(d, block), plan.processors(dy.device)
     size = plan.chunk_size(tokens, q * blocks * warps, processors, plan.BACKWARD_FEW)
     chunks = plan.cut(tokens, size, dy.device)
     initial = dy.new_empty(q, tokens.sequences, n, d, dtype=torch.float32) if want_initial else None
@@ -164,7 +163,7 @@ def scan_backward(
         states, adjoint if adjoint is not None else dy,
         du, ddt, dbc, drates, sums, initial if initial is not None else dy,
         chunks.table if chunks.table is not None else dy, tokens.length, chunks.size, chunks.per_sequence,
-        triton.cdiv(tokens.length, plan.INTERVAL),
+        cdiv(tokens.length, plan.INTERVAL),
         d, tokens.rows * d, tokens.rows * 2 * n, chunks.total * n * d, tokens.slots() * n * d, tokens.rows * 2 * n,
     )  # fmt: skip
     flags = {
@@ -185,7 +184,7 @@ def scan_backward(
             **options,
         )
     else:
-        kept = triton.cdiv(plan.INTERVAL, core.group) * n * block
+        kept = cdiv(plan.INTERVAL, core.group) * n * block
         scratch = dy.new_empty(q * chunks.total * blocks * kept, dtype=torch.float32)
         launch(scan_backward_kernel, (blocks, chunks.total, q),
             *tensors, scratch, kept, **flags, GROUP=core.group, **options,
@@ -213,7 +212,7 @@ def _entering_states(
         _forward(inputs, None, None, None, None, after, None, total, tokens, chunks, 1.0)
     else:
         sizes = plan.STATE[plan.target(source.device)]
-        launch(chunk_state_kernel, (triton.cdiv(d, sizes.block), chunks.total, q),
+        launch(chunk_state_kernel, (cdiv(d, sizes.block), chunks.total, q),
             source, inputs.dt, inputs.bc, inputs.rates, after, total,
             chunks.table if chunks.table is not None else source, tokens.length, chunks.size, chunks.per_sequence,
             d, d, 0 if adjoint else tokens.rows * d, tokens.rows * d, tokens.rows * 2 * n, chunks.total * n * d,
@@ -221,7 +220,7 @@ def _entering_states(
             REVERSE=inputs.reverse, ADJOINT=adjoint, PACKED=tokens.packed,
             N=n, BLOCK=sizes.block, AHEAD=sizes.ahead, num_warps=sizes.warps, num_stages=1,
         )  # fmt: skip
-    launch(carry_kernel, (triton.cdiv(d, plan.CARRY_BLOCK), tokens.sequences, q * n),
+    launch(carry_kernel, (cdiv(d, plan.CARRY_BLOCK), tokens.sequences, q * n),
         after, total, inputs.rates, entering,
         initial if initial is not None else after, final if final is not None else after,
         chunks.sequence_table if chunks.sequence_table is not None else after, chunks.per_sequence,

@@ -3,9 +3,9 @@
 import math
 
 import torch
-import triton
 from torch import Tensor
 
+from vim_kernels.triton_backend.launch import power_of_two
 from vim_kernels.triton_backend.plan import tokens_of
 from vim_kernels.triton_backend.scan import ScanInputs, scan_backward, scan_forward
 from vim_kernels.triton_backend.tokens import flat, gate_backward, own, softplus
@@ -17,7 +17,7 @@ def selective_scan_saved(x: Tensor, A: Tensor, cu_seqlens: Tensor | None, initia
     """[states (1, slots, n, d) float32]: 4 n / INTERVAL bytes a token and channel."""
     del initial_state
     slots = tokens_of(x, cu_seqlens).slots()
-    return [x.new_empty(1, slots, triton.next_power_of_2(A.shape[1]), A.shape[0], dtype=torch.float32)]
+    return [x.new_empty(1, slots, power_of_two(A.shape[1]), A.shape[0], dtype=torch.float32)]
 
 
 def selective_scan_forward(
@@ -133,7 +133,7 @@ def _scan_inputs(
     reverse: bool,
 ) -> ScanInputs:
     d, n = A.shape
-    states = triton.next_power_of_2(n)
+    states = power_of_two(n)
     rows = x.shape[0] * x.shape[1]
     rates = x.new_zeros(1, states, d, dtype=torch.float32)
     rates[0, :n] = A.t().float() * LOG2E

@@ -59,7 +59,7 @@ def _rows(
 def tiled_forward_kernel(
     u_ptr, dt_ptr, bc_ptr, z_ptr, out_ptr, ungated_ptr, rates_ptr, D0_ptr, D1_ptr, h0_ptr, final_ptr, states_ptr,
     total_ptr, table_ptr, length, chunk_size, chunks_per_sequence, slots_per_sequence,
-    channels, z_stride, u_direction, bc_direction, chunk_direction, slot_direction,
+    channels, z_stride, out_stride, u_direction, bc_direction, chunk_direction, slot_direction,
     DIRECTIONS: gl.constexpr, REVERSE: gl.constexpr, PACKED: gl.constexpr, GATE: gl.constexpr, SAVE: gl.constexpr,
     HAS_D: gl.constexpr, HAS_H0: gl.constexpr, STORE_FINAL: gl.constexpr,
     STATES_ONLY: gl.constexpr, SCALE: gl.constexpr,
@@ -121,6 +121,7 @@ def tiled_forward_kernel(
     C = gl.load(bc_ptr + row_bc * (2 * N) + N, mask=here_bc, other=0.0)
     for j in range(0, tiles):
         at_row = row * channels + d_row
+        at_out = row * out_stride + d_row
         at_z = row * z_stride + d_row
         mask = here & ok_row
         last_visit = (DIRECTIONS == 1) | (2 * j + 1 >= tiles)
@@ -142,7 +143,7 @@ def tiled_forward_kernel(
         # What the end of the tile will need, too; before the middle that is nothing.
         z = gl.load(z_ptr + at_z, mask=mask & (last_visit & GATE), other=0.0)
         if DIRECTIONS == 2 and not STATES_ONLY:
-            other = gl.load(out_ptr + at_row, mask=mask & (2 * j > tiles), other=0.0)
+            other = gl.load(out_ptr + at_out, mask=mask & (2 * j > tiles), other=0.0)
         if SAVE:
             # The state enters an interval at its first row, or when scanned backwards behind its last one.
             RATIO: gl.constexpr = INTERVAL // TILE
@@ -185,16 +186,16 @@ def tiled_forward_kernel(
             if DIRECTIONS == 2:
                 if meets | (2 * j < tiles):
                     left = mask & ((q_row == 0) | (not meets))
-                    gl.store(out_ptr + at_row, y.to(out_ptr.dtype.element_ty), mask=left)
+                    gl.store(out_ptr + at_out, y.to(out_ptr.dtype.element_ty), mask=left)
                 if last_visit:
                     if fresh:
                         barrier()
-                        other = gl.load(out_ptr + at_row, mask=mask, other=0.0)
+                        other = gl.load(out_ptr + at_out, mask=mask, other=0.0)
                     y += other.to(gl.float32)
                     mask = mask & ((q_row == 1) | (not meets))
-                    _finish(y, z, at_row, mask, out_ptr, ungated_ptr, GATE, SAVE, SCALE)
+                    _finish(y, z, at_out, at_row, mask, out_ptr, ungated_ptr, GATE, SAVE, SCALE)
             else:
-                _finish(y, z, at_row, mask, out_ptr, ungated_ptr, GATE, SAVE, SCALE)
+                _finish(y, z, at_out, at_row, mask, out_ptr, ungated_ptr, GATE, SAVE, SCALE)
     if STORE_FINAL:
         gl.store(final_ptr + of_chunk, h, mask=ok)
     if STATES_ONLY:
@@ -233,13 +234,15 @@ def _stack(parts, COUNT: gl.constexpr, DIRECTIONS: gl.constexpr, BLOCK: gl.const
 
 
 @gluon.jit
-def _finish(y, z, at, mask, out_ptr, ungated_ptr, GATE: gl.constexpr, SAVE: gl.constexpr, SCALE: gl.constexpr):
+def _finish(
+    y, z, at_out, at_row, mask, out_ptr, ungated_ptr, GATE: gl.constexpr, SAVE: gl.constexpr, SCALE: gl.constexpr
+):
     """Gate and store the sum of all directions."""
     if GATE:
         if SAVE:
-            gl.store(ungated_ptr + at, y.to(ungated_ptr.dtype.element_ty), mask=mask)
+            gl.store(ungated_ptr + at_row, y.to(ungated_ptr.dtype.element_ty), mask=mask)
         z = z.to(gl.float32)
         y = y * (SCALE * z) * _reciprocal(1.0 + gl.exp2(z * -LOG2E))
     else:
         y = y * SCALE
-    gl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
+    gl.store(out_ptr + at_out, y.to(out_ptr.dtype.element_ty), mask=mask)

@@ -70,112 +70,195 @@ def segment(row, rows, segment_ptr, length, PACKED: tl.constexpr):
 
 
 @triton.jit
-def convolve(
-    x_ptr, x_stride, weight_ptr, bias_ptr, row, own, d, ok, sign, rows, segment_ptr, length,
-    HAS_BIAS: tl.constexpr, PACKED: tl.constexpr, WIDTH: tl.constexpr,
+def conv_kernel(
+    x_ptr, x_stride, weight_ptr, bias_ptr, out_ptr, segment_ptr, rows, length, channels,
+    SIGN: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, PACKED: tl.constexpr,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(rows of the tile, channels of the tile): sum of weight[:, w - 1 - k] x[row - sign k] over k, in float32."""
-    total = tl.zeros([row.shape[0], d.shape[0]], tl.float32)
+    """Grid (blocks of rows, blocks of channels). Sum of weight[:, w - 1 - k] x[row - SIGN k] over k, and SiLU."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    ok = d < channels
+    own = segment(row, rows, segment_ptr, length, PACKED)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
     if HAS_BIAS:
         total += tl.load(bias_ptr + d, mask=ok, other=0.0).to(tl.float32)[None, :]
     for k in tl.static_range(WIDTH):
-        source = row - sign * k
+        source = row - SIGN * k
         here = (own >= 0) & (segment(source, rows, segment_ptr, length, PACKED) == own)
         x = tl.load(
             x_ptr + source.to(tl.int64)[:, None] * x_stride + d[None, :], mask=here[:, None] & ok[None, :], other=0.0
         )
         tap = tl.load(weight_ptr + d * WIDTH + (WIDTH - 1 - k), mask=ok, other=0.0)
         total += x.to(tl.float32) * tap.to(tl.float32)[None, :]
-    return total
-
-
-@triton.jit
-def conv_kernel(
-    x_ptr, x_stride, x_direction, weight0_ptr, weight1_ptr, bias_ptr, out_ptr, out_stride,
-    segment_ptr, rows, length, channels,
-    DIRECTIONS: tl.constexpr, REVERSE: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, PACKED: tl.constexpr,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Grid (blocks of rows, blocks of channels). The sum of one or both directions' convolutions (q, rows, d)."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    ok = d < channels
-    own = segment(row, rows, segment_ptr, length, PACKED)
-    total = convolve(
-        x_ptr, x_stride, weight0_ptr, bias_ptr, row, own, d, ok, -1 if REVERSE else 1, rows, segment_ptr, length,
-        HAS_BIAS, PACKED, WIDTH,
-    )  # fmt: skip
-    if DIRECTIONS == 2:
-        total += convolve(
-            x_ptr + x_direction, x_stride, weight1_ptr, bias_ptr, row, own, d, ok, 1 if REVERSE else -1,
-            rows, segment_ptr, length, HAS_BIAS, PACKED, WIDTH,
-        )  # fmt: skip
     if SILU:
         total = total * sigmoid(total)
-    out = out_ptr + row.to(tl.int64)[:, None] * out_stride + d[None, :]
+    out = out_ptr + row.to(tl.int64)[:, None] * channels + d[None, :]
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=(row < rows)[:, None] & ok[None, :])
 
 
 @triton.jit
-def conv_backward_kernel(
-    x_ptr, x_stride, weight0_ptr, weight1_ptr, bias0_ptr, bias1_ptr, du_ptr, g_ptr, partial_ptr,
-    segment_ptr, rows, length, channels, u_direction, blocks_of_rows,
-    REVERSE: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, PACKED: tl.constexpr,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+def _conv_backward_row(
+    x, own, dx, dtaps, taps, bias, g,
+    AT: tl.constexpr, SIGN: tl.constexpr, MASKED: tl.constexpr, SILU: tl.constexpr, WIDTH: tl.constexpr,
+    STEPS: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (programs over rows, blocks of channels, directions). The gradient before the activation, and of the taps.
-
-    du, g (q, rows, d), may be one buffer. partial (q, programs, w + 1, d): sums for the taps, then the bias. A program
-    takes every so many-th block of rows, in order, so that the sums are the same in every run.
-    """
-    direction = tl.program_id(2)
-    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    ok = d < channels
-    sign = tl.where((direction == 1) != REVERSE, -1, 1)
-    weight_ptr = weight0_ptr if direction == 0 else weight1_ptr
-    bias_ptr = bias0_ptr if direction == 0 else bias1_ptr
-    du_ptr += direction * u_direction
-    g_ptr += direction * u_direction
-    partial_ptr += (direction * tl.num_programs(0) + tl.program_id(0)) * (WIDTH + 1) * channels
-    taps = ()
-    dtaps = ()
+    """(dx, dtaps) with what the gradient g of row AT adds to them; rows count as those of x, from WIDTH - 1 before."""
+    met = ()
     for k in tl.static_range(WIDTH):
-        taps = taps + (tl.load(weight_ptr + d * WIDTH + (WIDTH - 1 - k), mask=ok, other=0.0).to(tl.float32),)
-        dtaps = dtaps + (tl.zeros([ROWS, BLOCK], tl.float32),)
-    dbias = tl.zeros([ROWS, BLOCK], tl.float32)
-    bias = tl.zeros([BLOCK], tl.float32)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + d, mask=ok, other=0.0).to(tl.float32)
-    for i in range(0, blocks_of_rows):
-        row = (i * tl.num_programs(0) + tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
-        own = segment(row, rows, segment_ptr, length, PACKED)
-        tile = (row < rows)[:, None] & ok[None, :]
-        at = row.to(tl.int64)[:, None] * channels + d[None, :]
-        g = tl.load(du_ptr + at, mask=tile, other=0.0).to(tl.float32)
-        v = bias[None, :] + tl.zeros([ROWS, BLOCK], tl.float32)
-        x_k = ()
+        x_k = x[AT - SIGN * k].to(tl.float32)
+        if MASKED:
+            x_k = tl.where((own[AT - SIGN * k] == own[AT])[:, None], x_k, 0.0)
+        met = met + (x_k,)
+    if SILU:
+        v = bias
         for k in tl.static_range(WIDTH):
-            source = row - sign * k
-            here = (own >= 0) & (segment(source, rows, segment_ptr, length, PACKED) == own)
-            x = tl.load(
-                x_ptr + source.to(tl.int64)[:, None] * x_stride + d[None, :],
-                mask=here[:, None] & ok[None, :],
-                other=0.0,
-            ).to(tl.float32)
-            v += x * taps[k][None, :]
-            x_k = x_k + (x,)
-        if SILU:
-            gate = sigmoid(v)
-            g = g * gate * (1.0 + v * (1.0 - gate))
-            tl.store(g_ptr + at, g.to(g_ptr.dtype.element_ty), mask=tile)
+            v = tl.fma(met[k], taps[k], v)
+        gate = reciprocal(1.0 + tl.exp2(v * -LOG2E), HARDWARE)
+        g = g * gate * (1.0 + v * (1.0 - gate))
+    if (AT >= WIDTH - 1) and (AT < STEPS + WIDTH - 1):
         sums = ()
         for k in tl.static_range(WIDTH):
-            sums = sums + (dtaps[k] + g * x_k[k],)
-        dtaps = sums
-        dbias += g
+            sums = sums + (tl.fma(g, met[k], dtaps[k]),)
+        dtaps = sums + (dtaps[WIDTH] + g,)
+    sums = ()
+    for i in tl.static_range(STEPS):
+        if (SIGN * (AT - WIDTH + 1 - i) >= 0) and (SIGN * (AT - WIDTH + 1 - i) < WIDTH):
+            seen = g
+            if MASKED:
+                seen = tl.where((own[i + WIDTH - 1] == own[AT])[:, None], g, 0.0)
+            sums = sums + (tl.fma(seen, taps[SIGN * (AT - WIDTH + 1 - i)], dx[i]),)
+        else:
+            sums = sums + (dx[i],)
+    return sums, dtaps
+
+
+@triton.jit
+def _conv_backward_direction(
+    x, own, dx, dtaps, taps, bias, du_ptr, first, ok, rows, channels,
+    SIGN: tl.constexpr, MASKED: tl.constexpr, SILU: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
+    HARDWARE: tl.constexpr,
+):  # fmt: skip
+    """(dx, dtaps) with what one direction adds to them.
+
+    What du is before the activation is computed again for WIDTH - 1 rows beside a group, which its dx sees too.
+    """
+    for j in tl.static_range(STEPS + WIDTH - 1):
+        row = first + (j if SIGN == 1 else j - (WIDTH - 1))
+        inside = (row >= 0) & (row < rows)
+        behind = (j if SIGN == 1 else j - (WIDTH - 1)) * channels
+        g = tl.load(du_ptr + behind, mask=inside[:, None] & ok, other=0.0)
+        dx, dtaps = _conv_backward_row(
+            x, own, dx, dtaps, taps, bias, g.to(tl.float32),
+            j + WIDTH - 1 if SIGN == 1 else j, SIGN, MASKED, SILU, WIDTH, STEPS, HARDWARE,
+        )  # fmt: skip
+    return dx, dtaps
+
+
+@triton.jit
+def _conv_backward_tile(
+    x_ptr, x_stride, du_ptr, u_direction, dx_ptr, dx_stride, taps0, taps1, bias0, bias1, dtaps0, dtaps1,
+    first, d, ok, rows, segment_ptr, length, channels,
+    MASKED: tl.constexpr, DIRECTIONS: tl.constexpr, SIGN: tl.constexpr, SILU: tl.constexpr, PACKED: tl.constexpr,
+    WIDTH: tl.constexpr, STEPS: tl.constexpr, HARDWARE: tl.constexpr,
+):  # fmt: skip
+    """Fill dx of rows first .. first + STEPS - 1 of every group; returns the sums for the taps with their part added.
+
+    MASKED where a tap could cross a border. Every row is read once for all the rows and taps that it meets.
+    """
+    x_ptr += first.to(tl.int64)[:, None] * x_stride + d
+    du_ptr += first.to(tl.int64)[:, None] * channels + d
+    dx_ptr += first.to(tl.int64)[:, None] * dx_stride + d
+    x = ()
+    own = ()
+    dx = ()
+    for i in tl.static_range(STEPS + 2 * (WIDTH - 1)):
+        row = first + (i - (WIDTH - 1))
+        inside = (row >= 0) & (row < rows)
+        x = x + (tl.load(x_ptr + (i - (WIDTH - 1)) * x_stride, mask=inside[:, None] & ok, other=0.0),)
+        if MASKED:
+            own = own + (segment(row, rows, segment_ptr, length, PACKED),)
+    for _ in tl.static_range(STEPS):
+        dx = dx + (tl.zeros([first.shape[0], d.shape[1]], tl.float32),)
+    dx, dtaps0 = _conv_backward_direction(
+        x, own, dx, dtaps0, taps0, bias0, du_ptr, first, ok, rows, channels,
+        SIGN, MASKED, SILU, WIDTH, STEPS, HARDWARE,
+    )  # fmt: skip
+    if DIRECTIONS == 2:
+        dx, dtaps1 = _conv_backward_direction(
+            x, own, dx, dtaps1, taps1, bias1, du_ptr + u_direction, first, ok, rows, channels,
+            -SIGN, MASKED, SILU, WIDTH, STEPS, HARDWARE,
+        )  # fmt: skip
+    for i in tl.static_range(STEPS):
+        row = first + i
+        tl.store(dx_ptr + i * dx_stride, dx[i].to(dx_ptr.dtype.scalar.element_ty), mask=(row < rows)[:, None] & ok)
+    return dtaps0, dtaps1
+
+
+@triton.jit
+def _taps(weight_ptr, bias_ptr, d, ok, HAS_BIAS: tl.constexpr, WIDTH: tl.constexpr):
+    """Taps, the one that meets the token itself first; the bias; a zero for each."""
+    taps = ()
+    zeros = ()
+    bias = tl.zeros(d.shape, tl.float32)
     for k in tl.static_range(WIDTH):
-        tl.store(partial_ptr + (WIDTH - 1 - k) * channels + d, tl.sum(dtaps[k], axis=0), mask=ok)
-    tl.store(partial_ptr + WIDTH * channels + d, tl.sum(dbias, axis=0), mask=ok)
+        taps = taps + (tl.load(weight_ptr + d * WIDTH + (WIDTH - 1 - k), mask=ok, other=0.0).to(tl.float32),)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + d, mask=ok, other=0.0).to(tl.float32)
+    for _ in tl.static_range(WIDTH + 1):
+        zeros = zeros + (tl.zeros(d.shape, tl.float32),)
+    return taps, bias, zeros
+
+
+@triton.jit
+def _store_sums(partial_ptr, dtaps, d, channels, WIDTH: tl.constexpr):
+    """Sums over the groups of a program, (w + 1, d), in the order of the weights, the bias last."""
+    for k in tl.static_range(WIDTH):
+        tl.store(partial_ptr + (WIDTH - 1 - k) * channels + d, tl.sum(dtaps[k], axis=0), mask=d < channels)
+    tl.store(partial_ptr + WIDTH * channels + d, tl.sum(dtaps[WIDTH], axis=0), mask=d < channels)
+
+
+@triton.jit
+def conv_backward_kernel(
+    x_ptr, x_stride, weight0_ptr, weight1_ptr, bias0_ptr, bias1_ptr, du_ptr, dx_ptr, dx_stride, partial_ptr,
+    segment_ptr, rows, length, channels, u_direction,
+    DIRECTIONS: tl.constexpr, SIGN: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, PACKED: tl.constexpr,
+    WIDTH: tl.constexpr, GROUPS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr, HARDWARE: tl.constexpr,
+):  # fmt: skip
+    """Grid (programs over rows, blocks of channels). The gradient of x (rows, d), any row stride, and of the taps.
+
+    du (q, rows, d). SIGN is 1 where direction 0 looks back, -1 where it looks ahead. partial (q, programs, w + 1, d):
+    sums for the taps, then the bias. A program takes every so many-th block of GROUPS x STEPS rows, in order, so that
+    the sums are the same in every run.
+    """
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    spread = tl.zeros([GROUPS, 1], tl.int32) + d[None, :]  # laid out as the tokens: no exchange between threads
+    ok = spread < channels
+    taps0, bias0, dtaps0 = _taps(weight0_ptr, bias0_ptr, spread, ok, HAS_BIAS, WIDTH)
+    taps1, bias1, dtaps1 = taps0, bias0, dtaps0
+    if DIRECTIONS == 2:
+        taps1, bias1, dtaps1 = _taps(weight1_ptr, bias1_ptr, spread, ok, HAS_BIAS, WIDTH)
+    for block in range(tl.program_id(0), tl.cdiv(rows, GROUPS * STEPS), tl.num_programs(0)):
+        start = block * (GROUPS * STEPS)
+        first = start + tl.arange(0, GROUPS) * STEPS
+        before = segment(start - (WIDTH - 1), rows, segment_ptr, length, PACKED)
+        behind = segment(start + GROUPS * STEPS + (WIDTH - 2), rows, segment_ptr, length, PACKED)
+        if (before == behind) & (before >= 0):
+            dtaps0, dtaps1 = _conv_backward_tile(
+                x_ptr, x_stride, du_ptr, u_direction, dx_ptr, dx_stride, taps0, taps1, bias0, bias1, dtaps0, dtaps1,
+                first, spread, ok, rows, segment_ptr, length, channels,
+                False, DIRECTIONS, SIGN, SILU, PACKED, WIDTH, STEPS, HARDWARE,
+            )  # fmt: skip
+        else:
+            dtaps0, dtaps1 = _conv_backward_tile(
+                x_ptr, x_stride, du_ptr, u_direction, dx_ptr, dx_stride, taps0, taps1, bias0, bias1, dtaps0, dtaps1,
+                first, spread, ok, rows, segment_ptr, length, channels,
+                True, DIRECTIONS, SIGN, SILU, PACKED, WIDTH, STEPS, HARDWARE,
+            )  # fmt: skip
+    partial_ptr += tl.program_id(0) * (WIDTH + 1) * channels
+    _store_sums(partial_ptr, dtaps0, d, channels, WIDTH)
+    if DIRECTIONS == 2:
+        _store_sums(partial_ptr + tl.num_programs(0) * (WIDTH + 1) * channels, dtaps1, d, channels, WIDTH)
 
 
 @triton.jit

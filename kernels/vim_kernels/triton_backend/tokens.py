@@ -1,10 +1,10 @@
 """Convolution and fused add + RMS norm of the Triton backend, forward and backward, and what the scans share."""
 
 import torch
-import triton
 from torch import Tensor
 
-from vim_kernels.triton_backend.launch import launch
+from vim_kernels.triton_backend import plan
+from vim_kernels.triton_backend.launch import cdiv, launch, power_of_two
 from vim_kernels.triton_backend.plan import tokens_of
 from vim_kernels.triton_backend.token_kernels import (
     add_rms_norm_backward_kernel,
@@ -16,7 +16,6 @@ from vim_kernels.triton_backend.token_kernels import (
 )
 
 TILE = {"ROWS": 32, "BLOCK": 64}
-SUMMING_TILE = {"ROWS": 16, "BLOCK": 64}
 SUMMING_PROGRAMS = 256
 """Programs that share the rows when a sum over all rows is taken: fixed, so that the sum is the same everywhere."""
 NORM_ELEMENTS = 4096
@@ -39,7 +38,15 @@ def causal_conv1d_forward(
 ) -> Tensor:
     """(b, l, d) like x."""
     out = x.new_empty(x.shape)
-    convolve(flat(x)[None], (weight,), bias, out.view(-1, x.shape[2]), x, cu_seqlens, reverse, activation == "silu")
+    if x.numel() == 0:
+        return out
+    source, tokens, d = flat(x), tokens_of(x, cu_seqlens), x.shape[2]
+    launch(conv_kernel, (cdiv(tokens.rows, TILE["ROWS"]), cdiv(d, TILE["BLOCK"])),
+        source, source.stride(0), weight.contiguous(), bias if bias is not None else source, out,
+        tokens.segment(source), tokens.rows, tokens.length, d,
+        SIGN=-1 if reverse else 1, SILU=activation == "silu", HAS_BIAS=bias is not None, PACKED=tokens.packed,
+        WIDTH=weight.shape[1], **TILE,
+    )  # fmt: skip
     return out
 
 
@@ -56,73 +63,42 @@ def causal_conv1d_backward(
     """Gradients of x, weight, bias."""
     if x.numel() == 0:
         return torch.zeros_like(x), torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
-    g = dy.view(1, -1, x.shape[2])
-    g, dtaps = conv_backward(
-        g,
-        x,
-        (weight,),
-        (bias.contiguous(),) if bias is not None else None,
-        cu_seqlens,
-        reverse=reverse,
-        silu=activation == "silu",
-    )
     dx = x.new_empty(x.shape)
-    convolve(g, (weight,), None, dx.view(-1, x.shape[2]), x, cu_seqlens, not reverse, False)
+    biases = (bias.contiguous(),) if bias is not None else None
+    dtaps = conv_backward(dy[None], x, (weight,), biases, dx, cu_seqlens, reverse=reverse, silu=activation == "silu")
     dweight, dbias = split_taps(dtaps[0], weight, bias)
     return dx, dweight, dbias
 
 
-def convolve(
-    x: Tensor,  # (q, rows, d)
-    weights: tuple[Tensor, ...],
-    bias: Tensor | None,
-    out: Tensor,  # (rows, d)
-    like: Tensor,  # (b, l, d)
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-    silu: bool,
-) -> None:
-    """Fill `out` with the sum of the q convolutions, the second one in the other direction."""
-    q, rows, d = x.shape
-    tokens = tokens_of(like, cu_seqlens)
-    weights = tuple(w.contiguous() for w in weights)
-    if rows == 0:
-        return
-    launch(conv_kernel, (triton.cdiv(rows, TILE["ROWS"]), triton.cdiv(d, TILE["BLOCK"])),
-        x, x.stride(1), x.stride(0), weights[0], weights[-1], bias if bias is not None else x, out, out.stride(0),
-        tokens.segment(x), rows, tokens.length, d,
-        DIRECTIONS=q, REVERSE=reverse, SILU=silu, HAS_BIAS=bias is not None, PACKED=tokens.packed,
-        WIDTH=weights[0].shape[1], **TILE,
-    )  # fmt: skip
-
-
 def conv_backward(
-    du: Tensor,  # (q, rows, d) contiguous
+    du: Tensor,  # (q, rows, d) or (q, b, l, d), contiguous
     x: Tensor,  # (b, l, d)
     weights: tuple[Tensor, ...],
     biases: tuple[Tensor, ...] | None,
+    dx: Tensor,  # (b, l, d), filled
     cu_seqlens: Tensor | None,
     *,
     reverse: bool,
     silu: bool,
-    in_place: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Gradient before the activation (q, rows, d), over `du` if in_place; gradients (q, w + 1, d) of taps and bias."""
-    q, rows, d = du.shape
-    tokens, source = tokens_of(x, cu_seqlens), flat(x)
+) -> Tensor:
+    """Gradient of x, of the sum of q convolutions, the second one in the other direction, into dx.
+
+    Returns the gradients (q, w + 1, d) float32 of the taps and, last, the bias.
+    """
+    q, d, tokens = du.shape[0], x.shape[2], tokens_of(x, cu_seqlens)
+    source, target, sizes = flat(x), flat(dx), plan.CONVOLUTION_BACKWARD[plan.target(x.device)]
     weights = tuple(w.contiguous() for w in weights)
     width = weights[0].shape[1]
-    g = du if in_place or not silu else torch.empty_like(du)
-    blocks = triton.cdiv(rows, SUMMING_TILE["ROWS"])
-    programs = max(1, min(SUMMING_PROGRAMS, blocks))
+    programs = max(1, min(SUMMING_PROGRAMS, cdiv(tokens.rows, sizes.groups * sizes.steps)))
     partial = du.new_empty(q, programs, width + 1, d, dtype=torch.float32)
-    launch(conv_backward_kernel, (programs, triton.cdiv(d, SUMMING_TILE["BLOCK"]), q),
-        source, source.stride(0), weights[0], weights[-1],
-        biases[0] if biases else du, biases[-1] if biases else du, du, g, partial,
-        tokens.segment(du), rows, tokens.length, d, rows * d, triton.cdiv(blocks, programs),
-        REVERSE=reverse, SILU=silu, HAS_BIAS=biases is not None, PACKED=tokens.packed, WIDTH=width, **SUMMING_TILE,
+    launch(conv_backward_kernel, (programs, cdiv(d, sizes.block)),
+        source, source.stride(0), weights[0], weights[-1], biases[0] if biases else du, biases[-1] if biases else du,
+        du, target, target.stride(0), partial, tokens.segment(du), tokens.rows, tokens.length, d, tokens.rows * d,
+        DIRECTIONS=q, SIGN=-1 if reverse else 1, SILU=silu, HAS_BIAS=biases is not None, PACKED=tokens.packed,
+        WIDTH=width, GROUPS=sizes.groups, STEPS=sizes.steps, BLOCK=sizes.block,
+        HARDWARE=plan.target(du.device) == "cuda", num_warps=sizes.warps,
     )  # fmt: skip
-    return g, partial.sum(1)
+    return partial.sum(1)
 
 
 def split_taps(dtaps: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -134,7 +110,7 @@ def softplus(dt: Tensor, bias: Tensor | None, *, apply: bool) -> Tensor:
     """In float32, softplus of dt + bias, or only their sum where not `apply`. dt is (rows, d), any row stride."""
     rows, d = dt.shape
     out = dt.new_empty(rows, d, dtype=torch.float32)
-    launch(softplus_kernel, (triton.cdiv(rows, TILE["ROWS"]), triton.cdiv(d, TILE["BLOCK"])),
+    launch(softplus_kernel, (cdiv(rows, TILE["ROWS"]), cdiv(d, TILE["BLOCK"])),
         dt, bias if bias is not None else dt, out, rows, d, dt.stride(0),
         HAS_BIAS=bias is not None, SOFTPLUS=apply, **TILE,
     )  # fmt: skip
@@ -145,7 +121,7 @@ def gate_backward(dout: Tensor, z: Tensor | None, ungated: Tensor | None, dz: Te
     """Gradient (rows, d) of the sum before the gate; fills dz (rows, d), any row stride, where z is given."""
     rows, d = dout.shape
     dy = torch.empty_like(dout)
-    launch(gate_backward_kernel, (triton.cdiv(rows, TILE["ROWS"]), triton.cdiv(d, TILE["BLOCK"])),
+    launch(gate_backward_kernel, (cdiv(rows, TILE["ROWS"]), cdiv(d, TILE["BLOCK"])),
         dout, z if z is not None else dout, ungated if ungated is not None else dout, dy, dz if dz is not None else dy,
         rows, d, z.stride(0) if z is not None else d, dz.stride(0) if dz is not None else d,
         GATE=z is not None, SCALE=scale, **TILE,
@@ -162,7 +138,7 @@ def add_rms_norm_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps
     if rows == 0:
         return normed, total
     tile = _norm_tile(channels)
-    launch(add_rms_norm_kernel, (triton.cdiv(rows, tile["ROWS"]),),
+    launch(add_rms_norm_kernel, (cdiv(rows, tile["ROWS"]),),
         x, residual.contiguous() if residual is not None else x, weight.contiguous(), normed, total,
         rows, channels, eps,
         HAS_RESIDUAL=residual is not None, **tile,
@@ -179,17 +155,17 @@ def add_rms_norm_backward(
     if rows == 0:
         return torch.zeros_like(total), torch.zeros_like(weight)
     tile = _norm_tile(channels)
-    blocks = triton.cdiv(rows, tile["ROWS"])
+    blocks = cdiv(rows, tile["ROWS"])
     programs = max(1, min(SUMMING_PROGRAMS, blocks))
     partial = total.new_empty(programs, channels)
     dsum = torch.empty_like(total)
     launch(add_rms_norm_backward_kernel, (programs,),
         dnormed, dtotal if dtotal is not None else dnormed, total, weight.contiguous(), dsum, partial, rows, channels,
-        eps, triton.cdiv(blocks, programs), HAS_DTOTAL=dtotal is not None, **tile,
+        eps, cdiv(blocks, programs), HAS_DTOTAL=dtotal is not None, **tile,
     )  # fmt: skip
     return dsum, partial.sum(0).to(weight.dtype)
 
 
 def _norm_tile(channels: int) -> dict[str, int]:
-    block = triton.next_power_of_2(channels)
+    block = power_of_two(channels)
     return {"ROWS": max(1, NORM_ELEMENTS // block), "BLOCK": block}

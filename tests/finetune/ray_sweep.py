@@ -1,0 +1,146 @@
+"""Starts real sweeps for the tests: a cluster of several raylets on this machine, and drivers that are killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import yaml
+
+from finetune.sweeping.config import SweepConfig
+from finetune.sweeping.ledger import Entry, Ledger
+from finetune.sweeping.sweep import checked
+from launch.cli import parse
+from tests.launch.real import ROOT
+
+# the plain kernels: the others would be compiled anew for every copy of the code that Ray ships
+os.environ["VIM_KERNELS_BACKEND"] = "reference"
+SMALL = {"batch_size": 4, "data.workers": 0, "pictures": 1, "log_every": 1}
+TASK_FIELDS = {
+    "classification": {"augment.auto_augment": None, "augment.mixup": 0, "augment.cutmix": 0},
+    "detection": {"head.channels": 16, "head.box_width": 16, "head.proposals": 10, "head.samples": 8,
+                  "model.img_size": 32},
+    "segmentation": {"head.channels": 8, "head.auxiliary_channels": 8},
+}  # fmt: skip
+
+
+@contextmanager
+def cluster(nodes: int = 2):
+    """Raylets of one CPU each; gives the cluster and its address."""
+    from ray.cluster_utils import Cluster
+
+    options = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
+    made = Cluster(initialize_head=True, head_node_args=options)
+    try:
+        for _ in range(nodes - 1):
+            made.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+        made.wait_for_nodes()
+        yield made
+    finally:
+        made.shutdown()
+
+
+def config_of(where: Path, task: str, backbone: Path, source: Path, **told) -> SweepConfig:
+    """A small sweep in the folder `where`."""
+    fields = SMALL | TASK_FIELDS[task] | {"backbone": str(backbone), "data.source": str(source)}
+    fields = {name: value for name, value in (fields | told.pop("fields", {})).items() if name not in told["space"]}
+    base = {"task": task, "out": str(where / "runs"), "fields": fields, "retries": 2}
+    path = where / "sweep.yaml"
+    where.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(base | told))
+    return parse(SweepConfig, [f"--config={path}"], "", "")
+
+
+def driver(config: SweepConfig, *argv: str, **environment: str) -> subprocess.Popen:
+    """`finetune/sweep.py` as a user starts it, with a Ray of its own."""
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RAY_ADDRESS")}
+    env |= {"OMP_NUM_THREADS": "1"} | environment
+    file = Path(config.out).parent / "sweep.yaml"
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "finetune/sweep.py"), str(file), *argv], env=env,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, cwd=file.parent,
+    )  # fmt: skip
+
+
+def finished(process: subprocess.Popen, timeout: float = 400) -> str:
+    try:
+        printed, _ = process.communicate(timeout=timeout)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, printed[-4000:]
+    return printed
+
+
+def entries(config: SweepConfig) -> list[Entry]:
+    """What the record says, read as another process would."""
+    ledger = Ledger(config.folder, config.mode, config.metric, checked(config)[1])
+    try:
+        return ledger.entries()
+    finally:
+        ledger.close()
+
+
+def rows(config: SweepConfig) -> list[dict]:
+    """Lines of the record, while the driver may be writing it."""
+    path = config.folder / "study.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def kept(config: SweepConfig) -> list[tuple[int, str]]:
+    """(trial's id, checkpoint) of each checkpoint in the record."""
+    found = [(row["trial_id"], row["user_attr"]) for row in rows(config) if "trial_id" in row and "user_attr" in row]
+    return [(trial, attr["checkpoint"]) for trial, attr in found if "checkpoint" in attr]
+
+
+def wait(condition: Callable[[], object], what: str, seconds: float = 240) -> None:
+    for _ in range(int(seconds / 0.1)):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"waited {seconds} s for {what}")
+
+
+@contextmanager
+def meanwhile(work: Callable[[], None]):
+    """Does `work` in another thread, and passes on what it raises."""
+    wrong = []
+
+    def run():
+        try:
+            work()
+        except BaseException as error:
+            wrong.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    yield
+    thread.join()
+    if wrong:
+        raise wrong[0]
+
+
+def trial_workers(root: int | None = None) -> list[psutil.Process]:
+    """Processes in which trials run, below process `root`."""
+    below = psutil.Process(root or os.getpid()).children(recursive=True)
+    return [p for p in below if p.is_running() and "ImplicitFunc" in " ".join(cmdline(p))]
+
+
+def cmdline(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def steps_of(entry: Entry) -> list[int]:
+    return [e.step for e in entry.evaluations]

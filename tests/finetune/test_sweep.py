@@ -1,0 +1,182 @@
+"""Real sweeps on a Ray cluster of two nodes on this machine: the three tasks, PBT, several workers, lost nodes."""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from safetensors.torch import load_file
+
+from finetune.sweeping.cluster import running
+from finetune.sweeping.config import METRICS, RayConfig, ResourceConfig
+from finetune.sweeping.sweep import sweep, top
+from launch.signals import Stopped
+from tests.finetune.ray_sweep import cluster, config_of, entries, kept, meanwhile, steps_of, trial_workers, wait
+from tests.launch.real import ROOT, environment, free_port
+from vim_backbone.errors import UserError
+
+pytestmark = pytest.mark.slow
+SPACE = {"optim.base_lr": {"loguniform": [1e-3, 1e-1]}, "model.drop_path_rate": {"uniform": [0, 0.2]}}
+RUN = {"steps": 4, "evaluate_every": 1}
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    with cluster() as made:
+        yield made
+
+
+@pytest.fixture
+def told(nodes, tmp_path, backbone, drawn):
+    """Makes a sweep of a task on the cluster."""
+
+    def make(task="classification", **more):
+        metric = {"classification": "top1", "detection": "box_AP", "segmentation": "mIoU"}[task]
+        common = {"ray": {"address": nodes.address}, "metric": metric, "space": SPACE, "fields": RUN, "trials": 2}
+        return config_of(tmp_path, task, backbone, drawn(task), **(common | {"scheduler": {"kind": "none"}} | more))
+
+    return make
+
+
+def test_classification_with_a_trial_killed_on_purpose(told, backbone, tmp_path):
+    """The trial goes on from its checkpoint, and the best can be repeated outside of Ray to the last bit."""
+    space = SPACE | {"backbone": {"choice": [str(backbone), f"file://{backbone}"]}}
+    config = told(space=space, trials=3, fields={"steps": 8, "evaluate_every": 1})
+    killed = []
+
+    def kill():
+        wait(lambda: len(kept(config)) >= 3, "checkpoints")
+        worker = trial_workers()[0]
+        killed.append(worker.pid)
+        os.kill(worker.pid, signal.SIGKILL)
+
+    with meanwhile(kill):
+        folder = sweep(config)
+    assert killed
+    found = entries(config)
+    assert [e.state for e in found] == ["finished"] * 3
+    assert [steps_of(e) for e in found] == [list(range(1, 9))] * 3, "each evaluation once in the record"
+    assert set(METRICS["classification"]) <= set(found[0].evaluations[-1].metrics)
+    assert (folder / "report.html").read_text().count("data:image/png;base64,") == 1
+
+    best = max(found, key=lambda e: (e.score("top1"), -e.number))
+    comment, command = top(replace(config, top=1))
+    assert f"trial {best.number}" in comment
+    assert "accelerate launch finetune/main.py classification" in command
+    outside = command.replace("accelerate launch finetune", f"{sys.executable} {ROOT}/finetune")
+    outside = outside.replace("file://", "")
+    subprocess.run(outside, shell=True, check=True, cwd=tmp_path, env=environment(), capture_output=True)
+    ours = load_file(folder / "best/model/model.safetensors")
+    theirs = load_file(tmp_path / f"runs/sweep-{best.number}/model/model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all((ours[name] == theirs[name]).all() for name in ours)
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_the_other_tasks(task, told):
+    config = told(task, fields={"steps": 2, "evaluate_every": 1})
+    folder = sweep(config)
+    found = entries(config)
+    assert [e.state for e in found] == ["finished"] * 2
+    assert set(METRICS[task]) <= set(found[0].evaluations[-1].metrics)
+    assert (folder / "best/model/config.json").exists()
+
+
+def test_a_node_is_lost(told, nodes):
+    """Trials of a lost node go on elsewhere from their checkpoints; the sweep ends as if nothing had been."""
+    config = told(fields={"steps": 8, "evaluate_every": 1}, trials=3)
+    node = nodes.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+    nodes.wait_for_nodes()
+
+    def lose():
+        wait(lambda: len({trial for trial, _ in kept(config)}) == 3, "a checkpoint of each trial")
+        nodes.remove_node(node, allow_graceful=False)
+
+    with meanwhile(lose):
+        sweep(config)
+    assert [e.state for e in entries(config)] == ["finished"] * 3
+    assert [steps_of(e) for e in entries(config)] == [list(range(1, 9))] * 3
+
+
+def test_population_based_training_clones_and_changes(told):
+    space = SPACE | {"optim.weight_decay": {"loguniform": [1e-3, 1]}}
+    config = told(
+        space=space, trials=4, searcher="random", metric="loss", mode="min",
+        fields={"steps": 5, "evaluate_every": 1}, scheduler={"kind": "pbt", "grace": 20},
+    )  # fmt: skip
+    sweep(config)
+    found = entries(config)
+    assert [e.state for e in found] == ["finished"] * 4
+    changed = [e for e in found if e.changed]
+    assert changed, "the worst took over from the best"
+    rates = {e.fields["model.drop_path_rate"] for e in found}
+    assert len(rates) < 4, "a field that cannot change in a running trial is the donor's"
+
+
+def test_asha_stops_what_is_worse_and_frees_its_place(told):
+    """The rates are so that the order is known: nothing can be learned at a rate of 1e-9."""
+    config = told(
+        space={"optim.base_lr": {"grid": [0.3, 1e-9, 2e-9]}}, trials=3, concurrent=1, metric="loss", mode="min",
+        searcher="grid", scheduler={"kind": "asha", "grace": 25, "reduction": 2},
+    )  # fmt: skip
+    sweep(config)
+    assert [e.state for e in entries(config)] == ["finished", "stopped early", "stopped early"]
+    assert [len(e.evaluations) for e in entries(config)] == [4, 1, 1]
+
+
+def test_one_bad_config_does_not_stop_the_sweep(told, tmp_path):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/config.json").write_text("{}")
+    good = told().fields["backbone"]
+    config = told(
+        space={"backbone": {"grid": [good, str(tmp_path / "broken")]}}, searcher="grid", trials=None,
+        fields={"steps": 1} | {"optim.base_lr": 0.01},
+    )  # fmt: skip
+    sweep(config)
+    first, second = entries(config)
+    assert (first.state, second.state) == ("finished", "failed")
+    assert "config.json" in second.error
+
+
+def test_two_workers_train_one_trial_as_one_process_does(told):
+    fields = {"steps": 2, "evaluate_every": 1}
+    alone = told(fields=fields, trials=1, name="alone")
+    several = told(fields=fields, trials=1, name="several", resources={"workers": 2})
+    sweep(alone)
+    sweep(several)
+    (one,), (two,) = entries(alone), entries(several)
+    assert two.state == "finished"
+    assert steps_of(one) == steps_of(two)
+    assert two.score("top1") == one.score("top1")
+    for ours, theirs in zip(two.evaluations, one.evaluations, strict=True):
+        assert ours.metrics["loss"] == pytest.approx(theirs.metrics["loss"], rel=1e-4)
+
+
+def test_what_the_time_did_not_suffice_for_is_left_for_resume(told):
+    config = told(fields={"steps": 1}, trials=1)
+    with pytest.raises(Stopped, match="1 trials are left"):
+        sweep(replace(config, hours=1e-7))
+    sweep(replace(config, resume=True))
+    assert [e.state for e in entries(config)] == ["finished"]
+
+
+def test_what_never_fits_is_said_at_once(nodes):
+    config = RayConfig(address=nodes.address)
+    for each in (ResourceConfig(cpus=2), ResourceConfig(gpus=1), ResourceConfig(workers=9)):
+        with pytest.raises(UserError, match="never fits"), running(config, each):
+            pass
+
+
+def test_an_address_that_does_not_answer():
+    with (
+        pytest.raises(UserError, match="does not answer"),
+        running(RayConfig(address=f"127.0.0.1:{free_port()}", wait_seconds=2), ResourceConfig()),
+    ):
+        pass
+    with (
+        pytest.raises(UserError, match="it must be HOST:PORT or auto"),
+        running(RayConfig(address="somewhere"), ResourceConfig()),
+    ):
+        pass

@@ -1,0 +1,77 @@
+"""The command `finetune/sweep.py` with a Ray of its own: killed at any moment, resumed, and listening nowhere else."""
+
+import os
+import shutil
+import signal
+
+import psutil
+import pytest
+from accelerate.state import AcceleratorState
+
+from finetune.classification import task as classification
+from finetune.classification.config import ClassificationConfig
+from finetune.sweeping.trial import arguments
+from launch.cli import parse
+from tests.finetune.ray_sweep import config_of, driver, entries, finished, kept, steps_of, wait
+
+pytestmark = pytest.mark.slow
+SPACE = {"optim.base_lr": {"loguniform": [1e-3, 1e-1]}}
+
+
+def listening(root: int) -> set[str]:
+    """Addresses that the process and all below it listen on."""
+    found = set()
+    for process in [psutil.Process(root), *psutil.Process(root).children(recursive=True)]:
+        try:
+            found |= {c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+        except psutil.Error:
+            continue
+    return found
+
+
+def outside(config, fields, where):
+    """Metrics by step of the same run without Ray."""
+    told = []
+    AcceleratorState._reset_state(reset_partial_state=True)
+    argv = arguments(config.fields | fields | {"out": str(where), "name": "alone", "trackers": []})
+    classification.run(parse(ClassificationConfig, argv, "", ""), lambda e: told.append((e.step, e.metrics)))
+    return told
+
+
+def test_a_killed_driver_goes_on_with_nothing_lost_or_run_twice(tmp_path, backbone, drawn):
+    config = config_of(
+        tmp_path, "classification", backbone, drawn("classification"), space=SPACE, metric="top1", trials=4,
+        fields={"steps": 8, "evaluate_every": 1}, scheduler={"kind": "none"}, ray={"cpus": 2},
+    )  # fmt: skip
+    first = driver(config)
+    wait(lambda: kept(config), "a checkpoint")
+    below = psutil.Process(first.pid).children(recursive=True)
+    assert {ip.removeprefix("::ffff:") for ip in listening(first.pid)} == {"127.0.0.1"}
+    wait(lambda: any("step-00000008" in str(row) or "evaluation-00000008" in str(row) for row in kept_rows(config)),
+         "a trial that is finished")  # fmt: skip
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    psutil.wait_procs(below, timeout=60)
+    before = (config.folder / "study.jsonl").read_text()
+    was = entries(config)
+    assert {"finished"} < {e.state for e in was}, "one was finished and one was not"
+
+    printed = finished(driver(config, "--resume"))
+    assert "4 finished, 0 stopped early, 0 failed of 4 trials" in printed
+    assert (config.folder / "study.jsonl").read_text().startswith(before[: before.rindex("\n")])
+    found = entries(config)
+    assert [steps_of(e) for e in found] == [list(range(1, 9))] * 4
+    for old, new in zip(was, found, strict=False):
+        assert new.fields == old.fields
+        assert new.evaluations[: len(old.evaluations)] == old.evaluations, "what was evaluated was not run again"
+    for entry in found:
+        alone = outside(config, entry.fields, tmp_path / f"alone-{entry.number}")
+        assert [(e.step, e.metrics) for e in entry.evaluations] == alone
+        shutil.rmtree(tmp_path / f"alone-{entry.number}")
+    assert (config.folder / "best/model/model.safetensors").exists()
+
+
+def kept_rows(config):
+    from tests.finetune.ray_sweep import rows
+
+    return rows(config)

@@ -1,0 +1,328 @@
+"""What a sweep knows without Ray running: its space, its record, and what it refuses before any work."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from optuna.trial import TrialState
+
+from finetune.sweep import main
+from finetune.sweeping.config import ResourceConfig, SchedulerConfig, SweepConfig
+from finetune.sweeping.ledger import Evaluated, Ledger
+from finetune.sweeping.report import command, importances, write_results
+from finetune.sweeping.space import combinations, read_space
+from finetune.sweeping.sweep import checked, open_folder, writable
+from finetune.sweeping.tuning import build_scheduler, remind
+from tests.launch.real import ROOT
+from vim_backbone.errors import UserError
+
+TYPES = {"lr": "a number", "size": "a whole number or null", "mode": "text", "betas": "[a number, a number]"}
+
+
+def drawn(tmp_path, told, count, searcher="random", seed=0):
+    tmp_path.mkdir(exist_ok=True)
+    ledger = Ledger(tmp_path, "max", "top1", read_space(told, TYPES))
+    for _ in range(count):
+        ledger.draw(searcher, seed)
+    fields = [entry.fields for entry in ledger.entries()]
+    ledger.close()
+    return fields
+
+
+def test_draws_are_spread_as_the_space_says(tmp_path):
+    told = {"lr": {"loguniform": ["1e-4", 1e-2]}, "size": {"uniform": [1, 4]}, "mode": {"choice": ["a", "b"]}}
+    fields = drawn(tmp_path, told, 300)
+    logs = np.log10([f["lr"] for f in fields])
+    assert logs.min() >= -4
+    assert logs.max() <= -2
+    assert abs(np.median(logs) - -3) < 0.2, "half of a log-uniform draw lies below the geometric mean"
+    sizes = np.bincount([f["size"] for f in fields], minlength=5)
+    assert sizes[0] == 0
+    assert (abs(sizes[1:] - 75) < 4 * math.sqrt(300 * 0.25 * 0.75)).all()
+    share = np.mean([f["mode"] == "a" for f in fields])
+    assert abs(share - 0.5) < 4 * math.sqrt(0.25 / 300)
+
+
+def test_draws_depend_on_seed_and_number_alone(tmp_path):
+    told = {"lr": {"uniform": [0, 1]}, "betas": {"choice": [[0.9, 0.99], [0.9, 0.95]]}}
+    whole = drawn(tmp_path / "whole", told, 6)
+    drawn(tmp_path / "parts", told, 2)
+    assert drawn(tmp_path / "parts", told, 4) == whole, "as after a resume"
+    assert drawn(tmp_path / "other", told, 6, seed=1) != whole
+    assert all(f["betas"] in ([0.9, 0.99], [0.9, 0.95]) for f in whole)
+
+
+def test_a_grid_is_gone_through_once(tmp_path):
+    told = {"mode": {"grid": ["a", "b"]}, "size": {"grid": [1, 2, None]}}
+    fields = drawn(tmp_path, told, 6)
+    assert sorted(map(str, fields)) == sorted(str({"mode": m, "size": s}) for m in "ab" for s in (1, 2, None))
+
+
+def test_the_searcher_learns(tmp_path):
+    """TPE draws near the good ones, more than chance would."""
+    space = read_space({"lr": {"uniform": [0, 1]}}, TYPES)
+    ledger = Ledger(tmp_path, "min", "loss", space)
+    for _ in range(40):
+        number = ledger.draw("tpe", 0)
+        value = (ledger.entry(number).fields["lr"] - 0.3) ** 2
+        ledger.note(number, Evaluated(1, 100, {"loss": value}, 1), ledger.entry(number).fields, stopped=False)
+        ledger.finish(number)
+    last = [entry.fields["lr"] for entry in ledger.entries()[-20:]]
+    assert np.median(np.abs(np.array(last) - 0.3)) < 0.12, "by chance it is about 0.2 to 0.25"
+    assert ledger.best(1)[0].fields["lr"] == min((e.fields["lr"] for e in ledger.entries()), key=lambda x: abs(x - 0.3))
+    ledger.close()
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    made = Ledger(tmp_path, "max", "top1", read_space({"lr": {"uniform": [0, 1]}}, TYPES))
+    yield made
+    made.close()
+
+
+def evaluated(ledger, number, step, score, stopped=False, total=4):
+    ledger.note(number, Evaluated(step, 100 * step / total, {"top1": score}, 1.0), ledger.entry(number).fields, stopped)
+    ledger.keep(number, f"checkpoint-{step}")
+
+
+def again(ledger):
+    """The ledger as another process finds it."""
+    ledger.close()
+    ledger.close = lambda: None
+    return Ledger(ledger.path.parent, "max", "top1", ledger.space)
+
+
+def test_the_record_outlives_the_process(ledger):
+    for number in range(4):
+        ledger.draw("random", 0)
+        evaluated(ledger, number, 1, 0.1 * number)
+    evaluated(ledger, 0, 4, 0.7)  # killed before it was called finished
+    evaluated(ledger, 1, 2, 0.2, stopped=True)  # and before it was called stopped
+    ledger.fail(2, "no memory")
+    with open(ledger.path, "a") as file:
+        file.write('{"op_code": 5, "work')  # half a line
+    found = again(ledger)
+    states = [entry.state for entry in found.entries()]
+    assert states == ["finished", "stopped early", "failed", "running"]
+    assert [e.checkpoint for e in found.entries()] == ["checkpoint-4", "checkpoint-2", "checkpoint-1", "checkpoint-1"]
+    assert found.entry(2).error == "no memory"
+    assert [(e.step, e.metrics) for e in found.entry(0).evaluations] == [(1, {"top1": 0.0}), (4, {"top1": 0.7})]
+    assert found.study.get_trials()[1].state == TrialState.PRUNED
+    evaluated(found, 3, 4, 0.9)
+    found.finish(3)
+    assert [e.number for e in found.best(5)] == [3, 0]
+    found.close()
+
+
+def test_nothing_in_the_record_is_a_pickle(ledger):
+    evaluated(ledger, ledger.draw("tpe", 0), 4, 0.5)
+    for line in ledger.path.read_bytes().splitlines():
+        json.loads(line)
+
+
+def test_one_process_at_a_time(ledger):
+    with pytest.raises(UserError, match="another process works on the sweep"):
+        Ledger(ledger.path.parent, "max", "top1", ledger.space)
+
+
+def test_a_score_that_is_no_number_is_a_failure(ledger):
+    for score in (math.nan, math.inf):
+        number = ledger.draw("random", 0)
+        evaluated(ledger, number, 4, score)
+        ledger.finish(number)
+        assert ledger.entry(number).state == "failed"
+        assert str(score) in (ledger.entry(number).error or "")
+    assert ledger.best(1) == []
+
+
+def test_a_resumed_scheduler_judges_as_before(ledger):
+    """ASHA at rung 50: after 0.9 and 0.8 are over, 0.1 stops; without the memory of them it would go on."""
+    config = sweep_config(scheduler=SchedulerConfig(kind="asha", grace=50, reduction=2))
+    for number, score in enumerate((0.9, 0.8)):
+        ledger.draw("random", 0)
+        evaluated(ledger, number, 2, score)
+        evaluated(ledger, number, 4, score)
+        ledger.finish(number)
+    new = type("Trial", (), {"trial_id": "new"})()
+    for reminded, decision in ((True, "STOP"), (False, "CONTINUE")):
+        scheduler = build_scheduler(config, ledger.space)
+        if reminded:
+            remind(scheduler, ledger)
+        scheduler.on_trial_add(None, new)
+        assert scheduler.on_trial_result(None, new, {"percent": 50, "top1": 0.1}) == decision
+
+
+def test_importance_finds_the_field_that_matters(tmp_path):
+    told = {"lr": {"uniform": [0, 1]}, "size": {"uniform": [1, 100]}}
+    ledger = Ledger(tmp_path, "max", "top1", read_space(told, TYPES))
+    assert importances(ledger) is None
+    for number in range(40):
+        ledger.draw("random", 0)
+        evaluated(ledger, number, 4, ledger.entry(number).fields["lr"] ** 2)
+        ledger.finish(number)
+    shares = importances(ledger)
+    assert shares["lr"] > 3 * shares["size"]
+    ledger.close()
+
+
+def test_results_csv(ledger, tmp_path):
+    evaluated(ledger, ledger.draw("random", 0), 4, 0.5)
+    ledger.finish(0)
+    ledger.draw("random", 0)
+    ledger.fail(1, "no, memory")
+    write_results(tmp_path / "results.csv", ledger.entries(), ledger)
+    import csv
+
+    first, second = csv.DictReader((tmp_path / "results.csv").read_text().splitlines())
+    assert (first["state"], float(first["top1"]), first["percent"]) == ("finished", 0.5, "100.0")
+    assert float(first["lr"]) == ledger.entry(0).fields["lr"]
+    assert (second["state"], second["top1"], second["error"]) == ("failed", "", "no, memory")
+
+
+def test_the_command_of_a_trial_is_read_back_exactly(ledger):
+    import shlex
+
+    from finetune.classification.config import ClassificationConfig
+    from launch.cli import parse
+
+    entry = replace(
+        ledger.entry(ledger.draw("random", 0)), fields={"optim.base_lr": 1e-5 / 3, "model.img_size": [32, 48]}
+    )
+    told = {"backbone": "a folder/b", "data.source": "c", "augment.auto_augment": None}
+    words = shlex.split(command(sweep_config(fields=told), entry))
+    assert words[:5] == ["OMP_NUM_THREADS=1", "accelerate", "launch", "finetune/main.py", "classification"]
+    config = parse(ClassificationConfig, words[5:], "", "")
+    assert (config.optim.base_lr, tuple(config.model.img_size)) == (1e-5 / 3, (32, 48))
+    assert (config.backbone, config.augment.auto_augment) == ("a folder/b", None)
+
+
+SPACE = {"optim.base_lr": {"loguniform": [1e-4, 1e-2]}}
+
+
+def sweep_config(**told):
+    return SweepConfig(**{"task": "classification", "metric": "top1", "space": SPACE, "trials": 2} | told)
+
+
+def both(**told):
+    """What a sweep's config refuses, and what is refused when it is looked into."""
+    return checked(sweep_config(**told))
+
+
+FIELDS = {"backbone": "OWNER/NAME", "data.source": "hf:NAME"}
+
+
+@pytest.mark.parametrize(
+    ("told", "line"),
+    [
+        ({"space": {"optim.base_lrr": {"uniform": [0, 1]}}}, r"space\.optim\.base_lrr.*did you mean 'optim\.base_lr'"),
+        ({"fields": {"epoch": 3}}, r"fields\.epoch.*did you mean 'epochs'"),
+        ({"fields": {"name": "x"}}, r"fields\.name: the sweep sets it"),
+        ({"fields": FIELDS | {"optim.base_lr": 1}}, r"optim\.base_lr stands in fields and in space"),
+        ({"space": {}}, "space is {}"),
+        ({"space": {"optim.base_lr": {"choice": []}}}, r"space\.optim\.base_lr: choice is \[\], an empty space"),
+        ({"space": {"optim.base_lr": {"uniform": [1, 1]}}}, "an empty space"),
+        ({"space": {"optim.base_lr": {"loguniform": [0, 1]}}}, "low must be above 0"),
+        ({"space": {"optim.base_lr": {"normal": [0, 1]}}}, "must be one of {choice"),
+        ({"space": {"optim.base_lr": [0, 1]}}, "must be one of {choice"),
+        ({"space": {"batch_size": {"uniform": [1.5, 3]}}}, r"has 1\.5: it must be a whole number"),
+        (
+            {"fields": FIELDS, "space": {"optim.layer_decay": {"uniform": [0.5, 1.5]}}},
+            r"1\.5: optim\.layer_decay is 1\.5",
+        ),
+        ({"fields": FIELDS, "space": {"model.img_size": {"choice": [32, "big"]}}}, r"space\.model\.img_size, 'big'"),
+        (
+            {"fields": FIELDS | {"data.source": "nowhere"}},
+            r"fields\.data\.source is 'nowhere': there is no such folder",
+        ),
+        ({"fields": {"data.source": "hf:NAME"}, "space": {"backbone": {"choice": ["./no"]}}}, r"'\./no': there is no"),
+        ({"metric": "acc"}, "metric is 'acc': classification reports no such"),
+        ({"metric": "mIoU"}, "metric is 'mIoU': classification reports no such"),
+        ({"trials": None}, "trials is None: say how many"),
+        ({"searcher": "grid"}, "searcher is 'grid'"),
+        ({"searcher": "grid", "space": {"batch_size": {"grid": [2, 4]}}, "trials": 3}, "the grid has 2 combinations"),
+        ({"base": "no.yaml"}, r"base: cannot read no\.yaml"),
+        ({"trials": 0}, "trials is 0"),
+        ({"hours": 0}, "hours is 0"),
+        ({"name": "a/b"}, "plain folder name"),
+        (
+            {"fields": FIELDS, "space": {"model.img_size": {"choice": [32]}}, "scheduler": SchedulerConfig(kind="pbt")},
+            "no field of the space can change in a running trial",
+        ),
+    ],
+)
+def test_what_cannot_work_is_one_line(told, line):
+    with pytest.raises(UserError, match=line) as raised:
+        both(**told)
+    assert "\n" not in str(raised.value)
+
+
+def test_what_can_work_is_not_refused():
+    config, space, base = both(fields=FIELDS)
+    assert [d.field for d in space] == ["optim.base_lr"]
+    config, space, _ = both(fields=FIELDS, searcher="grid", trials=None, space={"batch_size": {"choice": [2, 4, 8]}})
+    assert config.trials == len(combinations(space)) == 3
+    assert base == ""
+
+
+def test_resources_that_are_none():
+    with pytest.raises(UserError, match="must take a CPU or a GPU"):
+        ResourceConfig(cpus=0)
+
+
+def test_a_folder_is_not_overwritten_or_mixed_up(tmp_path):
+    config = sweep_config(out=str(tmp_path), fields=FIELDS)
+    with pytest.raises(UserError, match="nothing to resume"):
+        open_folder(replace(config, resume=True))
+    open_folder(config)
+    (config.folder / "study.jsonl").touch()
+    with pytest.raises(UserError, match="holds a sweep already"):
+        open_folder(config)
+    with pytest.raises(UserError, match="was begun with seed = 0, not 1"):
+        open_folder(replace(config, resume=True, seed=1))
+    open_folder(replace(config, resume=True, trials=5))
+    (config.folder / "study.jsonl").unlink()
+    with pytest.raises(UserError, match="it is not deleted"):
+        open_folder(replace(config, overwrite=True))
+
+
+def test_storage_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"storage .*file/x cannot be written"):
+        writable(str(tmp_path / "file/x"))
+    with pytest.raises(UserError, match="storage nosuch://bucket cannot be written"):
+        writable("nosuch://bucket")
+    assert writable(f"file://{tmp_path}/there") == f"file://{tmp_path}/there"
+
+
+def test_help_teaches_and_the_command_refuses_in_one_line(capsys):
+    main(["--help"])
+    assert "SWEEP.yaml" in capsys.readouterr().out
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "finetune/sweep.py"), "no.yaml"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "no.yaml" in done.stderr
+
+
+@pytest.mark.parametrize("task", ["classification", "detection", "segmentation"])
+def test_the_shipped_sweeps_read(task, monkeypatch, tmp_path, backbone):
+    """Every field of their spaces exists and every value is one that the task takes."""
+    from launch.cli import parse
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "finetune").symlink_to(ROOT / "finetune")
+    for folder in ("runs/pretrain", "runs/short", "sample"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "sample" / task).mkdir()
+    for run in ("pretrain", "short"):
+        (tmp_path / f"runs/{run}/backbone").symlink_to(backbone)
+    config = parse(SweepConfig, [f"--config=finetune/sweeps/{task}.yaml"], "", "")
+    _, space, _ = checked(config)
+    names = {d.field for d in space}
+    assert {"optim.base_lr", "optim.layer_decay", "model.drop_path_rate", "optim.weight_decay"} <= names
+    assert {"model.img_size", "backbone"} <= names
