@@ -8,6 +8,7 @@ from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
 
 from vim_backbone import VimConfig
+from vim_backbone.hand_over import Given, take
 
 HEAD_WIDTH = 64
 
@@ -24,10 +25,13 @@ class ViTBlock(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, h: Tensor, residual: Tensor | None) -> tuple[Tensor, None]:
-        """(batch, length, d_model) -> the same: a ViT block adds to the stream by itself."""
-        assert residual is None
-        return self.block(h), None
+    def forward(
+        self, h: Given[Tensor], residual: Given[Tensor | None], cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        """(batch, length, d_model) -> the same: a ViT block adds to the stream by itself. Takes no packed pictures."""
+        assert take(residual) is None
+        assert cu_seqlens is None
+        return self.block(take(h)), None
 
 
 @contextmanager
