@@ -13,7 +13,17 @@ from finetune.sweeping.cluster import running
 from finetune.sweeping.config import METRICS, RayConfig, ResourceConfig
 from finetune.sweeping.sweep import sweep, top
 from launch.signals import Stopped
-from tests.finetune.ray_sweep import cluster, config_of, entries, kept, meanwhile, steps_of, trial_workers, wait
+from tests.finetune.ray_sweep import (
+    cluster,
+    config_of,
+    entries,
+    kept,
+    meanwhile,
+    repeated,
+    steps_of,
+    trial_workers,
+    wait,
+)
 from tests.launch.real import ROOT, environment, free_port
 from vim_backbone.errors import UserError
 
@@ -57,7 +67,8 @@ def test_classification_with_a_trial_killed_on_purpose(told, backbone, tmp_path)
     assert killed
     found = entries(config)
     assert [e.state for e in found] == ["finished"] * 3
-    assert [steps_of(e) for e in found] == [list(range(1, 9))] * 3, "each evaluation once in the record"
+    assert [steps_of(e) for e in found] == [list(range(1, 9))] * 3
+    assert repeated(config) <= 1, "the trial went on from its checkpoint"
     assert set(METRICS["classification"]) <= set(found[0].evaluations[-1].metrics)
     assert (folder / "report.html").read_text().count("data:image/png;base64,") == 1
 
@@ -98,6 +109,7 @@ def test_a_node_is_lost(told, nodes):
         sweep(config)
     assert [e.state for e in entries(config)] == ["finished"] * 3
     assert [steps_of(e) for e in entries(config)] == [list(range(1, 9))] * 3
+    assert repeated(config) <= 1, "what ran on the node went on from its checkpoint"
 
 
 def test_population_based_training_clones_and_changes(told):
