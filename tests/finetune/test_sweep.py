@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 
 from finetune.sweeping.cluster import running
@@ -14,6 +15,7 @@ from finetune.sweeping.config import METRICS, RayConfig, ResourceConfig
 from finetune.sweeping.sweep import sweep, top
 from launch.signals import Stopped
 from tests.finetune.ray_sweep import (
+    SMALL,
     cluster,
     config_of,
     entries,
@@ -50,10 +52,19 @@ def told(nodes, tmp_path, backbone, drawn):
     return make
 
 
+def shipped(task, backbone):
+    """What the example of the task says, with two names of one small backbone; to be run for a few steps."""
+    example = yaml.safe_load((ROOT / f"finetune/sweeps/{task}.yaml").read_text())
+    kept = {name: value for name, value in example["fields"].items() if name != "data.source"}
+    space = example["space"] | {"backbone": {"choice": [str(backbone), f"file://{backbone}"]}}
+    small = {"epochs": None, "evaluate_every": 1, "optim.warmup_steps": 1}
+    return {"base": str(ROOT / example["base"]), "metric": example["metric"], "space": space}, kept | SMALL | small
+
+
 def test_classification_with_a_trial_killed_on_purpose(told, backbone, tmp_path):
     """The trial goes on from its checkpoint, and the best can be repeated outside of Ray to the last bit."""
-    space = SPACE | {"backbone": {"choice": [str(backbone), f"file://{backbone}"]}}
-    config = told(space=space, trials=3, fields={"steps": 8, "evaluate_every": 1})
+    example, fields = shipped("classification", backbone)
+    config = told(**example, trials=3, fields=fields | {"steps": 8})
     killed = []
 
     def kill():
@@ -86,8 +97,9 @@ def test_classification_with_a_trial_killed_on_purpose(told, backbone, tmp_path)
 
 
 @pytest.mark.parametrize("task", ["detection", "segmentation"])
-def test_the_other_tasks(task, told):
-    config = told(task, fields={"steps": 2, "evaluate_every": 1})
+def test_the_other_tasks(task, told, backbone):
+    example, fields = shipped(task, backbone)
+    config = told(task, **example, fields=fields | {"steps": 2})
     folder = sweep(config)
     found = entries(config)
     assert [e.state for e in found] == ["finished"] * 2
