@@ -80,3 +80,17 @@ def test_a_killed_driver_goes_on_with_nothing_lost_or_run_twice(tmp_path, backbo
         assert [(e.step, e.metrics) for e in entry.evaluations] == alone
         shutil.rmtree(tmp_path / f"alone-{entry.number}")
     assert (config.folder / "best/model/model.safetensors").exists()
+
+
+def test_sigterm_stops_the_sweep_for_resume(tmp_path, backbone, drawn):
+    config = config_of(
+        tmp_path, "classification", backbone, drawn("classification"), space=SPACE, metric="top1", trials=1,
+        fields={"steps": 10000, "evaluate_every": 1}, scheduler={"kind": "none"}, ray={"cpus": 1},
+    )  # fmt: skip
+    process = driver(config)
+    wait(lambda: kept(config), "a checkpoint")
+    process.terminate()
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert printed.rstrip().endswith("1 trials are left: the same command with --resume goes on")
+    assert entries(config)[0].state == "running"
