@@ -63,7 +63,8 @@ def sweep(config: SweepConfig) -> Path:
         entries = ledger.entries()
         left = (config.trials or 0) - sum(e.state not in ("waiting", "running") for e in entries)
         if left:
-            raise Stopped(signal.SIGINT, f"{left} trials are left: the same command with --resume goes on")
+            line = f"{left} of {config.trials} trials are left: the same command with --resume goes on"
+            raise Stopped(signal.SIGINT, line)
         if all(e.state == "failed" for e in entries):
             raise UserError(f"all {len(entries)} trials failed; the last: {entries[-1].error}")
     finally:

@@ -180,7 +180,7 @@ def test_two_workers_train_one_trial_as_one_process_does(told):
 
 def test_what_the_time_did_not_suffice_for_is_left_for_resume(told):
     config = told(fields={"steps": 1}, trials=1)
-    with pytest.raises(Stopped, match="1 trials are left"):
+    with pytest.raises(Stopped, match="1 of 1 trials are left"):
         sweep(replace(config, hours=1e-7))
     sweep(replace(config, resume=True))
     assert [e.state for e in entries(config)] == ["finished"]

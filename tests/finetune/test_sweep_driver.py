@@ -92,5 +92,5 @@ def test_sigterm_stops_the_sweep_for_resume(tmp_path, backbone, drawn):
     process.terminate()
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert printed.rstrip().endswith("1 trials are left: the same command with --resume goes on")
+    assert printed.rstrip().endswith("1 of 1 trials are left: the same command with --resume goes on")
     assert entries(config)[0].state == "running"
