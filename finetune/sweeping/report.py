@@ -158,7 +158,8 @@ def importances(ledger: Ledger) -> dict[str, float] | None:
     trials = judged.get_trials(deepcopy=False)
     if len(trials) < FEWEST or len({trial.value for trial in trials}) == 1:
         return None
-    return get_param_importances(judged, evaluator=FanovaImportanceEvaluator(seed=0))
+    shares = get_param_importances(judged, evaluator=FanovaImportanceEvaluator(seed=0))
+    return {name: float(share) for name, share in shares.items()}
 
 
 def draw_importance(axes: Any, config: SweepConfig, ledger: Ledger) -> None:

@@ -3,6 +3,8 @@
 import shutil
 import signal
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from finetune.sweeping.trial import arguments
 from finetune.sweeping.tuning import build_scheduler, tune_trials
 from launch.cli import parse
 from launch.config import differences, field_types, write_config
-from launch.signals import Stopped
+from launch.signals import Stopped, in_main_thread
 from vim_backbone.errors import UserError, nearest
 
 CONFIG = "sweep.yaml"
@@ -54,19 +56,33 @@ def sweep(config: SweepConfig) -> Path:
     try:
         storage = writable(config.storage or str((config.folder / "trials").resolve()))
         with Progress(config.metric, config.trials or 0) as progress:
-            with running(config.ray, config.resources):
+            with running(config.ray, config.resources), stopped_like_ctrl_c():
                 tune_trials(config, ledger, {"base": base, "paths": whole_paths(config, space)}, storage, progress)
             for line in write_report(config, ledger):
                 progress.say(line)
         entries = ledger.entries()
         left = (config.trials or 0) - sum(e.state not in ("waiting", "running") for e in entries)
         if left:
-            raise Stopped(signal.SIGINT, f"{left} trials are left: the same command with --resume goes on")
+            line = f"{left} of {config.trials} trials are left: the same command with --resume goes on"
+            raise Stopped(signal.SIGINT, line)
         if all(e.state == "failed" for e in entries):
             raise UserError(f"all {len(entries)} trials failed; the last: {entries[-1].error}")
     finally:
         ledger.close()
     return config.folder
+
+
+@contextmanager
+def stopped_like_ctrl_c() -> Iterator[None]:
+    """SIGTERM stops the sweep as Ctrl-C and SIGUSR1 do, which are all that Ray Tune heeds."""
+    if not in_main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def top(config: SweepConfig) -> list[str]:

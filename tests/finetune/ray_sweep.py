@@ -102,6 +102,13 @@ def kept(config: SweepConfig) -> list[tuple[int, str]]:
     return [(trial, attr["checkpoint"]) for trial, attr in found if "checkpoint" in attr]
 
 
+def repeated(config: SweepConfig) -> int:
+    """Evaluations that the record has had more than once: what was lost between them and their checkpoint."""
+    found = [(row["trial_id"], name) for row in rows(config) if "trial_id" in row for name in row.get("user_attr", ())]
+    evaluations = [pair for pair in found if pair[1].startswith("evaluation-")]
+    return len(evaluations) - len(set(evaluations))
+
+
 def wait(condition: Callable[[], object], what: str, seconds: float = 240) -> None:
     for _ in range(int(seconds / 0.1)):
         if condition():

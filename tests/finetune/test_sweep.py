@@ -7,13 +7,25 @@ import sys
 from dataclasses import replace
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 
 from finetune.sweeping.cluster import running
 from finetune.sweeping.config import METRICS, RayConfig, ResourceConfig
 from finetune.sweeping.sweep import sweep, top
 from launch.signals import Stopped
-from tests.finetune.ray_sweep import cluster, config_of, entries, kept, meanwhile, steps_of, trial_workers, wait
+from tests.finetune.ray_sweep import (
+    SMALL,
+    cluster,
+    config_of,
+    entries,
+    kept,
+    meanwhile,
+    repeated,
+    steps_of,
+    trial_workers,
+    wait,
+)
 from tests.launch.real import ROOT, environment, free_port
 from vim_backbone.errors import UserError
 
@@ -40,10 +52,19 @@ def told(nodes, tmp_path, backbone, drawn):
     return make
 
 
+def shipped(task, backbone):
+    """What the example of the task says, with two names of one small backbone; to be run for a few steps."""
+    example = yaml.safe_load((ROOT / f"finetune/sweeps/{task}.yaml").read_text())
+    kept = {name: value for name, value in example["fields"].items() if name != "data.source"}
+    space = example["space"] | {"backbone": {"choice": [str(backbone), f"file://{backbone}"]}}
+    small = {"epochs": None, "evaluate_every": 1, "optim.warmup_steps": 1}
+    return {"base": str(ROOT / example["base"]), "metric": example["metric"], "space": space}, kept | SMALL | small
+
+
 def test_classification_with_a_trial_killed_on_purpose(told, backbone, tmp_path):
     """The trial goes on from its checkpoint, and the best can be repeated outside of Ray to the last bit."""
-    space = SPACE | {"backbone": {"choice": [str(backbone), f"file://{backbone}"]}}
-    config = told(space=space, trials=3, fields={"steps": 8, "evaluate_every": 1})
+    example, fields = shipped("classification", backbone)
+    config = told(**example, trials=3, fields=fields | {"steps": 8})
     killed = []
 
     def kill():
@@ -57,7 +78,8 @@ def test_classification_with_a_trial_killed_on_purpose(told, backbone, tmp_path)
     assert killed
     found = entries(config)
     assert [e.state for e in found] == ["finished"] * 3
-    assert [steps_of(e) for e in found] == [list(range(1, 9))] * 3, "each evaluation once in the record"
+    assert [steps_of(e) for e in found] == [list(range(1, 9))] * 3
+    assert repeated(config) <= 1, "the trial went on from its checkpoint"
     assert set(METRICS["classification"]) <= set(found[0].evaluations[-1].metrics)
     assert (folder / "report.html").read_text().count("data:image/png;base64,") == 1
 
@@ -75,8 +97,9 @@ def test_classification_with_a_trial_killed_on_purpose(told, backbone, tmp_path)
 
 
 @pytest.mark.parametrize("task", ["detection", "segmentation"])
-def test_the_other_tasks(task, told):
-    config = told(task, fields={"steps": 2, "evaluate_every": 1})
+def test_the_other_tasks(task, told, backbone):
+    example, fields = shipped(task, backbone)
+    config = told(task, **example, fields=fields | {"steps": 2})
     folder = sweep(config)
     found = entries(config)
     assert [e.state for e in found] == ["finished"] * 2
@@ -98,6 +121,7 @@ def test_a_node_is_lost(told, nodes):
         sweep(config)
     assert [e.state for e in entries(config)] == ["finished"] * 3
     assert [steps_of(e) for e in entries(config)] == [list(range(1, 9))] * 3
+    assert repeated(config) <= 1, "what ran on the node went on from its checkpoint"
 
 
 def test_population_based_training_clones_and_changes(told):
@@ -156,7 +180,7 @@ def test_two_workers_train_one_trial_as_one_process_does(told):
 
 def test_what_the_time_did_not_suffice_for_is_left_for_resume(told):
     config = told(fields={"steps": 1}, trials=1)
-    with pytest.raises(Stopped, match="1 trials are left"):
+    with pytest.raises(Stopped, match="1 of 1 trials are left"):
         sweep(replace(config, hours=1e-7))
     sweep(replace(config, resume=True))
     assert [e.state for e in entries(config)] == ["finished"]

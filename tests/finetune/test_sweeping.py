@@ -1,5 +1,6 @@
 """What a sweep knows without Ray running: its space, its record, and what it refuses before any work."""
 
+import io
 import json
 import math
 import subprocess
@@ -9,10 +10,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from optuna.trial import TrialState
+from rich.console import Console
 
 from finetune.sweep import main
 from finetune.sweeping.config import ResourceConfig, SchedulerConfig, SweepConfig
 from finetune.sweeping.ledger import Evaluated, Ledger
+from finetune.sweeping.progress import table
 from finetune.sweeping.report import command, importances, write_results
 from finetune.sweeping.space import combinations, read_space
 from finetune.sweeping.sweep import checked, open_folder, writable
@@ -154,6 +157,21 @@ def test_a_resumed_scheduler_judges_as_before(ledger):
             remind(scheduler, ledger)
         scheduler.on_trial_add(None, new)
         assert scheduler.on_trial_result(None, new, {"percent": 50, "top1": 0.1}) == decision
+
+
+def test_the_table_shows_what_runs_and_the_best(ledger):
+    for score in (0.25, 0.75):
+        number = ledger.draw("random", 0)
+        evaluated(ledger, number, 4, score)
+        ledger.finish(number)
+    evaluated(ledger, ledger.draw("random", 0), 1, 0.5)
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(table(ledger, "top1", 5))
+    title, *rest = [line for line in console.export_text().splitlines() if "trial" in line or "│" in line]
+    assert "2 of 5 trials are over; best top1 0.7500" in title
+    cells = [[cell.strip() for cell in line.split("│")[1:5]] for line in rest if "│" in line]
+    assert cells == [["2", "running", "25 %", "0.5000"], ["1", "finished", "100 %", "0.7500"],
+                     ["0", "finished", "100 %", "0.2500"]]  # fmt: skip
 
 
 def test_importance_finds_the_field_that_matters(tmp_path):
