@@ -36,3 +36,11 @@ def drawn(tmp_path_factory):
 def _one_thread():
     """The models here are too small to share out, and other test processes may want the cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def plain_kernels():
+    """The reference kernels here and in all processes started: others are compiled anew for each copy Ray makes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VIM_KERNELS_BACKEND", "reference")
+        yield

@@ -20,8 +20,6 @@ from finetune.sweeping.sweep import checked
 from launch.cli import parse
 from tests.launch.real import ROOT
 
-# the plain kernels: the others would be compiled anew for every copy of the code that Ray ships
-os.environ["VIM_KERNELS_BACKEND"] = "reference"
 SMALL = {"batch_size": 4, "data.workers": 0, "pictures": 1, "log_every": 1}
 TASK_FIELDS = {
     "classification": {"augment.auto_augment": None, "augment.mixup": 0, "augment.cutmix": 0},

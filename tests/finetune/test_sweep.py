@@ -35,7 +35,7 @@ RUN = {"steps": 4, "evaluate_every": 1}
 
 
 @pytest.fixture(scope="module")
-def nodes():
+def nodes(plain_kernels):
     with cluster() as made:
         yield made
 

@@ -15,7 +15,7 @@ from finetune.sweeping.trial import arguments
 from launch.cli import parse
 from tests.finetune.ray_sweep import config_of, driver, entries, finished, kept, repeated, steps_of, wait
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("plain_kernels")]
 STEPS = 12
 SPACE = {"optim.base_lr": {"loguniform": [1e-3, 1e-1]}}
 
