@@ -77,8 +77,10 @@ class Keyed(Dataset[Read]):
         bad: list[tuple[str, str]] = []
         for attempt in range(min(MAX_TRIES, len(self.samples))):
             chosen = (index + attempt) % len(self.samples)
+            # another key for what stands in: where augmentation failed, the same draws would fail again
+            key = (self.seed, epoch, index, attempt) if attempt else (self.seed, epoch, index)
             try:
-                with seeded(self.seed, epoch, index):
+                with seeded(*key):
                     sample = self.samples.draw(chosen)
             except Exception as error:  # a decoder may raise anything on damaged data
                 bad.append((self.samples.name(chosen), reason(error)))

@@ -1,11 +1,13 @@
 """Classification as a task of the fine-tuning run, and its command."""
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from PIL import Image, ImageOps
 from timm.data.mixup import Mixup
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
@@ -105,7 +107,7 @@ class ClassificationTask(Task):
 
 def training_transform(size: tuple[int, int], augment: AugmentConfig) -> Any:
     """Timm's augmentation of DeiT: an RGB picture -> (3, h, w) normalised."""
-    return create_transform(
+    transform: Any = create_transform(
         (3, *size),
         is_training=True,
         scale=(augment.min_scale, 1.0),
@@ -116,6 +118,16 @@ def training_transform(size: tuple[int, int], augment: AugmentConfig) -> Any:
         re_prob=augment.erasing,
         re_mode="pixel",
     )
+    for step in transform.transforms:
+        for op in [*getattr(step, "ops", []), *chain(*getattr(step, "policy", []))]:
+            if op.name.startswith("Posterize"):
+                op.aug_fn = posterize
+    return transform
+
+
+def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """Keep the highest `bits` of each value; timm asks for 0 at times, which Pillow 13 refuses: one stays then."""
+    return ImageOps.posterize(image, max(1, bits)) if bits < 8 else image
 
 
 def judging_transform(size: tuple[int, int], crop_pct: float) -> Any:

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from finetune.classification.config import ClassificationConfig
-from finetune.classification.task import ClassificationTask, run
+from finetune.classification.config import AugmentConfig, ClassificationConfig
+from finetune.classification.task import ClassificationTask, run, training_transform
 from finetune.main import main
 from finetune.sample_data import Sizes
 from finetune.sample_data import classification as draw
@@ -249,6 +249,14 @@ def test_official_weights_are_judged_as_the_official_model_does_and_fine_tuned(c
     after = load_file(tuned / "backbone/model.safetensors")
     assert after.keys() == state.keys()
     assert not torch.equal(after["layers.0.mixer.A_b_log"], state["layers.0.mixer.A_b_log"])
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-n15-inc1", "original"])
+def test_augmentation_never_asks_for_what_pillow_refuses(policy):
+    """Level 10 keeps no bit at all in timm's posterize; of 15 operations and pictures some are that."""
+    transform = training_transform((8, 8), AugmentConfig(auto_augment=policy))
+    for _ in range(15):
+        assert transform(Image.new("RGB", (8, 8), "white")).isfinite().all()
 
 
 def test_the_command_line(capsys):

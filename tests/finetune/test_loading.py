@@ -72,3 +72,13 @@ def test_training_batches_go_on_where_they_stopped(workers):
     assert "sample 3" not in {name for batch in whole for name in batch.names}
     halves = [list(training_batches(samples, 0, BatchPlan(4, 1, 2, rank), 0, 6, 0)) for rank in (0, 1)]
     assert {n for half in halves for n in half[0].names} == set(whole[0].names)
+
+
+def test_what_stands_in_has_draws_of_its_own():
+    """Or an augmentation that failed for its draws would fail for every picture that stands in."""
+    (batch,) = training_batches(Numbers(4, broken={0}), 3, BatchPlan(4, 1, 1, 0), 0, 1, 0)
+    assert len(set(batch.targets.tolist())) == 4
+    (alone,) = training_batches(Numbers(4), 3, BatchPlan(4, 1, 1, 0), 0, 1, 0)
+    kept = [n for n, name in enumerate(alone.names) if name != "sample 0"]
+    assert batch.targets[kept].tolist() == alone.targets[kept].tolist()
+    assert batch.targets.tolist() != alone.targets.tolist()
