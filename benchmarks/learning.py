@@ -160,8 +160,7 @@ def draw(path: Path, rows: list[dict[str, Any]], about: dict[str, str]) -> None:
         right.bar(place, entry["mean"], color=colours[entry["net"]], alpha=1 if entry["what"] == "pretrained" else 0.4)
         right.plot([place] * len(scores), scores, "o", color="black", markersize=4)
     right.set_xticks(range(len(tuned)), [f"{entry['net']}\n{entry['what']}" for entry in tuned])
-    lowest = min((row["top1"] for row in rows if row["what"] in ("pretrained", "scratch")), default=0.5)
-    right.set(title=f"fine-tuned on {tuned[0]['labels']} labels", ylim=(max(0.0, lowest - 0.1), 1))
+    right.set(title=f"fine-tuned on {tuned[0]['labels']} labels", ylim=(0, 1))
     figure.suptitle(f"{about['run']}; {about['device']}", fontsize=9)
     figure.savefig(path, dpi=130)
 
