@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, NamedTuple, cast, overload
 
 import numpy as np
@@ -363,11 +363,17 @@ def to_model(images: Tensor | list[Tensor], device: torch.device) -> Tensor | li
     if isinstance(images, list):
         return [to_model(image, device) for image in images]
     images = images.to(device, non_blocking=True).float().div_(255)
-    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = _mean_and_deviation(device)
     return (images - mean) / std
 
 
 def to_pixels(images: Tensor) -> Tensor:
     """The inverse of `to_model`, in [0, 1]."""
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = _mean_and_deviation(images.device)
     return (images * std + mean).clamp(0, 1)
+
+
+@cache
+def _mean_and_deviation(device: torch.device) -> list[Tensor]:
+    """ImageNet's, (3, 1, 1) each. Kept: to send them to a GPU anew for every picture would make it wait each time."""
+    return [torch.tensor(v, device=device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD)]
