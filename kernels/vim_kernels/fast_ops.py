@@ -113,8 +113,12 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def _saves(*tensors: Tensor | None) -> bool:
-    """An exported program is for inference: saving would tie its graph to the number of checkpoints of one length."""
-    return _needs_grad(*tensors) and not torch.compiler.is_exporting()
+    """An exported program is for inference: saving would tie its graph to the number of checkpoints of one length.
+
+    Asked under Dynamo, PyTorch 2.11 calls every compiled call exported; a training step would then scan forwards twice.
+    """
+    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    return _needs_grad(*tensors) and not exporting
 
 
 def _is_plain_call(*tensors: Tensor | None) -> bool:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from vim_kernels import ScanWeights, add_rms_norm, available_backends, bidirectional_scan, causal_conv1d, library
@@ -86,6 +87,18 @@ def test_compiled_without_a_graph_break_at_two_lengths():
     for length in (9, 14):
         x = draw(2, length, D)
         assert_same(gradients(model, compiled, x), gradients(model, model, x))
+
+
+def test_a_compiled_training_step_scans_forwards_once():
+    """What Dynamo tells of gradients and of exporting decides what an op saves; unsaved, its backward scans again."""
+    model = Layer()
+    compiled, x = torch.compile(model, fullgraph=True, backend="aot_eager"), draw(2, 9, D)
+    gradients(model, compiled, x)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        gradients(model, compiled, x)
+    counts = {event.key: event.count for event in profiled.key_averages()}
+    assert counts["vim_kernels::bidirectional_scan_backward"] == counts["vim_kernels::bidirectional_scan"] == 1
+    assert counts["vim_kernels::selective_scan_backward"] == counts["vim_kernels::selective_scan"] == 1
 
 
 def test_exported_for_any_length():

@@ -84,10 +84,11 @@ def peak(model, pixels):
     images = torch.randn(2, 3, pixels, pixels, dtype=torch.bfloat16, device=DEVICE)
     with torch.no_grad(), use_backend("triton"):
         if DEVICE == "cuda":
-            idle = torch.cuda.memory_allocated()
+            asked = "requested_bytes.all."  # what is allocated is rounded up, by as much as a megabyte a tensor
+            idle = torch.cuda.memory_stats()[asked + "current"]
             torch.cuda.reset_peak_memory_stats()
             model(images)
-            most = torch.cuda.max_memory_allocated() - idle
+            most = torch.cuda.memory_stats()[asked + "peak"] - idle
         else:
             with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
                 model(images)
