@@ -14,7 +14,7 @@ from tests.kernels.triton_aot import TARGETS
 REGISTERS = {"scan_forward_kernel": 168, "chunk_state_kernel": 168}
 TILED_REGISTERS = 168
 """Of the tiled forward kernel on the paths that a model takes, both directions at once: three warps a scheduler."""
-SPILLS = {"tiled_backward_kernel": 160}
+SPILLS = {"tiled_backward_kernel": 128}
 """Bytes. Four tokens a group spill a little, and are a seventh faster on an H200 than two that do not."""
 
 
@@ -65,6 +65,23 @@ def test_tiled_forward_loop_shuffles_once_a_token_and_halving_of_the_states(comp
         assert loop.get("SHFL", 0) == shuffles, found
         assert loop.get("BAR", 0) <= 3, found
         assert sum(loop.values()) <= 13 * exponentials, found
+
+
+def test_tiled_backward_loops_do_not_shuffle(compiled):
+    """Two loops of four tokens: states computed again, tokens walked back. Sums go through shared memory."""
+    if "gfx" in compiled[0]["target"]:
+        pytest.skip("Gluon kernels are for NVIDIA")
+    tiled = [c for c in compiled if c["kernel"] == "tiled_backward_kernel"]
+    assert tiled
+    for found in tiled:
+        flags, (again, back, *_) = found["flags"], found["loops"]
+        elements = flags["GROUP"] * flags["states_thread"] * flags["channels_thread"]
+        assert again["MUFU"] == elements, found
+        assert elements < back["MUFU"] <= 1.1 * elements, found
+        assert "SHFL" not in again | back, found
+        assert back["BAR"] <= 4, found
+        assert sum(again.values()) <= 5.5 * elements, found
+        assert sum(back.values()) <= 20 * elements, found
 
 
 def test_backward_of_the_convolution_reads_every_row_once(compiled):

@@ -38,19 +38,34 @@ def forward_layouts(
 
 @functools.cache
 def backward_layouts(states_thread: int, channels_thread: int, warps: int, n: int) -> dict[str, Any]:
-    """Compile-time layouts of the backward kernel."""
+    """Compile-time layouts of the backward kernel, and how many threads share a channel and a state."""
     block = block_of(states_thread, channels_thread, warps, n)
+    state_lanes, channel_lanes = n // states_thread, block // channels_thread
     rows_vector = 8  # 16 bytes of a 16-bit type
     across = min(32, block // rows_vector)
-    pair_across = min(32, 2 * n // 4)
+    bc_across = min(32, 2 * n // 4)
+    vector, pair_across = _vectors(2 * block, 32 * warps, block, 4)
+    dbc_vector, dbc_across = _vectors(2 * 2 * n, 32 * warps, 2 * n, 4)
     return {
+        "STATE_LANES": state_lanes,
+        "CHANNEL_LANES": channel_lanes,
         "state": gl.BlockedLayout(
-            [states_thread, channels_thread], [n // states_thread, 32 * states_thread // n], [1, warps], [1, 0]
+            [states_thread, channels_thread], [state_lanes, 32 // state_lanes], [1, warps], [1, 0]
         ),
         "rows_layout": gl.BlockedLayout([1, rows_vector], [32 // across, across], [warps, 1], [1, 0]),
-        "bc_layout": gl.BlockedLayout([1, 4], [32 // pair_across, pair_across], [warps, 1], [1, 0]),
+        "bc_layout": gl.BlockedLayout([1, 4], [32 // bc_across, bc_across], [warps, 1], [1, 0]),
+        "pair": gl.BlockedLayout([1, vector], [32 // pair_across, pair_across], [warps, 1], [1, 0]),
+        "of_states": gl.BlockedLayout(
+            [1, state_lanes, vector], [32 // pair_across, 1, pair_across], [warps, 1, 1], [2, 1, 0]
+        ),
+        "pair_bc": gl.BlockedLayout([1, dbc_vector], [32 // dbc_across, dbc_across], [warps, 1], [1, 0]),
+        "of_channels": gl.BlockedLayout(
+            [1, channel_lanes, dbc_vector], [32 // dbc_across, 1, dbc_across], [warps, 1, 1], [2, 1, 0]
+        ),
         "row": gl.SwizzledSharedLayout(1, 1, 1, order=[0]),
         "view": gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0]),
+        "view3": gl.SwizzledSharedLayout(1, 1, 1, order=[2, 1, 0]),
+        "swizzled3": gl.SwizzledSharedLayout(4, 1, 8, order=[2, 1, 0]),
     }
 
 

@@ -65,7 +65,7 @@ class MixerSizes(NamedTuple):
 TILED_FORWARD = ((10, TiledSizes(16, 1, 1, 8, 8)), (4, TiledSizes(8, 1, 2, 16, 16)), (0, TiledSizes(4, 1, 2, 16, 16)))
 """From how many warps a multiprocessor, if a warp holds all states of 32 channels, which sizes. Fewer states a thread
 make more warps, which wait less, of more instructions in all."""
-TILED_BACKWARD = TiledSizes(4, 4, 1, INTERVAL, 4)
+TILED_BACKWARD = TiledSizes(4, 4, 2, INTERVAL, 4)
 TILED_STATES = 16
 """The state size that the Gluon kernels are laid out for, Mamba's; another takes the core-Triton kernels."""
 

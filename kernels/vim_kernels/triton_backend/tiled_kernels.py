@@ -6,7 +6,7 @@ CHANNELS_THREAD channels; that layout, not the compiler's choice, decides how of
 the state as it is: their dt is 0, so they decay by 1 and drive by 0.
 """
 
-# ruff: noqa: RUF005 - Triton's language has no starred tuples, and folds only plain `if`s on constants
+# ruff: noqa: RUF005, SIM108 - Triton's language has no starred tuples, and a tensor chooses only in a plain `if`
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false, reportCallIssue=false
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportAssignmentType=false
 # pyright: reportPossiblyUnboundVariable=false
@@ -53,6 +53,25 @@ def _fetch(
 
 
 @gluon.jit
+def _of_channels(x, LANES: gl.constexpr):
+    """(n, d) summed over the channels of a thread: (lanes, n)."""
+    n: gl.constexpr = x.shape[0]
+    return gl.permute(gl.sum(gl.reshape(x, [n, LANES, x.shape[1] // LANES]), axis=2), (1, 0))
+
+
+@gluon.jit
+def _of_states(x, LANES: gl.constexpr):
+    """(n, d) summed over the states of a thread: (lanes, d)."""
+    return gl.sum(gl.reshape(x, [LANES, x.shape[0] // LANES, x.shape[1]]), axis=1)
+
+
+@gluon.jit
+def _pair(a, b):
+    """Two (lanes, x) tensors as one (2, lanes, x)."""
+    return gl.permute(gl.join(a, b), (2, 0, 1))
+
+
+@gluon.jit
 def tiled_backward_kernel(
     u_ptr, dt_ptr, bc_ptr, dy_ptr, rates_ptr, D0_ptr, D1_ptr, states_ptr, adjoint_ptr,
     du_ptr, ddt_ptr, dbc_ptr, drates_ptr, sums_ptr, dh0_ptr,
@@ -61,11 +80,17 @@ def tiled_backward_kernel(
     REVERSE: gl.constexpr, PACKED: gl.constexpr, HAS_D: gl.constexpr, HAS_ADJOINT: gl.constexpr,
     STORE_DH0: gl.constexpr, SOFTPLUS: gl.constexpr,
     N: gl.constexpr, BLOCK: gl.constexpr, INTERVAL: gl.constexpr, GROUP: gl.constexpr,
-    state: gl.constexpr, rows_layout: gl.constexpr, bc_layout: gl.constexpr, row: gl.constexpr, view: gl.constexpr,
+    STATE_LANES: gl.constexpr, CHANNEL_LANES: gl.constexpr,
+    state: gl.constexpr, rows_layout: gl.constexpr, bc_layout: gl.constexpr,
+    pair: gl.constexpr, of_states: gl.constexpr, of_channels: gl.constexpr, pair_bc: gl.constexpr,
+    row: gl.constexpr, view: gl.constexpr, view3: gl.constexpr, swizzled3: gl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of channels, chunks, directions); see `backward_kernels`. A tile is an interval.
 
-    The states that begin each group of tokens are kept in shared memory instead of global scratch.
+    The states that begin each group of tokens are kept in shared memory instead of global scratch, but for the first
+    (it is saved) and the last (it is at hand). What a thread has summed over its own states and channels goes through
+    shared memory, two tokens at a time, to threads of which each adds up one sum: no shuffles, and du and ddt are
+    computed once, not by every thread that shares a channel.
     """
     block = gl.program_id(0)
     chunk = gl.program_id(1)
@@ -73,8 +98,7 @@ def tiled_backward_kernel(
     column = block * BLOCK
     n = gl.arange(0, N, layout=gl.SliceLayout(1, state))
     d = column + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, state))
-    ok_d = d < channels
-    ok = gl.expand_dims(ok_d, 0)
+    ok = gl.expand_dims(d < channels, 0)
     at = gl.expand_dims(n, 1) * channels + gl.expand_dims(d, 0)
     first, count, slot = chunk_rows(
         chunk, table_ptr, length, chunk_size, chunks_per_sequence, slots_per_sequence, INTERVAL, PACKED
@@ -84,17 +108,25 @@ def tiled_backward_kernel(
     u_ptr += direction * u_direction
     dt_ptr += direction * u_direction
     bc_ptr += direction * bc_direction
-    du_ptr += direction * u_direction
-    ddt_ptr += direction * u_direction
-    dbc_ptr += (direction * gl.num_programs(0) + block).to(gl.int64) * block_stride
     states_ptr += direction * slot_direction + slot * N * channels
     state_at = direction * chunk_direction + chunk.to(gl.int64) * N * channels
     rates = gl.load(rates_ptr + direction * N * channels + at, mask=ok, other=0.0)
+
+    # (2, d) and (2, 2 n): what leaves, two tokens at a time
+    p = gl.arange(0, 2, layout=gl.SliceLayout(1, pair))
+    d_pair = column + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, pair))
+    ok_pair = d_pair < channels
+    p_bc = gl.arange(0, 2, layout=gl.SliceLayout(1, pair_bc))
+    n_bc = gl.expand_dims(gl.arange(0, 2 * N, layout=gl.SliceLayout(0, pair_bc)), 0)
+    du_ptr += direction * u_direction + gl.expand_dims(d_pair, 0)
+    ddt_ptr += direction * u_direction + gl.expand_dims(d_pair, 0)
+    dbc_ptr += (direction * gl.num_programs(0) + block).to(gl.int64) * block_stride + n_bc
     if HAS_D:
         D_ptr = D0_ptr
         if direction == 1:
             D_ptr = D1_ptr
-        skip = gl.load(D_ptr + d, mask=ok_d, other=0.0).to(gl.float32)
+        skip = gl.expand_dims(gl.load(D_ptr + d_pair, mask=ok_pair, other=0.0).to(gl.float32), 0)
+
     if HAS_ADJOINT:
         R = gl.load(adjoint_ptr + state_at + at, mask=ok, other=0.0)
     else:
@@ -103,16 +135,25 @@ def tiled_backward_kernel(
     dt_s = gl.allocate_shared_memory(dt_ptr.dtype.element_ty, [INTERVAL, BLOCK], row)
     dy_s = gl.allocate_shared_memory(dy_ptr.dtype.element_ty, [INTERVAL, BLOCK], row)
     bc_s = gl.allocate_shared_memory(gl.float32, [2 * INTERVAL, N], row)
-    h_s = gl.allocate_shared_memory(gl.float32, [INTERVAL // GROUP, N, BLOCK], view)
+    h_s = gl.allocate_shared_memory(gl.float32, [INTERVAL // GROUP - 2, N, BLOCK], view)
+    along_s = gl.allocate_shared_memory(gl.float32, [2, STATE_LANES, BLOCK], view3)
+    decayed_s = gl.allocate_shared_memory(gl.float32, [2, STATE_LANES, BLOCK], view3)
+    dbc_s = gl.allocate_shared_memory(gl.float32, [2, CHANNEL_LANES, 2 * N], swizzled3)
+    u_pairs = view_of(u_s, u_s.dtype, [INTERVAL // 2, 2, BLOCK], view)
+    dt_pairs = view_of(dt_s, dt_s.dtype, [INTERVAL // 2, 2, BLOCK], view)
+    dy_pairs = view_of(dy_s, dy_s.dtype, [INTERVAL // 2, 2, BLOCK], view)
     drates = gl.zeros([N, BLOCK], gl.float32, layout=state)
-    dD = gl.zeros([BLOCK], gl.float32, layout=gl.SliceLayout(0, state))
-    ddt_sum = gl.zeros([BLOCK], gl.float32, layout=gl.SliceLayout(0, state))
+    dD = gl.zeros([2, BLOCK], gl.float32, layout=pair)
+    ddt_sum = gl.zeros([2, BLOCK], gl.float32, layout=pair)
+    by_channel: gl.constexpr = gl.SliceLayout(0, state)
+    by_state: gl.constexpr = gl.SliceLayout(1, state)
     intervals = gl.cdiv(count, INTERVAL)
     for j in range(0, intervals):
         interval = gl.where(backwards, j, intervals - 1 - j)
         rows = gl.minimum(INTERVAL, count - interval * INTERVAL)
         start = first + interval * INTERVAL + gl.where(backwards, rows - 1, 0)
-        h = gl.load(states_ptr + interval.to(gl.int64) * N * channels + at, mask=ok, other=0.0)
+        saved_ptr = states_ptr + interval.to(gl.int64) * N * channels + at
+        h = gl.load(saved_ptr, mask=ok, other=0.0)
         u = _fetch(u_ptr, channels, start, step, rows, column, channels, INTERVAL, BLOCK, rows_layout)
         dt = _fetch(dt_ptr, channels, start, step, rows, column, channels, INTERVAL, BLOCK, rows_layout)
         dy = _fetch(dy_ptr, channels, start, step, rows, column, channels, INTERVAL, BLOCK, rows_layout)
@@ -122,67 +163,83 @@ def tiled_backward_kernel(
         view_of(dy_s, dy_s.dtype, [INTERVAL, BLOCK], view).store(dy)
         view_of(bc_s, gl.float32, [INTERVAL, 2 * N], view).store(bc)
         groups = gl.cdiv(rows, GROUP)
-        h_s.index(0).store(h)
         for group in range(0, groups - 1):
             for k in gl.static_range(GROUP):
                 i = group * GROUP + k
-                x = u_s.index(i).load(gl.SliceLayout(0, state)).to(gl.float32)
-                tau = dt_s.index(i).load(gl.SliceLayout(0, state)).to(gl.float32)
-                B = bc_s.index(2 * i).load(gl.SliceLayout(1, state))
+                x = u_s.index(i).load(by_channel).to(gl.float32)
+                tau = dt_s.index(i).load(by_channel).to(gl.float32)
+                B = bc_s.index(2 * i).load(by_state)
                 h = gl.fma(
                     gl.exp2(gl.expand_dims(tau, 0) * rates), h, gl.expand_dims(tau * x, 0) * gl.expand_dims(B, 1)
                 )
-            h_s.index(group + 1).store(h)
+            if group < groups - 2:
+                h_s.index(group).store(h)
         for back in range(0, groups):
             group = groups - 1 - back
-            h = h_s.index(group).load(state)
+            entered = h
             h_l = ()
             decay_l = ()
             for k in gl.static_range(GROUP):
                 i = group * GROUP + k
-                x = u_s.index(i).load(gl.SliceLayout(0, state)).to(gl.float32)
-                tau = dt_s.index(i).load(gl.SliceLayout(0, state)).to(gl.float32)
-                B = bc_s.index(2 * i).load(gl.SliceLayout(1, state))
+                x = u_s.index(i).load(by_channel).to(gl.float32)
+                tau = dt_s.index(i).load(by_channel).to(gl.float32)
+                B = bc_s.index(2 * i).load(by_state)
                 decay = gl.exp2(gl.expand_dims(tau, 0) * rates)
                 h = gl.fma(decay, h, gl.expand_dims(tau * x, 0) * gl.expand_dims(B, 1))
                 h_l = h_l + (h,)
                 decay_l = decay_l + (decay,)
-            for k in gl.static_range(GROUP - 1, -1, -1):
-                i = group * GROUP + k
-                out_row = start + step * i
-                x = u_s.index(i).load(gl.SliceLayout(0, state)).to(gl.float32)
-                tau = dt_s.index(i).load(gl.SliceLayout(0, state)).to(gl.float32)
-                g_out = dy_s.index(i).load(gl.SliceLayout(0, state)).to(gl.float32)
-                B = bc_s.index(2 * i).load(gl.SliceLayout(1, state))
-                C = bc_s.index(2 * i + 1).load(gl.SliceLayout(1, state))
-                drive = tau * x
-                g = R + gl.expand_dims(C, 1) * gl.expand_dims(g_out, 0)
-                along_B = gl.sum(g * gl.expand_dims(B, 1), axis=0)
-                R = decay_l[k] * g
-                # the state before the group is read again: held, its registers would spill
-                decayed = R * (h_l[k - 1] if k > 0 else h_s.index(group).load(state))
-                drates += decayed * gl.expand_dims(tau, 0)
-                ddt = gl.sum(decayed * rates, axis=0) * LN2 + x * along_B
+            for half in gl.static_range(GROUP // 2 - 1, -1, -1):
+                along_l = ()
+                decayed_l = ()
+                dbc_l = ()
+                for k in gl.static_range(2 * half + 1, 2 * half - 1, -1):
+                    i = group * GROUP + k
+                    x = u_s.index(i).load(by_channel).to(gl.float32)
+                    tau = dt_s.index(i).load(by_channel).to(gl.float32)
+                    g_out = dy_s.index(i).load(by_channel).to(gl.float32)
+                    B = bc_s.index(2 * i).load(by_state)
+                    C = bc_s.index(2 * i + 1).load(by_state)
+                    g = R + gl.expand_dims(C, 1) * gl.expand_dims(g_out, 0)
+                    R = decay_l[k] * g
+                    decayed = R * (h_l[k - 1] if k > 0 else entered)
+                    drates += decayed * gl.expand_dims(tau, 0)
+                    dB = _of_channels(g * gl.expand_dims(tau * x, 0), CHANNEL_LANES)
+                    dC = _of_channels(h_l[k] * gl.expand_dims(g_out, 0), CHANNEL_LANES)
+                    dbc = gl.reshape(gl.permute(gl.join(dB, dC), (0, 2, 1)), [CHANNEL_LANES, 2 * N])
+                    along_l = (_of_states(g * gl.expand_dims(B, 1), STATE_LANES),) + along_l
+                    decayed_l = (_of_states(decayed * rates, STATE_LANES),) + decayed_l
+                    dbc_l = (dbc,) + dbc_l
+                along_s.store(_pair(along_l[0], along_l[1]))
+                decayed_s.store(_pair(decayed_l[0], decayed_l[1]))
+                dbc_s.store(_pair(dbc_l[0], dbc_l[1]))
+                position = group * GROUP + 2 * half
+                along_B = gl.convert_layout(gl.sum(along_s.load(of_states), axis=1), pair)
+                ddt = gl.convert_layout(gl.sum(decayed_s.load(of_states), axis=1), pair) * LN2
+                dbc = gl.convert_layout(gl.sum(dbc_s.load(of_channels), axis=1), pair_bc)
+                x = u_pairs.index(position // 2).load(pair).to(gl.float32)
+                tau = dt_pairs.index(position // 2).load(pair).to(gl.float32)
+                g_out = dy_pairs.index(position // 2).load(pair).to(gl.float32)
+                ddt = gl.fma(x, along_B, ddt)
                 du = tau * along_B
                 if HAS_D:
                     du = gl.fma(skip, g_out, du)
                     dD += g_out * x
                 if SOFTPLUS:
                     ddt = ddt * (1.0 - gl.exp2(tau * -LOG2E))
-                here = ok_d & (i < rows)
+                here = gl.expand_dims((position + p) < rows, 1) & gl.expand_dims(ok_pair, 0)
                 ddt_sum += gl.where(here, ddt, 0.0)
-                gl.store(du_ptr + out_row * channels + d, du.to(du_ptr.dtype.element_ty), mask=here)
-                gl.store(ddt_ptr + out_row * channels + d, ddt.to(ddt_ptr.dtype.element_ty), mask=here)
-                inside = (n * 0 + i) < rows
-                gl.store(dbc_ptr + out_row * (2 * N) + n, gl.sum(g * gl.expand_dims(drive, 0), axis=1), mask=inside)
-                gl.store(
-                    dbc_ptr + out_row * (2 * N) + N + n,
-                    gl.sum(h_l[k] * gl.expand_dims(g_out, 0), axis=1),
-                    mask=inside,
-                )
+                at_row = gl.expand_dims(start + step * (position + p), 1) * channels
+                gl.store(du_ptr + at_row, du.to(du_ptr.dtype.element_ty), mask=here)
+                gl.store(ddt_ptr + at_row, ddt.to(ddt_ptr.dtype.element_ty), mask=here)
+                at_row = gl.expand_dims(start + step * (position + p_bc), 1) * (2 * N)
+                gl.store(dbc_ptr + at_row, dbc, mask=gl.expand_dims((position + p_bc) < rows, 1))
+            if group > 1:
+                h = h_s.index(group - 2).load(state)
+            else:
+                h = gl.load(saved_ptr, mask=ok & (group == 1), other=0.0)
     gl.store(drates_ptr + state_at + at, drates, mask=ok)
-    sums = sums_ptr + (direction * gl.num_programs(1) + chunk).to(gl.int64) * 2 * channels + d
-    gl.store(sums, dD, mask=ok_d)
-    gl.store(sums + channels, ddt_sum, mask=ok_d)
+    sums = sums_ptr + (direction * gl.num_programs(1) + chunk).to(gl.int64) * 2 * channels + d_pair
+    gl.store(sums, gl.sum(dD, axis=0), mask=ok_pair)
+    gl.store(sums + channels, gl.sum(ddt_sum, axis=0), mask=ok_pair)
     if STORE_DH0:
         gl.store(dh0_ptr + state_at + at, R, mask=ok)

@@ -332,7 +332,7 @@ def add_rms_norm_backward_kernel(
     d = tl.arange(0, BLOCK)
     ok = d < channels
     weight = tl.load(weight_ptr + d, mask=ok, other=0.0).to(tl.float32)
-    dweight = tl.zeros([BLOCK], tl.float32)
+    dweight = tl.zeros([ROWS, BLOCK], tl.float32)  # summed over rows at the end: in the loop threads would have to meet
     for i in range(0, blocks_of_rows):
         row = (i * tl.num_programs(0) + tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
         tile = (row < rows)[:, None] & ok[None, :]
@@ -341,11 +341,11 @@ def add_rms_norm_backward_kernel(
         g = tl.load(dnormed_ptr + at, mask=tile, other=0.0).to(tl.float32)
         scale = 1.0 / tl.sqrt_rn(tl.sum(total * total, axis=1) / channels + eps)
         unit = total * scale[:, None]
-        dweight += tl.sum(g * unit, axis=0)
+        dweight += g * unit
         g = g * weight[None, :]
         along = tl.sum(g * unit, axis=1) / channels
         dsum = (g - unit * along[:, None]) * scale[:, None]
         if HAS_DTOTAL:
             dsum += tl.load(dtotal_ptr + at, mask=tile, other=0.0)
         tl.store(dsum_ptr + at, dsum, mask=tile)
-    tl.store(partial_ptr + tl.program_id(0) * channels + d, dweight, mask=ok)
+    tl.store(partial_ptr + tl.program_id(0) * channels + d, tl.sum(dweight, axis=0), mask=ok)
