@@ -6,8 +6,8 @@ which lacks the path through x_proj. Three kernels take it from there, with p = 
 1. `projections_backward_kernel`, row by row: dp = [sum of the parts, ddt dt_proj], du += dp x_proj in place.
 2. `projection_sums_kernel`: dp^T u and low^T ddt, whose sums run over all rows. Each of a fixed number of programs sums
    the rows it has into a partial sum of its own.
-3. `mixer_gradients_kernel`, after the convolution's backward: every partial sum of the layer, also those of the scan and
-   of the convolution, is summed and written as the gradient of the parameter.
+3. `mixer_gradients_kernel`, after the convolution's backward: every partial sum of the layer, those of the scan and of
+   the convolution, too, is summed and written as the gradient of the parameter.
 
 Nothing is added with atomics, and every sum has a fixed order: the same bits every time.
 

@@ -79,13 +79,13 @@ PROJECTIONS_BACKWARD = {
     "interpreter": MixerSizes(16, 64, 4, 1),
 }
 PROJECTION_SUMS = {
-    "cuda": MixerSizes(32, 64, 4, 3),
+    "cuda": MixerSizes(64, 64, 4, 2),  # a third stage spills on sm_80
     "hip": MixerSizes(32, 64, 4, 1),
     "interpreter": MixerSizes(16, 64, 4, 1),
 }
 PARTS_AHEAD, PROJECTION_PROGRAMS = 4, 32
-"""Parts of the gradients of B and C that are loaded at a time; programs that share the rows where the gradients of x_proj
-and dt_proj are summed, for every block of channels and direction: fixed, so that the sum is the same everywhere."""
+"""Parts of the gradients of B and C that are loaded at a time; programs that share the rows where the gradients of
+x_proj and dt_proj are summed, for every block of channels and direction: fixed, so that the sum is the same everywhere."""
 GRADIENTS = MixerSizes(32, 64, 4, 1)
 """Rows: partial sums loaded at a time."""
 CONVOLUTION = ConvolutionSizes(4, 8, 128, 4)
