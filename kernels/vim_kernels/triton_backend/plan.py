@@ -85,7 +85,7 @@ PROJECTION_SUMS = {
 }
 PARTS_AHEAD, PROJECTION_PROGRAMS = 4, 32
 """Parts of the gradients of B and C that are loaded at a time; programs that share the rows where the gradients of
-x_proj and dt_proj are summed, for every block of channels and direction: fixed, so that the sum is the same everywhere."""
+x_proj and dt_proj are summed, for every block of channels and direction: fixed, so that the sum is always the same."""
 GRADIENTS = MixerSizes(32, 64, 4, 1)
 """Rows: partial sums loaded at a time."""
 CONVOLUTION = ConvolutionSizes(4, 8, 128, 4)
