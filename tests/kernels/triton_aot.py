@@ -22,6 +22,7 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from vim_kernels.triton_backend import (
     backward_kernels,
     forward_kernels,
+    mixer_backward_kernels,
     mixer_kernels,
     plan,
     tiled_forward,
@@ -40,11 +41,12 @@ TARGETS = {
 NVIDIA_TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 SIXTEEN_BIT = {
     "u_ptr", "dt_ptr", "z_ptr", "out_ptr", "ungated_ptr", "dy_ptr", "du_ptr", "ddt_ptr", "dout_ptr", "dz_ptr", "x_ptr",
-    "dx_ptr", "low_ptr", "projections_ptr", "normed_ptr", "dnormed_ptr",
+    "dx_ptr", "low_ptr", "projections_ptr", "dprojected_ptr", "normed_ptr", "dnormed_ptr",
 }  # fmt: skip
 INT32 = {"table_ptr", "sequence_ptr", "segment_ptr", "cu_seqlens_ptr"}
 INT64 = {
     "u_direction", "bc_direction", "chunk_direction", "slot_direction", "total_direction", "block_stride",
+    "part_stride",
 }  # fmt: skip
 MULTIPLE_OF_16 = {
     "channels",
@@ -119,10 +121,27 @@ def cases(column: str) -> list[Case]:
     found.append(Case(mixer_kernels.mixer_projection_kernel, constants | hardware, mixer.warps, mixer.stages))
     constants = {"N": 16, "STATES": 16, "WIDTH": 4, "RANK": 12, "COLUMNS": 64, "HAS_BIAS": True, "BLOCK": 64}
     found.append(Case(mixer_kernels.mixer_weights_kernel, constants, 4))
-    found.append(Case(mixer_kernels.sum_parts_kernel, {"COLUMNS": 32, "ROWS": 32}, 4))
+    found += _mixer_backward_cases(column)
     if column == "cuda":
         found += _tiled_cases()
     return found + _token_cases(column)
+
+
+def _mixer_backward_cases(column: str) -> list[Case]:
+    rows, sums, gradients = plan.PROJECTIONS_BACKWARD[column], plan.PROJECTION_SUMS[column], plan.GRADIENTS
+    found = []
+    for dot, even in ((tl.bfloat16, True), (tl.bfloat16, False)):
+        constants = {"STATES": 16, "RANK_BLOCK": 16, "EVEN": even, "DOT": dot, "PRECISION": "ieee"}
+        tile = {"COLUMNS": 64, "ROWS": rows.rows, "BLOCK": rows.block, "AHEAD": plan.PARTS_AHEAD}
+        found.append(
+            Case(mixer_backward_kernels.projections_backward_kernel, constants | tile, rows.warps, rows.stages)
+        )
+        tile = {"ROWS": sums.rows, "BLOCK": sums.block}
+        found.append(Case(mixer_backward_kernels.projection_sums_kernel, constants | tile, sums.warps, sums.stages))
+    constants = {"N": 16, "STATES": 16, "WIDTH": 4, "RANK": 12, "RANK_BLOCK": 16}
+    constants |= {"PARTS": gradients.rows, "BLOCK": gradients.block}
+    found.append(Case(mixer_backward_kernels.mixer_gradients_kernel, constants, gradients.warps, gradients.stages))
+    return found
 
 
 def _tiled_cases() -> list[Case]:

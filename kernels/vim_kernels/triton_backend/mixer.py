@@ -1,6 +1,5 @@
 """The bidirectional scan of the Triton backend: all of a Vim mixer between in_proj and out_proj."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -8,19 +7,22 @@ from torch import Tensor
 
 from vim_kernels.triton_backend import plan
 from vim_kernels.triton_backend.launch import cdiv, launch, power_of_two
+from vim_kernels.triton_backend.mixer_backward_kernels import (
+    mixer_gradients_kernel,
+    projection_sums_kernel,
+    projections_backward_kernel,
+)
 from vim_kernels.triton_backend.mixer_kernels import (
     mixer_convolution_kernel,
     mixer_projection_kernel,
     mixer_weights_kernel,
-    sum_parts_kernel,
 )
 from vim_kernels.triton_backend.plan import Tokens, tokens_of
 from vim_kernels.triton_backend.scan import ScanGradients, ScanInputs, scan_backward, scan_forward
-from vim_kernels.triton_backend.tokens import conv_backward, flat, gate_backward, own, split_taps
+from vim_kernels.triton_backend.tokens import conv_backward, flat, gate_backward
 from vim_kernels.types import ScanWeights
 
-LN2 = math.log(2)
-WEIGHTS_BLOCK, SUM_ROWS = 64, 32
+WEIGHTS_BLOCK = 64
 
 
 class MixerWeights(NamedTuple):
@@ -117,19 +119,10 @@ def bidirectional_scan_backward(
     )
     found = scan_backward(inputs, dy, tokens, states=saved[0], dfinal=None, softplus=True, want_initial=False)
     assert low is not None
-    n, rank = forward.A_log.shape[1], forward.dt_proj.shape[1]
-    du, ddt_proj, dx_proj = _projections_backward(found, inputs.u, low, ready, n, rank)
+    dprojections = projections_backward(found, inputs.u, low, ready)
     taps, biases = (forward.conv_weight, backward.conv_weight), _conv_biases(forward, backward)
-    dtaps = conv_backward(du, x, taps, biases, dx, cu_seqlens, reverse=False, silu=True)
-    # d/dA_log of A = -exp(A_log) is A; the kernel's gradient is for A, its rates are A log2(e)
-    dA_log = (found.rates * inputs.rates * LN2)[:, :n].transpose(1, 2)
-    gradients = []
-    for q, weights in enumerate((forward, backward)):
-        dweight, dbias = split_taps(dtaps[q], weights.conv_weight, weights.conv_bias)
-        parts = (dx_proj[q], ddt_proj[q], found.dt_sum[q], dA_log[q], found.skips[q])
-        wanted = (weights.x_proj, weights.dt_proj, weights.dt_bias, weights.A_log, weights.D)
-        gradients.append(ScanWeights(dweight, dbias, *map(own, parts, wanted)))
-    return dx, dz, gradients[0], gradients[1]
+    dtaps = conv_backward(found.u, x, taps, biases, dx, cu_seqlens, reverse=False, silu=True)
+    return dx, dz, *_gradients(forward, backward, dprojections, found, dtaps, ready)
 
 
 def mixer_weights(x: Tensor, forward: ScanWeights, backward: ScanWeights) -> MixerWeights:
@@ -177,24 +170,57 @@ def mixer_inputs(x: Tensor, weights: MixerWeights, tokens: Tokens, *, store_low:
     return MixerInputs(ScanInputs(u, dt, bc, weights.rates, weights.skips, False), low)
 
 
-def _projections_backward(
-    found: ScanGradients, u: Tensor, low: Tensor, weights: MixerWeights, n: int, rank: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Du with the path through x_proj added, in place; gradients (2, d, r) of dt_proj and (2, r + 2 n, d) of x_proj.
+def projections_backward(found: ScanGradients, u: Tensor, low: Tensor, weights: MixerWeights) -> Tensor:
+    """The path through x_proj, added to found.u in place, and the gradients of x_proj and dt_proj in partial sums.
 
-    The columns are padded as in the kernels: products over 12 columns run at a tenth of the speed of 16.
+    These are (2, programs, 2 n' + 2 r', d) float32 for n' states and a rank of r', padded: the rows of B, C and the low
+    rank of x_proj, and dt_proj transposed.
     """
-    x_proj, dt_proj = weights.projections.to(u.dtype).unbind(1)
-    states = weights.rates.shape[1]
-    dprojected = torch.bmm(found.dt, dt_proj.transpose(1, 2))  # 0 where a column is not of the low rank
-    _, parts, rows, columns = found.bc.shape
-    launch(sum_parts_kernel, (cdiv(rows, SUM_ROWS), 2),
-        found.bc, dprojected, parts, rows, dprojected.shape[2], COLUMNS=columns, ROWS=SUM_ROWS,
+    _, rows, d = u.shape
+    _, parts, _, pair = found.bc.shape
+    rank, states, target = weights.rank, pair // 2, plan.target(u.device)
+    dot = {"DOT": plan.dot_dtype(u), "PRECISION": "ieee"}
+    dprojected = u.new_empty(2, rows, pair + rank)
+    sizes = plan.PROJECTIONS_BACKWARD[target]
+    launch(projections_backward_kernel, (cdiv(rows, sizes.rows), 2),
+        found.dt, found.bc, weights.projections, found.u, dprojected, rows, d, parts, rows * pair, rows * d,
+        STATES=states, RANK_BLOCK=rank, COLUMNS=weights.projections.shape[2], ROWS=sizes.rows, BLOCK=sizes.block,
+        AHEAD=plan.PARTS_AHEAD, EVEN=d % sizes.block == 0, **dot, num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip
-    ddt_proj = torch.bmm(found.dt.transpose(1, 2), low)[..., :rank]
-    dx_proj = torch.bmm(dprojected.transpose(1, 2), u)
-    dB, dC, dlow = dx_proj[:, :n], dx_proj[:, states : states + n], dx_proj[:, 2 * states : 2 * states + rank]
-    return found.u.baddbmm_(dprojected, x_proj), ddt_proj, torch.cat((dlow, dB, dC), dim=1)
+    sizes = plan.PROJECTION_SUMS[target]
+    programs = min(plan.PROJECTION_PROGRAMS, cdiv(rows, sizes.rows))
+    partial = u.new_empty(2, programs, pair + 2 * rank, d, dtype=torch.float32)
+    launch(projection_sums_kernel, (cdiv(d, sizes.block), programs, 2),
+        u, found.dt, dprojected, low, partial, rows, d, rows * d,
+        STATES=states, RANK_BLOCK=rank, ROWS=sizes.rows, BLOCK=sizes.block, EVEN=d % sizes.block == 0, **dot,
+        num_warps=sizes.warps, num_stages=sizes.stages,
+    )  # fmt: skip
+    return partial
+
+
+def _gradients(
+    forward: ScanWeights,
+    backward: ScanWeights,
+    dprojections: Tensor,
+    found: ScanGradients,
+    dtaps: Tensor,
+    weights: MixerWeights,
+) -> tuple[ScanWeights, ScanWeights]:
+    """The partial sums as gradients like the parameters, each in memory of its own: ops may not return views."""
+    d, n = forward.A_log.shape
+    rank, width, states = forward.dt_proj.shape[1], forward.conv_weight.shape[1], weights.rates.shape[1]
+    two = [_empty(forward), _empty(backward)]
+    # a direction without a bias beside one that has: what is summed for it is never read
+    biases = [forward.D.new_empty(d) if t.conv_bias is None else t.conv_bias for t in two]
+    filled = [t for name in ("x_proj", "dt_proj", "dt_bias", "A_log", "D") for t in (getattr(g, name) for g in two)]
+    sizes = plan.GRADIENTS
+    launch(mixer_gradients_kernel, (cdiv(d, sizes.block), 2 * rank + 3 * n + 3 + width, 2),
+        dprojections, found.rates, found.sums, dtaps, weights.rates, *(t.conv_weight for t in two), *biases, *filled,
+        d, dprojections.shape[1], found.rates.shape[1], dtaps.shape[1],
+        N=n, STATES=states, WIDTH=width, RANK=rank, RANK_BLOCK=weights.rank, PARTS=sizes.rows, BLOCK=sizes.block,
+        num_warps=sizes.warps, num_stages=sizes.stages,
+    )  # fmt: skip
+    return two[0], two[1]
 
 
 def _padded(size: int) -> int:
@@ -208,6 +234,11 @@ def _contiguous(weights: ScanWeights) -> ScanWeights:
 
 def _zeros(weights: ScanWeights) -> ScanWeights:
     return ScanWeights._make(None if t is None else torch.zeros_like(t) for t in weights)
+
+
+def _empty(weights: ScanWeights) -> ScanWeights:
+    like = torch.contiguous_format
+    return ScanWeights._make(None if t is None else torch.empty_like(t, memory_format=like) for t in weights)
 
 
 def _conv_biases(forward: ScanWeights, backward: ScanWeights) -> tuple[Tensor, Tensor] | None:

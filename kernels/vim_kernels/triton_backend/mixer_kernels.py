@@ -186,19 +186,3 @@ def mixer_projection_kernel(
         else:
             dt = tl.minimum(softplus_coarse(v, HARDWARE), DT_MAX, propagate_nan=tl.PropagateNan.ALL)
         tl.store(dt_ptr + d[None, :], dt.to(dt_ptr.dtype.element_ty), mask=here if EVEN else here & ok[None, :])
-
-
-@triton.jit
-def sum_parts_kernel(
-    parts_ptr, out_ptr, parts, rows, stride,  # (q, parts, rows, COLUMNS) float32; (q, rows, stride)
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Grid (blocks of rows, directions). The sum of the parts, in order, into the first COLUMNS columns of `out`."""
-    direction = tl.program_id(1).to(tl.int64)
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    column = tl.arange(0, COLUMNS)[None, :]
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for part in range(0, parts):
-        at = ((direction * parts + part) * rows + row) * COLUMNS + column
-        total += tl.load(parts_ptr + at, mask=row < rows, other=0.0)
-    tl.store(out_ptr + (direction * rows + row) * stride + column, total.to(out_ptr.dtype.element_ty), mask=row < rows)

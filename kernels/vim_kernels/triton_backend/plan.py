@@ -54,7 +54,7 @@ class ConvolutionSizes(NamedTuple):
 
 
 class MixerSizes(NamedTuple):
-    """Rows and channels of a tile, warps, stages of the loads of weights."""
+    """Rows and channels of a tile, warps, stages of the loads in a loop."""
 
     rows: int
     block: int
@@ -73,6 +73,21 @@ FORWARD = {"cuda": ForwardSizes(32, 1, 2), "hip": ForwardSizes(64, 1, 0), "inter
 STATE = {"cuda": ForwardSizes(32, 1, 2), "hip": ForwardSizes(64, 1, 0), "interpreter": ForwardSizes(32, 1, 0)}
 BACKWARD = {"cuda": BackwardSizes(32, 1, 2), "hip": BackwardSizes(64, 1, 2), "interpreter": BackwardSizes(32, 1, 4)}
 MIXER = {"cuda": MixerSizes(64, 64, 4, 3), "hip": MixerSizes(64, 32, 4, 1), "interpreter": MixerSizes(16, 64, 4, 1)}
+PROJECTIONS_BACKWARD = {
+    "cuda": MixerSizes(64, 64, 4, 3),
+    "hip": MixerSizes(64, 64, 4, 1),
+    "interpreter": MixerSizes(16, 64, 4, 1),
+}
+PROJECTION_SUMS = {
+    "cuda": MixerSizes(64, 64, 4, 2),  # a third stage spills on sm_80
+    "hip": MixerSizes(32, 64, 4, 1),
+    "interpreter": MixerSizes(16, 64, 4, 1),
+}
+PARTS_AHEAD, PROJECTION_PROGRAMS = 4, 32
+"""Parts of the gradients of B and C that are loaded at a time; programs that share the rows where the gradients of
+x_proj and dt_proj are summed, for every block of channels and direction: fixed, so that the sum is always the same."""
+GRADIENTS = MixerSizes(32, 64, 4, 1)
+"""Rows: partial sums loaded at a time."""
 CONVOLUTION = ConvolutionSizes(4, 8, 128, 4)
 CONVOLUTION_BACKWARD = {
     "cuda": ConvolutionSizes(2, 8, 128, 4),

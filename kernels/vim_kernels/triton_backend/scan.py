@@ -36,15 +36,14 @@ class ScanInputs(NamedTuple):
 
 
 class ScanGradients(NamedTuple):
-    """Gradients of ScanInputs; bc is (q, parts, rows, 2 n), to be summed; `initial` (q, sequences, n, d) or None."""
+    """Gradients of ScanInputs, three of them in float32 as partial sums: what has parts or chunks is to be summed."""
 
     u: Tensor
     dt: Tensor
-    bc: Tensor
-    rates: Tensor
-    skips: Tensor  # (q, d) float32
-    dt_sum: Tensor  # (q, d) float32, of dt over all rows
-    initial: Tensor | None
+    bc: Tensor  # (q, parts, rows, 2 n)
+    rates: Tensor  # (q, chunks, n, d)
+    sums: Tensor  # (q, chunks, 2, d): of the skips, and of dt over all rows
+    initial: Tensor | None  # (q, sequences, n, d)
 
 
 def scan_forward(
@@ -189,8 +188,7 @@ def scan_backward(
         launch(scan_backward_kernel, (blocks, chunks.total, q),
             *tensors, scratch, kept, **flags, GROUP=core.group, **options,
         )  # fmt: skip
-    of_channels = sums.sum(1)
-    return ScanGradients(du, ddt, dbc, drates.sum(1), of_channels[:, 0], of_channels[:, 1], initial)
+    return ScanGradients(du, ddt, dbc, drates, sums, initial)
 
 
 def _entering_states(

@@ -104,17 +104,17 @@ def selective_scan_backward(
         softplus=dt_softplus,
         want_initial=initial_state is not None,
     )
-    ddt, dbc = found.dt[0], found.bc[0].sum(0)
+    ddt, dbc, drates, (dskip, dt_sum) = found.dt[0], found.bc[0].sum(0), found.rates[0].sum(0), found.sums[0].sum(0)
     states = inputs.rates.shape[1]
     return (
         found.u.view(x.shape),
         ddt.to(dt.dtype).view(dt.shape),
-        (found.rates[0, :n].t()).to(A.dtype).contiguous(),
+        drates[:n].t().to(A.dtype).contiguous(),
         own(dbc[:, :n], B),
         own(dbc[:, states : states + n], C),
-        None if D is None else own(found.skips[0], D),
+        None if D is None else own(dskip, D),
         dz,
-        None if dt_bias is None else own(found.dt_sum[0], dt_bias),
+        None if dt_bias is None else own(dt_sum, dt_bias),
         None
         if initial_state is None or found.initial is None
         else found.initial[0, :, :n].transpose(1, 2).to(initial_state.dtype).contiguous(),

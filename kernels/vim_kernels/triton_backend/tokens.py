@@ -66,8 +66,8 @@ def causal_conv1d_backward(
     dx = x.new_empty(x.shape)
     biases = (bias.contiguous(),) if bias is not None else None
     dtaps = conv_backward(dy[None], x, (weight,), biases, dx, cu_seqlens, reverse=reverse, silu=activation == "silu")
-    dweight, dbias = split_taps(dtaps[0], weight, bias)
-    return dx, dweight, dbias
+    dtaps = dtaps[0].sum(0)
+    return dx, own(dtaps[:-1].t(), weight), None if bias is None else own(dtaps[-1], bias)
 
 
 def conv_backward(
@@ -83,7 +83,7 @@ def conv_backward(
 ) -> Tensor:
     """Gradient of x, of the sum of q convolutions, the second one in the other direction, into dx.
 
-    Returns the gradients (q, w + 1, d) float32 of the taps and, last, the bias.
+    Returns the gradients (q, programs, w + 1, d) float32 of the taps and, last, the bias, to be summed over programs.
     """
     q, d, tokens = du.shape[0], x.shape[2], tokens_of(x, cu_seqlens)
     source, target, sizes = flat(x), flat(dx), plan.CONVOLUTION_BACKWARD[plan.target(x.device)]
@@ -98,12 +98,7 @@ def conv_backward(
         WIDTH=width, GROUPS=sizes.groups, STEPS=sizes.steps, BLOCK=sizes.block,
         HARDWARE=plan.target(du.device) == "cuda", num_warps=sizes.warps,
     )  # fmt: skip
-    return partial.sum(1)
-
-
-def split_taps(dtaps: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """(w + 1, d) float32 -> gradients like weight (d, w) and bias (d,)."""
-    return own(dtaps[:-1].t(), weight), None if bias is None else own(dtaps[-1], bias)
+    return partial
 
 
 def softplus(dt: Tensor, bias: Tensor | None, *, apply: bool) -> Tensor:
