@@ -84,6 +84,7 @@ def peak(model, pixels):
     images = torch.randn(2, 3, pixels, pixels, dtype=torch.bfloat16, device=DEVICE)
     with torch.no_grad(), use_backend("triton"):
         if DEVICE == "cuda":
+            model(images)  # the workspaces of libraries stay
             asked = "requested_bytes.all."  # what is allocated is rounded up, by as much as a megabyte a tensor
             idle = torch.cuda.memory_stats()[asked + "current"]
             torch.cuda.reset_peak_memory_stats()
@@ -128,6 +129,7 @@ def test_hooks_see_whole_values():
 
 
 def test_a_model_traced_without_gradients_gives_the_same():
+    torch.compiler.reset()  # sizes seen before would be traced as unknowns, which PyTorch 2.11 cannot sort by
     torch.manual_seed(0)
     model = VisionMamba(named_config("vim_tiny", d_model=16, depth=2, img_size=(32, 32)))
     images = torch.randn(1, 3, 32, 32)
