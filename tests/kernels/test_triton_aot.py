@@ -50,8 +50,8 @@ def test_core_forward_loops_neither_shuffle_nor_wait(compiled):
         assert sum(loop.values()) <= 13 * loop["MUFU"], (kernel, loop)
 
 
-def test_tiled_forward_loop_shuffles_once_a_token_and_halving_of_the_states(compiled):
-    """The loop over tiles, all of it unrolled: its shuffles are counted, its barriers do not grow with the tokens."""
+def test_tiled_forward_loop_does_not_shuffle(compiled):
+    """The loop over tiles, all of it unrolled: its barriers do not grow with the tokens."""
     if "gfx" in compiled[0]["target"]:
         pytest.skip("Gluon kernels are for NVIDIA")
     tiled = [c for c in compiled if c["kernel"] == "tiled_forward_kernel"]
@@ -60,9 +60,7 @@ def test_tiled_forward_loop_shuffles_once_a_token_and_halving_of_the_states(comp
         flags, loop = found["flags"], found["loops"][0]
         exponentials = flags["TILE"] * flags["states_thread"] * flags["channels_thread"]
         assert loop["MUFU"] >= exponentials, found
-        halvings = (16 // flags["states_thread"]).bit_length() - 1
-        shuffles = 0 if flags["STATES_ONLY"] else flags["TILE"] * flags["channels_thread"] * halvings
-        assert loop.get("SHFL", 0) == shuffles, found
+        assert "SHFL" not in loop, found
         assert loop.get("BAR", 0) <= 3, found
         assert sum(loop.values()) <= 13 * exponentials, found
 

@@ -16,23 +16,29 @@ def _vectors(elements: int, threads: int, row: int, widest: int) -> tuple[int, i
 def forward_layouts(
     directions: int, states_thread: int, channels_thread: int, warps: int, tile: int, n: int
 ) -> dict[str, Any]:
-    """Compile-time layouts of the forward kernel: `warps` warps a direction."""
-    block = block_of(states_thread, channels_thread, warps, n)
+    """Compile-time layouts of the forward kernel, `warps` warps a direction, and how many threads share a channel."""
+    block, state_lanes = block_of(states_thread, channels_thread, warps, n), n // states_thread
     vector, across = _vectors(tile * block, 32 * warps, block, 8)  # 16 bytes of a 16-bit type
     bc_vector, bc_across = _vectors(tile * n, 32 * warps, n, 4)
     return {
+        "STATE_LANES": state_lanes,
         "state": gl.BlockedLayout(
             [1, states_thread, channels_thread],
-            [1, n // states_thread, 32 * states_thread // n],
+            [1, state_lanes, 32 // state_lanes],
             [directions, 1, warps],
             [2, 1, 0],
         ),
         "rows_layout": gl.BlockedLayout([1, 1, vector], [32 // across, 1, across], [warps, directions, 1], [2, 1, 0]),
+        "parts": gl.BlockedLayout(
+            [1, 1, state_lanes, vector], [32 // across, 1, 1, across], [warps, directions, 1, 1], [3, 2, 1, 0]
+        ),
         "bc_layout": gl.BlockedLayout(
             [1, 1, bc_vector], [32 // bc_across, 1, bc_across], [warps, directions, 1], [2, 1, 0]
         ),
         "token": gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0]),
         "tile": gl.SwizzledSharedLayout(1, 1, 1, order=[2, 1, 0]),
+        # the threads of a warp that share a channel must not meet in a bank
+        "sums": gl.SwizzledSharedLayout(block // warps, max(1, 32 // block), warps, order=[3, 2, 1, 0]),
     }
 
 

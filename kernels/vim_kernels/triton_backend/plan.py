@@ -62,7 +62,7 @@ class MixerSizes(NamedTuple):
     stages: int
 
 
-TILED_FORWARD = ((10, TiledSizes(16, 1, 1, 8, 8)), (4, TiledSizes(8, 1, 2, 16, 16)), (0, TiledSizes(4, 1, 2, 16, 16)))
+TILED_FORWARD = ((10, TiledSizes(16, 1, 1, 8, 8)), (4, TiledSizes(8, 1, 2, 8, 8)), (0, TiledSizes(4, 1, 2, 16, 16)))
 """From how many warps a multiprocessor, if a warp holds all states of 32 channels, which sizes. Fewer states a thread
 make more warps, which wait less, of more instructions in all."""
 TILED_BACKWARD = TiledSizes(4, 4, 2, INTERVAL, 4)
@@ -90,7 +90,7 @@ GRADIENTS = MixerSizes(32, 64, 4, 1)
 """Rows: partial sums loaded at a time."""
 CONVOLUTION = ConvolutionSizes(4, 8, 128, 4)
 CONVOLUTION_BACKWARD = {
-    "cuda": ConvolutionSizes(2, 8, 128, 4),
+    "cuda": ConvolutionSizes(2, 6, 128, 4),
     "hip": ConvolutionSizes(8, 3, 64, 4),  # more rows a group spill
     "interpreter": ConvolutionSizes(2, 8, 128, 4),
 }

@@ -4,10 +4,10 @@ Both directions run at once, one half of the warps each, and meet in the middle 
 its sum in `out`, from there on it adds to what the other left and applies the gate. A tile of tokens is brought to
 shared memory at a time, in the order of its direction and with zeros behind its end, so that the loop over tokens waits
 for no global load and computes no address. Zero tokens leave the state as it is: their dt is 0, so they decay by 1 and
-drive by 0. A thread holds STATES_THREAD states of a channel; where that is not all of them, the sum over the states
-takes log2 of the threads that share a channel shuffles a token.
+drive by 0. A thread holds STATES_THREAD states of a channel; where that is not all of them, the threads that share a
+channel leave their parts of the sum over the states side by side in shared memory, where a tile of sums is kept anyway.
 
-Shapes: q directions, t tokens of a tile, n states, d channels of a block.
+Shapes: q directions, t tokens of a tile, n states, s threads that share a channel, d channels of a block.
 """
 
 # ruff: noqa: RUF005, RET505 - Triton's language has no starred tuples, and folds only plain `if`s with an `else`
@@ -64,7 +64,9 @@ def tiled_forward_kernel(
     HAS_D: gl.constexpr, HAS_H0: gl.constexpr, STORE_FINAL: gl.constexpr,
     STATES_ONLY: gl.constexpr, SCALE: gl.constexpr,
     N: gl.constexpr, BLOCK: gl.constexpr, INTERVAL: gl.constexpr, TILE: gl.constexpr, STEP: gl.constexpr,
-    state: gl.constexpr, rows_layout: gl.constexpr, bc_layout: gl.constexpr, token: gl.constexpr, tile: gl.constexpr,
+    STATE_LANES: gl.constexpr,
+    state: gl.constexpr, rows_layout: gl.constexpr, bc_layout: gl.constexpr, parts: gl.constexpr,
+    token: gl.constexpr, tile: gl.constexpr, sums: gl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of channels, chunks); arguments as in `forward_kernels.scan_forward_kernel`.
 
@@ -81,7 +83,7 @@ def tiled_forward_kernel(
     dt_s = gl.allocate_shared_memory(dt_ptr.dtype.element_ty, [TILE, DIRECTIONS, BLOCK], token)
     b_s = gl.allocate_shared_memory(gl.float32, [TILE, DIRECTIONS, N], token)
     c_s = gl.allocate_shared_memory(gl.float32, [TILE, DIRECTIONS, N], token)
-    y_s = gl.allocate_shared_memory(gl.float32, [TILE // STEP, STEP, DIRECTIONS, BLOCK], tile)
+    y_s = gl.allocate_shared_memory(gl.float32, [TILE // STEP, STEP, DIRECTIONS, STATE_LANES, BLOCK], sums)
 
     # (q, n, d): rates, state, where states are saved
     q = _outer(DIRECTIONS, state)
@@ -99,10 +101,12 @@ def tiled_forward_kernel(
     direction = gl.expand_dims(gl.arange(0, DIRECTIONS, layout=gl.SliceLayout(1, by_channel)), 1)
     total = gl.zeros([DIRECTIONS, BLOCK], gl.float32, layout=by_channel)
     if HAS_D:
-        skip = gl.load(D0_ptr + channel, mask=channel < channels, other=0.0).to(gl.float32)
+        skip = gl.load(D0_ptr + d, mask=ok, other=0.0).to(gl.float32)
         if DIRECTIONS == 2:
-            skip_1 = gl.load(D1_ptr + channel, mask=channel < channels, other=0.0).to(gl.float32)
-            skip = gl.where(direction == 1, skip_1, skip)
+            skip_1 = gl.load(D1_ptr + d, mask=ok, other=0.0).to(gl.float32)
+            skip = gl.where(q == 1, skip_1, skip)
+        # of the threads that share a channel one adds it, that of the first state
+        skip = _of_states(gl.where(_middle(N, state) == 0, skip, 0.0), STATE_LANES)
 
     # (t, q, d) and (t, q, n): tiles of what is read and written
     q_row = _middle(DIRECTIONS, rows_layout)
@@ -175,14 +179,15 @@ def tiled_forward_kernel(
                 if STATES_ONLY:
                     total += dt_l[k]
                 else:
-                    y = gl.sum(h * gl.expand_dims(C_l[k], 2), axis=1)
+                    y = _of_states(h * gl.expand_dims(C_l[k], 2), STATE_LANES)
                     if HAS_D:
-                        y = gl.fma(skip, u_l[k], y)
+                        y = gl.fma(skip, gl.convert_layout(gl.expand_dims(u_l[k], 1), y.type.layout), y)
                     y_l = y_l + (y,)
             if not STATES_ONLY:
-                y_s.index(group).store(_stack(y_l, STEP, DIRECTIONS, BLOCK))
+                y_s.index(group).store(_stack(y_l, STEP, DIRECTIONS, STATE_LANES, BLOCK))
         if not STATES_ONLY:
-            y = view_of(y_s, gl.float32, [TILE, DIRECTIONS, BLOCK], tile).load(rows_layout)
+            y = view_of(y_s, gl.float32, [TILE, DIRECTIONS, STATE_LANES, BLOCK], sums).load(parts)
+            y = gl.convert_layout(gl.sum(y, axis=2), rows_layout)
             if DIRECTIONS == 2:
                 if meets | (2 * j < tiles):
                     left = mask & ((q_row == 0) | (not meets))
@@ -210,8 +215,14 @@ def _reciprocal(v):
 
 
 @gluon.jit
+def _of_states(x, LANES: gl.constexpr):
+    """(q, n, d) summed over the states of a thread: (q, s, d)."""
+    return gl.sum(gl.reshape(x, [x.shape[0], LANES, x.shape[1] // LANES, x.shape[2]]), axis=2)
+
+
+@gluon.jit
 def _joined(parts, FIRST: gl.constexpr, COUNT: gl.constexpr):
-    """COUNT (q, d) tensors as (q, d, 2, 2, ...), the lowest bit of their number first."""
+    """COUNT (q, s, d) tensors as (q, s, d, 2, 2, ...), the lowest bit of their number first."""
     if COUNT == 1:
         return parts[FIRST]
     else:
@@ -219,18 +230,18 @@ def _joined(parts, FIRST: gl.constexpr, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def _stack(parts, COUNT: gl.constexpr, DIRECTIONS: gl.constexpr, BLOCK: gl.constexpr):
-    """COUNT (q, d) tensors as one (COUNT, q, d): one store to shared memory; one each would take a barrier each."""
+def _stack(parts, COUNT: gl.constexpr, DIRECTIONS: gl.constexpr, LANES: gl.constexpr, BLOCK: gl.constexpr):
+    """COUNT (q, s, d) tensors as one (COUNT, q, s, d), for one store to shared memory: each store takes a barrier."""
     joined = _joined(parts, 0, COUNT)
     if COUNT == 2:
-        joined = gl.permute(joined, (2, 0, 1))
+        joined = gl.permute(joined, (3, 0, 1, 2))
     if COUNT == 4:
-        joined = gl.permute(joined, (3, 2, 0, 1))
+        joined = gl.permute(joined, (4, 3, 0, 1, 2))
     if COUNT == 8:
-        joined = gl.permute(joined, (4, 3, 2, 0, 1))
+        joined = gl.permute(joined, (5, 4, 3, 0, 1, 2))
     if COUNT == 16:
-        joined = gl.permute(joined, (5, 4, 3, 2, 0, 1))
-    return gl.reshape(joined, [COUNT, DIRECTIONS, BLOCK])
+        joined = gl.permute(joined, (6, 5, 4, 3, 0, 1, 2))
+    return gl.reshape(joined, [COUNT, DIRECTIONS, LANES, BLOCK])
 
 
 @gluon.jit
