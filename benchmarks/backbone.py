@@ -55,6 +55,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=30.0, help="to measure for, each size; at least three rounds")
     parser.add_argument("--less-memory", action="store_true", help="Vim in more slices of the batch, forward only")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
+    parser.add_argument("--kernels", type=int, default=0, metavar="COUNT", help="print that many kernels of a Vim run")
     parser.add_argument("--out", type=Path, help="folder for backbone.csv and backbone.png")
     parser.add_argument("--plot", type=Path, nargs=2, metavar=("CSV", "PNG"), help="only draw a table measured before")
     options = parser.parse_args()
@@ -164,6 +165,20 @@ def peak_megabytes(name: str, options: argparse.Namespace, size: int) -> float:
     return peak_allocated(profiled) / 1e6
 
 
+def costliest(case: Case, count: int) -> str:
+    """Where the time of a run goes: on a GPU its kernels, on a CPU PyTorch's operations without what they call."""
+    on_gpu = case.options.device == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiled:
+        case.run()
+    spent = [
+        ((e.self_device_time_total if on_gpu else e.self_cpu_time_total) / 1e3, e.count, e.key)
+        for e in profiled.key_averages()
+    ]
+    lines = [f"\n{sum(ms for ms, _, _ in spent):.2f} ms in {sum(calls for _, calls, _ in spent)} calls:"]
+    lines += [f"{ms:9.3f} {calls:5d} {name[:100]}" for ms, calls, name in sorted(spent, reverse=True)[:count]]
+    return "\n".join([*lines, ""])
+
+
 def work(is_vim: bool, options: argparse.Namespace, size: int) -> tuple[float, float]:
     """Floating-point operations of the matrix products, and exponentials, of one run."""
     config = named_config(options.model)
@@ -185,6 +200,7 @@ def measure_size(options: argparse.Namespace, size: int, gemm_rate: float) -> li
     """Print and return the rows of one picture size."""
     cases = {name: Case(name, options, size) for name in case_names(options)}
     times, others = measure(cases, options.seconds)
+    kernels = costliest(cases.get("vim compiled", cases["vim"]), options.kernels) if options.kernels else ""
     del cases
     ours = median(times["vim"])
     rows = []
@@ -204,6 +220,7 @@ def measure_size(options: argparse.Namespace, size: int, gemm_rate: float) -> li
         }
         print("| " + " | ".join(str(value) for value in row.values()) + " |", flush=True)
         rows.append(row)
+    print(kernels, end="", flush=True)
     return rows
 
 
@@ -225,6 +242,7 @@ def plot(table: Path, picture: Path) -> None:
     axes.set_title(f"{rows[0]['run']}\n{rows[0]['device']}", fontsize=8)
     axes.legend()
     figure.savefig(picture, dpi=150)
+    plt.close(figure)
 
 
 def main() -> None:
@@ -259,10 +277,12 @@ def main() -> None:
         "others' cores %",
     )
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
-    rows = [row for size in options.sizes for row in measure_size(options, size, gemm_rate)]
-    if options.out:
-        write_csv(options.out / "backbone.csv", rows, about)
-        plot(options.out / "backbone.csv", options.out / "backbone.png")
+    rows = []
+    for size in options.sizes:
+        rows += measure_size(options, size, gemm_rate)
+        if options.out:  # after each size, for whoever stops it
+            write_csv(options.out / "backbone.csv", rows, about)
+            plot(options.out / "backbone.csv", options.out / "backbone.png")
 
 
 if __name__ == "__main__":

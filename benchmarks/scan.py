@@ -244,6 +244,7 @@ def plot(table: Path, picture: Path) -> None:
     axes[0].legend(fontsize=8)
     figure.suptitle(f"{rows[0]['device']}, {rows[0]['dtype']}, {rows[0]['date']}", fontsize=9)
     figure.savefig(picture, dpi=150)
+    plt.close(figure)
 
 
 def main() -> None:
@@ -288,9 +289,9 @@ def main() -> None:
     rows = []
     for size in options.sizes or SIZES[options.device]:
         rows += rows_of(size, options, roof, options.rivals)
-    if options.out:
-        write_csv(options.out / "scan.csv", rows, about | {"dtype": options.dtype})
-        plot(options.out / "scan.csv", options.out / "scan.png")
+        if options.out:  # after each size, for whoever stops it
+            write_csv(options.out / "scan.csv", rows, about | {"dtype": options.dtype})
+            plot(options.out / "scan.csv", options.out / "scan.png")
 
 
 if __name__ == "__main__":

@@ -60,3 +60,14 @@ def test_memory_of_a_forward_pass_is_what_its_tensors_took():
     tokens = (256 // 16) ** 2 - (64 // 16) ** 2
     stream_and_xz = 4 * (192 + 2 * 384)  # bytes a token that are live while the scan runs
     assert stream_and_xz * tokens < large - small < 20 * stream_and_xz * tokens
+
+
+def test_the_costliest_kernels_of_a_step_are_listed_first():
+    options = argparse.Namespace(
+        model="vim_tiny", batch=1, less_memory=False, dtype="fp32", train=True, mask=0.0, device="cpu", backend="torch"
+    )
+    head, *lines = backbone.costliest(backbone.Case("vim", options, 32), 5).strip().splitlines()
+    spent = [float(line.split()[0]) for line in lines]
+    assert len(spent) == 5
+    assert spent == sorted(spent, reverse=True)
+    assert 0 < sum(spent) < float(head.split()[0])
