@@ -50,13 +50,18 @@ def test_core_forward_loops_neither_shuffle_nor_wait(compiled):
         assert sum(loop.values()) <= 13 * loop["MUFU"], (kernel, loop)
 
 
-def test_tiled_forward_loop_does_not_shuffle(compiled):
-    """The loop over tiles, all of it unrolled: its barriers do not grow with the tokens."""
+def tiled(compiled, kernel):
+    """What became of a Gluon kernel, in all its configurations."""
     if "gfx" in compiled[0]["target"]:
         pytest.skip("Gluon kernels are for NVIDIA")
-    tiled = [c for c in compiled if c["kernel"] == "tiled_forward_kernel"]
-    assert tiled
-    for found in tiled:
+    found = [c for c in compiled if c["kernel"] == kernel]
+    assert found
+    return found
+
+
+def test_tiled_forward_loop_does_not_shuffle(compiled):
+    """The loop over tiles, all of it unrolled: its barriers do not grow with the tokens."""
+    for found in tiled(compiled, "tiled_forward_kernel"):
         flags, loop = found["flags"], found["loops"][0]
         exponentials = flags["TILE"] * flags["states_thread"] * flags["channels_thread"]
         assert loop["MUFU"] >= exponentials, found
@@ -67,11 +72,7 @@ def test_tiled_forward_loop_does_not_shuffle(compiled):
 
 def test_tiled_backward_loops_do_not_shuffle(compiled):
     """Two loops of four tokens: states computed again, tokens walked back. Sums go through shared memory."""
-    if "gfx" in compiled[0]["target"]:
-        pytest.skip("Gluon kernels are for NVIDIA")
-    tiled = [c for c in compiled if c["kernel"] == "tiled_backward_kernel"]
-    assert tiled
-    for found in tiled:
+    for found in tiled(compiled, "tiled_backward_kernel"):
         flags, (again, back, *_) = found["flags"], found["loops"]
         elements = flags["GROUP"] * flags["states_thread"] * flags["channels_thread"]
         assert again["MUFU"] == elements, found

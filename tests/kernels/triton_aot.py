@@ -130,8 +130,8 @@ def cases(column: str) -> list[Case]:
 def _mixer_backward_cases(column: str) -> list[Case]:
     rows, sums, gradients = plan.PROJECTIONS_BACKWARD[column], plan.PROJECTION_SUMS[column], plan.GRADIENTS
     found = []
-    for dot, even in ((tl.bfloat16, True), (tl.bfloat16, False)):
-        constants = {"STATES": 16, "RANK_BLOCK": 16, "EVEN": even, "DOT": dot, "PRECISION": "ieee"}
+    for even in (True, False):
+        constants = {"STATES": 16, "RANK_BLOCK": 16, "EVEN": even, "DOT": tl.bfloat16, "PRECISION": "ieee"}
         tile = {"COLUMNS": 64, "ROWS": rows.rows, "BLOCK": rows.block, "AHEAD": plan.PARTS_AHEAD}
         found.append(
             Case(mixer_backward_kernels.projections_backward_kernel, constants | tile, rows.warps, rows.stages)
