@@ -5,28 +5,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vim_kernels.arguments import ScanWeights
 from vim_kernels.triton_backend import plan
+from vim_kernels.triton_backend.conv import conv_backward, flat, gate_backward
 from vim_kernels.triton_backend.launch import cdiv, launch, power_of_two
-from vim_kernels.triton_backend.mixer_backward_kernels import (
+from vim_kernels.triton_backend.mixer_backward import (
     mixer_gradients_kernel,
     projection_sums_kernel,
     projections_backward_kernel,
 )
-from vim_kernels.triton_backend.mixer_kernels import (
+from vim_kernels.triton_backend.mixer_forward import (
     mixer_convolution_kernel,
     mixer_projection_kernel,
     mixer_weights_kernel,
 )
 from vim_kernels.triton_backend.plan import Tokens, tokens_of
-from vim_kernels.triton_backend.scan import ScanGradients, ScanInputs, scan_backward, scan_forward
-from vim_kernels.triton_backend.tokens import conv_backward, flat, gate_backward
-from vim_kernels.types import ScanWeights
+from vim_kernels.triton_backend.recurrence import ScanGradients, ScanInputs, scan_backward, scan_forward
 
 WEIGHTS_BLOCK = 64
 
 
 class MixerWeights(NamedTuple):
-    """The weights of both directions as the kernels read them: `mixer_kernels.mixer_weights_kernel`."""
+    """The weights of both directions as the kernels read them: `mixer_forward.mixer_weights_kernel`."""
 
     rates: Tensor  # (2, n', d) float32
     taps: Tensor  # (2, w + 1, d) float32

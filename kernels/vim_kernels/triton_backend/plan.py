@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from vim_kernels.memory import is_tight
-from vim_kernels.triton_backend.forward_kernels import chunk_table_kernel
 from vim_kernels.triton_backend.launch import cdiv, launch
+from vim_kernels.triton_backend.scan_forward import chunk_table_kernel
 
 INTERVAL = 32
 """Tokens between two states saved for the backward: 4 n / INTERVAL bytes a token, channel and direction."""

@@ -88,7 +88,7 @@ def selective_scan_forward(
     initial_state: Tensor | None,
     save: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """See `vim_kernels.interface.FastBackend`."""
+    """See `vim_kernels.dispatch.contract.FastBackend`."""
     call = _Call(x, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse, cu_seqlens)
     saved = selective_scan_saved(x, A, cu_seqlens, initial_state) if save else []
     out = torch.empty(call.x.shape, dtype=call.dtype)
@@ -123,7 +123,7 @@ def selective_scan_backward(
     initial_state: Tensor | None,
     saved: list[Tensor],
 ) -> tuple[Tensor | None, ...]:
-    """See `vim_kernels.interface.FastBackend`."""
+    """See `vim_kernels.dispatch.contract.FastBackend`."""
     call = _Call(x, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse, cu_seqlens)
     plan, d, n = call.plan, call.channels, call.states
     dout = token_rows(dy, call.dtype)

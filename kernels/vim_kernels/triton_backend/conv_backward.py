@@ -10,7 +10,7 @@ Rows are the tokens of all sequences, one after the other. Two rows belong to on
 import triton
 import triton.language as tl
 
-from vim_kernels.triton_backend.forward_kernels import LOG2E
+from vim_kernels.triton_backend.scan_forward import LOG2E
 
 
 @triton.jit

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vim_kernels.torch_scan import empty_tile_states, pieces, scan_gradients, scan_tiles
-from vim_kernels.types import ScanWeights
+from vim_kernels.arguments import ScanWeights
+from vim_kernels.torch_backend.recurrence import empty_tile_states, pieces, scan_gradients, scan_tiles
 
 
 def unavailable(device: torch.device) -> str | None:  # noqa: ARG001 - one signature for all backends
@@ -40,7 +40,7 @@ def selective_scan_forward(
     initial_state: Tensor | None,
     save: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """See `vim_kernels.interface.FastBackend`."""
+    """See `vim_kernels.dispatch.contract.FastBackend`."""
     saved = selective_scan_saved(x, A, cu_seqlens, initial_state) if save else []
     u, raw, A, B, C = (t.float() for t in (x, dt, A, B, C))
     step = _step_size(raw, dt_bias, dt_softplus)
@@ -70,7 +70,7 @@ def selective_scan_backward(
     initial_state: Tensor | None,
     saved: list[Tensor],
 ) -> tuple[Tensor | None, ...]:
-    """See `vim_kernels.interface.FastBackend`."""
+    """See `vim_kernels.dispatch.contract.FastBackend`."""
     u, raw, dy = x.float(), dt.float(), dy.float()
     step = _step_size(raw, dt_bias, dt_softplus)
     dscan = dy if z is None else dy * F.silu(z.float())
@@ -107,7 +107,7 @@ def bidirectional_scan_forward(
     save: bool,
     overwrite: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
-    """See `vim_kernels.interface.FastBackend`."""
+    """See `vim_kernels.dispatch.contract.FastBackend`."""
     del overwrite
     saved = bidirectional_scan_saved(x, z, forward, backward, cu_seqlens) if save else []
     total = torch.zeros_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
@@ -131,7 +131,7 @@ def bidirectional_scan_backward(
     cu_seqlens: Tensor | None,
     saved: list[Tensor],
 ) -> tuple[Tensor, Tensor | None, ScanWeights, ScanWeights]:
-    """See `vim_kernels.interface.FastBackend`."""
+    """See `vim_kernels.dispatch.contract.FastBackend`."""
     dout = dout.float() / 2
     dscan = dout if z is None else dout * F.silu(z.float())
     total, dx, dweights = torch.zeros_like(dscan), torch.zeros_like(dscan), []
@@ -173,7 +173,7 @@ def causal_conv1d_forward(
     reverse: bool,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
-    """See `vim_kernels.interface.FastBackend`."""
+    """See `vim_kernels.dispatch.contract.FastBackend`."""
     pre = _pre_activation(x.float(), weight, bias, reverse, cu_seqlens)
     return (F.silu(pre) if activation == "silu" else pre).to(x.dtype)
 
@@ -188,7 +188,7 @@ def causal_conv1d_backward(
     reverse: bool,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See `vim_kernels.interface.FastBackend`."""
+    """See `vim_kernels.dispatch.contract.FastBackend`."""
     found = _conv_gradients(dy.float(), x.float(), weight, bias, activation == "silu", reverse, cu_seqlens)
     dx, dweight, dbias = (_like(g, t) for g, t in zip(found, (x, weight, bias), strict=True))
     assert dx is not None
@@ -197,7 +197,7 @@ def causal_conv1d_backward(
 
 
 def add_rms_norm_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """See `vim_kernels.interface.FastBackend`."""
+    """See `vim_kernels.dispatch.contract.FastBackend`."""
     total = x.float().clone() if residual is None else x.float() + residual
     rstd = torch.rsqrt(total.square().mean(-1, keepdim=True) + eps)
     return (total * rstd * weight.float()).to(x.dtype), total.contiguous()
@@ -206,7 +206,7 @@ def add_rms_norm_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps
 def add_rms_norm_backward(
     dnormed: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """See `vim_kernels.interface.FastBackend`."""
+    """See `vim_kernels.dispatch.contract.FastBackend`."""
     dnormed = dnormed.float()
     rstd = torch.rsqrt(total.square().mean(-1, keepdim=True) + eps)
     scaled = total * rstd

@@ -4,9 +4,7 @@ import torch
 from torch import Tensor
 
 from vim_kernels.triton_backend import plan
-from vim_kernels.triton_backend.launch import cdiv, launch, power_of_two
-from vim_kernels.triton_backend.plan import tokens_of
-from vim_kernels.triton_backend.token_kernels import (
+from vim_kernels.triton_backend.conv_backward import (
     add_rms_norm_backward_kernel,
     add_rms_norm_kernel,
     conv_backward_kernel,
@@ -14,6 +12,8 @@ from vim_kernels.triton_backend.token_kernels import (
     gate_backward_kernel,
     softplus_kernel,
 )
+from vim_kernels.triton_backend.launch import cdiv, launch, power_of_two
+from vim_kernels.triton_backend.plan import tokens_of
 
 TILE = {"ROWS": 32, "BLOCK": 64}
 SUMMING_PROGRAMS = 256

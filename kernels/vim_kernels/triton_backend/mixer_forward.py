@@ -12,8 +12,8 @@ the least that a product of tiles takes.
 import triton
 import triton.language as tl
 
-from vim_kernels.triton_backend.forward_kernels import LOG2E
-from vim_kernels.triton_backend.token_kernels import reciprocal, segment, softplus, softplus_coarse
+from vim_kernels.triton_backend.conv_backward import reciprocal, segment, softplus, softplus_coarse
+from vim_kernels.triton_backend.scan_forward import LOG2E
 
 DT_MAX = tl.constexpr(65504.0)  # the largest float16; exp(-65504 |A|) is 0 either way
 

@@ -26,7 +26,7 @@ def chunk_rows(
     chunk, table_ptr, length, chunk_size, chunks_per_sequence, slots_per_sequence,
     INTERVAL: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    """See `forward_kernels.chunk_rows`."""
+    """See `scan_forward.chunk_rows`."""
     if PACKED:
         first = gl.load(table_ptr + chunk * 3).to(gl.int64)
         count = gl.load(table_ptr + chunk * 3 + 1)
@@ -85,7 +85,7 @@ def tiled_backward_kernel(
     pair: gl.constexpr, of_states: gl.constexpr, of_channels: gl.constexpr, pair_bc: gl.constexpr,
     row: gl.constexpr, view: gl.constexpr, view3: gl.constexpr, swizzled3: gl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of channels, chunks, directions); see `backward_kernels`. A tile is an interval.
+    """Grid (blocks of channels, chunks, directions); see `scan_backward`. A tile is an interval.
 
     The states that begin each group of tokens are kept in shared memory instead of global scratch, but for the first
     (it is saved) and the last (it is at hand). What a thread has summed over its own states and channels goes through

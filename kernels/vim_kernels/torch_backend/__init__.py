@@ -1,0 +1,13 @@
+"""The ops in plain PyTorch, as fast as that gets, forward and backward: for CPUs where Numba is not installed."""
+
+from vim_kernels.torch_backend.mixer import add_rms_norm_backward as add_rms_norm_backward
+from vim_kernels.torch_backend.mixer import add_rms_norm_forward as add_rms_norm_forward
+from vim_kernels.torch_backend.mixer import bidirectional_scan_backward as bidirectional_scan_backward
+from vim_kernels.torch_backend.mixer import bidirectional_scan_forward as bidirectional_scan_forward
+from vim_kernels.torch_backend.mixer import bidirectional_scan_saved as bidirectional_scan_saved
+from vim_kernels.torch_backend.mixer import causal_conv1d_backward as causal_conv1d_backward
+from vim_kernels.torch_backend.mixer import causal_conv1d_forward as causal_conv1d_forward
+from vim_kernels.torch_backend.mixer import selective_scan_backward as selective_scan_backward
+from vim_kernels.torch_backend.mixer import selective_scan_forward as selective_scan_forward
+from vim_kernels.torch_backend.mixer import selective_scan_saved as selective_scan_saved
+from vim_kernels.torch_backend.mixer import unavailable as unavailable
