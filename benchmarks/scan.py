@@ -155,7 +155,7 @@ def differentiated(call: Callable[[], Tensor], leaves: list[Tensor]) -> Case:
 
 def one_launch(inputs: Inputs) -> Case:
     """The scan kernels alone, on inputs made before."""
-    from vim_kernels.triton_backend import conv, mixer, plan, recurrence
+    from vim_kernels.triton_backend import mixer, plan, recurrence, tensors
 
     x, z = inputs.xz.detach().chunk(2, dim=-1)
     rows = plan.tokens_of(x, None)
@@ -166,7 +166,7 @@ def one_launch(inputs: Inputs) -> Case:
 
     def forward(*, save: bool = False) -> None:
         recurrence.scan_forward(
-            given, conv.flat(z), out, rows, scale=0.5, states=states if save else None,
+            given, tensors.flat(z), out, rows, scale=0.5, states=states if save else None,
             ungated=ungated.view_as(out) if save else None, initial=None, want_final=False,
         )  # fmt: skip
 

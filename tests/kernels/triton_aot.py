@@ -20,10 +20,15 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from vim_kernels.triton_backend import (
+    chunks,
     conv_backward,
+    conv_forward,
     mixer_backward,
     mixer_forward,
+    norm_backward,
+    norm_forward,
     plan,
+    pointwise,
     scan_backward,
     scan_forward,
     tiled_scan_backward,
@@ -96,11 +101,11 @@ def cases(column: str) -> list[Case]:
     for adjoint in (False, True):
         constants = {"REVERSE": False, "ADJOINT": adjoint, "PACKED": adjoint, "N": 16, "BLOCK": state.block}
         constants["AHEAD"] = state.ahead
-        found.append(Case(scan_forward.chunk_state_kernel, constants, state.warps))
+        found.append(Case(chunks.chunk_state_kernel, constants, state.warps))
     constants = {"REVERSE": False, "PACKED": False, "HAS_INITIAL": True, "STORE_FINAL": True, "N": 16}
     sizes = {"BLOCK": plan.CARRY_BLOCK, "CHUNKS": plan.CARRY_CHUNKS}
-    found.append(Case(scan_forward.carry_kernel, constants | sizes, 4))
-    found.append(Case(scan_forward.chunk_table_kernel, {"INTERVAL": plan.INTERVAL, "BLOCK": 128}, 4))
+    found.append(Case(chunks.carry_kernel, constants | sizes, 4))
+    found.append(Case(chunks.chunk_table_kernel, {"INTERVAL": plan.INTERVAL, "BLOCK": 128}, 4))
     for packed, adjoint in ((False, False), (True, True)):
         constants = {
             "REVERSE": False, "PACKED": packed, "HAS_D": True, "HAS_ADJOINT": adjoint, "STORE_DH0": adjoint,
@@ -113,14 +118,14 @@ def cases(column: str) -> list[Case]:
         "PACKED": True, "WIDTH": 4, "GROUPS": convolution.groups, "STEPS": convolution.steps,
         "BLOCK": convolution.block,
     }  # fmt: skip
-    found.append(Case(mixer_forward.mixer_convolution_kernel, constants | hardware, convolution.warps))
+    found.append(Case(conv_forward.mixer_conv_forward_kernel, constants | hardware, convolution.warps))
     constants = {
         "STORE_LOW": True, "STATES": 16, "RANK_BLOCK": 16, "COLUMNS": 64, "ROWS": mixer.rows, "BLOCK": mixer.block,
         "EVEN": True, "DOT": tl.bfloat16, "PRECISION": "ieee",
     }  # fmt: skip
-    found.append(Case(mixer_forward.mixer_projection_kernel, constants | hardware, mixer.warps, mixer.stages))
+    found.append(Case(mixer_forward.projections_forward_kernel, constants | hardware, mixer.warps, mixer.stages))
     constants = {"N": 16, "STATES": 16, "WIDTH": 4, "RANK": 12, "COLUMNS": 64, "HAS_BIAS": True, "BLOCK": 64}
-    found.append(Case(mixer_forward.mixer_weights_kernel, constants, 4))
+    found.append(Case(mixer_forward.weight_layout_kernel, constants, 4))
     found += _mixer_backward_cases(column)
     if column == "cuda":
         found += _tiled_cases()
@@ -159,7 +164,7 @@ def _tiled_cases() -> list[Case]:
                 "INTERVAL": plan.INTERVAL, "TILE": sizes.tile, "STEP": sizes.step,
                 **forward_layouts(directions, sizes.states_thread, sizes.channels_thread, sizes.warps, sizes.tile, 16),
             }  # fmt: skip
-            found.append(Case(tiled_scan_forward.tiled_forward_kernel, constants, directions * sizes.warps))
+            found.append(Case(tiled_scan_forward.tiled_scan_forward_kernel, constants, directions * sizes.warps))
     backward = plan.TILED_BACKWARD
     for packed, adjoint in ((False, False), (True, True)):
         block = block_of(backward.states_thread, backward.channels_thread, backward.warps, 16)
@@ -168,7 +173,7 @@ def _tiled_cases() -> list[Case]:
             "SOFTPLUS": True, "N": 16, "BLOCK": block, "INTERVAL": plan.INTERVAL, "GROUP": backward.step,
             **backward_layouts(backward.states_thread, backward.channels_thread, backward.warps, 16),
         }  # fmt: skip
-        found.append(Case(tiled_scan_backward.tiled_backward_kernel, constants, backward.warps))
+        found.append(Case(tiled_scan_backward.tiled_scan_backward_kernel, constants, backward.warps))
     return found
 
 
@@ -179,12 +184,12 @@ def _token_cases(column: str) -> list[Case]:
     backward = {"DIRECTIONS": 2, "GROUPS": sizes.groups, "STEPS": sizes.steps, "BLOCK": sizes.block, **conv, **hardware}
     norm = {"ROWS": 16, "BLOCK": 256}
     return [
-        Case(conv_backward.conv_kernel, conv | tile, 4),
+        Case(conv_forward.conv_forward_kernel, conv | tile, 4),
         Case(conv_backward.conv_backward_kernel, backward, sizes.warps),
-        Case(conv_backward.softplus_kernel, {"HAS_BIAS": True, "SOFTPLUS": True, **tile}, 4),
-        Case(conv_backward.gate_backward_kernel, {"GATE": True, "SCALE": 0.5, **tile}, 4),
-        Case(conv_backward.add_rms_norm_kernel, {"HAS_RESIDUAL": True, **norm}, 4),
-        Case(conv_backward.add_rms_norm_backward_kernel, {"HAS_DTOTAL": True, **norm}, 4),
+        Case(pointwise.softplus_forward_kernel, {"HAS_BIAS": True, "SOFTPLUS": True, **tile}, 4),
+        Case(pointwise.gate_backward_kernel, {"GATE": True, "SCALE": 0.5, **tile}, 4),
+        Case(norm_forward.add_rms_norm_forward_kernel, {"HAS_RESIDUAL": True, **norm}, 4),
+        Case(norm_backward.add_rms_norm_backward_kernel, {"HAS_DTOTAL": True, **norm}, 4),
     ]
 
 

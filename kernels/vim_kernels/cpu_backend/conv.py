@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vim_kernels.cpu_backend.conv_forward import conv_backward, conv_backward_vectors, conv_forward
+from vim_kernels.cpu_backend.conv_backward import conv_backward, conv_backward_vectors
+from vim_kernels.cpu_backend.conv_forward import conv_forward
 from vim_kernels.cpu_backend.plan import plan_for
 from vim_kernels.cpu_backend.records import CONV
 from vim_kernels.cpu_backend.tensors import (

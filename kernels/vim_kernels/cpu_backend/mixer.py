@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from vim_kernels.arguments import ScanWeights
-from vim_kernels.cpu_backend.conv_forward import conv_backward, conv_backward_vectors, conv_forward
+from vim_kernels.cpu_backend.conv_backward import conv_backward, conv_backward_vectors
+from vim_kernels.cpu_backend.conv_forward import conv_forward
 from vim_kernels.cpu_backend.plan import Plan, plan_for, tile_bound
 from vim_kernels.cpu_backend.records import CONV, SCAN, SCAN_GRADIENT
 from vim_kernels.cpu_backend.scan_backward import backward_vectors, scan_backward

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from vim_kernels import torch_backend
-from vim_kernels.cpu_backend.norm_forward import norm_backward, norm_forward
+from vim_kernels.cpu_backend.norm_backward import norm_backward
+from vim_kernels.cpu_backend.norm_forward import norm_forward
 from vim_kernels.cpu_backend.plan import thread_count
 from vim_kernels.cpu_backend.records import NORM
 from vim_kernels.cpu_backend.tensors import address, float_rows, kernel_dtype, record

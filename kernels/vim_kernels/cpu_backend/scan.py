@@ -6,12 +6,12 @@ Saved for the backward: the states once a tile of 32 tokens, d n / 8 bytes per t
 import torch
 from torch import Tensor
 
+from vim_kernels.constants import LOG2E
 from vim_kernels.cpu_backend.plan import Plan, plan_for, tile_bound
 from vim_kernels.cpu_backend.records import SCAN, SCAN_GRADIENT
 from vim_kernels.cpu_backend.scan_backward import backward_vectors, scan_backward
 from vim_kernels.cpu_backend.scan_forward import forward_vectors, scan_forward
 from vim_kernels.cpu_backend.tensors import (
-    LOG2_E,
     address,
     blocked,
     float_rows,
@@ -48,7 +48,7 @@ class _Call:
         self.dt = token_rows(dt, torch.float32)
         self.B, self.C = float_rows(B), float_rows(C)
         self.skip, self.dt_bias = vector_or_zeros(D, self.x), vector_or_zeros(dt_bias, self.x)
-        self.decay = blocked(A.detach().float() * LOG2_E)
+        self.decay = blocked(A.detach().float() * LOG2E)
         self.plan: Plan = plan_for(self.x, cu_seqlens)
         self.channels, self.states = self.x.shape[-1], A.shape[-1]
         self.record = record(

@@ -1,93 +1,13 @@
-"""The ops in plain PyTorch, as fast as that gets, forward and backward: for CPUs where Numba is not installed.
-
-The exponentials of a tile of 64 tokens are one call each, the recurrence one in-place addcmul a token; the backward
-recomputes the states of a tile from the state saved at its start. Shape letters as in `vim_kernels.reference`; in a
-tile, states are (tokens, b, n, d).
-"""
+"""The core of a Vim mixer in plain PyTorch, convolutions to gate, forward and backward."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vim_kernels.arguments import ScanWeights
-from vim_kernels.torch_backend.recurrence import empty_tile_states, pieces, scan_gradients, scan_tiles
-
-
-def unavailable(device: torch.device) -> str | None:  # noqa: ARG001 - one signature for all backends
-    """Runs wherever PyTorch does."""
-    return None
-
-
-def selective_scan_saved(x: Tensor, A: Tensor, cu_seqlens: Tensor | None, initial_state: Tensor | None) -> list[Tensor]:
-    """Empty [states at the start of every tile], float32: d n / 16 bytes per token."""
-    del initial_state
-    return [empty_tile_states(x, A, cu_seqlens)]
-
-
-def selective_scan_forward(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    *,
-    dt_softplus: bool,
-    reverse: bool,
-    cu_seqlens: Tensor | None,
-    initial_state: Tensor | None,
-    save: bool,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """See `vim_kernels.dispatch.contract.FastBackend`."""
-    saved = selective_scan_saved(x, A, cu_seqlens, initial_state) if save else []
-    u, raw, A, B, C = (t.float() for t in (x, dt, A, B, C))
-    step = _step_size(raw, dt_bias, dt_softplus)
-    y, final = scan_tiles(u, step, A, B, C, reverse, cu_seqlens, initial_state, saved[0] if save else None)
-    if D is not None:
-        y.addcmul_(D.float(), u)
-    if z is not None:
-        y *= F.silu(z.float())
-    return y.to(x.dtype), final, saved
-
-
-def selective_scan_backward(
-    dy: Tensor,
-    dfinal_state: Tensor | None,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    *,
-    dt_softplus: bool,
-    reverse: bool,
-    cu_seqlens: Tensor | None,
-    initial_state: Tensor | None,
-    saved: list[Tensor],
-) -> tuple[Tensor | None, ...]:
-    """See `vim_kernels.dispatch.contract.FastBackend`."""
-    u, raw, dy = x.float(), dt.float(), dy.float()
-    step = _step_size(raw, dt_bias, dt_softplus)
-    dscan = dy if z is None else dy * F.silu(z.float())
-    y, du, dstep, dA, dB, dC, dinitial = scan_gradients(
-        dscan, dfinal_state, u, step, A.float(), B.float(), C.float(), reverse, cu_seqlens, saved[0]
-    )
-    dD = dz = None
-    if D is not None:
-        y.addcmul_(D.float(), u)
-        du.addcmul_(D.float(), dscan)
-        dD = (dscan * u).sum((0, 1))
-    if z is not None:
-        dz = dy * y * _silu_slope(z.float())
-    ddt = dstep * torch.sigmoid(raw if dt_bias is None else raw + dt_bias) if dt_softplus else dstep
-    found = (du, ddt, dA, dB, dC, dD, dz, ddt.sum((0, 1)), dinitial)
-    given = (x, dt, A, B, C, D, z, dt_bias, initial_state)
-    return tuple(_like(gradient, tensor) for gradient, tensor in zip(found, given, strict=True))
+from vim_kernels.torch_backend.conv import conv_gradients, pre_activation
+from vim_kernels.torch_backend.recurrence import empty_tile_states, scan_gradients, scan_tiles
+from vim_kernels.torch_backend.tensors import copy_like, silu_slope
 
 
 def bidirectional_scan_saved(
@@ -146,7 +66,7 @@ def bidirectional_scan_backward(
         draw = dstep * torch.sigmoid(raw)
         dprojection = torch.cat([draw @ weights.dt_proj.float(), dB, dC], dim=-1)
         du += dprojection @ weights.x_proj.float()
-        dpiece, dconv, dbias = _conv_gradients(
+        dpiece, dconv, dbias = conv_gradients(
             du, x.float(), weights.conv_weight, weights.conv_bias, True, bool(reverse), cu_seqlens
         )
         dx += dpiece
@@ -159,127 +79,16 @@ def bidirectional_scan_backward(
             A_log=dA * A,
             D=(dscan * u).sum((0, 1)),
         )
-        dweights.append(ScanWeights(*(_like(g, w) for g, w in zip(found, weights, strict=True))))  # pyright: ignore
-    dz = None if z is None else (dout * total * _silu_slope(z.float())).to(x.dtype)
+        dweights.append(ScanWeights(*(copy_like(g, w) for g, w in zip(found, weights, strict=True))))  # pyright: ignore
+    dz = None if z is None else (dout * total * silu_slope(z.float())).to(x.dtype)
     return dx.to(x.dtype), dz, *dweights
-
-
-def causal_conv1d_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    activation: str | None,
-    reverse: bool,
-    cu_seqlens: Tensor | None,
-) -> Tensor:
-    """See `vim_kernels.dispatch.contract.FastBackend`."""
-    pre = _pre_activation(x.float(), weight, bias, reverse, cu_seqlens)
-    return (F.silu(pre) if activation == "silu" else pre).to(x.dtype)
-
-
-def causal_conv1d_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    activation: str | None,
-    reverse: bool,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See `vim_kernels.dispatch.contract.FastBackend`."""
-    found = _conv_gradients(dy.float(), x.float(), weight, bias, activation == "silu", reverse, cu_seqlens)
-    dx, dweight, dbias = (_like(g, t) for g, t in zip(found, (x, weight, bias), strict=True))
-    assert dx is not None
-    assert dweight is not None
-    return dx, dweight, dbias
-
-
-def add_rms_norm_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """See `vim_kernels.dispatch.contract.FastBackend`."""
-    total = x.float().clone() if residual is None else x.float() + residual
-    rstd = torch.rsqrt(total.square().mean(-1, keepdim=True) + eps)
-    return (total * rstd * weight.float()).to(x.dtype), total.contiguous()
-
-
-def add_rms_norm_backward(
-    dnormed: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """See `vim_kernels.dispatch.contract.FastBackend`."""
-    dnormed = dnormed.float()
-    rstd = torch.rsqrt(total.square().mean(-1, keepdim=True) + eps)
-    scaled = total * rstd
-    pull = dnormed * weight.float()
-    dsum = rstd * (pull - scaled * (pull * scaled).mean(-1, keepdim=True))
-    if dtotal is not None:
-        dsum += dtotal
-    return dsum, (dnormed * scaled).flatten(0, -2).sum(0).to(weight.dtype)
-
-
-def _step_size(raw: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
-    raw = raw if bias is None else raw + bias.float()
-    return F.softplus(raw) if softplus else raw
-
-
-def _silu_slope(x: Tensor) -> Tensor:
-    s = torch.sigmoid(x)
-    return s * (1 + x * (1 - s))
-
-
-def _like(gradient: Tensor | None, given: Tensor | None) -> Tensor | None:
-    if gradient is None or given is None:
-        return None
-    return torch.empty(given.shape, dtype=given.dtype, device=given.device).copy_(gradient)
 
 
 def _project(
     x: Tensor, weights: ScanWeights, reverse: bool, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """U, dt's low rank, B, C and dt before softplus, of one direction; float32."""
-    u = F.silu(_pre_activation(x.float(), weights.conv_weight, weights.conv_bias, reverse, cu_seqlens))
+    u = F.silu(pre_activation(x.float(), weights.conv_weight, weights.conv_bias, reverse, cu_seqlens))
     rank, states = weights.dt_proj.shape[1], weights.A_log.shape[1]
     low, B, C = F.linear(u, weights.x_proj.float()).split([rank, states, states], dim=-1)
     return u, low, B, C, F.linear(low, weights.dt_proj.float(), weights.dt_bias.float())
-
-
-def _pre_activation(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, cu_seqlens: Tensor | None) -> Tensor:
-    pre = torch.zeros_like(x, memory_format=torch.contiguous_format)
-    if bias is not None:
-        pre += bias.float()
-    taps = weight.shape[1]
-    for piece in pieces(x, cu_seqlens):
-        for k in range(taps):
-            to, source = _shifted(piece, taps - 1 - k, reverse)
-            pre[:, to] += x[:, source] * weight[:, k].float()
-    return pre
-
-
-def _shifted(piece: slice, back: int, reverse: bool) -> tuple[slice, slice]:
-    """Tokens of the piece that see a token `back` steps earlier in scan order, and those that they see."""
-    back = min(back, piece.stop - piece.start)
-    late, early = slice(piece.start + back, piece.stop), slice(piece.start, piece.stop - back)
-    return (early, late) if reverse else (late, early)
-
-
-def _conv_gradients(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    silu: bool,
-    reverse: bool,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias."""
-    if silu:
-        dy = dy * _silu_slope(_pre_activation(x, weight, bias, reverse, cu_seqlens))
-    dx = torch.zeros_like(dy)
-    dweight = torch.zeros_like(weight, dtype=torch.float32)
-    taps = weight.shape[1]
-    for piece in pieces(x, cu_seqlens):
-        for k in range(taps):
-            to, source = _shifted(piece, taps - 1 - k, reverse)
-            dx[:, source] += dy[:, to] * weight[:, k].float()
-            dweight[:, k] += (dy[:, to] * x[:, source]).sum((0, 1))
-    return dx, dweight, dy.sum((0, 1))

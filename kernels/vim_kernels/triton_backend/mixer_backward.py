@@ -21,7 +21,7 @@ RANK_BLOCK are n and r, padded. dp has 2 STATES + RANK_BLOCK columns. Channels l
 import triton
 import triton.language as tl
 
-from vim_kernels.triton_backend.scan_backward import LN2
+from vim_kernels.triton_backend.elementary import LN2
 
 
 @triton.jit

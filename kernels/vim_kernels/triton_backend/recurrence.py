@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from vim_kernels.triton_backend import plan
+from vim_kernels.triton_backend.chunks import carry_kernel, chunk_state_kernel
 from vim_kernels.triton_backend.launch import cdiv, launch
 from vim_kernels.triton_backend.layouts import backward_layouts, block_of, forward_layouts
-from vim_kernels.triton_backend.plan import Chunks, Tokens
+from vim_kernels.triton_backend.plan import TILE, Chunks, Tokens
+from vim_kernels.triton_backend.pointwise import gate_backward_kernel, softplus_forward_kernel
 from vim_kernels.triton_backend.scan_backward import scan_backward_kernel
-from vim_kernels.triton_backend.scan_forward import carry_kernel, chunk_state_kernel, scan_forward_kernel
-from vim_kernels.triton_backend.tiled_scan_backward import tiled_backward_kernel
-from vim_kernels.triton_backend.tiled_scan_forward import tiled_forward_kernel
+from vim_kernels.triton_backend.scan_forward import scan_forward_kernel
+from vim_kernels.triton_backend.tiled_scan_backward import tiled_scan_backward_kernel
+from vim_kernels.triton_backend.tiled_scan_forward import tiled_scan_forward_kernel
 
 
 class ScanInputs(NamedTuple):
@@ -117,7 +119,7 @@ def _forward(
         sizes = plan.tiled_forward(q * cdiv(d, 32) * chunks.total, plan.processors(device))
         block = block_of(sizes.states_thread, sizes.channels_thread, sizes.warps, n)
         layouts = forward_layouts(q, sizes.states_thread, sizes.channels_thread, sizes.warps, sizes.tile, n)
-        launch(tiled_forward_kernel, (cdiv(d, block), chunks.total),
+        launch(tiled_scan_forward_kernel, (cdiv(d, block), chunks.total),
             *tensors, total if total is not None else unused, *places, *strides, **flags, STATES_ONLY=states_only,
             BLOCK=block, TILE=sizes.tile, STEP=sizes.step, **layouts, num_warps=q * sizes.warps, num_stages=1,
         )  # fmt: skip
@@ -174,7 +176,7 @@ def scan_backward(
     if tiled:
         layouts = backward_layouts(by_tile.states_thread, by_tile.channels_thread, warps, n)
         launch(
-            tiled_backward_kernel,
+            tiled_scan_backward_kernel,
             (blocks, chunks.total, q),
             *tensors,
             **flags,
@@ -228,3 +230,26 @@ def _entering_states(
         N=n, BLOCK=plan.CARRY_BLOCK, CHUNKS=plan.CARRY_CHUNKS, num_warps=4, num_stages=1,
     )  # fmt: skip
     return entering
+
+
+def softplus(dt: Tensor, bias: Tensor | None, *, apply: bool) -> Tensor:
+    """In float32, softplus of dt + bias, or only their sum where not `apply`. dt is (rows, d), any row stride."""
+    rows, d = dt.shape
+    out = dt.new_empty(rows, d, dtype=torch.float32)
+    launch(softplus_forward_kernel, (cdiv(rows, TILE["ROWS"]), cdiv(d, TILE["BLOCK"])),
+        dt, bias if bias is not None else dt, out, rows, d, dt.stride(0),
+        HAS_BIAS=bias is not None, SOFTPLUS=apply, **TILE,
+    )  # fmt: skip
+    return out
+
+
+def gate_backward(dout: Tensor, z: Tensor | None, ungated: Tensor | None, dz: Tensor | None, *, scale: float) -> Tensor:
+    """Gradient (rows, d) of the sum before the gate; fills dz (rows, d), any row stride, where z is given."""
+    rows, d = dout.shape
+    dy = torch.empty_like(dout)
+    launch(gate_backward_kernel, (cdiv(rows, TILE["ROWS"]), cdiv(d, TILE["BLOCK"])),
+        dout, z if z is not None else dout, ungated if ungated is not None else dout, dy, dz if dz is not None else dy,
+        rows, d, z.stride(0) if z is not None else d, dz.stride(0) if dz is not None else d,
+        GATE=z is not None, SCALE=scale, **TILE,
+    )  # fmt: skip
+    return dy

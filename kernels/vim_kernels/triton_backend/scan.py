@@ -1,16 +1,13 @@
 """The single-direction selective scan of the Triton backend, forward and backward."""
 
-import math
-
 import torch
 from torch import Tensor
 
-from vim_kernels.triton_backend.conv import flat, gate_backward, own, softplus
+from vim_kernels.constants import LOG2E
 from vim_kernels.triton_backend.launch import power_of_two
 from vim_kernels.triton_backend.plan import tokens_of
-from vim_kernels.triton_backend.recurrence import ScanInputs, scan_backward, scan_forward
-
-LOG2E = 1 / math.log(2)
+from vim_kernels.triton_backend.recurrence import ScanInputs, gate_backward, scan_backward, scan_forward, softplus
+from vim_kernels.triton_backend.tensors import copy_like, flat
 
 
 def selective_scan_saved(x: Tensor, A: Tensor, cu_seqlens: Tensor | None, initial_state: Tensor | None) -> list[Tensor]:
@@ -43,7 +40,7 @@ def selective_scan_forward(
     saved = selective_scan_saved(x, A, cu_seqlens, initial_state) if save else []
     if x.numel() == 0:
         state = x.new_zeros(tokens.sequences, *A.shape, dtype=torch.float32)
-        return y, state if initial_state is None else own(initial_state, state), saved
+        return y, state if initial_state is None else copy_like(initial_state, state), saved
     inputs = _scan_inputs(x, dt, A, B, C, D, dt_bias, dt_softplus, reverse)
     final = scan_forward(
         inputs,
@@ -110,11 +107,11 @@ def selective_scan_backward(
         found.u.view(x.shape),
         ddt.to(dt.dtype).view(dt.shape),
         drates[:n].t().to(A.dtype).contiguous(),
-        own(dbc[:, :n], B),
-        own(dbc[:, states : states + n], C),
-        None if D is None else own(dskip, D),
+        copy_like(dbc[:, :n], B),
+        copy_like(dbc[:, states : states + n], C),
+        None if D is None else copy_like(dskip, D),
         dz,
-        None if dt_bias is None else own(dt_sum, dt_bias),
+        None if dt_bias is None else copy_like(dt_sum, dt_bias),
         None
         if initial_state is None or found.initial is None
         else found.initial[0, :, :n].transpose(1, 2).to(initial_state.dtype).contiguous(),

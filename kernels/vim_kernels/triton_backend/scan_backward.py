@@ -14,9 +14,8 @@ programs by a second reduction of the partial sums. No atomics.
 import triton
 import triton.language as tl
 
-from vim_kernels.triton_backend.scan_forward import LOG2E, chunk_rows
-
-LN2 = tl.constexpr(0.6931471805599453)
+from vim_kernels.triton_backend.chunks import chunk_rows
+from vim_kernels.triton_backend.elementary import LN2, LOG2E
 
 
 # With a row stride known to be a multiple of 16 the tile spreads over 4 states x 4 channels a thread, and the sums over

@@ -17,7 +17,8 @@ Shapes: q directions, t tokens of a tile, n states, s threads that share a chann
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from vim_kernels.triton_backend.tiled_scan_backward import LOG2E, barrier, chunk_rows, view_of
+from vim_kernels.triton_backend.elementary import LOG2E
+from vim_kernels.triton_backend.tiles import barrier, chunk_rows, view_of
 
 
 @gluon.jit
@@ -56,7 +57,7 @@ def _rows(
 
 
 @gluon.jit
-def tiled_forward_kernel(
+def tiled_scan_forward_kernel(
     u_ptr, dt_ptr, bc_ptr, z_ptr, out_ptr, ungated_ptr, rates_ptr, D0_ptr, D1_ptr, h0_ptr, final_ptr, states_ptr,
     total_ptr, table_ptr, length, chunk_size, chunks_per_sequence, slots_per_sequence,
     channels, z_stride, out_stride, u_direction, bc_direction, chunk_direction, slot_direction,
