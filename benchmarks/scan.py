@@ -22,6 +22,7 @@ from torch._higher_order_ops.associative_scan import associative_scan  # has no 
 
 from benchmarks.machine import clock, copy_rate, exp_rate, graphed, read_csv, seconds, versions, write_csv
 from vim_kernels import ScanWeights, available_backends, bidirectional_scan, selective_scan
+from vim_kernels.dispatch.contract import BidirectionalScan
 
 try:
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # pyright: ignore[reportMissingImports]
@@ -162,7 +163,8 @@ def one_launch(inputs: Inputs) -> Case:
     weights = [ScanWeights._make(None if t is None else t.detach() for t in w) for w in inputs.weights]
     given = mixer.mixer_inputs(x, mixer.mixer_weights(x, *weights), rows, store_low=False).scan
     out = x.new_empty(rows.rows, x.shape[2])
-    states, ungated = mixer.bidirectional_scan_saved(x, z, weights[0], weights[1], None)
+    whole = BidirectionalScan(inputs.xz.detach(), *weights, cu_seqlens=None, gated=True)
+    states, ungated = mixer.bidirectional_scan_saved(whole)
 
     def forward(*, save: bool = False) -> None:
         recurrence.scan_forward(

@@ -10,9 +10,10 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from vim_kernels.arguments import ScanWeights
 from vim_kernels.checks import check_cu_seqlens, check_float, check_same_device, check_shape
-from vim_kernels.dispatch import choice as backends
+from vim_kernels.dispatch.call import call
+from vim_kernels.dispatch.choice import choose
+from vim_kernels.dispatch.contract import AddRmsNorm, BidirectionalScan, CausalConv1d, ScanWeights, SelectiveScan
 
 
 @overload
@@ -90,10 +91,8 @@ def selective_scan(
     check_same_device(
         x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, cu_seqlens=cu_seqlens, initial_state=initial_state
     )
-    y, state = backends.resolve(backend, x.device).selective_scan(
-        x, dt, A, B, C, D, z, dt_bias,
-        dt_softplus=dt_softplus, reverse=reverse, cu_seqlens=cu_seqlens, initial_state=initial_state,
-    )  # fmt: skip
+    arguments = SelectiveScan(x, dt, A, B, C, D, z, dt_bias, cu_seqlens, initial_state, dt_softplus, reverse)
+    y, state = call(choose(backend, x.device), arguments)
     return (y, state) if return_final_state else y
 
 
@@ -137,11 +136,10 @@ def bidirectional_scan(
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, xz)
         check_same_device(xz, cu_seqlens=cu_seqlens)
-    module = backends.resolve(backend, xz.device)
+    arguments = BidirectionalScan(xz.contiguous(), forward, backward, cu_seqlens, gated)
     off = torch.autocast(xz.device.type, enabled=False) if torch.is_autocast_enabled(xz.device.type) else nullcontext()
     with off:
-        options = {"gated": gated, "cu_seqlens": cu_seqlens, "overwrite": overwrite}
-        return module.bidirectional_scan(xz, forward, backward, **options)
+        return call(choose(backend, xz.device), arguments, overwrite=overwrite)
 
 
 def _check_mixer_shapes(gated: bool, xz: tuple[int, ...], *weights: Any) -> None:
@@ -192,8 +190,7 @@ def causal_conv1d(
         raise ValueError(f"activation must be 'silu' or None, got {activation!r}")
     check_cu_seqlens(cu_seqlens, x)
     check_same_device(x, weight=weight, bias=bias, cu_seqlens=cu_seqlens)
-    module = backends.resolve(backend, x.device)
-    return module.causal_conv1d(x, weight, bias, activation=activation, reverse=reverse, cu_seqlens=cu_seqlens)
+    return call(choose(backend, x.device), CausalConv1d(x, weight, bias, cu_seqlens, activation, reverse))
 
 
 def add_rms_norm(
@@ -214,4 +211,4 @@ def add_rms_norm(
     if residual is not None:
         check_shape("residual", residual.shape, tuple(x.shape))
     check_same_device(x, weight=weight, residual=residual)
-    return backends.resolve(backend, x.device).add_rms_norm(x, residual, weight, eps)
+    return call(choose(backend, x.device), AddRmsNorm(x, residual, weight, eps))

@@ -10,26 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vim_kernels.arguments import ScanWeights
 from vim_kernels.cpu_backend.conv_backward import conv_backward, conv_backward_vectors
 from vim_kernels.cpu_backend.conv_forward import conv_forward
 from vim_kernels.cpu_backend.plan import Plan, plan_for, tile_bound
 from vim_kernels.cpu_backend.records import CONV, SCAN, SCAN_GRADIENT
 from vim_kernels.cpu_backend.scan_backward import backward_vectors, scan_backward
 from vim_kernels.cpu_backend.scan_forward import forward_vectors, scan_forward
-from vim_kernels.cpu_backend.tensors import address, fresh, kernel_dtype, records, token_rows, unblocked
+from vim_kernels.cpu_backend.tensors import address, fresh, kernel_dtype, records, token_rows, unblocked, whole
 from vim_kernels.cpu_backend.vector import LANES
-from vim_kernels.cpu_backend.weight_layout import DirectionWeights, direction_weights, whole
+from vim_kernels.cpu_backend.weight_layout import DirectionWeights, direction_weights
+from vim_kernels.dispatch.contract import BidirectionalScan, ScanWeights
 
 
-def bidirectional_scan_saved(
-    x: Tensor, z: Tensor | None, forward: ScanWeights, backward: ScanWeights, cu_seqlens: Tensor | None
-) -> list[Tensor]:
+def bidirectional_scan_saved(arguments: BidirectionalScan) -> list[Tensor]:
     """Empty [projections, states] of the forward direction, then of the backward one, float32."""
-    del z
+    x, _ = arguments.halves()
+    cu_seqlens = arguments.cu_seqlens
     tokens, channels, tiles = x.shape[0] * x.shape[1], whole(x.shape[-1]), tile_bound(x, cu_seqlens)
     saved = []
-    for weights in (forward, backward):
+    for weights in (arguments.forward, arguments.backward):
         states = weights.A_log.shape[1]
         saved.append(x.new_empty(tokens, whole(weights.x_proj.shape[0]), dtype=torch.float32))
         saved.append(x.new_empty(tiles, channels * states, dtype=torch.float32))
@@ -37,17 +36,13 @@ def bidirectional_scan_saved(
 
 
 def bidirectional_scan_forward(
-    x: Tensor,
-    z: Tensor | None,
-    forward: ScanWeights,
-    backward: ScanWeights,
-    cu_seqlens: Tensor | None,
-    save: bool,
-    overwrite: bool = False,
+    arguments: BidirectionalScan, save: bool, overwrite: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
-    """See `vim_kernels.dispatch.contract.FastBackend`."""
+    """See `vim_kernels.dispatch.contract`."""
     del overwrite
-    saved = bidirectional_scan_saved(x, z, forward, backward, cu_seqlens) if save else []
+    _, forward, backward, cu_seqlens, _ = arguments
+    x, z = arguments.halves()
+    saved = bidirectional_scan_saved(arguments) if save else []
     dtype = kernel_dtype(x, z)
     rows, gate = token_rows(x, dtype), None if z is None else token_rows(z, dtype)
     plan = plan_for(rows, cu_seqlens)
@@ -67,16 +62,10 @@ def bidirectional_scan_forward(
     return out.view(rows.shape)[..., : x.shape[-1]].to(x.dtype).contiguous(), saved
 
 
-def bidirectional_scan_backward(
-    dout: Tensor,
-    x: Tensor,
-    z: Tensor | None,
-    forward: ScanWeights,
-    backward: ScanWeights,
-    cu_seqlens: Tensor | None,
-    saved: list[Tensor],
-) -> tuple[Tensor, Tensor | None, ScanWeights, ScanWeights]:
-    """See `vim_kernels.dispatch.contract.FastBackend`."""
+def bidirectional_scan_backward(arguments: BidirectionalScan, dout: Tensor, saved: list[Tensor]) -> BidirectionalScan:
+    """See `vim_kernels.dispatch.contract`."""
+    _, forward, backward, cu_seqlens, _ = arguments
+    x, z = arguments.halves()
     dtype = kernel_dtype(x, z)
     rows, gate = token_rows(x, dtype), None if z is None else token_rows(z, dtype)
     dout_rows = token_rows(dout, dtype)
@@ -109,10 +98,9 @@ def bidirectional_scan_backward(
         _like(given, partial._replace(conv_weight=weight, conv_bias=bias))
         for given, partial, (weight, bias) in zip((forward, backward), found, conv, strict=True)
     )
-    if d != x.shape[-1] or dtype != x.dtype:
-        dx = dx[..., : x.shape[-1]].to(x.dtype).contiguous()
-        dz = None if dz is None else dz[..., : x.shape[-1]].to(x.dtype).contiguous()
-    return dx, dz, dforward, dbackward
+    if d != x.shape[-1]:
+        dxz = torch.cat([half[..., : x.shape[-1]] for half in (dx, dz) if half is not None], dim=-1)
+    return arguments._replace(xz=dxz.to(x.dtype), forward=dforward, backward=dbackward)
 
 
 def _convolve(rows: Tensor, two: list[DirectionWeights], plan: Plan) -> list[Tensor]:

@@ -33,6 +33,11 @@ def kernel_dtype(*tokens: Tensor | None) -> torch.dtype:
     return torch.bfloat16 if all(t is None or t.dtype == torch.bfloat16 for t in tokens) else torch.float32
 
 
+def whole(size: int) -> int:
+    """The size filled up to whole vectors."""
+    return (size + LANES - 1) // LANES * LANES
+
+
 def padded(tensor: Tensor, dim: int = -1) -> Tensor:
     """The tensor with `dim` filled up with zeros to whole vectors; Vim's widths need no filling."""
     missing = -tensor.shape[dim] % LANES

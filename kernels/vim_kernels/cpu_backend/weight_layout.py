@@ -8,11 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vim_kernels.arguments import ScanWeights
 from vim_kernels.cpu_backend.records import WEIGHTS
-from vim_kernels.cpu_backend.tensors import address, float_rows, padded, records
-from vim_kernels.cpu_backend.vector import LANES
+from vim_kernels.cpu_backend.tensors import address, float_rows, padded, records, whole
 from vim_kernels.cpu_backend.weight_layout_kernel import lay_out_weights
+from vim_kernels.dispatch.contract import ScanWeights
 
 
 class DirectionWeights(NamedTuple):
@@ -59,11 +58,6 @@ def direction_weights(forward: ScanWeights, backward: ScanWeights, x: Tensor) ->
         )  # fmt: skip
     lay_out_weights(records(WEIGHTS, *rows))
     return laid_out
-
-
-def whole(size: int) -> int:
-    """The size filled up to whole vectors."""
-    return (size + LANES - 1) // LANES * LANES
 
 
 def _x_proj(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vim_kernels.arguments import ScanWeights
+from vim_kernels.dispatch.contract import BidirectionalScan, ScanWeights
 from vim_kernels.triton_backend import plan
 from vim_kernels.triton_backend.conv import conv_backward
 from vim_kernels.triton_backend.conv_forward import mixer_conv_forward_kernel
@@ -41,34 +41,28 @@ class MixerInputs(NamedTuple):
     low: Tensor | None  # (2, rows, r)
 
 
-def bidirectional_scan_saved(
-    x: Tensor, z: Tensor | None, forward: ScanWeights, backward: ScanWeights, cu_seqlens: Tensor | None
-) -> list[Tensor]:
+def bidirectional_scan_saved(arguments: BidirectionalScan) -> list[Tensor]:
     """[states (2, slots, n, d) float32, the sum before the gate (b, l, d) if gated].
 
     With n = 16 and 16-bit tokens 4 bytes a token and channel: 2 for the states, 2 for the sum.
     """
-    del backward
-    d, n = forward.A_log.shape
-    states = x.new_empty(2, tokens_of(x, cu_seqlens).slots(), _padded(n), d, dtype=torch.float32)
+    x, z = arguments.halves()
+    d, n = arguments.forward.A_log.shape
+    states = x.new_empty(2, tokens_of(x, arguments.cu_seqlens).slots(), _padded(n), d, dtype=torch.float32)
     return [states] if z is None else [states, x.new_empty(x.shape)]
 
 
 def bidirectional_scan_forward(
-    x: Tensor,
-    z: Tensor | None,
-    forward: ScanWeights,
-    backward: ScanWeights,
-    cu_seqlens: Tensor | None,
-    save: bool,
-    overwrite: bool = False,
+    arguments: BidirectionalScan, save: bool, overwrite: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
     """Output (b, l, d) in the dtype of x, in its memory if overwrite, and what was saved.
 
     Without `save` a large batch goes slice by slice: the slices share the memory of what the scan reads.
     """
+    _, forward, backward, cu_seqlens, _ = arguments
+    x, z = arguments.halves()
     out = x if overwrite else x.new_empty(x.shape)
-    saved = bidirectional_scan_saved(x, z, forward, backward, cu_seqlens) if save else []
+    saved = bidirectional_scan_saved(arguments) if save else []
     if x.numel() == 0:
         return out, saved
     ready = mixer_weights(x, forward, backward)
@@ -90,21 +84,15 @@ def bidirectional_scan_forward(
     return out, saved
 
 
-def bidirectional_scan_backward(
-    dout: Tensor,
-    x: Tensor,
-    z: Tensor | None,
-    forward: ScanWeights,
-    backward: ScanWeights,
-    cu_seqlens: Tensor | None,
-    saved: list[Tensor],
-) -> tuple[Tensor, Tensor | None, ScanWeights, ScanWeights]:
-    """Gradients (dx, dz, forward, backward); dx and dz are halves of one (b, l, 2 d) buffer."""
+def bidirectional_scan_backward(arguments: BidirectionalScan, dout: Tensor, saved: list[Tensor]) -> BidirectionalScan:
+    """See `vim_kernels.dispatch.contract`."""
+    _, forward, backward, cu_seqlens, _ = arguments
+    x, z = arguments.halves()
     b, l, d = x.shape
     dxz = x.new_empty(b, l, d if z is None else 2 * d)
     dx, dz = dxz[..., :d], None if z is None else dxz[..., d:]
     if x.numel() == 0:
-        return dx, dz, _zeros(forward), _zeros(backward)
+        return arguments._replace(xz=dxz, forward=_zeros(forward), backward=_zeros(backward))
     tokens = tokens_of(x, cu_seqlens)
     ready = mixer_weights(x, forward, backward)
     inputs, low = mixer_inputs(x, ready, tokens, store_low=True)
@@ -120,7 +108,8 @@ def bidirectional_scan_backward(
     dprojections = projections_backward(found, inputs.u, low, ready)
     taps, biases = (forward.conv_weight, backward.conv_weight), _conv_biases(forward, backward)
     dtaps = conv_backward(found.u, x, taps, biases, dx, cu_seqlens, reverse=False, silu=True)
-    return dx, dz, *_gradients(forward, backward, dprojections, found, dtaps, ready)
+    dforward, dbackward = _gradients(forward, backward, dprojections, found, dtaps, ready)
+    return arguments._replace(xz=dxz, forward=dforward, backward=dbackward)
 
 
 def mixer_weights(x: Tensor, forward: ScanWeights, backward: ScanWeights) -> MixerWeights:
