@@ -4,7 +4,6 @@ Tokens are channel-last, `(batch, length, channels)`; packed rows are `(1, total
 """
 
 import functools
-from contextlib import nullcontext
 from typing import Any, Literal, overload
 
 import torch
@@ -136,10 +135,14 @@ def bidirectional_scan(
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, xz)
         check_same_device(xz, cu_seqlens=cu_seqlens)
-    arguments = BidirectionalScan(xz.contiguous(), forward, backward, cu_seqlens, gated)
-    off = torch.autocast(xz.device.type, enabled=False) if torch.is_autocast_enabled(xz.device.type) else nullcontext()
-    with off:
-        return call(choose(backend, xz.device), arguments, overwrite=overwrite)
+    arguments, name = (
+        BidirectionalScan(xz.contiguous(), forward, backward, cu_seqlens, gated),
+        choose(backend, xz.device),
+    )
+    if torch.is_autocast_enabled(xz.device.type):
+        with torch.autocast(xz.device.type, enabled=False):
+            return call(name, arguments, overwrite=overwrite)
+    return call(name, arguments, overwrite=overwrite)
 
 
 def _check_mixer_shapes(gated: bool, xz: tuple[int, ...], *weights: Any) -> None:

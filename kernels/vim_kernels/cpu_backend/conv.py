@@ -46,9 +46,8 @@ def causal_conv1d_forward(arguments: CausalConv1d) -> Tensor:
     return out[..., : x.shape[-1]].to(x.dtype).contiguous()
 
 
-def causal_conv1d_backward(arguments: CausalConv1d, dy: Tensor, saved: list[Tensor]) -> CausalConv1d:
+def causal_conv1d_backward(arguments: CausalConv1d, dy: Tensor) -> CausalConv1d:
     """See `vim_kernels.dispatch.contract`."""
-    del saved
     x, weight, bias, cu_seqlens, _, _ = arguments
     rows, taps, offset = _laid_out(arguments)
     plan = plan_for(rows, cu_seqlens)

@@ -32,14 +32,12 @@ def add_rms_norm_forward(arguments: AddRmsNorm) -> tuple[Tensor, Tensor]:
     return normed.to(x.dtype), total
 
 
-def add_rms_norm_backward(
-    arguments: AddRmsNorm, dnormed: Tensor, dtotal: Tensor | None, saved: list[Tensor]
-) -> AddRmsNorm:
+def add_rms_norm_backward(arguments: AddRmsNorm, dnormed: Tensor, dtotal: Tensor | None) -> AddRmsNorm:
     """See `vim_kernels.dispatch.contract`."""
     total, _, weight, eps = arguments
     channels = total.shape[-1]
     if channels % LANES or not total.numel():
-        return in_torch.add_rms_norm_backward(arguments, dnormed, dtotal, saved)
+        return in_torch.add_rms_norm_backward(arguments, dnormed, dtotal)
     dtype = kernel_dtype(dnormed)
     rows, stream, scale = dnormed.to(dtype), float_rows(total), float_rows(weight)
     dstream = None if dtotal is None else float_rows(dtotal)
@@ -51,4 +49,4 @@ def add_rms_norm_backward(
         dsum=address(dsum), dweight=address(dweight), eps=eps,
     )  # fmt: skip
     norm_backward(d, workers)
-    return arguments._replace(x=dsum, weight=dweight.sum(0).to(weight.dtype))
+    return AddRmsNorm(dsum, None, dweight.sum(0).to(weight.dtype), eps)

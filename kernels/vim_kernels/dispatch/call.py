@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vim_kernels import reference
+from vim_kernels.dispatch.choice import function
 from vim_kernels.dispatch.contract import flatten
 from vim_kernels.dispatch.library import REGISTERED
 
@@ -22,20 +23,18 @@ def call(backend: str, arguments: Any, **allowed: bool) -> Any:
     tensors = [t for t in flat[: op.tensors] if t is not None]
     if backend == "reference" or any([t.dtype == torch.float64 for t in tensors]):  # noqa: C419 - twice as fast
         return getattr(reference, op.name)(**dict(zip(arguments._fields, arguments, strict=True)))
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if not needs_grad and not _tracing() and all(type(t) in PLAIN for t in tensors):
+    needs_grad = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])  # noqa: C419
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    if not (needs_grad or tracing) and all([type(t) in PLAIN for t in tensors]):  # noqa: C419
+        run = function(backend, op.room, op.forward_name)
         if not op.saves:
-            return op.function(backend, "forward")(arguments)
-        *outputs, _ = op.function(backend, "forward")(arguments, False, **allowed)
+            return run(arguments)
+        *outputs, _ = run(arguments, False, **allowed)
     elif not op.saves:
         return op.forward(*flat, backend)
     else:
         outputs = op.forward(*flat, backend, needs_grad and not _exporting())[: op.outputs]
     return outputs[0] if op.outputs == 1 else tuple(outputs)
-
-
-def _tracing() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _exporting() -> bool:

@@ -46,7 +46,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def available_backends(device: torch.device | str = "cpu") -> dict[str, str | None]:
     """Backend name -> None where it can run on `device`, else the reason why not."""
-    return {name: _unavailable(name, torch.device(device)) for name in BACKENDS}
+    return {name: _package(name).unavailable(torch.device(device)) for name in BACKENDS}
 
 
 @functools.cache
@@ -69,12 +69,12 @@ def choose(argument: str | None, device: torch.device) -> str:
         (environment, "VIM_KERNELS_BACKEND"),
     ):
         if name:
-            if reason := _unavailable(_known(name, source), device):
+            if reason := _package(_known(name, source)).unavailable(device):
                 usable = [n for n, why in available_backends(device).items() if why is None]
                 raise RuntimeError(f"backend {name!r} ({source}) cannot run on {device}: {reason}; available: {usable}")
             return name
     for name in FASTEST_FIRST.get(device.type, ("reference",)):
-        reason = _unavailable(name, device)
+        reason = _package(name).unavailable(device)
         if reason is None:
             return name
         _warn_once(f"vim_kernels: backend {name!r} is not used on {device.type}: {reason}")
@@ -83,10 +83,6 @@ def choose(argument: str | None, device: torch.device) -> str:
 
 # what torch.compiler.assume_constant_result does; that one imports the whole compiler, half of the time of an import
 choose._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
-
-
-def _unavailable(name: str, device: torch.device) -> str | None:
-    return _package(name).unavailable(device)
 
 
 @functools.cache

@@ -146,36 +146,32 @@ OPS = {
 }
 
 
-def flatten(arguments: tuple) -> list[Any]:
+def flatten(arguments: tuple) -> Sequence[Any]:
     """Single values, in order: those of a tuple within in its place."""
-    flat: list[Any] = []
-    for value in arguments:
-        if isinstance(value, tuple):
-            flat.extend(value)
-        else:
-            flat.append(value)
-    return flat
+    if _places(type(arguments)) is None:
+        return arguments
+    return [leaf for value in arguments for leaf in (value if isinstance(value, tuple) else (value,))]
 
 
 def unflatten(kind: Any, flat: Sequence[Any]) -> Any:
     """The inverse of `flatten`."""
-    bundles = _bundles(kind)
-    if bundles is None:
+    places = _places(kind)
+    if places is None:
         return kind(*flat)
-    values = []
-    for at, bundle in bundles:
-        values.append(flat[at] if bundle is None else bundle(*flat[at]))
-    return kind(*values)
+    return kind(*[flat[place] if bundle is None else bundle(*flat[place]) for place, bundle in places])
 
 
 @functools.cache
-def _bundles(kind: Any) -> list[tuple[Any, Any]] | None:
+def _places(kind: Any) -> list[tuple[Any, Any]] | None:
     """Of every field its place among the flat values, and the named tuple that they make; None if there is none."""
     places, start = [], 0
     for hint in get_type_hints(kind).values():
-        width = len(getattr(hint, "_fields", " "))
-        places.append((slice(start, start + width), hint) if hasattr(hint, "_fields") else (start, None))
-        start += width
+        if hasattr(hint, "_fields"):
+            places.append((slice(start, start + len(hint._fields)), hint))
+            start += len(hint._fields)
+        else:
+            places.append((start, None))
+            start += 1
     return places if start > len(places) else None
 
 

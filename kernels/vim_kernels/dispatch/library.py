@@ -23,12 +23,13 @@ class Op:
     def __init__(self, spec: OpSpec) -> None:
         self.name, self.room, self.kind = spec.name, spec.room, spec.arguments
         self.saves, self.outputs = spec.saves, len(spec.outputs)
-        self.names = {part: f"{spec.name}_{part}" for part in ("forward", "saved", "backward")}
+        self.end = -2 if spec.saves else -1  # of the arguments, in those of the backward
         values = leaves(spec.arguments)
         self.tensors = sum(leaf.is_tensor for leaf in values)
-        self.has_gradient = [leaf.has_gradient for leaf in values[: self.tensors]]
+        self.with_gradient = [i for i, leaf in enumerate(values) if leaf.has_gradient]
         assert all(leaf.is_tensor for leaf in values[: self.tensors]), "tensors come before options"
-        backend, save, saved = Leaf.of("backend", str), Leaf.of("save", bool), Leaf.of("saved", list[Tensor])
+        backend, save = Leaf.of("backend", str), Leaf.of("save", bool)
+        saved = [Leaf.of("saved", list[Tensor])] if self.saves else []
         one_or_more: Any = Tensor if self.outputs == 1 else tuple[(Tensor,) * self.outputs]
         forward = _custom_op(
             spec.name,
@@ -41,22 +42,19 @@ class Op:
         first, *others = (f"d{name}" for name in spec.outputs)
         incoming = [Leaf.of(first, Tensor), *(Leaf.of(name, Tensor | None) for name in others)]
         backward = _custom_op(
-            self.names["backward"], self._run_backward, [*incoming, *values, saved, backend], list[Tensor]
+            f"{spec.name}_backward", self._run_backward, [*incoming, *values, *saved, backend], list[Tensor]
         )
         backward.register_fake(self._empty_gradients)
         self.forward = getattr(torch.ops.vim_kernels, spec.name).default
-        self.backward = getattr(torch.ops.vim_kernels, self.names["backward"]).default
-
-    def function(self, backend: str, part: str) -> Callable[..., Any]:
-        """What `backend` computes the forward, saved or backward part with."""
-        return function(backend, self.room, self.names[part])
+        self.backward = getattr(torch.ops.vim_kernels, f"{spec.name}_backward").default
+        self.forward_name, self.backward_name = f"{spec.name}_forward", f"{spec.name}_backward"
 
     def _run_forward(self, *flat: Any) -> Any:
         if not self.saves:
             *values, backend = flat
-            return self.function(backend, "forward")(unflatten(self.kind, values))
+            return function(backend, self.room, self.forward_name)(unflatten(self.kind, values))
         *values, backend, save = flat
-        *outputs, saved = self.function(backend, "forward")(unflatten(self.kind, values), save)
+        *outputs, saved = function(backend, self.room, self.forward_name)(unflatten(self.kind, values), save)
         return [*outputs, *saved]
 
     def _empty_outputs(self, *flat: Any) -> Any:
@@ -65,21 +63,21 @@ class Op:
             return outputs if self.outputs > 1 else outputs[0]
         *values, backend, save = flat
         arguments = unflatten(self.kind, values)
-        return [*arguments.outputs(), *(self.function(backend, "saved")(arguments) if save else [])]
+        saved = function(backend, self.room, f"{self.name}_saved")(arguments) if save else []
+        return [*arguments.outputs(), *saved]
 
     def _run_backward(self, *flat: Any) -> list[Tensor]:
-        incoming, (*values, saved, backend) = flat[: self.outputs], flat[self.outputs :]
-        gradients = self.function(backend, "backward")(unflatten(self.kind, values), *incoming, saved)
-        return self._where_given(flatten(gradients), values)
+        incoming, values, saved = flat[: self.outputs], flat[self.outputs : self.end], flat[self.end : -1]
+        run = function(flat[-1], self.room, self.backward_name)
+        return self._where_given(flatten(run(unflatten(self.kind, values), *incoming, *saved)), values)
 
     def _empty_gradients(self, *flat: Any) -> list[Tensor]:
-        values = flat[self.outputs : -2]
+        values = flat[self.outputs : self.end]
         return [t.new_empty(t.shape) for t in self._where_given(values, values)]
 
     def _where_given(self, gradients: Sequence[Any], values: Sequence[Any]) -> list[Any]:
-        """Without those of tensors that are None or integers, and what stands in the places of options."""
-        places = zip(gradients, values, self.has_gradient, strict=False)
-        return [gradient for gradient, value, has_gradient in places if has_gradient and value is not None]
+        """Those of tensors that are not None and have one."""
+        return [gradients[i] for i in self.with_gradient if values[i] is not None]
 
     def _keep(self, ctx: Any, inputs: tuple, output: Any) -> None:
         ctx.set_materialize_grads(False)
@@ -89,21 +87,22 @@ class Op:
 
     def _gradients(self, ctx: Any, *incoming: Any) -> tuple[Tensor | None, ...]:
         kept = ctx.saved_tensors
-        tensors, saved, options = kept[: self.tensors], list(kept[self.tensors :]), ctx.options
+        values, saved, backend = [*kept[: self.tensors], *ctx.options], [], ctx.options[-1]
         if self.saves:
-            *options, _ = options
             incoming = incoming[0][: self.outputs]
-            if not saved:
-                saved = self.forward(*tensors, *options, True)[self.outputs :]
+            *values, backend, _ = values
+            saved = [list(kept[self.tensors :]) or self.forward(*values, backend, True)[self.outputs :]]
+        else:
+            values.pop()
         first, *others = incoming
         if first is None:
-            first = torch.zeros_like(unflatten(self.kind, [*tensors, *options[:-1]]).outputs()[0])
+            first = torch.zeros_like(unflatten(self.kind, values).outputs()[0])
         others = [None if gradient is None else gradient.contiguous() for gradient in others]
-        *options, backend = options
-        found = iter(self.backward(first.contiguous(), *others, *tensors, *options, saved, backend))
-        places = zip(tensors, self.has_gradient, strict=True)
-        gradients = [next(found) if has_gradient and t is not None else None for t, has_gradient in places]
-        return (*gradients, *[None] * len(ctx.options))
+        found = self.backward(first.contiguous(), *others, *values, *saved, backend)
+        gradients: list[Tensor | None] = [None] * (self.tensors + len(ctx.options))
+        for gradient, i in zip(found, [i for i in self.with_gradient if values[i] is not None], strict=True):
+            gradients[i] = gradient
+        return tuple(gradients)
 
 
 class AddRmsNormOp(Op):

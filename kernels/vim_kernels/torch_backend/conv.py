@@ -16,9 +16,8 @@ def causal_conv1d_forward(arguments: CausalConv1d) -> Tensor:
     return (F.silu(pre) if activation == "silu" else pre).to(x.dtype)
 
 
-def causal_conv1d_backward(arguments: CausalConv1d, dy: Tensor, saved: list[Tensor]) -> CausalConv1d:
+def causal_conv1d_backward(arguments: CausalConv1d, dy: Tensor) -> CausalConv1d:
     """See `vim_kernels.dispatch.contract`."""
-    del saved
     x, weight, bias, cu_seqlens, activation, reverse = arguments
     dx, dweight, dbias = conv_gradients(dy.float(), x.float(), weight, bias, activation == "silu", reverse, cu_seqlens)
     return arguments._replace(x=copy_like(dx, x), weight=copy_like(dweight, weight), bias=copy_like(dbias, bias))

@@ -14,11 +14,8 @@ def add_rms_norm_forward(arguments: AddRmsNorm) -> tuple[Tensor, Tensor]:
     return (total * rstd * weight.float()).to(x.dtype), total.contiguous()
 
 
-def add_rms_norm_backward(
-    arguments: AddRmsNorm, dnormed: Tensor, dtotal: Tensor | None, saved: list[Tensor]
-) -> AddRmsNorm:
+def add_rms_norm_backward(arguments: AddRmsNorm, dnormed: Tensor, dtotal: Tensor | None) -> AddRmsNorm:
     """See `vim_kernels.dispatch.contract`."""
-    del saved
     total, _, weight, eps = arguments
     dnormed = dnormed.float()
     rstd = torch.rsqrt(total.square().mean(-1, keepdim=True) + eps)
@@ -27,4 +24,4 @@ def add_rms_norm_backward(
     dsum = rstd * (pull - scaled * (pull * scaled).mean(-1, keepdim=True))
     if dtotal is not None:
         dsum += dtotal
-    return arguments._replace(x=dsum, weight=(dnormed * scaled).flatten(0, -2).sum(0).to(weight.dtype))
+    return AddRmsNorm(dsum, None, (dnormed * scaled).flatten(0, -2).sum(0).to(weight.dtype), eps)

@@ -28,9 +28,8 @@ def causal_conv1d_forward(arguments: CausalConv1d) -> Tensor:
     return out
 
 
-def causal_conv1d_backward(arguments: CausalConv1d, dy: Tensor, saved: list[Tensor]) -> CausalConv1d:
+def causal_conv1d_backward(arguments: CausalConv1d, dy: Tensor) -> CausalConv1d:
     """See `vim_kernels.dispatch.contract`."""
-    del saved
     x, weight, bias, cu_seqlens, activation, reverse = arguments
     if x.numel() == 0:
         dbias = None if bias is None else torch.zeros_like(bias)

@@ -86,13 +86,13 @@ def bidirectional_scan_forward(
 
 def bidirectional_scan_backward(arguments: BidirectionalScan, dout: Tensor, saved: list[Tensor]) -> BidirectionalScan:
     """See `vim_kernels.dispatch.contract`."""
-    _, forward, backward, cu_seqlens, _ = arguments
+    _, forward, backward, cu_seqlens, gated = arguments
     x, z = arguments.halves()
     b, l, d = x.shape
     dxz = x.new_empty(b, l, d if z is None else 2 * d)
     dx, dz = dxz[..., :d], None if z is None else dxz[..., d:]
     if x.numel() == 0:
-        return arguments._replace(xz=dxz, forward=_zeros(forward), backward=_zeros(backward))
+        return BidirectionalScan(dxz, _zeros(forward), _zeros(backward), cu_seqlens, gated)
     tokens = tokens_of(x, cu_seqlens)
     ready = mixer_weights(x, forward, backward)
     inputs, low = mixer_inputs(x, ready, tokens, store_low=True)
@@ -109,7 +109,7 @@ def bidirectional_scan_backward(arguments: BidirectionalScan, dout: Tensor, save
     taps, biases = (forward.conv_weight, backward.conv_weight), _conv_biases(forward, backward)
     dtaps = conv_backward(found.u, x, taps, biases, dx, cu_seqlens, reverse=False, silu=True)
     dforward, dbackward = _gradients(forward, backward, dprojections, found, dtaps, ready)
-    return arguments._replace(xz=dxz, forward=dforward, backward=dbackward)
+    return BidirectionalScan(dxz, dforward, dbackward, cu_seqlens, gated)
 
 
 def mixer_weights(x: Tensor, forward: ScanWeights, backward: ScanWeights) -> MixerWeights:

@@ -30,16 +30,13 @@ def add_rms_norm_forward(arguments: AddRmsNorm) -> tuple[Tensor, Tensor]:
     return normed, total
 
 
-def add_rms_norm_backward(
-    arguments: AddRmsNorm, dnormed: Tensor, dtotal: Tensor | None, saved: list[Tensor]
-) -> AddRmsNorm:
+def add_rms_norm_backward(arguments: AddRmsNorm, dnormed: Tensor, dtotal: Tensor | None) -> AddRmsNorm:
     """See `vim_kernels.dispatch.contract`."""
-    del saved
     total, _, weight, eps = arguments
     channels = total.shape[-1]
     rows = total.numel() // max(channels, 1)
     if rows == 0:
-        return arguments._replace(x=torch.zeros_like(total), weight=torch.zeros_like(weight))
+        return AddRmsNorm(torch.zeros_like(total), None, torch.zeros_like(weight), eps)
     tile = _norm_tile(channels)
     blocks = cdiv(rows, tile["ROWS"])
     programs = max(1, min(SUMMING_PROGRAMS, blocks))
@@ -49,7 +46,7 @@ def add_rms_norm_backward(
         dnormed, dtotal if dtotal is not None else dnormed, total, weight.contiguous(), dsum, partial, rows, channels,
         eps, cdiv(blocks, programs), HAS_DTOTAL=dtotal is not None, **tile,
     )  # fmt: skip
-    return arguments._replace(x=dsum, weight=partial.sum(0).to(weight.dtype))
+    return AddRmsNorm(dsum, None, partial.sum(0).to(weight.dtype), eps)
 
 
 def _norm_tile(channels: int) -> dict[str, int]:
