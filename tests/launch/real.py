@@ -1,19 +1,28 @@
 """Starts real runs in processes of their own, as a user does, on two CPU processes with gloo."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from launch.metrics import read_metrics
+from tests.waiting import LIMIT
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "launch/accelerate"
 SMALL = ["--model.img_size=32", "--model.depth=2", "--decoder.width=32", "--decoder.depth=1", "--batch_size=8",
          "--optim.warmup_steps=1", "--log_every=1", "--data.workers=0", "--trackers=[]", "--name=run"]  # fmt: skip
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
+PROGRAMS = Path(sys.executable).parent
+needs_compiler = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "c++")) is None,
+    reason="DeepSpeed compiles the optimizer that it offloads, and there is no C++ compiler (see docs/scaling.md)",
+)
 
 
 def free_port() -> int:
@@ -24,7 +33,9 @@ def free_port() -> int:
 
 def environment(**more: str) -> dict[str, str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHONPATH", "ACCELERATE", "TORCHELASTIC"))}
-    return clean | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | more
+    path = f"{PROGRAMS}:{os.environ['PATH']}"  # as after `source .venv/bin/activate`
+    waits = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": f"{LIMIT:.0f}"}
+    return clean | waits | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": path} | more
 
 
 def command(strategy: str, *argv: str, script: Path | None = None, launcher: tuple[str, ...] = ()) -> list[str]:
@@ -50,10 +61,10 @@ def start(where: Path, strategy: str, *argv: str, env: dict[str, str] | None = N
     )  # fmt: skip
 
 
-def finish(process: subprocess.Popen, timeout: float = 400) -> tuple[int, str]:
+def finish(process: subprocess.Popen) -> tuple[int, str]:
     """Exit code and all that was printed; nothing of it is left running."""
     try:
-        out, err = process.communicate(timeout=timeout)
+        out, err = process.communicate(timeout=LIMIT)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -68,3 +79,9 @@ def run(where: Path, strategy: str, *argv: str, **options) -> Path:
 
 def losses(folder: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in read_metrics(folder / "metrics.jsonl")}
+
+
+def rows_written(folder: Path) -> int:
+    """Rows of metrics of a run that may be going on."""
+    path = folder / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,8 @@ from launch.metrics import read_metrics
 from launch.signals import Stopped, StopRequest
 from pretrain.config import PretrainConfig
 from pretrain.train import build_model, pretrain
+from tests.launch.real import rows_written
+from tests.waiting import LIMIT, wait_for
 from vim_backbone import UserError, from_pretrained
 
 ROOT = Path(__file__).parents[2]
@@ -204,18 +205,15 @@ def test_native_sizes_are_not_compiled(tmp_path, monkeypatch):
 def test_a_signal_to_the_real_command(tmp_path, number):
     argv = [sys.executable, str(ROOT / "pretrain/main.py"), *SMALL, "--steps=2000", "--data.workers=1"]
     process = subprocess.Popen(argv, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
-    metrics = tmp_path / "runs/pretrain/metrics.jsonl"
-    for _ in range(600):
-        if metrics.exists() and len(metrics.read_text().splitlines()) >= 3:
-            break
-        time.sleep(0.1)
+    folder = tmp_path / "runs/pretrain"
+    wait_for(lambda: rows_written(folder) >= 3, "three steps", process)
     process.send_signal(number)
-    _, printed = process.communicate(timeout=60)
+    _, printed = process.communicate(timeout=LIMIT)
     assert process.returncode == 128 + number, printed
     assert f"stopped by {number.name} at step" in printed
     assert "Traceback" not in printed
-    saved = json.loads(next((tmp_path / "runs/pretrain/checkpoints").glob("*/state.json")).read_text())
-    assert saved["step"] == len(metrics.read_text().splitlines())
+    saved = json.loads(next((folder / "checkpoints").glob("*/state.json")).read_text())
+    assert saved["step"] == rows_written(folder)
 
 
 @pytest.mark.slow
