@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from launch.metrics import read_metrics
+from tests.launch.preloaded import Popen
 from tests.waiting import LIMIT
 
 ROOT = Path(__file__).parents[2]
@@ -19,9 +20,9 @@ SMALL = ["--model.img_size=32", "--model.depth=2", "--decoder.width=32", "--deco
          "--optim.warmup_steps=1", "--log_every=1", "--data.workers=0", "--trackers=[]", "--name=run"]  # fmt: skip
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 PROGRAMS = Path(sys.executable).parent
+NO_COMPILER = shutil.which(os.environ.get("CXX", "c++")) is None
 needs_compiler = pytest.mark.skipif(
-    shutil.which(os.environ.get("CXX", "c++")) is None,
-    reason="DeepSpeed compiles the optimizer that it offloads, and there is no C++ compiler (see docs/scaling.md)",
+    NO_COMPILER, reason="DeepSpeed compiles the optimizer that it offloads, and there is no C++ compiler"
 )
 
 
@@ -52,16 +53,13 @@ def extra(strategy: str) -> dict[str, str]:
     return {"ACCELERATE_USE_CPU": "true"} if strategy == "ddp" else {}
 
 
-def start(where: Path, strategy: str, *argv: str, env: dict[str, str] | None = None, **options) -> subprocess.Popen:
+def start(where: Path, strategy: str, *argv: str, env: dict[str, str] | None = None, **options) -> Popen:
     where.mkdir(parents=True, exist_ok=True)
     environ = environment(**(extra(strategy) | (env or {})))
-    return subprocess.Popen(
-        command(strategy, *argv, **options), cwd=where, env=environ, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    return Popen(command(strategy, *argv, **options), where, environ)
 
 
-def finish(process: subprocess.Popen) -> tuple[int, str]:
+def finish(process: subprocess.Popen | Popen) -> tuple[int, str]:
     """Exit code and all that was printed; nothing of it is left running."""
     try:
         out, err = process.communicate(timeout=LIMIT)
