@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from launch.metrics import read_metrics
 from tests.launch.preloaded import Popen
-from tests.launch.real import CONFIGS, ROOT, environment, extra, finish, free_port
+from tests.launch.real import ACCELERATE, CONFIGS, ROOT, environment, extra, finish, free_port
 
 pytestmark = pytest.mark.slow
 SMALL = ["--batch_size=4", "--log_every=1", "--data.workers=0", "--trackers=[]", "--steps=2", "--checkpoint_every=1",
@@ -21,10 +21,10 @@ PLAIN = ["--augment.mixup=0", "--augment.cutmix=0"]
 
 def run(where, strategy, task, *argv):
     command = [str(ROOT / "finetune/main.py"), task, *SMALL, *argv]
-    launcher = ["-m", "accelerate.commands.launch", "--quiet", "--num_processes=2",
+    launcher = [*ACCELERATE, "--quiet", "--num_processes=2",
                 f"--main_process_port={free_port()}", f"--config_file={CONFIGS / strategy}.yaml"]  # fmt: skip
     where.mkdir(exist_ok=True)
-    whole = [sys.executable, *([] if strategy == "one" else launcher), *command]
+    whole = [*([sys.executable] if strategy == "one" else launcher), *command]
     code, printed = finish(Popen(whole, where, environment(**extra(strategy))))
     assert code == 0, printed[-6000:]
     assert printed.strip().splitlines()

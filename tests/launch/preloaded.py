@@ -11,13 +11,19 @@ import signal
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 from unittest import mock
 
-MODULES = ["accelerate.commands.launch", "datasets", "deepspeed", "finetune.main", "pretrain.main", "launch.plan",
-           "torch.distributed.run", "torch.utils.tensorboard"]  # fmt: skip
+LAUNCHERS = (
+    "accelerate.commands.launch",
+    "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler",
+)
+MODULES = [
+    *LAUNCHERS, "accelerate.commands.config", "accelerate.commands.estimate", "datasets", "deepspeed",
+    "finetune.main", "launch.plan", "pretrain.main", "torch.distributed.run", "torch.utils.tensorboard",
+]  # fmt: skip
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(MODULES)
 ROOT = Path(__file__).parents[2]
@@ -81,24 +87,18 @@ def _become(argv: list[str], cwd: str, env: dict[str, str], output: tuple[str, s
     os.environ.clear()
     os.environ.update(env)
     words = [word for word in argv[1:] if word != "-u"]
-    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
-    def fork(handler: Any, args: tuple[str, ...], env: dict[str, str]) -> Popen:
-        return Popen(list(args), Path.cwd(), env, output)
+    def fork(argv: Iterable[str], env: dict[str, str]) -> Popen:
+        return Popen(list(argv), Path.cwd(), env, output)
 
-    subprocess_handler.SubprocessHandler._popen = fork  # pyright: ignore[reportAttributeAccessIssue]
+    launch, agent = (sys.modules[name] for name in LAUNCHERS)
+    launch.__dict__["subprocess"] = SimpleNamespace(**vars(subprocess) | {"Popen": fork})  # of one process
+    agent.__dict__["SubprocessHandler"]._popen = lambda _, argv, env: fork(argv, env)  # of several
     if words[0] == "-m":
         sys.argv = words[1:]
         sys.path.insert(0, cwd)
-        sys.modules.pop(words[1], None)  # imported before: runpy would warn
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = words
         sys.path.insert(0, str(Path(words[0]).parent))
         runpy.run_path(words[0], run_name="__main__")
-
-
-def forget() -> None:
-    """End the process that forks the others; the next one is forked from a new one."""
-    with suppress(Exception):
-        multiprocessing.forkserver._forkserver._stop()  # pyright: ignore

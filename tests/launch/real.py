@@ -19,6 +19,7 @@ CONFIGS = ROOT / "launch/accelerate"
 SMALL = ["--model.img_size=32", "--model.depth=2", "--decoder.width=32", "--decoder.depth=1", "--batch_size=8",
          "--optim.warmup_steps=1", "--log_every=1", "--data.workers=0", "--trackers=[]", "--name=run"]  # fmt: skip
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
+ACCELERATE = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch")
 PROGRAMS = Path(sys.executable).parent
 NO_COMPILER = shutil.which(os.environ.get("CXX", "c++")) is None
 needs_compiler = pytest.mark.skipif(
@@ -44,7 +45,7 @@ def command(strategy: str, *argv: str, script: Path | None = None, launcher: tup
     run = [str(script or ROOT / "pretrain/main.py"), *SMALL, *argv]
     if strategy == "one":
         return [sys.executable, *run]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes=2",
+    launch = [*ACCELERATE, "--quiet", "--num_processes=2",
               f"--main_process_port={free_port()}", f"--config_file={CONFIGS / strategy}.yaml", *launcher]  # fmt: skip
     return [*launch, *run]
 

@@ -1,7 +1,6 @@
 """Whole runs: what they leave behind, that they learn, and that stopping anywhere changes nothing."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -19,7 +18,7 @@ from launch.signals import Stopped, StopRequest
 from pretrain.config import PretrainConfig
 from pretrain.train import build_model, pretrain
 from tests.launch.preloaded import Popen
-from tests.launch.real import NO_COMPILER, environment, rows_written
+from tests.launch.real import ACCELERATE, NO_COMPILER, environment, rows_written
 from tests.waiting import LIMIT, wait_for
 from vim_backbone import UserError, from_pretrained
 
@@ -164,8 +163,7 @@ def test_bad_pictures_among_good_ones_are_named_in_the_run(tmp_path, picture_fol
 
 
 def command(*argv, launcher=()):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *launcher]
-    return [*launch, str(ROOT / "pretrain/main.py"), *SMALL, *argv]
+    return [*ACCELERATE, "--quiet", *launcher, str(ROOT / "pretrain/main.py"), *SMALL, *argv]
 
 
 @pytest.mark.slow
