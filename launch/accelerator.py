@@ -1,7 +1,9 @@
 """One Accelerator for every launcher, and refusals where a launcher would silently train unsynchronised copies."""
 
+import importlib
 import os
 import shutil
+from collections import defaultdict
 from collections.abc import Callable
 from datetime import timedelta
 from importlib.util import find_spec
@@ -51,9 +53,14 @@ def build_accelerator(config: RunConfig, accumulation: int) -> Accelerator:
     if "LOCAL_RANK" in os.environ:
         backend = "nccl" if torch.cuda.is_available() and not _asked("ACCELERATE_USE_CPU") else "gloo"
         # longer than the watchdog, which can name the process that hangs
-        timeout = timedelta(seconds=2 * config.hang_seconds + 60)
+        timeout = timedelta(seconds=2 * max(config.hang_seconds, config.start_seconds) + 60)
+        if zero and backend == "gloo":
+            compile_no_communication()
         join_attempt(backend, timeout)
         handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))
+    plugin = ZeroPlugin() if zero else None
+    if plugin is not None and (missing := _missing_for_offloading(plugin.deepspeed_config)):
+        raise _told_once(missing)
     accelerator = Accelerator(
         # DeepSpeed's own bf16 casts the parameters; its torch_autocast, set below, leaves them float32
         mixed_precision="bf16" if config.precision == "bf16" and not zero else "no",
@@ -62,7 +69,7 @@ def build_accelerator(config: RunConfig, accumulation: int) -> Accelerator:
         project_config=ProjectConfiguration(project_dir=str(config.folder), logging_dir=str(config.folder)),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=False),
         kwargs_handlers=handlers,
-        deepspeed_plugin=ZeroPlugin() if zero else None,
+        deepspeed_plugin=plugin,
         step_scheduler_with_optimizer=False,
     )
     kind = str(accelerator.distributed_type).split(".")[-1]
@@ -81,7 +88,7 @@ def build_accelerator(config: RunConfig, accumulation: int) -> Accelerator:
 
 
 def refuse_what_is_missing() -> None:
-    """Raise UserError where the launcher's environment asks for a package, a compiler or a GPU that is not there.
+    """Raise UserError where the launcher's environment asks for a package or a GPU that is not there.
 
     All processes of a host come to the same answer; the first process tells it.
     """
@@ -103,8 +110,6 @@ def _missing() -> str | None:
             return "the launcher asked for DeepSpeed, which is not installed: pip install deepspeed"
         if _asked("ACCELERATE_USE_CPU"):
             return "ACCELERATE_USE_CPU makes Accelerate run DDP in place of DeepSpeed: unset it"
-        if on_cpu and not (shutil.which(os.environ.get("CXX", "c++")) and shutil.which("ninja")):
-            return "DeepSpeed on CPU compiles its communication: install a C++ compiler and ninja"
     if _asked("ACCELERATE_USE_FSDP") and on_cpu:
         return "Accelerate does not run FSDP on CPU: use launch/accelerate/zero3.yaml"
     if on_cpu and not _asked("ACCELERATE_USE_CPU") and (wanted := os.environ.get("CUDA_VISIBLE_DEVICES")):
@@ -117,6 +122,21 @@ def _missing() -> str | None:
     if launched and not on_cpu and not dist.is_nccl_available():
         return "this build of PyTorch has no NCCL: install one that has, or train on CPU with use_cpu: true"
     return None
+
+
+def _missing_for_offloading(config: dict[str, Any]) -> str | None:
+    device = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device")
+    if device != "cpu" or (shutil.which(os.environ.get("CXX", "c++")) and shutil.which("ninja")):
+        return None
+    return "DeepSpeed compiles the optimizer that it offloads: install a C++ compiler and ninja, or do not offload it"
+
+
+def compile_no_communication() -> None:
+    """Keep DeepSpeed from compiling exchanges through shared memory, which training does not use (inference does).
+
+    It does so at every first start on CPU if its table of operations has that one, and would need a C++ compiler.
+    """
+    importlib.import_module("deepspeed.ops").__compatible_ops__ = defaultdict(bool)
 
 
 def join_attempt(backend: str, timeout: timedelta) -> None:

@@ -41,6 +41,8 @@ class RunConfig:
     guard: GuardConfig = field(default_factory=GuardConfig)
     hang_seconds: float = 1800.0
     """A step that takes longer ends the run, with a line on which process holds it up."""
+    start_seconds: float = 3600.0
+    """The same limit until the first step is done: kernels are compiled and, under ZeRO, DeepSpeed's operations."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Trackers of Accelerate that get the metrics too: tensorboard, wandb, trackio, ..."""
     debug: bool = False
@@ -52,7 +54,8 @@ class RunConfig:
         for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "it must be at least 1")
         require(self.keep_every >= 0, "keep_every", self.keep_every, "it cannot be negative")
-        require(self.hang_seconds > 0, "hang_seconds", self.hang_seconds, "it must be positive")
+        for name in ("hang_seconds", "start_seconds"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "it must be positive")
 
     @property
     def folder(self) -> Path:

@@ -59,7 +59,7 @@ class Training:
         folder = config.folder / CHECKPOINTS
         asynchronous = config.async_checkpoints
         self._writer = CheckpointWriter(folder, config.keep_checkpoints, config.keep_every, asynchronous)
-        self._watchdog = Watchdog(accelerator, config.hang_seconds)
+        self._watchdog = Watchdog(accelerator, config.hang_seconds, config.start_seconds)
         self._losses: list[Tensor] = []
         self._verdict: str | None = None
         self._must_stop = False

@@ -13,19 +13,23 @@ from accelerate import Accelerator
 HUNG = 75
 """Exit code of a run that a watchdog ended (EX_TEMPFAIL: trying again may help)."""
 POLLS = 10
-"""How many times the watchdog looks in the time that counts as hanging."""
+"""How many times the watchdog looks in the shortest time that counts as hanging."""
 
 
 class Watchdog:
     """A thread that ends the process when a step takes longer than `seconds`, with a line on who holds it up.
 
+    Until the first step is done the limit is `start_seconds`: then kernels are compiled, which is not hanging.
     Use as a context around the loop and call `beat` whenever something new begins.
     """
 
-    def __init__(self, accelerator: Accelerator, seconds: float) -> None:
+    def __init__(self, accelerator: Accelerator, seconds: float, start_seconds: float) -> None:
         self.rank = accelerator.process_index
         self.world = accelerator.num_processes
         self.seconds = seconds
+        self.start_seconds = start_seconds
+        self._pause = min(seconds, start_seconds) / POLLS
+        self._first_step: int | None = None
         self._beat: dict[str, Any] = {"step": -1, "stage": 0, "doing": "starting", "since": time.time()}
         self._done = threading.Event()
         self._store: Any = None
@@ -47,20 +51,26 @@ class Watchdog:
         self._done.set()
         self._thread.join()
         if self._store is not None:
-            self._teller.join(self.seconds / POLLS)
+            self._teller.join(self._pause)
 
     def beat(self, step: int, stage: int, doing: str) -> None:
         """Something new begins: the `stage`-th of what `step` consists of."""
+        if self._first_step is None:
+            self._first_step = step
         self._beat = {"step": step, "stage": stage, "doing": doing, "since": time.time()}
 
     def _watch(self) -> None:
-        pause = self.seconds / POLLS
-        while not self._done.wait(pause):
+        while not self._done.wait(self._pause):
             beat = self._beat
             # the others give the main process the time to speak first
-            patience = self.seconds + (pause * 2 if self.rank else 0)
+            patience = self._limit(beat)[1] + (self._pause * 2 if self.rank else 0)
             if time.time() - beat["since"] > patience:
                 self._end(beat)
+
+    def _limit(self, beat: dict[str, Any]) -> tuple[str, float]:
+        """The field that limits what a process is doing, and its value in seconds."""
+        started = self._first_step is not None and beat["step"] > self._first_step
+        return ("hang_seconds", self.seconds) if started else ("start_seconds", self.start_seconds)
 
     def _tell(self) -> None:
         while True:
@@ -72,14 +82,15 @@ class Watchdog:
             except RuntimeError:
                 return  # the main host is gone or the link is cut: the beats grow stale, and `_end` says so
             self._read = time.time()
-            if self._done.wait(self.seconds / POLLS):
+            if self._done.wait(self._pause):
                 return
 
     def _end(self, beat: dict[str, Any]) -> None:
         waited = time.time() - beat["since"]
-        line = f"error: step {beat['step'] + 1} hangs: for {waited:.0f} s (hang_seconds is {self.seconds:g}) "
+        field, limit = self._limit(beat)
+        line = f"error: step {beat['step'] + 1} hangs: for {waited:.0f} s ({field} is {limit:g}) "
         line += f"process {self.rank} has been {beat['doing']}"
-        stale = 3 * self.seconds / POLLS
+        stale = 3 * self._pause
         if self._store is not None and time.time() - self._read > stale:
             line += f"; the main process's host has not been reached for {time.time() - self._read:.0f} s"
         elif self._store is not None:

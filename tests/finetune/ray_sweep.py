@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from finetune.sweeping.ledger import Entry, Ledger
 from finetune.sweeping.sweep import checked
 from launch.cli import parse
 from tests.launch.real import ROOT
+from tests.waiting import LIMIT
 
 SMALL = {"batch_size": 4, "data.workers": 0, "pictures": 1, "log_every": 1}
 TASK_FIELDS = {
@@ -67,9 +67,9 @@ def driver(config: SweepConfig, *argv: str, **environment: str) -> subprocess.Po
     )  # fmt: skip
 
 
-def finished(process: subprocess.Popen, timeout: float = 400) -> str:
+def finished(process: subprocess.Popen) -> str:
     try:
-        printed, _ = process.communicate(timeout=timeout)
+        printed, _ = process.communicate(timeout=LIMIT)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -105,14 +105,6 @@ def repeated(config: SweepConfig) -> int:
     found = [(row["trial_id"], name) for row in rows(config) if "trial_id" in row for name in row.get("user_attr", ())]
     evaluations = [pair for pair in found if pair[1].startswith("evaluation-")]
     return len(evaluations) - len(set(evaluations))
-
-
-def wait(condition: Callable[[], object], what: str, seconds: float = 240) -> None:
-    for _ in range(int(seconds / 0.1)):
-        if condition():
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"waited {seconds} s for {what}")
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Real Accelerate with two processes: DDP, ZeRO-2 and ZeRO-3 train and judge as one process does."""
 
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -11,7 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from launch.metrics import read_metrics
-from tests.launch.real import CONFIGS, ROOT, environment, extra, finish, free_port
+from tests.launch.preloaded import Popen
+from tests.launch.real import ACCELERATE, CONFIGS, ROOT, environment, extra, finish, free_port
 
 pytestmark = pytest.mark.slow
 SMALL = ["--batch_size=4", "--log_every=1", "--data.workers=0", "--trackers=[]", "--steps=2", "--checkpoint_every=1",
@@ -21,14 +21,11 @@ PLAIN = ["--augment.mixup=0", "--augment.cutmix=0"]
 
 def run(where, strategy, task, *argv):
     command = [str(ROOT / "finetune/main.py"), task, *SMALL, *argv]
-    launcher = ["-m", "accelerate.commands.launch", "--quiet", "--num_processes=2",
+    launcher = [*ACCELERATE, "--quiet", "--num_processes=2",
                 f"--main_process_port={free_port()}", f"--config_file={CONFIGS / strategy}.yaml"]  # fmt: skip
     where.mkdir(exist_ok=True)
-    process = subprocess.Popen(
-        [sys.executable, *([] if strategy == "one" else launcher), *command], cwd=where, text=True,
-        start_new_session=True, env=environment(**extra(strategy)), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    code, printed = finish(process)
+    whole = [*([sys.executable] if strategy == "one" else launcher), *command]
+    code, printed = finish(Popen(whole, where, environment(**extra(strategy))))
     assert code == 0, printed[-6000:]
     assert printed.strip().splitlines()
     return where / f"runs/{task}"

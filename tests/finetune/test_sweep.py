@@ -24,9 +24,9 @@ from tests.finetune.ray_sweep import (
     repeated,
     steps_of,
     trial_workers,
-    wait,
 )
 from tests.launch.real import ROOT, environment, free_port
+from tests.waiting import wait_for
 from vim_backbone.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -68,7 +68,7 @@ def test_classification_with_a_trial_killed_on_purpose(told, backbone, tmp_path)
     killed = []
 
     def kill():
-        wait(lambda: len(kept(config)) >= 3, "checkpoints")
+        wait_for(lambda: len(kept(config)) >= 3, "checkpoints")
         worker = trial_workers()[0]
         killed.append(worker.pid)
         os.kill(worker.pid, signal.SIGKILL)
@@ -114,7 +114,7 @@ def test_a_node_is_lost(told, nodes):
     nodes.wait_for_nodes()
 
     def lose():
-        wait(lambda: len({trial for trial, _ in kept(config)}) == 3, "a checkpoint of each trial")
+        wait_for(lambda: len({trial for trial, _ in kept(config)}) == 3, "a checkpoint of each trial")
         nodes.remove_node(node, allow_graceful=False)
 
     with meanwhile(lose):

@@ -13,7 +13,8 @@ from finetune.classification import task as classification
 from finetune.classification.config import ClassificationConfig
 from finetune.sweeping.trial import arguments
 from launch.cli import parse
-from tests.finetune.ray_sweep import config_of, driver, entries, finished, kept, repeated, steps_of, wait
+from tests.finetune.ray_sweep import config_of, driver, entries, finished, kept, repeated, steps_of
+from tests.waiting import LIMIT, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("plain_kernels")]
 STEPS = 12
@@ -52,13 +53,13 @@ def test_a_killed_driver_goes_on_with_nothing_lost_or_run_twice(tmp_path, backbo
         fields={"steps": STEPS, "evaluate_every": 1}, scheduler={"kind": "none"}, ray={"cpus": 2},
     )  # fmt: skip
     first = driver(config)
-    wait(lambda: kept(config), "a checkpoint")
+    wait_for(lambda: kept(config), "a checkpoint", first)
     below = psutil.Process(first.pid).children(recursive=True)
     assert {ip.removeprefix("::ffff:") for ip in listening(first.pid)} == {"127.0.0.1"}
-    wait(lambda: midway(config), "one trial that is over and one that is in its midst")
+    wait_for(lambda: midway(config), "one trial that is over and one that is in its midst", first)
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
-    psutil.wait_procs(below, timeout=60)
+    psutil.wait_procs(below, timeout=LIMIT)
     before = (config.folder / "study.jsonl").read_text()
     was = entries(config)
     assert any(e.state == "finished" for e in was)
@@ -88,9 +89,9 @@ def test_sigterm_stops_the_sweep_for_resume(tmp_path, backbone, drawn):
         fields={"steps": 10000, "evaluate_every": 1}, scheduler={"kind": "none"}, ray={"cpus": 1},
     )  # fmt: skip
     process = driver(config)
-    wait(lambda: kept(config), "a checkpoint")
+    wait_for(lambda: kept(config), "a checkpoint", process)
     process.terminate()
-    printed, _ = process.communicate(timeout=120)
+    printed, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 130
     assert printed.rstrip().endswith("1 of 1 trials are left: the same command with --resume goes on")
     assert entries(config)[0].state == "running"

@@ -4,13 +4,13 @@ import json
 import os
 import re
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
 from launch.checkpoint import checkpoints
-from tests.launch.real import finish, losses, run, start
+from tests.launch.real import finish, losses, rows_written, run, start
+from tests.waiting import patience, wait_for
 
 pytestmark = pytest.mark.slow
 FAULTY = Path(__file__).parent / "faulty.py"
@@ -54,17 +54,9 @@ def test_a_lost_data_loading_process_costs_nothing(whole, tmp_path):
     assert losses(tmp_path / "runs/run") == whole
 
 
-def wait_for_step(folder, step):
-    for _ in range(900):
-        if (folder / "metrics.jsonl").exists() and len((folder / "metrics.jsonl").read_text().splitlines()) >= step:
-            return
-        time.sleep(0.1)
-    raise AssertionError("the run never got there")
-
-
 def test_preemption_saves_and_the_next_command_goes_on(tmp_path):
     process = start(tmp_path, "zero3", "--steps=4000")
-    wait_for_step(tmp_path / "runs/run", 2)
+    wait_for(lambda: rows_written(tmp_path / "runs/run") >= 2, "two steps", process)
     os.kill(process.pid, signal.SIGTERM)
     code, printed = finish(process)
     assert code != 0
@@ -77,7 +69,7 @@ def test_preemption_saves_and_the_next_command_goes_on(tmp_path):
 
 @pytest.mark.parametrize("fault", ["hang", "stop"])
 def test_a_hanging_process_is_named(fault, tmp_path):
-    code, printed = finish(faulty(tmp_path, "ddp", f"{fault}@3:1", "--hang_seconds=8"))
+    code, printed = finish(faulty(tmp_path, "ddp", f"{fault}@3:1", f"--hang_seconds={patience(8)}"))
     assert code != 0
     line = next(line for line in printed.splitlines() if line.startswith("error: step 3 hangs"))
     assert "process 1" in line.split(";")[1], line

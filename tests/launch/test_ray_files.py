@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from tests.launch.real import ROOT, environment, free_port
+from tests.waiting import LIMIT
 
 FILES = ROOT / "launch/ray"
 HAS_RAY = shutil.which("ray", path=Path(sys.executable).parent)
@@ -104,7 +105,7 @@ def test_the_slurm_job_starts_ray_stops_requeues_and_goes_on(tmp_path):
         )  # fmt: skip
         left = []
         try:
-            for _ in range(1200):
+            for _ in range(int(LIMIT / 0.1)):
                 with contextlib.suppress(psutil.Error):
                     left = psutil.Process(job.pid).children(recursive=True) or left
                 if (tmp_path / "joined").exists() or job.poll() is not None:
@@ -112,7 +113,7 @@ def test_the_slurm_job_starts_ray_stops_requeues_and_goes_on(tmp_path):
                 time.sleep(0.1)
             if turn == 0:
                 job.send_signal(signal.SIGUSR1)
-            job.wait(timeout=120)
+            job.wait(timeout=LIMIT)
         finally:
             for process in left:  # SLURM ends what a job leaves behind: Ray's head
                 with contextlib.suppress(psutil.Error):
