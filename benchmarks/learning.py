@@ -24,8 +24,8 @@ from benchmarks.vit import blocks_of
 from finetune.classification.config import ClassificationConfig
 from finetune.classification.task import run as classify
 from finetune.sample_data import Sizes, digits
-from launch.cli import parse
-from launch.folder import CHECKPOINTS
+from launch.run.cli import parse
+from launch.run.folder import CHECKPOINTS
 from pretrain.config import PretrainConfig
 from pretrain.train import build_model, pretrain
 

@@ -1,7 +1,7 @@
 """Strategies side by side on two CPU processes: speed, memory of each process beside the theory, checkpoints.
 
 `python -m benchmarks.scaling` prints tables. Memory is counted in tensors and allocations, so that it is exact on a
-busy machine; seconds are medians and shown as ratios too. The theory is launch/footprint.py.
+busy machine; seconds are medians and shown as ratios too. The theory is launch/planning/memory.py.
 """
 
 import argparse
@@ -19,10 +19,10 @@ from statistics import median
 import torch
 
 from benchmarks.machine import clock, versions
-from launch.checkpoint import TrainState, load_checkpoint, newest_valid, snapshot, write_snapshot
-from launch.config import RunConfig
-from launch.footprint import Task, footprint, peak, shares
-from launch.optim import OptimConfig, build_optimizer
+from launch.planning.memory import Task, footprint, peak, shares
+from launch.run.config import RunConfig
+from launch.run.optim import OptimConfig, build_optimizer
+from launch.state.checkpoint import TrainState, load_checkpoint, newest_valid, snapshot, write_snapshot
 from pretrain.config import PretrainConfig
 from pretrain.train import build_model
 

@@ -10,8 +10,8 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from finetune.config import BackboneConfig, FinetuneOptim
-from launch.randomness import seed_of
-from launch.sharding import fill
+from launch.run.randomness import seed_of
+from launch.state.sharding import fill
 from vim_backbone import UserError, VimConfig, VisionMamba, from_pretrained
 from vim_backbone.folder import read_config
 

@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from launch.config import RunConfig
-from launch.optim import OptimConfig, learning_rate
+from launch.run.config import RunConfig
+from launch.run.optim import OptimConfig, learning_rate
 from vim_backbone.errors import require
 
 

@@ -8,8 +8,8 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 
-from launch.randomness import generator, seeded
-from pretrain.bad_pictures import reason
+from launch.data.bad_pictures import reason
+from launch.run.randomness import generator, seeded
 from pretrain.data import MAX_TRIES, BatchPlan, StepSampler, leave_signals_to_the_trainer
 from vim_backbone.errors import UserError
 

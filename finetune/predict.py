@@ -27,10 +27,10 @@ from finetune.segmentation.data import to_test_size
 from finetune.segmentation.judge import draw_overlays
 from finetune.segmentation.task import windows_of
 from finetune.segmentation.upernet import Segmenter, resize
-from launch.cli import run
-from pretrain.bad_pictures import reason
+from launch.data.bad_pictures import reason
+from launch.data.images import files_below, to_rgb
+from launch.run.cli import run
 from pretrain.data import to_model, to_pixels
-from pretrain.images import files_below, to_rgb
 from vim_backbone.config import VimConfig
 from vim_backbone.errors import UserError, require
 from vim_backbone.files import write_text

@@ -1,4 +1,4 @@
-"""The fine-tuning run of any task: build, loop, evaluate, publish; how a run lives is launch/training.py."""
+"""The fine-tuning run of any task: build, loop, evaluate, publish; how a run lives is launch/run/training.py."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from finetune.backbone import Pretrained, layer_scales
 from finetune.config import FinetuneConfig, FinetuneOptim
 from finetune.loading import Batch, Samples, training_batches
-from launch.accelerator import build_accelerator, on_main, strategy
-from launch.folder import open_run
-from launch.loading import enduring
-from launch.metrics import RunLog, Throughput, peak_memory_gb
-from launch.optim import build_optimizer
-from launch.randomness import seed_of
-from launch.sharding import shape_of
-from launch.training import Training
-from pretrain.bad_pictures import BadPictures
+from launch.data.bad_pictures import BadPictures
+from launch.data.loading import enduring
+from launch.run.accelerator import build_accelerator, on_main, strategy
+from launch.run.folder import open_run
+from launch.run.metrics import RunLog, Throughput, peak_memory_gb
+from launch.run.optim import build_optimizer
+from launch.run.randomness import seed_of
+from launch.run.training import Training
+from launch.state.sharding import shape_of
 from pretrain.data import plan_batches
 from vim_backbone import VisionMamba
 from vim_backbone.block import Block

@@ -13,9 +13,9 @@ if not __package__:  # started as a file: import from this checkout, never from 
 import argparse
 import sys
 
-from launch.cli import run
-from launch.footprint import Footprint, Share, Task, fitting, footprint, peak, shares
-from launch.speed import measured, seconds_a_picture
+from launch.planning.memory import Footprint, Share, Task, fitting, footprint, peak, shares
+from launch.planning.speed import measured, seconds_a_picture
+from launch.run.cli import run
 from vim_backbone import named_config
 from vim_backbone.errors import require
 
@@ -37,7 +37,7 @@ def options_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--gpus", type=int, default=8, help="processes in all")
     parser.add_argument("--gpu-memory", type=float, default=80.0, help="GB (1e9 bytes) of each")
     parser.add_argument("--reserve", type=float, default=0.1, help="share of it for CUDA, NCCL and fragmentation")
-    parser.add_argument("--device", default="NVIDIA H200", help="whose measured speeds to use (launch/speeds.csv)")
+    parser.add_argument("--device", default="NVIDIA H200", help="row of launch/planning/speeds.csv to use")
     options = parser.parse_args(argv)
     require(options.gpus >= 1, "gpus", options.gpus, "it must be at least 1")
     require(options.gpu_memory > 0, "gpu-memory", options.gpu_memory, "it must be positive")
@@ -93,7 +93,7 @@ def tell_speed(task: Task, options: argparse.Namespace) -> None:
     say(
         f"\nexpected on {options.gpus} x {options.device}: {a_second:,.0f} pictures/s, "
         f"{a_second * task.patches:,.0f} patches/s, of which the encoder scans "
-        f"{a_second * (task.visible - task.special):,.0f}; from measured kernels (launch/speeds.csv), before "
+        f"{a_second * (task.visible - task.special):,.0f}; from measured kernels (launch/planning/speeds.csv), before "
         "communication and waiting for data"
     )
 

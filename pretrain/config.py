@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from launch.config import RunConfig
-from launch.optim import OptimConfig
+from launch.run.config import RunConfig
+from launch.run.optim import OptimConfig
 from pretrain.data import DataConfig
-from pretrain.mae import DecoderConfig
-from pretrain.masking import MaskConfig
+from pretrain.mae.masking import MaskConfig
+from pretrain.mae.model import DecoderConfig
 from vim_backbone import VimConfig, named_config
 from vim_backbone.errors import require
 

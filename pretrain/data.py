@@ -13,11 +13,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
-from launch.accelerator import on_main
-from launch.randomness import generator, seed_of
-from pretrain.bad_pictures import reason
-from pretrain.images import ImageSource, StreamCells, check_size, open_cell, to_rgb
-from pretrain.masking import MaskConfig, draw_mask
+from launch.data.bad_pictures import reason
+from launch.data.images import ImageSource, StreamCells, check_size, open_cell, to_rgb
+from launch.run.accelerator import on_main
+from launch.run.randomness import generator, seed_of
+from pretrain.mae.masking import MaskConfig, draw_mask
 from vim_backbone.errors import UserError, require
 from vim_backbone.folder import IMAGENET_MEAN, IMAGENET_STD
 

@@ -9,7 +9,7 @@ if not __package__:  # started as a file: import from this checkout, never from 
 
 import os
 
-from launch.cli import leave, parse, run
+from launch.run.cli import leave, parse, run
 from pretrain.config import PretrainConfig
 from pretrain.train import pretrain
 

@@ -1,4 +1,4 @@
-"""The pretraining run: build everything, loop, publish the backbone; how a run lives is launch/training.py."""
+"""The pretraining run: build everything, loop, publish the backbone; how a run lives is launch/run/training.py."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,20 +10,20 @@ from accelerate import Accelerator
 from accelerate.utils import DynamoBackend
 from torch import Tensor
 
-from launch.accelerator import build_accelerator, on_main, strategy
-from launch.folder import open_run
-from launch.loading import enduring
-from launch.metrics import RunLog, Throughput, peak_memory_gb
-from launch.optim import build_optimizer, learning_rate
-from launch.randomness import seed_of
-from launch.sharding import shape_of
-from launch.training import Training
-from pretrain.bad_pictures import BadPictures
+from launch.data.bad_pictures import BadPictures
+from launch.data.images import StreamCells, open_source
+from launch.data.loading import enduring
+from launch.run.accelerator import build_accelerator, on_main, strategy
+from launch.run.folder import open_run
+from launch.run.metrics import RunLog, Throughput, peak_memory_gb
+from launch.run.optim import build_optimizer, learning_rate
+from launch.run.randomness import seed_of
+from launch.run.training import Training
+from launch.state.sharding import shape_of
 from pretrain.config import PretrainConfig
 from pretrain.data import Batch, DataConfig, View, Views, build_loader, collate, plan_batches, to_model
-from pretrain.images import StreamCells, open_source
-from pretrain.mae import MaskedAutoencoder, Reconstruction, Split, split_patches
-from pretrain.reconstructions import draw_reconstructions, reconstruction_grid
+from pretrain.mae.model import MaskedAutoencoder, Reconstruction, Split, split_patches
+from pretrain.mae.reconstructions import draw_reconstructions, reconstruction_grid
 from vim_backbone import VisionMamba
 from vim_backbone.block import Block
 from vim_backbone.errors import require

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from finetune.classification.config import ClassificationData
-from launch.randomness import seed_of
-from pretrain.images import SUFFIXES, ImageFiles, ImageSource, open_cell, to_rgb
+from launch.data.images import SUFFIXES, ImageFiles, ImageSource, open_cell, to_rgb
+from launch.run.randomness import seed_of
 from vim_backbone.errors import UserError, nearest
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import default_collate
 from torchvision.transforms import v2
 
 from finetune.segmentation.config import CropConfig, SegmentationData
-from pretrain.images import BadPictureError, check_size, files_below, to_rgb
+from launch.data.images import BadPictureError, check_size, files_below, to_rgb
 from vim_backbone.errors import UserError
 
 IGNORED = 255

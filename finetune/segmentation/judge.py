@@ -16,7 +16,7 @@ from finetune.loading import evaluation_batches
 from finetune.run import Report, Task
 from finetune.segmentation.data import IGNORED
 from finetune.segmentation.upernet import Windows, resize
-from launch.sharding import zero_stage
+from launch.state.sharding import zero_stage
 from pretrain.data import to_model, to_pixels
 
 MOST_NAMED = 12

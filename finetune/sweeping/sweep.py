@@ -20,9 +20,9 @@ from finetune.sweeping.report import top_lines, write_report
 from finetune.sweeping.space import Dimension, combinations, read_space
 from finetune.sweeping.trial import arguments
 from finetune.sweeping.tuning import build_scheduler, tune_trials
-from launch.cli import parse
-from launch.config import differences, field_types, write_config
-from launch.signals import Stopped, in_main_thread
+from launch.run.cli import parse
+from launch.run.config import differences, field_types, write_config
+from launch.run.signals import Stopped, in_main_thread
 from vim_backbone.errors import UserError, nearest
 
 CONFIG = "sweep.yaml"

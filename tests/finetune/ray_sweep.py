@@ -17,7 +17,7 @@ import yaml
 from finetune.sweeping.config import SweepConfig
 from finetune.sweeping.ledger import Entry, Ledger
 from finetune.sweeping.sweep import checked
-from launch.cli import parse
+from launch.run.cli import parse
 from tests.launch.real import ROOT
 
 SMALL = {"batch_size": 4, "data.workers": 0, "pictures": 1, "log_every": 1}

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from launch.metrics import read_metrics
+from launch.run.metrics import read_metrics
 from tests.launch.real import CONFIGS, ROOT, environment, extra, finish, free_port
 
 pytestmark = pytest.mark.slow

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launch.metrics import read_metrics
+from launch.run.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "launch/accelerate"

@@ -5,8 +5,8 @@ import importlib.machinery
 import pytest
 import torch
 
-from launch import accelerator
-from launch.accelerator import ToldError, refuse_what_is_missing
+from launch.run import accelerator
+from launch.run.accelerator import ToldError, refuse_what_is_missing
 from vim_backbone import UserError
 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "LOCAL_RANK": "0"}

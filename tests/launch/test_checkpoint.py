@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import vim_backbone.files
-from launch.checkpoint import TrainState, checkpoints, load_checkpoint, newest_valid, snapshot, write_snapshot
+from launch.state.checkpoint import TrainState, checkpoints, load_checkpoint, newest_valid, snapshot, write_snapshot
 from vim_backbone import UserError
 
 

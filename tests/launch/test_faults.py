@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.checkpoint import checkpoints
+from launch.state.checkpoint import checkpoints
 from tests.launch.real import finish, losses, run, start
 
 pytestmark = pytest.mark.slow

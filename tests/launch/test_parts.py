@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from launch.checkpoint import TrainState, snapshot, write_snapshot
-from launch.config import RunConfig
-from launch.folder import open_run
-from launch.metrics import forget_after, read_metrics
-from launch.optim import OptimConfig, build_optimizer, learning_rate, set_learning_rate
-from launch.randomness import generator, seed_of, seeded
+from launch.run.config import RunConfig
+from launch.run.folder import open_run
+from launch.run.metrics import forget_after, read_metrics
+from launch.run.optim import OptimConfig, build_optimizer, learning_rate, set_learning_rate
+from launch.run.randomness import generator, seed_of, seeded
+from launch.state.checkpoint import TrainState, snapshot, write_snapshot
 from vim_backbone import UserError
 
 

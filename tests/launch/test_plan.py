@@ -5,13 +5,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.machine import peak_allocated
-from launch.cli import parse
-from launch.footprint import Task, fitting, footprint, peak, shares
-from launch.optim import OptimConfig, build_optimizer
 from launch.plan import main
-from launch.speed import measured, seconds_a_picture
+from launch.planning.memory import Task, fitting, footprint, peak, shares
+from launch.planning.speed import measured, seconds_a_picture
+from launch.run.cli import parse
+from launch.run.optim import OptimConfig, build_optimizer
 from pretrain.config import ModelConfig, PretrainConfig
-from pretrain.mae import DecoderConfig, split_patches
+from pretrain.mae.model import DecoderConfig, split_patches
 from pretrain.train import build_model
 from vim_backbone import UserError, named_config
 

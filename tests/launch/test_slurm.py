@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.checkpoint import checkpoints
+from launch.state.checkpoint import checkpoints
 from tests.launch.real import CONFIGS, ROOT, SMALL, environment, free_port
 
 pytestmark = pytest.mark.slow

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from launch.randomness import generator
-from pretrain.bad_pictures import BadPictures
+from launch.data.bad_pictures import BadPictures
+from launch.data.images import open_source
+from launch.run.randomness import generator
 from pretrain.data import (
     BatchPlan,
     DataConfig,
@@ -24,8 +25,7 @@ from pretrain.data import (
     to_model,
     to_pixels,
 )
-from pretrain.images import open_source
-from pretrain.masking import MaskConfig
+from pretrain.mae.masking import MaskConfig
 from vim_backbone import UserError
 
 

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from launch.cli import parse
-from launch.metrics import read_metrics
-from launch.signals import Stopped, StopRequest
+from launch.run.cli import parse
+from launch.run.metrics import read_metrics
+from launch.run.signals import Stopped, StopRequest
 from pretrain.config import PretrainConfig
 from pretrain.train import build_model, pretrain
 from vim_backbone import UserError, from_pretrained

@@ -3,7 +3,7 @@
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from launch.checkpoint import Snapshot, write_snapshot
+from launch.state.checkpoint import Snapshot, write_snapshot
 from vim_backbone.errors import UserError
 
 

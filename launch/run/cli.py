@@ -13,9 +13,9 @@ from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from launch.accelerator import ToldError
-from launch.config import field_types
-from launch.signals import Stopped
+from launch.run.accelerator import ToldError
+from launch.run.config import field_types
+from launch.run.signals import Stopped
 from vim_backbone.errors import UserError, nearest
 from vim_backbone.files import explain
 

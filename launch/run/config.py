@@ -7,7 +7,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from launch.guard import GuardConfig
+from launch.run.guard import GuardConfig
 from vim_backbone.errors import UserError, require
 from vim_backbone.files import write_text
 

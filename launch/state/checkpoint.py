@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from launch.optim_state import restore_state, whole_state
-from launch.sharding import WeightAverage, fill, shape_of, whole_tensors
+from launch.state.optim_state import restore_state, whole_state
+from launch.state.sharding import WeightAverage, fill, shape_of, whole_tensors
 from vim_backbone.errors import UserError
 from vim_backbone.files import explain, write_json, write_tensors
 

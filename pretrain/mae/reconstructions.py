@@ -7,7 +7,7 @@ import torch
 from matplotlib.figure import Figure
 
 from pretrain.data import to_pixels
-from pretrain.mae import patchify, unpatchify
+from pretrain.mae.model import patchify, unpatchify
 from vim_backbone.vim import Images
 
 COLUMNS = ("input", "what the encoder saw", "reconstruction")

@@ -4,7 +4,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from launch.signals import in_main_thread
+from launch.run.signals import in_main_thread
 from vim_backbone.errors import UserError
 
 Batch = TypeVar("Batch")

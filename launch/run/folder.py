@@ -9,8 +9,8 @@ from pathlib import Path
 
 import psutil
 
-from launch.checkpoint import checkpoints, newest_valid
-from launch.config import RunConfig, differences, write_config
+from launch.run.config import RunConfig, differences, write_config
+from launch.state.checkpoint import checkpoints, newest_valid
 from vim_backbone.errors import UserError
 from vim_backbone.files import write_text
 

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pretrain.images import BadPictureError, ImageFiles, StreamCells, open_cell, open_source, photograph_paths, to_rgb
+from launch.data.images import (
+    BadPictureError,
+    ImageFiles,
+    StreamCells,
+    open_cell,
+    open_source,
+    photograph_paths,
+    to_rgb,
+)
 from vim_backbone import UserError
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from launch.sharding import shape_of
+from launch.state.sharding import shape_of
 from vim_backbone.errors import require
 
 

@@ -24,16 +24,16 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from launch.accelerator import ToldError, configure_zero, fit_buffers, on_main
-from launch.checkpoint import Checkpoint, TrainState, snapshot
-from launch.config import RunConfig
-from launch.folder import CHECKPOINTS
-from launch.guard import Guard
-from launch.optim import set_learning_rate
-from launch.sharding import WeightAverage, build_sharded, whole_tensors, zero_stage
-from launch.signals import Stopped, stop_requests
-from launch.watchdog import Watchdog
-from launch.writer import CheckpointWriter
+from launch.run.accelerator import ToldError, configure_zero, fit_buffers, on_main
+from launch.run.config import RunConfig
+from launch.run.folder import CHECKPOINTS
+from launch.run.guard import Guard
+from launch.run.optim import set_learning_rate
+from launch.run.signals import Stopped, stop_requests
+from launch.run.watchdog import Watchdog
+from launch.state.checkpoint import Checkpoint, TrainState, snapshot
+from launch.state.sharding import WeightAverage, build_sharded, whole_tensors, zero_stage
+from launch.state.writer import CheckpointWriter
 from vim_backbone.errors import UserError
 
 BAD_STEPS = "bad_steps.jsonl"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from launch.accelerator import BUCKET
+from launch.run.accelerator import BUCKET
 from vim_backbone import VimConfig, VisionMamba
 from vim_backbone.block import Block
 

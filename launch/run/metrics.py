@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from launch.config import RunConfig, plain
+from launch.run.config import RunConfig, plain
 
 Batch = TypeVar("Batch")
 

@@ -8,7 +8,7 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.footprint import Task
+from launch.planning.memory import Task
 from vim_backbone import VimConfig
 from vim_backbone.errors import UserError
 

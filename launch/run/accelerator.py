@@ -19,8 +19,8 @@ from accelerate.utils import (
 )
 from torch import nn
 
-from launch.config import RunConfig
-from launch.sharding import shape_of, zero_stage
+from launch.run.config import RunConfig
+from launch.state.sharding import shape_of, zero_stage
 from vim_backbone.errors import UserError
 
 Result = TypeVar("Result")
