@@ -15,6 +15,7 @@ from finetune.config import FinetuneConfig, FinetuneOptim
 from finetune.loading import Batch, Samples, training_batches
 from launch.data.bad_pictures import BadPictures
 from launch.data.loading import enduring
+from launch.data.order import plan_batches
 from launch.run.accelerator import build_accelerator, on_main, strategy
 from launch.run.folder import open_run
 from launch.run.metrics import RunLog, Throughput, peak_memory_gb
@@ -22,7 +23,6 @@ from launch.run.optim import build_optimizer
 from launch.run.randomness import seed_of
 from launch.run.training import Training
 from launch.state.sharding import shape_of
-from pretrain.data import plan_batches
 from vim_backbone import VisionMamba
 from vim_backbone.block import Block
 from vim_backbone.files import write_json, write_tensors, write_text

@@ -11,8 +11,9 @@ from accelerate.utils import DynamoBackend
 from torch import Tensor
 
 from launch.data.bad_pictures import BadPictures
-from launch.data.images import StreamCells, open_source
 from launch.data.loading import enduring
+from launch.data.order import plan_batches
+from launch.data.sources import StreamCells, open_source
 from launch.run.accelerator import build_accelerator, on_main, strategy
 from launch.run.folder import open_run
 from launch.run.metrics import RunLog, Throughput, peak_memory_gb
@@ -21,13 +22,14 @@ from launch.run.randomness import seed_of
 from launch.run.training import Training
 from launch.state.sharding import shape_of
 from pretrain.config import PretrainConfig
-from pretrain.data import Batch, DataConfig, View, Views, build_loader, collate, plan_batches, to_model
+from pretrain.data import Batch, DataConfig, View, Views, build_loader, collate
 from pretrain.mae.model import MaskedAutoencoder, Reconstruction, Split, split_patches
 from pretrain.mae.reconstructions import draw_reconstructions, reconstruction_grid
 from vim_backbone import VisionMamba
 from vim_backbone.block import Block
 from vim_backbone.errors import require
 from vim_backbone.folder import model_card
+from vim_backbone.preprocessing import to_model
 
 FIXED_ON_RESUME = ("model.", "decoder.")
 SAMPLES_SHOWN = 8

@@ -17,7 +17,7 @@ from finetune.run import Report, Task
 from finetune.segmentation.data import IGNORED
 from finetune.segmentation.upernet import Windows, resize
 from launch.state.sharding import zero_stage
-from pretrain.data import to_model, to_pixels
+from vim_backbone.preprocessing import to_model, to_pixels
 
 MOST_NAMED = 12
 """Classes that a picture's legend names."""

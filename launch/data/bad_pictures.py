@@ -1,9 +1,26 @@
-"""Pictures that cannot be used: counted, named, and fatal only when they are many."""
+"""Pictures that cannot be used: replaced, counted, named, and fatal only when they are many."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-from vim_backbone.errors import UserError
+from vim_backbone.errors import UserError, first_line
+
+Sample = TypeVar("Sample")
+MAX_TRIES = 100
+"""Bad pictures in a row, after which a sample is given up and the run ends."""
+
+
+class Named(Protocol):
+    """Samples by index that have names."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What to call sample `index` in messages."""
+        ...
 
 
 class ReadBatch(Protocol):
@@ -64,7 +81,28 @@ class BadPictures:
         return dict(line.split("\t", 1) for line in lines if "\t" in line)
 
 
+def first_usable(
+    source: Named, index: int, read: Callable[[int, int], Sample]
+) -> tuple[Sample | None, int, list[tuple[str, str]]]:
+    """Sample `index`, or the next one of the source that can be read.
+
+    Args:
+        read: (index, number of samples passed over before) -> the sample; it may raise anything.
+
+    Returns:
+        The sample, None after MAX_TRIES bad ones; its index; names of those passed over, with the reason.
+    """
+    bad: list[tuple[str, str]] = []
+    for attempt in range(min(MAX_TRIES, len(source))):
+        candidate = (index + attempt) % len(source)
+        try:
+            return read(candidate, attempt), candidate, bad
+        except Exception as error:  # a decoder may raise anything on damaged data
+            bad.append((source.name(candidate), reason(error)))
+    return None, index, bad
+
+
 def reason(error: Exception) -> str:
     """Why a picture cannot be used, on one line."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = first_line(error)
     return "no picture format that can be read, or an empty file" if "cannot identify image file" in text else text

@@ -1,15 +1,50 @@
-"""Batches that outlive the processes that read them."""
+"""The processes that read pictures: how they are started, and batches that outlive them."""
 
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from launch.run.randomness import generator
 from launch.run.signals import in_main_thread
 from vim_backbone.errors import UserError
 
 Batch = TypeVar("Batch")
 RESTARTS = 3
 """Losses of a data-loading process with no batch in between, after which the run ends."""
+
+
+def loader_of(
+    dataset: Dataset[Any], collate: Callable[[list[Any]], Batch], seed: int, workers: int, ahead: int, **options: Any
+) -> DataLoader[Any]:
+    """A loader whose processes leave signals to the trainer and draw from no global generator.
+
+    Args:
+        collate: samples -> a batch.
+        workers: processes that read; 0 reads in this one.
+        ahead: batches that each of them reads ahead.
+        options: which samples are in a batch, and more for `DataLoader`.
+    """
+    return DataLoader(
+        dataset,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=leave_signals_to_the_trainer,
+        prefetch_factor=ahead if workers else None,
+        # workers draw nothing from it; without its own generator a loader would advance torch's global one
+        generator=generator(seed),
+        **options,
+    )
+
+
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """Let Ctrl-C and SIGTERM reach only the training process, which stops its workers after it has saved."""
+    del worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def enduring(loader_from: Callable[[int], Iterable[Batch]], start: int, say: Callable[[str], None]) -> Iterator[Batch]:

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from pretrain.data import to_pixels
 from pretrain.mae.model import patchify, unpatchify
+from vim_backbone.preprocessing import to_pixels
 from vim_backbone.vim import Images
 
 COLUMNS = ("input", "what the encoder saw", "reconstruction")

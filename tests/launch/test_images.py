@@ -7,15 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from launch.data.images import (
-    BadPictureError,
-    ImageFiles,
-    StreamCells,
-    open_cell,
-    open_source,
-    photograph_paths,
-    to_rgb,
-)
+from launch.data.images import BadPictureError, to_rgb
+from launch.data.sources import ImageFiles, StreamCells, open_cell, open_source, photograph_paths
 from vim_backbone import UserError
 
 

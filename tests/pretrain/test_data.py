@@ -11,22 +11,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from launch.data.bad_pictures import BadPictures
-from launch.data.images import open_source
+from launch.data.order import BatchPlan, StepSampler
+from launch.data.sources import open_source
 from launch.run.randomness import generator
-from pretrain.data import (
-    BatchPlan,
-    DataConfig,
-    StepSampler,
-    View,
-    Views,
-    build_loader,
-    native_size,
-    random_crop,
-    to_model,
-    to_pixels,
-)
+from pretrain.data import DataConfig, View, Views, build_loader, native_size, random_crop
 from pretrain.mae.masking import MaskConfig
 from vim_backbone import UserError
+from vim_backbone.preprocessing import to_model, to_pixels
 
 
 def view(**changes):
