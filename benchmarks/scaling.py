@@ -19,15 +19,15 @@ from statistics import median
 import torch
 
 from benchmarks.machine import clock, versions
-from launch.planning.memory import Task, footprint, peak, shares
+from launch.planning.memory import peak, shares
 from launch.run.config import RunConfig
 from launch.run.optim import OptimConfig, build_optimizer
-from launch.state.checkpoint import TrainState, load_checkpoint, newest_valid, snapshot, write_snapshot
+from launch.state.checkpoint import Checkpoint, TrainState, newest_valid, snapshot, write_snapshot
 from pretrain.config import PretrainConfig
+from pretrain.plan import planned_footprint
 from pretrain.train import build_model
 
 ROOT = Path(__file__).parents[1]
-STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 
 
 def trained(strategy: str, where: Path, options: argparse.Namespace) -> dict[str, float]:
@@ -50,15 +50,9 @@ def trained(strategy: str, where: Path, options: argparse.Namespace) -> dict[str
 def strategies(where: Path, options: argparse.Namespace) -> list[dict[str, float]]:
     """Print a row for each strategy."""
     config = PretrainConfig()
-    task = Task(
-        config.model.architecture(),
-        config.mask.ratio,
-        config.decoder.width,
-        config.decoder.depth,
-        half=False,
-        gpu=False,
-    )
-    model = footprint(task)
+    architecture, dtype = config.model.architecture(), torch.float32
+    work = config.objective.work(architecture, dtype.itemsize, recompute=False)
+    model = planned_footprint(architecture, config.objective, work, dtype, backend="cpu")
     print(f"{model.parameters / 1e6:.2f} M parameters, {options.processes} processes, batch {options.batch_size}")
     print("| strategy | s / step | times ddp | held MB | theory | peak MB | plan.py | start s |\n|" + "---|" * 8)
     rows: list[dict[str, float]] = []
@@ -96,7 +90,7 @@ def checkpoint_costs(where: Path, step_seconds: float) -> None:
         times.append(time.perf_counter())
         assert newest_valid(where)[0] == path
         times.append(time.perf_counter())
-        load_checkpoint(state, path)
+        Checkpoint(path).load(state)
         times.append(time.perf_counter())
         state.step = number + 1
         for part, begin, end in zip(parts, times, times[1:], strict=False):

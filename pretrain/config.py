@@ -1,4 +1,4 @@
-"""Everything that a pretraining run can be told."""
+"""The configuration of a pretraining run, its objective included."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -8,8 +8,13 @@ from launch.run.optim import OptimConfig
 from pretrain.data import DataConfig
 from pretrain.mae.masking import MaskConfig
 from pretrain.mae.model import DecoderConfig
+from pretrain.mae.objective import MAE
+from pretrain.objective import Objective
 from vim_backbone import VimConfig, named_config
 from vim_backbone.errors import require
+
+OBJECTIVE = MAE
+"""What is learned. Its settings are fields of `PretrainConfig`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +59,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(RunConfig):
-    """Masked pretraining. As it stands: a small Vim on built-in photographs, minutes on two CPU cores."""
+    """Pretraining. As it stands: a small Vim on built-in photographs, minutes on two CPU cores."""
 
     name: str = "pretrain"
     """Name of the run; its folder is OUT/NAME."""
@@ -74,7 +79,7 @@ class PretrainConfig(RunConfig):
     ema_decay: float | None = None
     """Averages the weights with this factor a step, such as 0.9999, and publishes the average."""
     picture_every: int = 100
-    """Steps between pictures of reconstructions; one more is made at the end."""
+    """Steps between pictures of what was learned; one more is made at the end."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,6 +90,11 @@ class PretrainConfig(RunConfig):
         require(self.epochs is None or self.epochs > 0, "epochs", self.epochs, "it must be positive")
         require(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "it must lie in (0, 1)")
         self.model.architecture()
+
+    @property
+    def objective(self) -> Objective:
+        """What is learned."""
+        return OBJECTIVE(mask=self.mask, decoder=self.decoder)
 
     def total_steps(self, pictures: int | None) -> int:
         """Optimiser steps of the run over a source of so many pictures (None: a stream)."""

@@ -147,36 +147,42 @@ class Checkpoint:
                 "resume it with the version of the code that wrote it"
             )
 
-    def load_model(self, state: TrainState) -> None:
-        """Fill the model, or its shards. For all processes, before DeepSpeed copies the model's weights."""
-        self._fill(state.model, "model.safetensors")
+    def load(
+        self, state: TrainState, prepare: Callable[[TrainState], nn.Module] = lambda state: state.model
+    ) -> nn.Module:
+        """Fill the state, and return what `prepare` returns. For all processes.
 
-    def load_ema(self, state: TrainState) -> None:
-        """Fill the average, where there is one. For all processes."""
+        Args:
+            prepare: hands model and optimizer over to a strategy, in the middle: DeepSpeed copies the weights when it
+                makes its optimizer, and only then is there an optimizer to fill.
+        """
         if state.ema is not None:
             with state.ema.in_place():
                 self._fill(state.model, "ema.safetensors")
+        self._fill(state.model, "model.safetensors")
+        prepared = prepare(state)
+        self._fill_optimizer(state)
+        state.step = int(self.state["step"])
+        state.extra = {key: value for key, value in self.state.items() if key not in ("format", "step", "torch")}
+        return prepared
 
-    def load_rest(self, state: TrainState) -> None:
-        """Fill optimizer, step and extra. For all processes, after DeepSpeed has its optimizer."""
+    def _fill_optimizer(self, state: TrainState) -> None:
         names, read = self._open("optimizer.safetensors")
         parameters = dict(state.model.named_parameters())
         for name in names:
             if (parameter := name.rpartition("/")[0]) not in parameters:
                 raise UserError(f"{self.path}: the optimizer's state is of another model, it has {parameter!r}")
         restore_state(state.model, state.optimizer, names, read)
-        state.step = int(self.state["step"])
-        state.extra = {key: value for key, value in self.state.items() if key not in ("format", "step", "torch")}
 
     def _fill(self, model: nn.Module, file: str) -> None:
         names, read = self._open(file)
-        own = model.state_dict(keep_vars=True)
-        for problem, some in (("lacks", own.keys() - set(names)), ("has unknown", set(names) - own.keys())):
+        tensors = model.state_dict(keep_vars=True)
+        for problem, some in (("lacks", tensors.keys() - set(names)), ("has unknown", set(names) - tensors.keys())):
             if some:
                 raise UserError(
                     f"{self.path / file} {problem} tensor {min(some)!r}, {len(some)} in all: is it of another model?"
                 )
-        for name, value in own.items():
+        for name, value in tensors.items():
             if (shape := tuple(read(name).shape)) != tuple(shape_of(value)):
                 raise UserError(
                     f"{self.path / file}: {name} has shape {shape}, the model wants {tuple(shape_of(value))}"
@@ -189,14 +195,6 @@ class Checkpoint:
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot read {self.path / file}: {error}") from error
         return list(opened.keys()), opened.get_tensor
-
-
-def load_checkpoint(state: TrainState, path: Path) -> None:
-    """Fill model, average, optimizer, step and extra, where no strategy stands between."""
-    saved = Checkpoint(path)
-    saved.load_model(state)
-    saved.load_ema(state)
-    saved.load_rest(state)
 
 
 def _identity(path: Path) -> dict[str, Any]:

@@ -16,12 +16,13 @@ from launch.data.sources import open_source
 from launch.run.randomness import generator
 from pretrain.data import DataConfig, View, Views, build_loader, native_size, random_crop
 from pretrain.mae.masking import MaskConfig
+from pretrain.mae.objective import MAE
 from vim_backbone import UserError
 from vim_backbone.preprocessing import to_model, to_pixels
 
 
 def view(**changes):
-    return View((32, 48), (4, 6), DataConfig(**({"workers": 0} | changes)), MaskConfig())
+    return View((32, 48), (4, 6), DataConfig(**({"workers": 0} | changes)), MAE().draw)
 
 
 def folder_source(folder):
@@ -36,7 +37,7 @@ def draw(source, *, workers=0, start=0, stop=4, batch=6, accumulation=1, world=1
 
 
 def same(a, b):
-    return torch.equal(a.images, b.images) and torch.equal(a.masks, b.masks) and a.names == b.names
+    return torch.equal(a.images, b.images) and torch.equal(a.extras, b.extras) and a.names == b.names
 
 
 def test_workers_and_restarts_change_nothing(picture_folder):
@@ -57,7 +58,7 @@ def test_processes_and_accumulation_split_the_same_batches(picture_folder, world
     for step in range(4):
         pieces = [parts[rank][step * accumulation + a] for a in range(accumulation) for rank in range(world)]
         assert torch.equal(torch.cat([p.images for p in pieces]), whole[step].images)
-        assert torch.equal(torch.cat([p.masks for p in pieces]), whole[step].masks)
+        assert torch.equal(torch.cat([p.extras for p in pieces]), whole[step].extras)
 
 
 @given(
@@ -221,10 +222,10 @@ def test_native_views_keep_the_shape_of_the_crop(picture_folder):
     again = list(build_loader(source, view(sizes="native", workers=2), 3, BatchPlan(6, 1, 1, 0), 1, 4))
     for batch, same_batch in zip(loaded[1:], again, strict=True):
         assert all(map(torch.equal, batch.images, same_batch.images))
-        assert all(map(torch.equal, batch.masks, same_batch.masks))
+        assert all(map(torch.equal, batch.extras, same_batch.extras))
     shapes = {tuple(image.shape) for batch in loaded for image in batch.images}
     assert len(shapes) > 3
     assert all(h * w <= 32 * 48 for _, h, w in shapes)
-    for image, mask in zip(loaded[0].images, loaded[0].masks, strict=True):
+    for image, mask in zip(loaded[0].images, loaded[0].extras, strict=True):
         assert len(mask) == image.shape[1] * image.shape[2] // 64
         assert mask.sum() == MaskConfig().num_masked(len(mask))
