@@ -13,7 +13,7 @@ from launch.run.cli import leave, parse, run
 from pretrain.config import PretrainConfig
 from pretrain.train import pretrain
 
-DESCRIPTION = "Pretrain a Vision Mamba backbone on pictures by masked autoencoding, and publish it."
+DESCRIPTION = "Pretrain a Vision Mamba backbone on pictures, and publish it."
 
 
 def main(argv: list[str]) -> None:

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from launch.run.accelerator import ToldError, configure_zero, fit_buffers, on_main
+from launch.run.accelerator import SilentError, configure_zero, fit_buffers, on_main
 from launch.run.config import RunConfig
 from launch.run.folder import CHECKPOINTS
 from launch.run.guard import Guard, take_only
@@ -209,7 +209,7 @@ class Training:
         self.loss = loss / self.accelerator.num_processes
         self._must_stop = stop > 0
         if failures:
-            raise UserError(failed) if failed is not None else ToldError("the main process cannot save")
+            raise UserError(failed) if failed is not None else SilentError("the main process cannot save")
 
     def _note_bad_step(self, wrong: str, names: list[str]) -> str:
         config, step = self.config, self.state.step
@@ -228,7 +228,7 @@ class Training:
         self.state.extra["guard"] = self._guard.state()
         self.save_now()
         line += f"; the run ends, with {self._guard.config.on_bad_step!r} for bad steps and all before it saved"
-        raise (UserError if self.accelerator.is_main_process else ToldError)(line)
+        raise (UserError if self.accelerator.is_main_process else SilentError)(line)
 
     def save(self) -> Path:
         """Copy the state and have it written. For all processes."""

@@ -17,8 +17,8 @@ from finetune.segmentation.judge import confusion_of, scores
 from finetune.segmentation.task import run
 from finetune.segmentation.upernet import Windows, feature_layers, pixel_loss, starts
 from launch.run.cli import parse
-from launch.run.metrics import read_metrics
 from launch.run.randomness import seeded
+from tests.rows import read_metrics
 from vim_backbone import UserError
 
 SMALL = ["--batch_size=4", "--log_every=1", "--data.workers=0", "--trackers=[]", "--pictures=2", "--head.channels=16",

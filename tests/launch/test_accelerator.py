@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from launch.run import accelerator
-from launch.run.accelerator import ToldError, refuse_what_is_missing
+from launch.run.accelerator import SilentError, refuse_what_is_missing
 from vim_backbone import UserError
 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "LOCAL_RANK": "0"}
@@ -52,7 +52,7 @@ def test_what_is_not_there_gets_one_line_from_one_process(env, gpus, absent, wor
         refuse_what_is_missing()
     assert "\n" not in str(caught.value)
     machine(env | {"RANK": "1"}, gpus, absent)
-    with pytest.raises(ToldError):
+    with pytest.raises(SilentError):
         refuse_what_is_missing()
 
 

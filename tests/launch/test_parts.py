@@ -11,10 +11,11 @@ from torch import nn
 
 from launch.run.config import RunConfig
 from launch.run.folder import open_run
-from launch.run.metrics import forget_after, read_metrics
+from launch.run.metrics import forget_after
 from launch.run.optim import OptimConfig, build_optimizer, learning_rate, set_learning_rate
 from launch.run.randomness import generator, seed_of, seeded
 from launch.state.checkpoint import TrainState, snapshot, write_snapshot
+from tests.rows import read_metrics
 from vim_backbone import UserError
 
 
