@@ -47,8 +47,8 @@ def options_of(argv: list[str]) -> argparse.Namespace:
     require(options.gpu_memory > 0, "gpu-memory", options.gpu_memory, "it must be positive")
     require(0 <= options.reserve < 1, "reserve", options.reserve, "it must lie in [0, 1)")
     share = options.batch_size // max(1, options.gpus)
-    wanted = f"it must be a multiple of {options.gpus} GPUs"
-    require(share >= 1 and share * options.gpus == options.batch_size, "batch-size", options.batch_size, wanted)
+    remedy = f"it must be a multiple of {options.gpus} GPUs"
+    require(share >= 1 and share * options.gpus == options.batch_size, "batch-size", options.batch_size, remedy)
     return options
 
 
@@ -124,10 +124,10 @@ def main(argv: list[str]) -> None:
     print_line("\n" + command(options, chosen))
 
 
-def micro_batch(model: Footprint, share: Share, memory: float, wanted: int) -> int:
-    """The largest divisor of the pictures wanted of a process and step that fits into memory; 0 for none."""
-    most = min(wanted, fitting(model, share, memory))
-    return next((size for size in range(most, 0, -1) if wanted % size == 0), 0)
+def micro_batch(model: Footprint, share: Share, memory: float, pictures: int) -> int:
+    """The largest divisor of the pictures of a process and step that fits into memory; 0 for none."""
+    most = min(pictures, fitting(model, share, memory))
+    return next((size for size in range(most, 0, -1) if pictures % size == 0), 0)
 
 
 def command(options: argparse.Namespace, chosen: tuple[str, int] | None) -> str:

@@ -66,10 +66,10 @@ def build_accelerator(config: RunConfig, accumulation: int) -> Accelerator:
         step_scheduler_with_optimizer=False,
     )
     kind = str(accelerator.distributed_type).split(".")[-1]
-    wanted = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != wanted or (wanted > 1 and kind == "NO"):
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started or (started > 1 and kind == "NO"):
         raise _printed_once(
-            f"the launcher started {wanted} processes but Accelerate sees {accelerator.num_processes} ({kind}): "
+            f"the launcher started {started} processes but Accelerate sees {accelerator.num_processes} ({kind}): "
             "on CPU set ACCELERATE_USE_CPU=true and launch with --multi_gpu, or use --use_deepspeed"
         )
     for variable, strategy in (("ACCELERATE_USE_DEEPSPEED", "DEEPSPEED"), ("ACCELERATE_USE_FSDP", "FSDP")):
@@ -107,8 +107,8 @@ def _missing() -> str | None:
             return "DeepSpeed on CPU compiles its communication: install a C++ compiler and ninja"
     if _is_set("ACCELERATE_USE_FSDP") and on_cpu:
         return "Accelerate does not run FSDP on CPU: use launch/accelerate/zero3.yaml"
-    if on_cpu and not _is_set("ACCELERATE_USE_CPU") and (wanted := os.environ.get("CUDA_VISIBLE_DEVICES")):
-        return f"CUDA_VISIBLE_DEVICES asks for GPU {wanted} but PyTorch finds none: unset it, or mend the driver"
+    if on_cpu and not _is_set("ACCELERATE_USE_CPU") and (visible := os.environ.get("CUDA_VISIBLE_DEVICES")):
+        return f"CUDA_VISIBLE_DEVICES asks for GPU {visible} but PyTorch finds none: unset it, or mend the driver"
     if not on_cpu and local_world > torch.cuda.device_count():
         return (
             f"{local_world} processes were started on this host but it has {torch.cuda.device_count()} GPU(s): "

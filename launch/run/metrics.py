@@ -121,15 +121,15 @@ def forget_after(path: Path, step: int) -> None:
     """Drop rows of a metrics file that come after `step`, so that a resumed run writes none twice."""
     if not path.exists():
         return
-    kept = []
+    rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
         except ValueError:
             continue  # half a line, from a run that was killed while it wrote
         if row["step"] <= step:
-            kept.append(line + "\n")
-    path.write_text("".join(kept), encoding="utf-8")
+            rows.append(line + "\n")
+    path.write_text("".join(rows), encoding="utf-8")
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -233,9 +233,9 @@ class Training:
     def save(self) -> Path:
         """Copy the state and have it written. For all processes."""
         self._watchdog.beat(self.state.step, 1001, "saving")
-        taken = snapshot(self.state, keep=self.accelerator.is_main_process)
-        on_main(self.accelerator, lambda: self._writer.write(taken))
-        return self._writer.folder / f"step-{taken.step:08d}"
+        copied = snapshot(self.state, keep=self.accelerator.is_main_process)
+        on_main(self.accelerator, lambda: self._writer.write(copied))
+        return self._writer.folder / f"step-{copied.step:08d}"
 
     def save_now(self) -> Path:
         """Save, and return when all of it is on the disk. For all processes."""

@@ -65,7 +65,7 @@ def snapshot(state: TrainState, keep: bool = True) -> Snapshot:
     return Snapshot(state.step, files, {"format": FORMAT, "step": state.step, "torch": torch.__version__} | extra)
 
 
-def write_snapshot(taken: Snapshot, folder: Path, keep: int, keep_every: int = 0) -> Path:
+def write_snapshot(snapshot: Snapshot, folder: Path, keep: int, keep_every: int = 0) -> Path:
     """Write a checkpoint aside, flush it to disk, rename it into place, then delete what need not be kept.
 
     Args:
@@ -75,14 +75,14 @@ def write_snapshot(taken: Snapshot, folder: Path, keep: int, keep_every: int = 0
     Raises:
         UserError: the disk is full, or refuses; the earlier checkpoints are left as they are.
     """
-    final = folder / f"step-{taken.step:08d}"
+    final = folder / f"step-{snapshot.step:08d}"
     aside = folder / f".{final.name}.partial"
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        for name, tensors in taken.files.items():
+        for name, tensors in snapshot.files.items():
             write_tensors(aside / name, tensors)
-        write_json(aside / "state.json", taken.state)
+        write_json(aside / "state.json", snapshot.state)
         write_json(aside / MANIFEST, {path.name: _identity(path) for path in sorted(aside.iterdir())})
         _flush(aside)
         shutil.rmtree(final, ignore_errors=True)
@@ -92,8 +92,8 @@ def write_snapshot(taken: Snapshot, folder: Path, keep: int, keep_every: int = 0
         shutil.rmtree(aside, ignore_errors=True)
         cause = explain(error) if isinstance(error, OSError) else str(error)
         whole = checkpoints(folder)
-        kept = f"{whole[-1]} is intact, go on from it with --resume" if whole else "no earlier checkpoint exists"
-        raise UserError(f"checkpoint at step {taken.step} not saved: {cause}; {kept}") from error
+        remaining = f"{whole[-1]} is intact, go on from it with --resume" if whole else "no earlier checkpoint exists"
+        raise UserError(f"checkpoint at step {snapshot.step} not saved: {cause}; {remaining}") from error
     for old in checkpoints(folder)[:-keep]:
         if not (keep_every and int(old.name[5:]) % keep_every == 0):
             shutil.rmtree(old, ignore_errors=True)

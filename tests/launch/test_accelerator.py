@@ -10,7 +10,7 @@ from launch.run.accelerator import SilentError, refuse_what_is_missing
 from vim_backbone import UserError
 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "LOCAL_RANK": "0"}
-ASKED = ("ACCELERATE_USE_CPU", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "CUDA_VISIBLE_DEVICES",
+VARIABLES = ("ACCELERATE_USE_CPU", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "CUDA_VISIBLE_DEVICES",
          "LOCAL_RANK", "LOCAL_WORLD_SIZE", "RANK", "CXX")  # fmt: skip
 
 
@@ -19,7 +19,7 @@ def machine(monkeypatch):
     """A machine with so many GPUs, with DeepSpeed, NCCL and a compiler but for what is `absent`."""
 
     def make(env, gpus, absent=()):
-        for name in ASKED:
+        for name in VARIABLES:
             monkeypatch.delenv(name, raising=False)
         for name, value in env.items():
             monkeypatch.setenv(name, value)

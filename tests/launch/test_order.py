@@ -29,15 +29,15 @@ def test_an_epoch_has_every_picture_once(count, micro, world, accumulation, star
         plan = BatchPlan(batch, accumulation, world, rank)
         for index, items in enumerate(StepSampler(count, 5, plan, start * accumulation, steps)):
             order[start + index // accumulation].append((index % accumulation, rank, items))
-    drawn = [item for step in order for _, _, items in sorted(step) for item in items]
-    for epoch in range(len(drawn) // count):
-        passed = drawn[epoch * count : (epoch + 1) * count]
+    samples = [item for step in order for _, _, items in sorted(step) for item in items]
+    for epoch in range(len(samples) // count):
+        passed = samples[epoch * count : (epoch + 1) * count]
         assert sorted(passed) == [(epoch, i) for i in range(count)]
 
 
 def test_epochs_are_shuffled_differently():
-    drawn = [item for items in StepSampler(50, 5, BatchPlan(50, 1, 1, 0), 0, 2) for item in items]
-    assert [i for _, i in drawn[:50]] != [i for _, i in drawn[50:]]
+    samples = [item for items in StepSampler(50, 5, BatchPlan(50, 1, 1, 0), 0, 2) for item in items]
+    assert [i for _, i in samples[:50]] != [i for _, i in samples[50:]]
 
 
 def test_a_batch_that_does_not_divide():

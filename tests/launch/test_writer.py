@@ -27,14 +27,14 @@ def slow_disk(monkeypatch):
 
 def test_the_training_goes_on_while_one_is_written(slow_disk, tmp_path):
     go, written = slow_disk
-    made = CheckpointWriter(tmp_path / "checkpoints", 3, 100, asynchronous=True)
-    made.write(Snapshot(1, {}, {}))  # returns, though nothing can be written yet
+    checkpoints = CheckpointWriter(tmp_path / "checkpoints", 3, 100, asynchronous=True)
+    checkpoints.write(Snapshot(1, {}, {}))  # returns, though nothing can be written yet
     assert written == []
-    assert made.failure() is None
+    assert checkpoints.failure() is None
     go.set()
-    made.write(Snapshot(2, {}, {}))
+    checkpoints.write(Snapshot(2, {}, {}))
     assert written[0] == (1, "checkpoints", 3, 100)  # the second waited for the first
-    made.wait()
+    checkpoints.wait()
     assert [step for step, *_ in written] == [1, 2]
 
 
@@ -47,12 +47,12 @@ def test_a_synchronous_one_is_there_when_write_returns(slow_disk, tmp_path):
 
 def test_a_failure_is_shown_and_raised_once(slow_disk, tmp_path):
     go, _ = slow_disk
-    made = CheckpointWriter(tmp_path, 3, 0, asynchronous=True)
-    made.write(Snapshot(-1, {}, {}))
+    checkpoints = CheckpointWriter(tmp_path, 3, 0, asynchronous=True)
+    checkpoints.write(Snapshot(-1, {}, {}))
     go.set()
-    made._thread.shutdown(wait=True)
-    assert made.failure() == "the disk is full"
+    checkpoints._thread.shutdown(wait=True)
+    assert checkpoints.failure() == "the disk is full"
     with pytest.raises(UserError, match="the disk is full"):
-        made.wait()
-    assert made.failure() is None
-    made.wait()
+        checkpoints.wait()
+    assert checkpoints.failure() is None
+    checkpoints.wait()

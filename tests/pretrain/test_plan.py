@@ -63,9 +63,9 @@ def real_peak(name, pictures, tokens, *, width=512, dtype=torch.float32, recompu
 def test_the_peak_of_a_real_step_is_foretold(name, pictures, changes):
     """The issue allows 15 %; 6 % is what it keeps."""
     model, tokens = planned(name, **changes)
-    count, found = real_peak(name, pictures, tokens, **changes)
+    count, measured = real_peak(name, pictures, tokens, **changes)
     assert model.parameters == count
-    assert peak(model, shares(model, 1)[0], pictures) == pytest.approx(found, rel=0.06)
+    assert peak(model, shares(model, 1)[0], pictures) == pytest.approx(measured, rel=0.06)
 
 
 def test_half_the_visible_patches_save_nothing_in_the_decoder():
