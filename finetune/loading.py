@@ -7,23 +7,15 @@ from typing import Any, NamedTuple, Protocol, cast
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 
-from launch.data.bad_pictures import first_usable
+from launch.data.bad_pictures import Named, first_usable
 from launch.data.loading import loader_of
 from launch.data.order import BatchPlan, StepSampler
 from launch.run.randomness import seeded
 from vim_backbone.errors import UserError
 
 
-class Samples(Protocol):
+class Samples(Named, Protocol):
     """Labelled pictures by index."""
-
-    def __len__(self) -> int:
-        """Number of samples."""
-        ...
-
-    def name(self, index: int) -> str:
-        """What to call sample `index` in messages."""
-        ...
 
     def draw(self, index: int) -> tuple[Any, Any]:
         """Picture and target; augmentations draw from the global generators, which the caller seeds.

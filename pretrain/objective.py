@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,29 +28,18 @@ class Objective(Protocol):
     alone. Images are (b, 3, h, w) normalised, or a list of (3, h, w) where their sizes differ.
     """
 
-    @property
-    def title(self) -> str:
-        """Name of the method, as a sentence begins: "Masked autoencoding"."""
-        ...
+    title: ClassVar[str]
+    """Name of the method, as a sentence begins: "Masked autoencoding"."""
+    picture_folder: ClassVar[str]
+    """Folder of the run that takes what `show` draws."""
+    architecture_fields: ClassVar[tuple[str, ...]]
+    """Prefixes of the config's fields that a resumed run cannot change, beside "model."."""
+    cost_fields: ClassVar[dict[str, str]]
+    """Fields of the config that change what a step costs, with an explanation: options of the planner."""
 
     @property
     def summary(self) -> str:
         """Its settings in a few words, for the model card."""
-        ...
-
-    @property
-    def picture_folder(self) -> str:
-        """Folder of the run that takes what `show` draws."""
-        ...
-
-    @property
-    def architecture_fields(self) -> tuple[str, ...]:
-        """Prefixes of the config's fields that a resumed run cannot change, beside "model."."""
-        ...
-
-    @property
-    def cost_fields(self) -> dict[str, str]:
-        """Fields of the config that change what a step costs, with an explanation: options of the planner."""
         ...
 
     def draw(self, grid: tuple[int, int], rng: torch.Generator) -> Tensor:

@@ -12,17 +12,16 @@ if not __package__:  # started as a file: import from this checkout, never from 
 
 import argparse
 import sys
-from dataclasses import replace
-from typing import Any
+from operator import attrgetter
 
 import torch
 
 from launch.planning.memory import Footprint, Share, Work, fitting, footprint, peak, shares
 from launch.planning.speed import measured, seconds_a_picture
-from launch.run.cli import run
-from pretrain.config import OBJECTIVE
+from launch.run.cli import parse, run
+from pretrain.config import OBJECTIVE, PretrainConfig
 from pretrain.objective import Objective
-from vim_backbone import VimConfig, VisionMamba, named_config
+from vim_backbone import VimConfig, VisionMamba
 from vim_backbone.errors import UserError, require
 
 
@@ -33,7 +32,7 @@ def options_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, default=224, help="side of the pictures, in pixels")
     parser.add_argument("--patch-size", type=int, default=None, help="side of a patch; the size's own if not given")
     for name, text in OBJECTIVE.cost_fields.items():
-        default = setting(OBJECTIVE(), name)
+        default = attrgetter(name)(OBJECTIVE())
         parser.add_argument(f"--{name.replace('.', '-')}", dest=name, type=type(default), default=default, help=text)
     parser.add_argument("--batch-size", type=int, default=4096, help="pictures of a step on all GPUs together")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of the products")
@@ -52,22 +51,6 @@ def options_of(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def setting(objective: Any, name: str) -> Any:
-    """The value of a dotted field."""
-    section, field = name.split(".")
-    return getattr(getattr(objective, section), field)
-
-
-def planned_objective(options: argparse.Namespace) -> Objective:
-    """The objective with the settings of the command line."""
-    objective: Any = OBJECTIVE()
-    for name in OBJECTIVE.cost_fields:
-        section, field = name.split(".")
-        changed = replace(getattr(objective, section), **{field: getattr(options, name)})
-        objective = replace(objective, **{section: changed})
-    return objective
-
-
 def planned_footprint(
     config: VimConfig, objective: Objective, work: Work, dtype: torch.dtype, backend: str = "triton"
 ) -> Footprint:
@@ -80,29 +63,24 @@ def planned_footprint(
         raise UserError(f"the kernels cannot say what they save: {error}") from error
 
 
-def tokens_of(config: VimConfig, work: Work) -> tuple[int, int]:
-    """Patches of a picture, and those that the encoder scans."""
-    rows, columns = config.grid(*config.img_size)
-    return rows * columns, work.stacks[0].tokens - config.num_special
-
-
 def main(argv: list[str]) -> None:
     """Print the table, and the command of the first strategy that works on at least one picture at a time."""
     options = options_of(argv)
-    patch = {"patch_size": options.patch_size} if options.patch_size else {}
-    config = named_config(options.model, img_size=options.image_size, num_classes=0, position="sincos", **patch)
-    objective = planned_objective(options)
-    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
-    work = objective.work(config, dtype.itemsize, options.grad_checkpointing)
-    model = planned_footprint(config, objective, work, dtype)
-    patches, scanned = tokens_of(config, work)
+    words = settings(options)
+    config = parse(PretrainConfig, words, "launch/plan.py", "")
+    objective, architecture = config.objective, config.model.architecture()
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    work = objective.work(architecture, dtype.itemsize, config.model.grad_checkpointing)
+    model = planned_footprint(architecture, objective, work, dtype)
+    rows, columns = architecture.grid(*architecture.img_size)
+    patches, scanned = rows * columns, work.stacks[0].tokens - architecture.num_special
     print_line(
         f"{objective.title} of {options.model}: {model.parameters / 1e6:.1f} M parameters; of {patches} patches a "
         f"picture the encoder sees {scanned}; {model.saved / 1e6:.1f} MB of activations a picture"
     )
     print_line(f"GB of each of {options.gpus} processes; a batch is the pictures of one forward pass of one process:\n")
-    columns = ("strategy", "parameters", "gradients", "optimizer", "batch", "activations", "peak", "sent a step")
-    print_line("".join(f"{column:>13}" for column in columns))
+    header = ("strategy", "parameters", "gradients", "optimizer", "batch", "activations", "peak", "sent a step")
+    print_line("".join(f"{column:>13}" for column in header))
     memory = options.gpu_memory * 1e9 * (1 - options.reserve)
     chosen = None
     for share in shares(model, options.gpus):
@@ -114,14 +92,18 @@ def main(argv: list[str]) -> None:
         print_line(f"{share.strategy:>13}{cells}{batch or 'none fits':>13}{tail}")
         if batch and chosen is None:
             chosen = share.strategy, batch
-    rows = measured(options.device)
-    a_second = options.gpus / seconds_a_picture(work.stacks, rows)
+    a_second = options.gpus / seconds_a_picture(work.stacks, measured(options.device))
     print_line(
         f"\nexpected on {options.gpus} x {options.device}: {a_second:,.0f} pictures/s, {a_second * patches:,.0f} "
         f"patches/s, of which the encoder scans {a_second * scanned:,.0f}; from measured kernels "
         "(launch/planning/speeds.csv), before communication and waiting for data"
     )
-    print_line("\n" + command(options, chosen))
+    strategy, batch = chosen or ("zero3_offload", 1)  # the one that holds the least on the GPU
+    file = "gpu" if options.gpus == 1 and strategy == "ddp" else strategy
+    print_line(
+        f"\naccelerate launch --config_file launch/accelerate/{file}.yaml --num_processes {options.gpus} "
+        f"pretrain/main.py {' '.join(words)} --accumulation {options.batch_size // options.gpus // batch}"
+    )
 
 
 def micro_batch(model: Footprint, share: Share, memory: float, pictures: int) -> int:
@@ -130,20 +112,20 @@ def micro_batch(model: Footprint, share: Share, memory: float, pictures: int) ->
     return next((size for size in range(most, 0, -1) if pictures % size == 0), 0)
 
 
-def command(options: argparse.Namespace, chosen: tuple[str, int] | None) -> str:
-    """What to copy; with nothing that fits, the file that holds the least on the GPU."""
-    strategy, batch = chosen or ("zero3_offload", 1)
-    file = "gpu" if options.gpus == 1 and strategy == "ddp" else strategy
-    recompute = " --model.grad_checkpointing true" if options.grad_checkpointing else ""
-    patch = options.patch_size or "null"
-    settings = " ".join(f"--{name} {getattr(options, name):g}" for name in OBJECTIVE.cost_fields)
-    return (
-        f"accelerate launch --config_file launch/accelerate/{file}.yaml --num_processes {options.gpus} "
-        f"pretrain/main.py --model.name {options.model} --model.depth null --model.patch_size {patch} "
-        f"--model.img_size {options.image_size} {settings} "
-        f"--batch_size {options.batch_size} --accumulation {options.batch_size // options.gpus // batch} "
-        f"--precision {options.precision}{recompute}"
-    )
+def settings(options: argparse.Namespace) -> list[str]:
+    """The command line of pretrain/main.py for what is planned."""
+    fields = {
+        "model.name": options.model,
+        "model.depth": "null",
+        "model.patch_size": options.patch_size or "null",
+        "model.img_size": options.image_size,
+        "batch_size": options.batch_size,
+        "precision": options.precision,
+    }
+    fields |= {name: getattr(options, name) for name in OBJECTIVE.cost_fields}
+    if options.grad_checkpointing:
+        fields["model.grad_checkpointing"] = "true"
+    return [word for name, value in fields.items() for word in (f"--{name}", str(value))]
 
 
 def print_line(line: str) -> None:

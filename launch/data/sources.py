@@ -14,22 +14,15 @@ import datasets
 from datasets.distributed import split_dataset_by_node
 from PIL import Image
 
+from launch.data.bad_pictures import Named
 from launch.data.images import BadPictureError
 from vim_backbone.errors import UserError, first_line
 
 SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"])
 
 
-class ImageSource(Protocol):
+class ImageSource(Named, Protocol):
     """Pictures by index, undecoded."""
-
-    def __len__(self) -> int:
-        """Number of pictures."""
-        ...
-
-    def name(self, index: int) -> str:
-        """What to call picture `index` in messages."""
-        ...
 
     def open(self, index: int) -> Image.Image:
         """Picture `index`, opened but not decoded. Raises OSError or BadPictureError."""

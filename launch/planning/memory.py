@@ -1,6 +1,7 @@
 """What one process holds while it trains: parameters, gradients and optimizer by strategy, activations by sizes."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -59,33 +60,29 @@ def footprint(model: nn.Module, work: Work, dtype: torch.dtype, backend: str = "
         dtype: of the products; parameters are float32.
         backend: fast backend of `vim_kernels` that runs the scans.
     """
+    saved_by_block = partial(block_saved_bytes, backend=backend, dtype=dtype)
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     sizes = [sum(p.numel() for p in m.parameters()) for m in model.modules() if isinstance(m, Block)]
     saved = work.ends
     for stack in work.stacks:
-        a_token = (
-            block_input_bytes(stack.config, dtype)
-            if stack.recompute
-            else block_saved_bytes(stack.config, backend, dtype)
-        )
-        saved += a_token * stack.tokens * stack.config.depth
+        block = block_input_bytes(stack.config, dtype) if stack.recompute else saved_by_block(stack.config)
+        saved += block * stack.tokens * stack.config.depth
+
+    def backward(stack: Stack) -> float:
+        again = saved_by_block(stack.config) if stack.recompute else 0
+        return (block_backward_bytes(stack.config) + again) * stack.tokens
+
     return Footprint(
         parameters=parameters,
         trained=trained,
         block=max(sizes),
         outside=parameters - sum(sizes),
         saved=saved,
-        first_backward=_backward(work.stacks[-1], backend, dtype),
-        last_backward=_backward(work.stacks[0], backend, dtype),
+        first_backward=backward(work.stacks[-1]),
+        last_backward=backward(work.stacks[0]),
         casts=2 * trained if dtype.itemsize == 2 else 0,
     )
-
-
-def _backward(stack: Stack, backend: str, dtype: torch.dtype) -> float:
-    """Bytes that the backward pass of one block needs, with what it computes again."""
-    again = block_saved_bytes(stack.config, backend, dtype) if stack.recompute else 0
-    return (block_backward_bytes(stack.config) + again) * stack.tokens
 
 
 @dataclass(frozen=True)

@@ -37,15 +37,9 @@ def measured(device: str, table: Path = TABLE) -> list[Row]:
     """Rows of a device. Raises UserError naming the devices that there are."""
     with open(table, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
+    sizes = ("batch", "tokens", "channels", "depth")
     matching = [
-        Row(
-            kind=row["kind"],
-            batch=int(row["batch"]),
-            tokens=int(row["tokens"]),
-            channels=int(row["channels"]),
-            depth=int(row["depth"]),
-            milliseconds=float(row["milliseconds"]),
-        )
+        Row(row["kind"], *(int(row[size]) for size in sizes), milliseconds=float(row["milliseconds"]))
         for row in rows
         if row["device"] == device
     ]

@@ -12,17 +12,17 @@ from pretrain.config import ModelConfig, PretrainConfig
 from pretrain.mae.masking import MaskConfig
 from pretrain.mae.model import DecoderConfig, split_patches
 from pretrain.mae.objective import MAE
-from pretrain.plan import main, planned_footprint, tokens_of
+from pretrain.plan import main, planned_footprint
 from pretrain.train import build_model
 from vim_backbone import UserError, named_config
 
 
 def planned(name="vim_tiny", *, ratio=0.75, width=512, depth=2, dtype=torch.float32, recompute=False):
-    """Footprint on CPU, and (patches, visible patches)."""
+    """Footprint on CPU, and (patches, visible patches); the encoder scans these and a class token."""
     config = named_config(name, img_size=224, patch_size=16, num_classes=0, position="sincos")
     objective = MAE(mask=MaskConfig(ratio=ratio), decoder=DecoderConfig(width=width, depth=depth))
     work = objective.work(config, dtype.itemsize, recompute)
-    return planned_footprint(config, objective, work, dtype, "cpu"), tokens_of(config, work)
+    return planned_footprint(config, objective, work, dtype, "cpu"), (14 * 14, work.stacks[0].tokens - 1)
 
 
 def real_peak(name, pictures, tokens, *, width=512, dtype=torch.float32, recompute=False):
