@@ -18,11 +18,11 @@ from timm.models.vision_transformer import Block as ViTBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from launch.optim import build_optimizer
-from launch.randomness import generator
+from launch.run.optim import build_optimizer
+from launch.run.randomness import generator
 from pretrain.config import PretrainConfig
-from pretrain.mae import MaskedAutoencoder, normalise, patchify, select, split_patches
-from pretrain.masking import MaskConfig, draw_mask
+from pretrain.mae.masking import MaskConfig, draw_mask
+from pretrain.mae.model import MaskedAutoencoder, normalise, patchify, select, split_patches
 from vim_backbone import VisionMamba
 from vim_backbone.position import sincos_table
 

@@ -19,8 +19,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.machine import peak_allocated
-from launch.cli import run
-from launch.training import Training
+from launch.run.cli import run
+from launch.run.training import Training
 from pretrain import main, train
 
 PROFILED_STEP = 3

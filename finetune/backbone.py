@@ -10,9 +10,10 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from finetune.config import BackboneConfig, FinetuneOptim
-from launch.randomness import seed_of
-from launch.sharding import fill
+from launch.run.randomness import seed_of
+from launch.state.sharding import fill
 from vim_backbone import UserError, VimConfig, VisionMamba, from_pretrained
+from vim_backbone.errors import first_line
 from vim_backbone.folder import read_config
 
 
@@ -38,9 +39,9 @@ def find_backbone(name: str) -> Path:
     try:
         folder = Path(snapshot_download(name, allow_patterns=["config.json", "model.safetensors"]))
     except Exception as error:  # the Hub's client raises a dozen unrelated classes
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"backbone {name} is no folder here, and the Hub does not give it; without a network, give a folder ({why})"
+            f"backbone {name} is no folder here, and the Hub does not give it; without a network, give a folder "
+            f"({first_line(error)})"
         ) from error
     if not (folder / "config.json").is_file():
         raise UserError(

@@ -4,26 +4,18 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol, cast
 
-import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 
-from launch.randomness import generator, seeded
-from pretrain.bad_pictures import reason
-from pretrain.data import MAX_TRIES, BatchPlan, StepSampler, leave_signals_to_the_trainer
+from launch.data.bad_pictures import Named, first_usable
+from launch.data.loading import loader_of
+from launch.data.order import BatchPlan, StepSampler
+from launch.run.randomness import seeded
 from vim_backbone.errors import UserError
 
 
-class Samples(Protocol):
+class Samples(Named, Protocol):
     """Labelled pictures by index."""
-
-    def __len__(self) -> int:
-        """Number of samples."""
-        ...
-
-    def name(self, index: int) -> str:
-        """What to call sample `index` in messages."""
-        ...
 
     def draw(self, index: int) -> tuple[Any, Any]:
         """Picture and target; augmentations draw from the global generators, which the caller seeds.
@@ -74,19 +66,16 @@ class Keyed(Dataset[Read]):
 
     def __getitem__(self, item: tuple[int, ...]) -> Read:
         epoch, index = item[:2]
-        bad: list[tuple[str, str]] = []
-        for attempt in range(min(MAX_TRIES, len(self.samples))):
-            chosen = (index + attempt) % len(self.samples)
+
+        def read(candidate: int, attempt: int) -> tuple[Any, Any]:
             # another key for what stands in: where augmentation failed, the same draws would fail again
-            key = (self.seed, epoch, index, attempt) if attempt else (self.seed, epoch, index)
-            try:
-                with seeded(*key):
-                    sample = self.samples.draw(chosen)
-            except Exception as error:  # a decoder may raise anything on damaged data
-                bad.append((self.samples.name(chosen), reason(error)))
-                continue
-            return Read(sample, chosen, self.samples.name(chosen), attempt == 0 and all(item[2:]), bad)
-        return Read(None, index, "", False, bad)
+            with seeded(self.seed, epoch, index, *([attempt] if attempt else [])):
+                return self.samples.draw(candidate)
+
+        sample, number, bad = first_usable(self.samples, index, read)
+        if sample is None:
+            return Read(None, index, "", False, bad)
+        return Read(sample, number, self.samples.name(number), not bad and all(item[2:]), bad)
 
 
 class Collate:
@@ -130,14 +119,4 @@ def evaluation_batches(samples: Samples, accelerator: Accelerator, batch_size: i
 
 
 def _loader(samples: Samples, seed: int, workers: int, **options: Any) -> DataLoader[Batch]:
-    loader = DataLoader(
-        Keyed(samples, seed),
-        num_workers=workers,
-        collate_fn=Collate(samples),
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=leave_signals_to_the_trainer,
-        prefetch_factor=2 if workers else None,
-        generator=generator(seed),  # drawn from by nothing; without it a loader would advance torch's global one
-        **options,
-    )
-    return cast("DataLoader[Batch]", loader)
+    return cast("DataLoader[Batch]", loader_of(Keyed(samples, seed), Collate(samples), seed, workers, 2, **options))

@@ -17,7 +17,7 @@ from finetune.detection import task as detection
 from finetune.detection.config import DetectionConfig
 from finetune.segmentation import task as segmentation
 from finetune.segmentation.config import SegmentationConfig
-from launch.cli import leave, parse, run
+from launch.run.cli import leave, parse, run
 from vim_backbone.errors import UserError, nearest
 
 TASKS: dict[str, tuple[type[Any], Callable[..., Any], str]] = {

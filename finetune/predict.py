@@ -27,13 +27,14 @@ from finetune.segmentation.data import to_test_size
 from finetune.segmentation.judge import draw_overlays
 from finetune.segmentation.task import windows_of
 from finetune.segmentation.upernet import Segmenter, resize
-from launch.cli import run
-from pretrain.bad_pictures import reason
-from pretrain.data import to_model, to_pixels
-from pretrain.images import files_below, to_rgb
+from launch.data.bad_pictures import reason
+from launch.data.images import to_rgb
+from launch.data.sources import files_below
+from launch.run.cli import run
 from vim_backbone.config import VimConfig
 from vim_backbone.errors import UserError, require
 from vim_backbone.files import write_text
+from vim_backbone.preprocessing import to_model, to_pixels
 from vim_backbone.pretrained import check_names
 
 MAX_MEGAPIXELS = 200.0

@@ -1,4 +1,4 @@
-"""The fine-tuning run of any task: build, loop, evaluate, publish; how a run lives is launch/training.py."""
+"""The fine-tuning run of any task: build, loop, evaluate, publish; how a run lives is launch/run/training.py."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from finetune.backbone import Pretrained, layer_scales
 from finetune.config import FinetuneConfig, FinetuneOptim
 from finetune.loading import Batch, Samples, training_batches
-from launch.accelerator import build_accelerator, on_main, strategy
-from launch.folder import open_run
-from launch.loading import enduring
-from launch.metrics import RunLog, Throughput, peak_memory_gb
-from launch.optim import build_optimizer
-from launch.randomness import seed_of
-from launch.sharding import shape_of
-from launch.training import Training
-from pretrain.bad_pictures import BadPictures
-from pretrain.data import plan_batches
+from launch.data.bad_pictures import BadPictures
+from launch.data.loading import enduring
+from launch.data.order import plan_batches
+from launch.run.accelerator import build_accelerator, on_main, strategy
+from launch.run.folder import open_run
+from launch.run.metrics import RunLog, Throughput, peak_memory_gb
+from launch.run.optim import build_optimizer
+from launch.run.randomness import seed_of
+from launch.run.training import Training, start_training
+from launch.state.sharding import shape_of
 from vim_backbone import VisionMamba
 from vim_backbone.block import Block
 from vim_backbone.files import write_json, write_tensors, write_text
@@ -141,17 +141,21 @@ def finetune(task: Task, observe: Observer | None = None) -> Path:
     def batches_from(number: int) -> Iterator[Batch]:
         return training_batches(task.train, config.seed, plan, number, total_steps, task.workers)
 
-    with Training(config, accelerator, total_steps, start.checkpoint) as training:
-        training.prepare(
-            lambda: build_model(task),
-            lambda model: scaled_optimizer(model, task),
-            unit=Block,
-            micro_batch=plan.micro_batch,
-            clip_grad=task.optim.clip_grad,
-            ema_decay=config.ema_decay,
-        )
-        with RunLog(config, accelerator, total_steps, training.state.step) as log:
-            batches = enduring(batches_from, training.state.step * config.accumulation, log.say)
+    with start_training(
+        config,
+        accelerator,
+        total_steps,
+        start.checkpoint,
+        lambda: build_model(task),
+        lambda model: scaled_optimizer(model, task),
+        unit=Block,
+        micro_batch=plan.micro_batch,
+        clip_grad=task.optim.clip_grad,
+        ema_decay=config.ema_decay,
+    ) as training:
+        first = training.state.step
+        with RunLog(config, accelerator, total_steps, first) as log:
+            batches = enduring(batches_from, first * config.accumulation, log.say)
             run = Run(task, config, batches, training, log, bad, observe)
             for line in (introduction(run), *task.notes, *start.notes):
                 log.say(line)

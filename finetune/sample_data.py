@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from launch.cli import run
-from pretrain.images import photograph_paths, to_rgb
+from launch.data.images import to_rgb
+from launch.data.sources import photograph_paths
+from launch.run.cli import run
 from vim_backbone.errors import UserError, require
 
 SHAPES = ("circle", "square", "triangle")

@@ -13,7 +13,7 @@ import sys
 from finetune.sweeping import OWN_TOKEN, TOKEN
 from finetune.sweeping.config import SweepConfig
 from finetune.sweeping.sweep import sweep, top
-from launch.cli import leave, parse, run
+from launch.run.cli import leave, parse, run
 from vim_backbone.errors import UserError
 
 HELP = """usage: finetune/sweep.py SWEEP.yaml [--resume] [--top N] [--field VALUE ...]

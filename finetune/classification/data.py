@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from finetune.classification.config import ClassificationData
-from launch.randomness import seed_of
-from pretrain.images import SUFFIXES, ImageFiles, ImageSource, open_cell, to_rgb
+from launch.data.images import to_rgb
+from launch.data.sources import SUFFIXES, HubDataset, ImageFiles, ImageSource, load_split
+from launch.run.randomness import seed_of
 from vim_backbone.errors import UserError, nearest
 
 
@@ -47,26 +48,6 @@ class Picked:
     def open(self, index: int) -> Image.Image:
         """The picture, opened but not decoded."""
         return self.source.open(self.indices[index])
-
-
-class Cells:
-    """The image column of a map-style data set, undecoded."""
-
-    def __init__(self, data: Any, column: str, split: str) -> None:
-        self.data = data
-        self.column = column
-        self.split = split
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def name(self, index: int) -> str:
-        """Split and row."""
-        return f"{self.split} row {index}"
-
-    def open(self, index: int) -> Image.Image:
-        """The row's picture, opened but not decoded."""
-        return open_cell(self.data[index][self.column])
 
 
 class ClassSamples:
@@ -182,11 +163,7 @@ def _from_datasets(data: ClassificationData) -> tuple[Labelled, Labelled | None]
 def read_dataset(data: ClassificationData, split: str) -> Labelled:
     """One split of what `datasets.load_dataset` loads. Raises UserError for what cannot be loaded or has no labels."""
     name = data.source[3:]
-    try:
-        loaded: Any = datasets.load_dataset(name, split=split)
-    except Exception as error:  # `datasets` raises a dozen unrelated classes for what users get wrong
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"datasets cannot load {name} (split {split!r}): {why}") from error
+    loaded = load_split(name, split)
     features = loaded.features
     image = data.image_column or next((k for k, f in features.items() if isinstance(f, datasets.Image)), None)
     label = data.label_column or next((k for k, f in features.items() if isinstance(f, datasets.ClassLabel)), None)
@@ -196,8 +173,7 @@ def read_dataset(data: ClassificationData, split: str) -> Labelled:
             raise UserError(f"{name} has no column {column!r} of type {kind.__name__}: set data.{field}; {hint}")
     assert image is not None
     labels = loaded[label]
-    pictures = loaded.select_columns([image]).cast_column(image, datasets.Image(decode=False))
     classes = list(features[label].names)
     if wrong := next((i for i, value in enumerate(labels) if not 0 <= value < len(classes)), None):
         raise UserError(f"{name} {split} row {wrong} has label {labels[wrong]}: it must be 0 .. {len(classes) - 1}")
-    return Labelled(Cells(pictures, image, split), list(labels), classes)
+    return Labelled(HubDataset(loaded, image, f"{split} "), list(labels), classes)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from finetune.loading import evaluation_batches
 from finetune.run import Report, Task
-from pretrain.data import to_pixels
+from vim_backbone.preprocessing import to_pixels
 
 MOST_DRAWN_CLASSES = 60
 """With more classes the confusion is written as a table of pairs only."""

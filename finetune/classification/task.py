@@ -19,7 +19,7 @@ from finetune.classification.judge import judge
 from finetune.classification.probes import probe
 from finetune.loading import Batch
 from finetune.run import Observer, Report, Task, finetune
-from launch.randomness import seeded
+from launch.run.randomness import seeded
 from vim_backbone import UserError, VimConfig, VisionMamba
 from vim_backbone.folder import read_config
 

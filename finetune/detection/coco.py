@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from finetune.detection.config import DetectionData, JitterConfig
 from finetune.detection.views import GREY, Sizes, Views
-from pretrain.images import BadPictureError, to_rgb
+from launch.data.images import BadPictureError, to_rgb
 from vim_backbone.errors import UserError
 
 

@@ -21,7 +21,7 @@ from finetune.detection.views import Views, with_pasted_masks
 from finetune.loading import evaluation_batches
 from finetune.run import Report, Task
 from finetune.segmentation.judge import palette
-from pretrain.data import to_model
+from vim_backbone.preprocessing import to_model
 
 STATS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 SHOWN_SCORE = 0.5

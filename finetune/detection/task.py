@@ -16,8 +16,8 @@ from finetune.detection.rcnn import Detector
 from finetune.detection.views import Views
 from finetune.loading import Batch
 from finetune.run import Observer, Report, Task, finetune
-from pretrain.data import to_model
 from vim_backbone import UserError, VimConfig
+from vim_backbone.preprocessing import to_model
 
 
 class DetectionTask(Task):

@@ -13,7 +13,8 @@ from torch.utils.data import default_collate
 from torchvision.transforms import v2
 
 from finetune.segmentation.config import CropConfig, SegmentationData
-from pretrain.images import BadPictureError, check_size, files_below, to_rgb
+from launch.data.images import BadPictureError, check_size, to_rgb
+from launch.data.sources import files_below
 from vim_backbone.errors import UserError
 
 IGNORED = 255

@@ -16,8 +16,8 @@ from finetune.loading import evaluation_batches
 from finetune.run import Report, Task
 from finetune.segmentation.data import IGNORED
 from finetune.segmentation.upernet import Windows, resize
-from launch.sharding import zero_stage
-from pretrain.data import to_model, to_pixels
+from launch.state.sharding import zero_stage
+from vim_backbone.preprocessing import to_model, to_pixels
 
 MOST_NAMED = 12
 """Classes that a picture's legend names."""

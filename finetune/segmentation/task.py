@@ -15,8 +15,8 @@ from finetune.segmentation.config import SegmentationConfig, TestConfig
 from finetune.segmentation.data import TrainCrops, WholePictures, class_names, open_pairs
 from finetune.segmentation.judge import judge
 from finetune.segmentation.upernet import Segmenter, Windows, feature_layers
-from pretrain.data import to_model
 from vim_backbone import UserError, VimConfig
+from vim_backbone.preprocessing import to_model
 
 
 class SegmentationTask(Task):

@@ -19,7 +19,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from finetune.sweeping.space import Dimension, combinations, decoded
-from launch.randomness import seed_of
+from launch.run.randomness import seed_of
 from vim_backbone.errors import UserError
 
 JOURNAL = "study.jsonl"

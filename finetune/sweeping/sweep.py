@@ -1,6 +1,5 @@
 """A sweep from its config to its report: what can be known to be wrong is said before anything runs."""
 
-import shutil
 import signal
 import uuid
 from collections.abc import Iterator
@@ -20,9 +19,10 @@ from finetune.sweeping.report import top_lines, write_report
 from finetune.sweeping.space import Dimension, combinations, read_space
 from finetune.sweeping.trial import arguments
 from finetune.sweeping.tuning import build_scheduler, tune_trials
-from launch.cli import parse
-from launch.config import differences, field_types, write_config
-from launch.signals import Stopped, in_main_thread
+from launch.run.cli import parse
+from launch.run.config import differences, field_types, write_config
+from launch.run.folder import make_folder
+from launch.run.signals import Stopped, in_main_thread
 from vim_backbone.errors import UserError, nearest
 
 CONFIG = "sweep.yaml"
@@ -179,16 +179,8 @@ def open_folder(config: SweepConfig) -> None:
         for name, (before, now) in differences(config, folder / CONFIG).items():
             if not name.startswith(CHANGEABLE):
                 raise UserError(f"{folder} was begun with {name} = {before}, not {now}: choose another --name")
-    elif folder.is_dir() and any(folder.iterdir()):
-        if not config.overwrite:
-            raise UserError(f"{folder} holds a sweep already: add --resume to go on, --overwrite, or --name")
-        if not begun:
-            raise UserError(f"{folder} is no sweep's folder (it has no {JOURNAL}): it is not deleted, choose a --name")
-        shutil.rmtree(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {error.strerror}; choose another --out") from error
+    else:
+        make_folder(folder, "sweep", JOURNAL, config.overwrite)
     write_config(config, folder / CONFIG)
 
 

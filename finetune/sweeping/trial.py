@@ -20,7 +20,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from finetune.main import TASKS
 from finetune.run import Evaluation
-from launch.cli import parse
+from launch.run.cli import parse
 from vim_backbone.errors import UserError
 
 Report = Callable[[dict[str, Any], Path | None], None]

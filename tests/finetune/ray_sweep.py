@@ -16,7 +16,7 @@ import yaml
 from finetune.sweeping.config import SweepConfig
 from finetune.sweeping.ledger import Entry, Ledger
 from finetune.sweeping.sweep import checked
-from launch.cli import parse
+from launch.run.cli import parse
 from tests.launch.real import ROOT
 from tests.waiting import LIMIT
 

@@ -9,7 +9,7 @@ import torch
 from finetune.backbone import find_backbone, layer_scales, read_backbone
 from finetune.classification.task import Classifier
 from finetune.config import BackboneConfig, FinetuneOptim
-from launch.optim import build_optimizer, set_learning_rate
+from launch.run.optim import build_optimizer, set_learning_rate
 from vim_backbone import UserError, VimConfig, VisionMamba, from_pretrained
 
 

@@ -15,8 +15,8 @@ from finetune.classification.task import ClassificationTask, run, training_trans
 from finetune.main import main
 from finetune.sample_data import Sizes
 from finetune.sample_data import classification as draw
-from launch.cli import parse
-from launch.metrics import read_metrics
+from launch.run.cli import parse
+from tests.rows import read_metrics
 from tests.vim_backbone import official
 from vim_backbone import UserError, VimConfig, VisionMamba, from_pretrained
 from vim_backbone.convert import convert

@@ -18,9 +18,9 @@ from finetune.detection.judge import evaluate, to_coco
 from finetune.detection.rcnn import SimpleFeaturePyramid, scale_gradient
 from finetune.detection.task import run
 from finetune.detection.views import Views, enlarged, fit, mirrored, with_pasted_masks
-from launch.cli import parse
-from launch.metrics import read_metrics
-from launch.randomness import seeded
+from launch.run.cli import parse
+from launch.run.randomness import seeded
+from tests.rows import read_metrics
 from vim_backbone import UserError
 
 SMALL = ["--batch_size=2", "--log_every=1", "--data.workers=0", "--trackers=[]", "--pictures=2", "--head.channels=16",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from finetune.loading import evaluation_batches, training_batches
-from pretrain.data import BatchPlan
+from launch.data.order import BatchPlan
 from vim_backbone import UserError
 
 

@@ -16,9 +16,9 @@ from finetune.segmentation.data import IGNORED, PhotometricDistort, TrainCrops, 
 from finetune.segmentation.judge import confusion_of, scores
 from finetune.segmentation.task import run
 from finetune.segmentation.upernet import Windows, feature_layers, pixel_loss, starts
-from launch.cli import parse
-from launch.metrics import read_metrics
-from launch.randomness import seeded
+from launch.run.cli import parse
+from launch.run.randomness import seeded
+from tests.rows import read_metrics
 from vim_backbone import UserError
 
 SMALL = ["--batch_size=4", "--log_every=1", "--data.workers=0", "--trackers=[]", "--pictures=2", "--head.channels=16",

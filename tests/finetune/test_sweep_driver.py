@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from finetune.classification import task as classification
 from finetune.classification.config import ClassificationConfig
 from finetune.sweeping.trial import arguments
-from launch.cli import parse
+from launch.run.cli import parse
 from tests.finetune.ray_sweep import config_of, driver, entries, finished, kept, repeated, steps_of
 from tests.waiting import LIMIT, wait_for
 

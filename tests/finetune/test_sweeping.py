@@ -205,7 +205,7 @@ def test_the_command_of_a_trial_is_read_back_exactly(ledger):
     import shlex
 
     from finetune.classification.config import ClassificationConfig
-    from launch.cli import parse
+    from launch.run.cli import parse
 
     entry = replace(
         ledger.entry(ledger.draw("random", 0)), fields={"optim.base_lr": 1e-5 / 3, "model.img_size": [32, 48]}
@@ -330,7 +330,7 @@ def test_help_teaches_and_the_command_refuses_in_one_line(capsys):
 @pytest.mark.parametrize("task", ["classification", "detection", "segmentation"])
 def test_the_shipped_sweeps_read(task, monkeypatch, tmp_path, backbone):
     """Every field of their spaces exists and every value is one that the task takes."""
-    from launch.cli import parse
+    from launch.run.cli import parse
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "finetune").symlink_to(ROOT / "finetune")

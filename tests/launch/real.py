@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.metrics import read_metrics
 from tests.launch.preloaded import Popen
+from tests.rows import read_metrics
 from tests.waiting import LIMIT
 
 ROOT = Path(__file__).parents[2]

@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from launch.cli import parse, run
-from launch.config import differences, field_types, write_config
-from launch.signals import Stopped
+from launch.run.cli import parse, run
+from launch.run.config import differences, field_types, write_config
+from launch.run.signals import Stopped
 from pretrain.config import PretrainConfig
 from vim_backbone import UserError
 

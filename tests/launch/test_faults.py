@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.checkpoint import checkpoints
+from launch.state.checkpoint import checkpoints
 from tests.launch.real import finish, losses, rows_written, run, start
 from tests.waiting import patience, wait_for
 

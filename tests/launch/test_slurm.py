@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.checkpoint import checkpoints
+from launch.state.checkpoint import checkpoints
 from tests.launch.real import CONFIGS, ROOT, SMALL, environment, free_port, rows_written
 from tests.waiting import LIMIT, wait_for
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from launch.watchdog import Watchdog
+from launch.run.watchdog import Watchdog
 from tests.waiting import LIMIT, wait_for
 
 

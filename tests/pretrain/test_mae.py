@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from launch.randomness import generator
-from pretrain.mae import DecoderConfig, MaskedAutoencoder, patchify, select, split_patches, unpatchify
-from pretrain.masking import MaskConfig, draw_mask
+from launch.run.randomness import generator
+from pretrain.mae.masking import MaskConfig, draw_mask
+from pretrain.mae.model import DecoderConfig, MaskedAutoencoder, patchify, select, split_patches, unpatchify
 from vim_backbone import UserError, VimConfig, VisionMamba
 
 GRID = (4, 6)

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from launch.cli import parse
-from launch.metrics import read_metrics
-from launch.signals import Stopped, StopRequest
+from launch.run.cli import parse
+from launch.run.signals import Stopped, StopRequest
 from pretrain.config import PretrainConfig
 from pretrain.train import build_model, pretrain
 from tests.launch.preloaded import Popen
 from tests.launch.real import ACCELERATE, NO_COMPILER, environment, rows_written
+from tests.rows import read_metrics
 from tests.waiting import LIMIT, wait_for
 from vim_backbone import UserError, from_pretrained
 
