@@ -136,7 +136,7 @@ def compile_no_communication() -> None:
 
     It does so at every first start on CPU if its table of operations has that one, and would need a C++ compiler.
     """
-    importlib.import_module("deepspeed.ops").__compatible_ops__ = defaultdict(bool)
+    vars(importlib.import_module("deepspeed.ops"))["__compatible_ops__"] = defaultdict(bool)
 
 
 def join_attempt(backend: str, timeout: timedelta) -> None:
