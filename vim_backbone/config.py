@@ -115,10 +115,10 @@ class VimConfig:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "VimConfig":
         """From plain data. Raises UserError naming a field that does not exist or is missing."""
-        known = {f.name for f in fields(cls)}
+        names = {f.name for f in fields(cls)}
         for name in data:
-            if name not in known:
-                raise UserError(f"{name!r} is no field of a Vim backbone: {nearest(name, known)}")
+            if name not in names:
+                raise UserError(f"{name!r} is no field of a Vim backbone: {nearest(name, names)}")
         for name in ("d_model", "depth"):
             if name not in data:
                 raise UserError(f"the backbone's config lacks {name!r}")

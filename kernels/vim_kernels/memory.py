@@ -6,8 +6,8 @@ from contextvars import ContextVar
 
 import torch
 
-from vim_kernels.interface import fast_module
-from vim_kernels.types import ScanWeights
+from vim_kernels.dispatch.choice import function
+from vim_kernels.dispatch.contract import BidirectionalScan, ScanWeights
 
 _is_tight: ContextVar[bool] = ContextVar("vim_kernels_less_memory", default=False)
 
@@ -36,13 +36,15 @@ def saved_bytes(backend: str, *, d_inner: int, d_state: int, dt_rank: int, dtype
 
     The fast backend itself says so, on the meta device. Raises RuntimeError where it cannot be imported.
     """
-    ops = fast_module(backend)
-    if not hasattr(ops, "bidirectional_scan_saved"):
-        raise RuntimeError(f"backend {backend!r}: {ops.unavailable(torch.device('cpu'))}")
+    try:
+        saved_of = function(backend, "mixer", "bidirectional_scan_saved")
+    except ImportError as error:
+        raise RuntimeError(f"backend {backend!r} cannot be imported: {error}") from error
     tokens = 1 << 16
     with torch.device("meta"):
-        x = torch.empty(1, tokens, d_inner, dtype=dtype)
+        xz = torch.empty(1, tokens, 2 * d_inner, dtype=dtype)
         channels, states = torch.empty(d_inner), torch.empty(d_inner, d_state)
         x_proj, dt_proj = torch.empty(dt_rank + 2 * d_state, d_inner), torch.empty(d_inner, dt_rank)
         weights = ScanWeights(torch.empty(d_inner, 4), channels, x_proj, dt_proj, channels, states, channels)
-        return sum(saved.nbytes for saved in ops.bidirectional_scan_saved(x, x, weights, weights, None)) / tokens
+        saved = saved_of(BidirectionalScan(xz, weights, weights, None, gated=True))
+        return sum(tensor.nbytes for tensor in saved) / tokens

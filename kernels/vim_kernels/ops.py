@@ -154,8 +154,8 @@ def _check_mixer_shapes(gated: bool, xz: tuple[int, ...], *weights: Any) -> None
     check_shape("xz", xz, (None, None, 2 * d if gated else d))
     for name, shapes in zip(("forward", "backward"), two, strict=True):
         check_shape(f"{name}.dt_proj", shapes["dt_proj"], (d, None))
-        wanted = {"conv_weight": (d, None), "x_proj": (shapes["dt_proj"][1] + 2 * n, d), "A_log": (d, n)}
-        for field, shape in (wanted | dict.fromkeys(("conv_bias", "dt_bias", "D"), (d,))).items():
+        expected = {"conv_weight": (d, None), "x_proj": (shapes["dt_proj"][1] + 2 * n, d), "A_log": (d, n)}
+        for field, shape in (expected | dict.fromkeys(("conv_bias", "dt_bias", "D"), (d,))).items():
             if shapes[field] is not None:
                 check_shape(f"{name}.{field}", shapes[field], shape)
 

@@ -54,8 +54,8 @@ def bidirectional_scan_forward(
     first, last = _scan_fields(rows, gate, two, us, projections)
     first |= {"gate": 0, "out": partial.data_ptr(), "scale": 1.0}
     last |= {"partial": partial.data_ptr(), "out": out.data_ptr(), "out_bf16": dtype == torch.bfloat16}
-    for fields, projection, kept, states in zip((first, last), projections, saved[::2], saved[1::2], strict=False):
-        kept.copy_(projection)
+    for fields, projection, copy, states in zip((first, last), projections, saved[::2], saved[1::2], strict=False):
+        copy.copy_(projection)
         fields["checkpoints"] = states.data_ptr()
     scratch = plan.scratch(forward_vectors(two[0].states, plan.widest))
     scan_forward(records(SCAN, first, last), plan.borders, plan.chunks, plan.tasks, plan.task_starts, scratch)
@@ -82,21 +82,21 @@ def bidirectional_scan_backward(arguments: BidirectionalScan, dout: Tensor, save
     fields[1]["partial"] = partial.data_ptr()
     for one, states in zip(fields, saved[1::2], strict=True):
         one["checkpoints"] = states.data_ptr()
-    gradients, kept = _gradient_fields(dout_rows, two, plan)
+    gradients, buffers = _gradient_fields(dout_rows, two, plan)
     gradients[0]["y_out"] = partial.data_ptr()
     gradients[1] |= {"dgate": address(dz), "dgate_stride": halves * d}
     directions, gradients = records(SCAN, *fields), records(SCAN_GRADIENT, *gradients)
     scratch = plan.scratch(backward_vectors(two[0].states, plan.widest))
     scan_backward(directions, gradients, plan.borders, plan.chunks, plan.tasks, plan.task_starts, scratch)
-    found = []
-    for weights, (du, ddt, dbc, dweights), u, projection, given in zip(
-        two, kept, us, projections, (forward, backward), strict=True
+    partials = []
+    for weights, (du, ddt, dbc, dweights), u, projection, parameters in zip(
+        two, buffers, us, projections, (forward, backward), strict=True
     ):
-        found.append(_projection_gradients(weights, given, u, projection, du, ddt, dbc, dweights.sum(0)))
-    conv = _conv_gradients(rows, two, [du for du, *_ in kept], dx, plan)
+        partials.append(_projection_gradients(weights, parameters, u, projection, du, ddt, dbc, dweights.sum(0)))
+    conv = _conv_gradients(rows, two, [du for du, *_ in buffers], dx, plan)
     dforward, dbackward = (
-        _like(given, partial._replace(conv_weight=weight, conv_bias=bias))
-        for given, partial, (weight, bias) in zip((forward, backward), found, conv, strict=True)
+        _like(parameters, partial._replace(conv_weight=weight, conv_bias=bias))
+        for parameters, partial, (weight, bias) in zip((forward, backward), partials, conv, strict=True)
     )
     if d != x.shape[-1]:
         dxz = torch.cat([half[..., : x.shape[-1]] for half in (dx, dz) if half is not None], dim=-1)
@@ -150,12 +150,12 @@ def _gradient_fields(
     dout: Tensor, two: list[DirectionWeights], plan: Plan
 ) -> tuple[list[dict[str, int]], list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
     """SCAN_GRADIENT records, and what they point to: du, ddt, dB | dC by group, dA | dskip | ddt_bias."""
-    channels, fields, kept = dout.shape[-1], [], []
+    channels, fields, buffers = dout.shape[-1], [], []
     for weights in two:
         du, ddt = torch.empty(plan.tokens, channels), torch.empty(plan.tokens, channels)
         dbc = torch.empty(plan.groups, plan.tokens, 2 * weights.states)
         dweights = torch.empty(plan.sequences, (weights.states + 2) * channels)
-        kept.append((du, ddt, dbc, dweights))
+        buffers.append((du, ddt, dbc, dweights))
         fields.append(
             {
                 "dout": address(dout), "dout_stride": dout.stride(1), "du": address(du), "ddt": address(ddt),
@@ -163,12 +163,12 @@ def _gradient_fields(
                 "dbc_group_stride": plan.tokens * 2 * weights.states, "dweights": address(dweights),
             }
         )  # fmt: skip
-    return fields, kept
+    return fields, buffers
 
 
 def _projection_gradients(
     weights: DirectionWeights,
-    given: ScanWeights,
+    parameters: ScanWeights,
     u: Tensor,
     projection: Tensor,
     du: Tensor,
@@ -189,14 +189,14 @@ def _projection_gradients(
         du += dprojection @ weights.x_proj
     dA = unblocked(dweights[: states * channels].view(-1, states, LANES), channels)
     dskip, dbias = dweights[states * channels :].view(2, channels)
-    size = len(given.D)
+    size = len(parameters.D)
     return ScanWeights(
-        conv_weight=given.conv_weight,
+        conv_weight=parameters.conv_weight,
         conv_bias=None,
         x_proj=(dprojection.t() @ u)[: rank + 2 * states, :size],
         dt_proj=(ddt_work.t() @ projection[:, :rank].to(work))[:size],
         dt_bias=dbias[:size],
-        A_log=dA[:size] * -torch.exp(given.A_log.detach().float()),
+        A_log=dA[:size] * -torch.exp(parameters.A_log.detach().float()),
         D=dskip[:size],
     )
 
@@ -207,11 +207,11 @@ def _conv_gradients(
     """Fills dx; returns each direction's (weight, bias) gradients, (channels, taps) and (channels,)."""
     channels, bf16 = rows.shape[-1], rows.dtype == torch.bfloat16
     partial = torch.empty(dx.shape) if bf16 else dx
-    fields, kept = [], []
+    fields, buffers = [], []
     for k, (weights, du) in enumerate(zip(two, dus, strict=True)):
         target = dx if k else partial
         dweights = torch.empty(plan.sequences, weights.taps + 1, channels)
-        kept.append(dweights)
+        buffers.append(dweights)
         fields.append(
             _conv_fields(
                 rows, weights, k, dout=address(du), dout_stride=channels, dx=address(target),
@@ -221,10 +221,10 @@ def _conv_gradients(
         )  # fmt: skip
     scratch = plan.scratch(conv_backward_vectors(two[0].taps))
     conv_backward(records(CONV, *fields), plan.borders, plan.tasks, plan.task_starts, scratch)
-    totals = [dweights.sum(0) for dweights in kept]
+    totals = [dweights.sum(0) for dweights in buffers]
     return [(total[:-1].t(), total[-1]) for total in totals]
 
 
-def _like(given: ScanWeights, found: ScanWeights) -> ScanWeights:
-    """Gradients in the shapes and dtypes of the weights given, None for a None."""
-    return ScanWeights(*(fresh(gradient, weight) for weight, gradient in zip(given, found, strict=True)))  # pyright: ignore
+def _like(parameters: ScanWeights, partials: ScanWeights) -> ScanWeights:
+    """Gradients in the shapes and dtypes of the parameters, None for a None."""
+    return ScanWeights(*(fresh(gradient, weight) for weight, gradient in zip(parameters, partials, strict=True)))  # pyright: ignore

@@ -37,23 +37,23 @@ class DirectionWeights(NamedTuple):
 def direction_weights(forward: ScanWeights, backward: ScanWeights, x: Tensor) -> list[DirectionWeights]:
     """Lay out the weights of both directions for tokens x, already filled up."""
     channels, is_float = x.shape[-1], x.dtype == torch.float32
-    laid_out, rows, alive = [], [], []
+    laid_out, rows, contiguous = [], [], []
     for weights in (forward, backward):
-        given = ScanWeights(*(t if t is None else float_rows(t) for t in weights))  # pyright: ignore[reportArgumentType]
-        alive.append(given)
-        taps, rank, states = given.conv_weight.shape[1], given.dt_proj.shape[1], given.A_log.shape[1]
-        columns = whole(len(given.x_proj))
+        source = ScanWeights(*(t if t is None else float_rows(t) for t in weights))  # pyright: ignore[reportArgumentType]
+        contiguous.append(source)
+        taps, rank, states = source.conv_weight.shape[1], source.dt_proj.shape[1], source.A_log.shape[1]
+        columns = whole(len(source.x_proj))
         vectors = [taps, 1, rank, 1, 1, states, columns if is_float else 0]
         parts = x.new_empty(sum(vectors), channels, dtype=torch.float32).split(vectors)
         projection = parts[-1] if is_float else _x_proj(weights.x_proj, x.dtype)
         laid_out.append(DirectionWeights._make((*parts[:-1], projection, taps, rank, states)))
         rows.append(
             {
-                "size": len(given.D), "channels": channels, "taps": taps, "rank": rank, "states": states,
-                "columns": vectors[-1], "x_proj_rows": len(given.x_proj), "conv_weight": address(given.conv_weight),
-                "conv_bias": address(given.conv_bias), "dt_proj": address(given.dt_proj),
-                "dt_bias": address(given.dt_bias), "skip": address(given.D), "A_log": address(given.A_log),
-                "x_proj": address(given.x_proj), "target": address(parts[0]),
+                "size": len(source.D), "channels": channels, "taps": taps, "rank": rank, "states": states,
+                "columns": vectors[-1], "x_proj_rows": len(source.x_proj), "conv_weight": address(source.conv_weight),
+                "conv_bias": address(source.conv_bias), "dt_proj": address(source.dt_proj),
+                "dt_bias": address(source.dt_bias), "skip": address(source.D), "A_log": address(source.A_log),
+                "x_proj": address(source.x_proj), "target": address(parts[0]),
             }
         )  # fmt: skip
     lay_out_weights(records(WEIGHTS, *rows))

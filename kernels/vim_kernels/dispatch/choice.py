@@ -31,13 +31,13 @@ _warned: set[str] = set()
 def set_backend(name: str | None) -> None:
     """Use backend `name` from now on in this process; None returns to the choice by device."""
     global _process_choice
-    _process_choice = _known(name, "set_backend") if name else None
+    _process_choice = _checked(name, "set_backend") if name else None
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Use backend `name` inside the `with` block, in this thread or task."""
-    token = _context_choice.set(_known(name, "use_backend"))
+    token = _context_choice.set(_checked(name, "use_backend"))
     try:
         yield
     finally:
@@ -69,7 +69,7 @@ def choose(argument: str | None, device: torch.device) -> str:
         (environment, "VIM_KERNELS_BACKEND"),
     ):
         if name:
-            if reason := _package(_known(name, source)).unavailable(device):
+            if reason := _package(_checked(name, source)).unavailable(device):
                 usable = [n for n, why in available_backends(device).items() if why is None]
                 raise RuntimeError(f"backend {name!r} ({source}) cannot run on {device}: {reason}; available: {usable}")
             return name
@@ -90,7 +90,7 @@ def _package(name: str) -> ModuleType:
     return importlib.import_module(BACKENDS[name])
 
 
-def _known(name: str, source: str) -> str:
+def _checked(name: str, source: str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"{source}: unknown backend {name!r}; choose from {sorted(BACKENDS)}")
     return name

@@ -193,10 +193,10 @@ class Leaf(NamedTuple):
 
 def leaves(kind: Any) -> list[Leaf]:
     """What `flatten` makes of a named tuple; the fields of one within carry its name, as `forward_D`."""
-    found = []
+    result = []
     for name, hint in get_type_hints(kind, include_extras=True).items():
         if hasattr(hint, "_fields"):
-            found += [leaf._replace(name=f"{name}_{leaf.name}") for leaf in leaves(hint)]
+            result += [leaf._replace(name=f"{name}_{leaf.name}") for leaf in leaves(hint)]
         else:
-            found.append(Leaf.of(name, hint))
-    return found
+            result.append(Leaf.of(name, hint))
+    return result

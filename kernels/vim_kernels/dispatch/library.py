@@ -86,21 +86,21 @@ class Op:
         ctx.save_for_backward(*inputs[: self.tensors], *saved)
 
     def _gradients(self, ctx: Any, *incoming: Any) -> tuple[Tensor | None, ...]:
-        kept = ctx.saved_tensors
-        values, saved, backend = [*kept[: self.tensors], *ctx.options], [], ctx.options[-1]
+        tensors = ctx.saved_tensors
+        values, saved, backend = [*tensors[: self.tensors], *ctx.options], [], ctx.options[-1]
         if self.saves:
             incoming = incoming[0][: self.outputs]
             *values, backend, _ = values
-            saved = [list(kept[self.tensors :]) or self.forward(*values, backend, True)[self.outputs :]]
+            saved = [list(tensors[self.tensors :]) or self.forward(*values, backend, True)[self.outputs :]]
         else:
             values.pop()
         first, *others = incoming
         if first is None:
             first = torch.zeros_like(unflatten(self.kind, values).outputs()[0])
         others = [None if gradient is None else gradient.contiguous() for gradient in others]
-        found = self.backward(first.contiguous(), *others, *values, *saved, backend)
+        results = self.backward(first.contiguous(), *others, *values, *saved, backend)
         gradients: list[Tensor | None] = [None] * (self.tensors + len(ctx.options))
-        for gradient, i in zip(found, [i for i in self.with_gradient if values[i] is not None], strict=True):
+        for gradient, i in zip(results, [i for i in self.with_gradient if values[i] is not None], strict=True):
             gradients[i] = gradient
         return tuple(gradients)
 

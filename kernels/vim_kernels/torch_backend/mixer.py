@@ -59,7 +59,7 @@ def bidirectional_scan_backward(arguments: BidirectionalScan, dout: Tensor, save
             du, x.float(), weights.conv_weight, weights.conv_bias, True, bool(reverse), cu_seqlens
         )
         dx += dpiece
-        found = ScanWeights(
+        gradients = ScanWeights(
             conv_weight=dconv,
             conv_bias=dbias,
             x_proj=dprojection.flatten(0, 1).t() @ u.flatten(0, 1),
@@ -68,7 +68,7 @@ def bidirectional_scan_backward(arguments: BidirectionalScan, dout: Tensor, save
             A_log=dA * A,
             D=(dscan * u).sum((0, 1)),
         )
-        dweights.append(ScanWeights(*(copy_like(g, w) for g, w in zip(found, weights, strict=True))))  # pyright: ignore
+        dweights.append(ScanWeights(*(copy_like(g, w) for g, w in zip(gradients, weights, strict=True))))  # pyright: ignore
     dxz = dx.to(x.dtype)
     if z is not None:
         dxz = torch.cat([dxz, (dout * total * silu_slope(z.float())).to(x.dtype)], dim=-1)

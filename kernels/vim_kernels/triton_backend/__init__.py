@@ -10,17 +10,17 @@ try:
 
     from vim_kernels.triton_backend.scan_forward import scan_forward_kernel
 
-    _missing = None
+    _import_error = None
     _interpreted = not isinstance(scan_forward_kernel, triton.JITFunction)
 except ImportError as error:
-    _missing = f"triton cannot be imported ({error}): pip install triton"
+    _import_error = f"triton cannot be imported ({error}): pip install triton"
     _interpreted = False
 
 
 def unavailable(device: torch.device) -> str | None:
     """Why the backend cannot run on `device`, or None."""
-    if _missing:
-        return _missing
+    if _import_error:
+        return _import_error
     if device.type == "cpu":
         return None if _interpreted else "Triton runs on CPU tensors only with TRITON_INTERPRET=1, for tests"
     if device.type != "cuda":

@@ -65,13 +65,13 @@ def bidirectional_scan_forward(
     saved = bidirectional_scan_saved(arguments) if save else []
     if x.numel() == 0:
         return out, saved
-    ready = mixer_weights(x, forward, backward)
+    laid_out = mixer_weights(x, forward, backward)
     slices = 1 if save else plan.slices(tokens_of(x, cu_seqlens), x.shape[2], plan.processors(x.device))
     zs = [None] * slices if z is None else z.tensor_split(slices)
     for x_part, z_part, out_part in zip(x.tensor_split(slices), zs, out.tensor_split(slices), strict=True):
         tokens = tokens_of(x_part, cu_seqlens)
         scan_forward(
-            mixer_inputs(x_part, ready, tokens, store_low=False).scan,
+            mixer_inputs(x_part, laid_out, tokens, store_low=False).scan,
             None if z_part is None else flat(z_part),
             flat(out_part),
             tokens,
@@ -94,8 +94,8 @@ def bidirectional_scan_backward(arguments: BidirectionalScan, dout: Tensor, save
     if x.numel() == 0:
         return BidirectionalScan(dxz, _zeros(forward), _zeros(backward), cu_seqlens, gated)
     tokens = tokens_of(x, cu_seqlens)
-    ready = mixer_weights(x, forward, backward)
-    inputs, low = mixer_inputs(x, ready, tokens, store_low=True)
+    laid_out = mixer_weights(x, forward, backward)
+    inputs, low = mixer_inputs(x, laid_out, tokens, store_low=True)
     dy = gate_backward(
         dout.view(-1, d),
         None if z is None else flat(z),
@@ -103,12 +103,12 @@ def bidirectional_scan_backward(arguments: BidirectionalScan, dout: Tensor, save
         None if dz is None else flat(dz),
         scale=0.5,
     )
-    found = scan_backward(inputs, dy, tokens, states=saved[0], dfinal=None, softplus=True, want_initial=False)
+    grads = scan_backward(inputs, dy, tokens, states=saved[0], dfinal=None, softplus=True, want_initial=False)
     assert low is not None
-    dprojections = projections_backward(found, inputs.u, low, ready)
+    dprojections = projections_backward(grads, inputs.u, low, laid_out)
     taps, biases = (forward.conv_weight, backward.conv_weight), _conv_biases(forward, backward)
-    dtaps = conv_backward(found.u, x, taps, biases, dx, cu_seqlens, reverse=False, silu=True)
-    dforward, dbackward = _gradients(forward, backward, dprojections, found, dtaps, ready)
+    dtaps = conv_backward(grads.u, x, taps, biases, dx, cu_seqlens, reverse=False, silu=True)
+    dforward, dbackward = _gradients(forward, backward, dprojections, grads, dtaps, laid_out)
     return BidirectionalScan(dxz, dforward, dbackward, cu_seqlens, gated)
 
 
@@ -157,20 +157,20 @@ def mixer_inputs(x: Tensor, weights: MixerWeights, tokens: Tokens, *, store_low:
     return MixerInputs(ScanInputs(u, dt, bc, weights.rates, weights.skips, False), low)
 
 
-def projections_backward(found: ScanGradients, u: Tensor, low: Tensor, weights: MixerWeights) -> Tensor:
-    """The path through x_proj, added to found.u in place, and the gradients of x_proj and dt_proj in partial sums.
+def projections_backward(grads: ScanGradients, u: Tensor, low: Tensor, weights: MixerWeights) -> Tensor:
+    """The path through x_proj, added to grads.u in place, and the gradients of x_proj and dt_proj in partial sums.
 
     These are (2, programs, 2 n' + 2 r', d) float32 for n' states and a rank of r', padded: the rows of B, C and the low
     rank of x_proj, and dt_proj transposed.
     """
     _, rows, d = u.shape
-    _, parts, _, pair = found.bc.shape
+    _, parts, _, pair = grads.bc.shape
     rank, states, target = weights.rank, pair // 2, plan.target(u.device)
     dot = {"DOT": plan.dot_dtype(u), "PRECISION": "ieee"}
     dprojected = u.new_empty(2, rows, pair + rank)
     sizes = plan.PROJECTIONS_BACKWARD[target]
     launch(projections_backward_kernel, (cdiv(rows, sizes.rows), 2),
-        found.dt, found.bc, weights.projections, found.u, dprojected, rows, d, parts, rows * pair, rows * d,
+        grads.dt, grads.bc, weights.projections, grads.u, dprojected, rows, d, parts, rows * pair, rows * d,
         STATES=states, RANK_BLOCK=rank, COLUMNS=weights.projections.shape[2], ROWS=sizes.rows, BLOCK=sizes.block,
         AHEAD=plan.PARTS_AHEAD, EVEN=d % sizes.block == 0, **dot, num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip
@@ -178,7 +178,7 @@ def projections_backward(found: ScanGradients, u: Tensor, low: Tensor, weights: 
     programs = min(plan.PROJECTION_PROGRAMS, cdiv(rows, sizes.rows))
     partial = u.new_empty(2, programs, pair + 2 * rank, d, dtype=torch.float32)
     launch(projection_sums_kernel, (cdiv(d, sizes.block), programs, 2),
-        u, found.dt, dprojected, low, partial, rows, d, rows * d,
+        u, grads.dt, dprojected, low, partial, rows, d, rows * d,
         STATES=states, RANK_BLOCK=rank, ROWS=sizes.rows, BLOCK=sizes.block, EVEN=d % sizes.block == 0, **dot,
         num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip
@@ -189,7 +189,7 @@ def _gradients(
     forward: ScanWeights,
     backward: ScanWeights,
     dprojections: Tensor,
-    found: ScanGradients,
+    grads: ScanGradients,
     dtaps: Tensor,
     weights: MixerWeights,
 ) -> tuple[ScanWeights, ScanWeights]:
@@ -202,8 +202,8 @@ def _gradients(
     filled = [t for name in ("x_proj", "dt_proj", "dt_bias", "A_log", "D") for t in (getattr(g, name) for g in two)]
     sizes = plan.GRADIENTS
     launch(mixer_gradients_kernel, (cdiv(d, sizes.block), 2 * rank + 3 * n + 3 + width, 2),
-        dprojections, found.rates, found.sums, dtaps, weights.rates, *(t.conv_weight for t in two), *biases, *filled,
-        d, dprojections.shape[1], found.rates.shape[1], dtaps.shape[1],
+        dprojections, grads.rates, grads.sums, dtaps, weights.rates, *(t.conv_weight for t in two), *biases, *filled,
+        d, dprojections.shape[1], grads.rates.shape[1], dtaps.shape[1],
         N=n, STATES=states, WIDTH=width, RANK=rank, RANK_BLOCK=weights.rank, PARTS=sizes.rows, BLOCK=sizes.block,
         num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip

@@ -65,7 +65,7 @@ def selective_scan_backward(
         )
         dz = z.new_empty(z.shape)
         summed = gate_backward(summed, flat(z), ungated, dz.view(-1, d), scale=1.0)
-    found = scan_backward(
+    grads = scan_backward(
         inputs,
         summed,
         tokens,
@@ -74,13 +74,13 @@ def selective_scan_backward(
         softplus=dt_softplus,
         want_initial=initial_state is not None,
     )
-    ddt, dbc, drates, (dskip, dt_sum) = found.dt[0], found.bc[0].sum(0), found.rates[0].sum(0), found.sums[0].sum(0)
+    ddt, dbc, drates, (dskip, dt_sum) = grads.dt[0], grads.bc[0].sum(0), grads.rates[0].sum(0), grads.sums[0].sum(0)
     states = inputs.rates.shape[1]
     dinitial = None
-    if initial_state is not None and found.initial is not None:
-        dinitial = found.initial[0, :, :n].transpose(1, 2).to(initial_state.dtype).contiguous()
+    if initial_state is not None and grads.initial is not None:
+        dinitial = grads.initial[0, :, :n].transpose(1, 2).to(initial_state.dtype).contiguous()
     return arguments._replace(
-        x=found.u.view(x.shape),
+        x=grads.u.view(x.shape),
         dt=ddt.to(dt.dtype).view(dt.shape),
         A=drates[:n].t().to(A.dtype).contiguous(),
         B=copy_like(dbc[:, :n], B),
@@ -104,9 +104,9 @@ def _scan_inputs(arguments: SelectiveScan) -> ScanInputs:
     bc[0, :, states : states + n] = C.reshape(rows, n)
     steps = flat(dt)
     plain = dt_bias is None and not dt_softplus
-    dt_ready = steps.contiguous() if plain else softplus(steps, dt_bias, apply=dt_softplus)
+    dt_after = steps.contiguous() if plain else softplus(steps, dt_bias, apply=dt_softplus)
     return ScanInputs(
-        flat(x).contiguous()[None], dt_ready[None], bc, rates, None if D is None else (D.contiguous(),), reverse
+        flat(x).contiguous()[None], dt_after[None], bc, rates, None if D is None else (D.contiguous(),), reverse
     )
 
 
