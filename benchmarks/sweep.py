@@ -18,10 +18,10 @@ import torch
 
 from benchmarks.machine import clock, versions
 from finetune.sample_data import KINDS, Sizes
-from finetune.sweeping import sweep as sweeping
+from finetune.sweeping import driver as sweeping
 from finetune.sweeping.config import RayConfig, SchedulerConfig, SweepConfig
+from finetune.sweeping.driver import checked, sweep
 from finetune.sweeping.ledger import Entry, Ledger
-from finetune.sweeping.sweep import checked, sweep
 from vim_backbone import VimConfig, VisionMamba
 
 SLOTS = 2

@@ -14,19 +14,19 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
-from finetune.classification.judge import draw_predictions
+from finetune.classification.evaluate import draw_predictions
 from finetune.classification.task import Classifier, judging_transform
 from finetune.detection import config as detection
-from finetune.detection.judge import SHOWN_SCORE, colours_of, drawn_on, to_coco
-from finetune.detection.rcnn import Detector
+from finetune.detection.evaluate import SHOWN_SCORE, colours_of, drawn_on, to_coco
+from finetune.detection.model import Detector
 from finetune.detection.task import views_of
-from finetune.detection.views import with_pasted_masks
-from finetune.run import MODEL
+from finetune.detection.tta import with_pasted_masks
 from finetune.segmentation.config import SegmentationHead, TestConfig
 from finetune.segmentation.data import to_test_size
-from finetune.segmentation.judge import draw_overlays
+from finetune.segmentation.evaluate import draw_overlays
+from finetune.segmentation.model import Segmenter, resize
 from finetune.segmentation.task import windows_of
-from finetune.segmentation.upernet import Segmenter, resize
+from finetune.train import MODEL
 from launch.data.bad_pictures import reason
 from launch.data.images import to_rgb
 from launch.data.sources import files_below

@@ -12,7 +12,7 @@ import sys
 
 from finetune.sweeping import OWN_TOKEN, TOKEN
 from finetune.sweeping.config import SweepConfig
-from finetune.sweeping.sweep import sweep, top
+from finetune.sweeping.driver import sweep, top
 from launch.run.cli import leave, parse, run
 from vim_backbone.errors import UserError
 

@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from finetune.classification.judge import Counts, write_tables
-from finetune.loading import Samples, evaluation_batches
-from finetune.run import Report, Task
+from finetune.batches import Samples, evaluation_batches
+from finetune.classification.evaluate import Counts, write_tables
+from finetune.train import Report, Task
 from vim_backbone import UserError
 
 HELD_OUT = 10

@@ -13,12 +13,12 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 
 from finetune.backbone import find_backbone, read_backbone, undecayed
+from finetune.batches import Batch
 from finetune.classification.config import AugmentConfig, ClassificationConfig
 from finetune.classification.data import ClassSamples, open_labelled
-from finetune.classification.judge import judge
+from finetune.classification.evaluate import judge
 from finetune.classification.probes import probe
-from finetune.loading import Batch
-from finetune.run import Observer, Report, Task, finetune
+from finetune.train import Observer, Report, Task, finetune
 from launch.run.randomness import seeded
 from vim_backbone import UserError, VimConfig, VisionMamba
 from vim_backbone.folder import read_config

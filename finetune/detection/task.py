@@ -9,13 +9,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from finetune.backbone import find_backbone, read_backbone
-from finetune.detection.coco import TrainPictures, WholePictures, open_coco
+from finetune.batches import Batch
 from finetune.detection.config import DetectionConfig, TestConfig
-from finetune.detection.judge import judge
-from finetune.detection.rcnn import Detector
-from finetune.detection.views import Views
-from finetune.loading import Batch
-from finetune.run import Observer, Report, Task, finetune
+from finetune.detection.data import TrainPictures, WholePictures, open_coco
+from finetune.detection.evaluate import judge
+from finetune.detection.model import Detector
+from finetune.detection.tta import Views
+from finetune.train import Observer, Report, Task, finetune
 from vim_backbone import UserError, VimConfig
 from vim_backbone.preprocessing import to_model
 

@@ -9,12 +9,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from finetune.backbone import find_backbone, read_backbone
-from finetune.loading import Batch
-from finetune.run import Observer, Report, Task, finetune
+from finetune.batches import Batch
 from finetune.segmentation.config import SegmentationConfig, TestConfig
 from finetune.segmentation.data import TrainCrops, WholePictures, class_names, open_pairs
-from finetune.segmentation.judge import judge
-from finetune.segmentation.upernet import Segmenter, Windows, feature_layers
+from finetune.segmentation.evaluate import judge
+from finetune.segmentation.model import Segmenter, Windows, feature_layers
+from finetune.train import Observer, Report, Task, finetune
 from vim_backbone import UserError, VimConfig
 from vim_backbone.preprocessing import to_model
 

@@ -19,7 +19,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from finetune.main import TASKS
-from finetune.run import Evaluation
+from finetune.train import Evaluation
 from launch.run.cli import parse
 from vim_backbone.errors import UserError
 

@@ -20,13 +20,13 @@ from ray.tune.schedulers import (
 )
 from ray.tune.search import Searcher
 
-from finetune.run import FIXED_ON_RESUME
 from finetune.sweeping.cluster import slots
 from finetune.sweeping.config import SweepConfig
 from finetune.sweeping.ledger import Evaluated, Ledger
 from finetune.sweeping.progress import Progress
 from finetune.sweeping.space import Dimension
 from finetune.sweeping.trial import run_trial, run_trial_on_workers
+from finetune.train import FIXED_ON_RESUME
 from vim_backbone.errors import UserError
 from vim_backbone.files import write_text
 

@@ -15,8 +15,8 @@ import psutil
 import yaml
 
 from finetune.sweeping.config import SweepConfig
+from finetune.sweeping.driver import checked
 from finetune.sweeping.ledger import Entry, Ledger
-from finetune.sweeping.sweep import checked
 from launch.run.cli import parse
 from tests.launch.real import ROOT
 

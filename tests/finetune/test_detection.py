@@ -12,12 +12,12 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load_file
 
-from finetune.detection.coco import TrainPictures, open_coco
 from finetune.detection.config import DetectionConfig, DetectionData, JitterConfig
-from finetune.detection.judge import evaluate, to_coco
-from finetune.detection.rcnn import SimpleFeaturePyramid, scale_gradient
+from finetune.detection.data import TrainPictures, open_coco
+from finetune.detection.evaluate import evaluate, to_coco
+from finetune.detection.model import SimpleFeaturePyramid, scale_gradient
 from finetune.detection.task import run
-from finetune.detection.views import Views, enlarged, fit, mirrored, with_pasted_masks
+from finetune.detection.tta import Views, enlarged, fit, mirrored, with_pasted_masks
 from launch.run.cli import parse
 from launch.run.metrics import read_metrics
 from launch.run.randomness import seeded

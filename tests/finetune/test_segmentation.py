@@ -13,9 +13,9 @@ from sklearn.metrics import jaccard_score
 
 from finetune.segmentation.config import CropConfig, SegmentationConfig, SegmentationData
 from finetune.segmentation.data import IGNORED, PhotometricDistort, TrainCrops, class_names, open_pairs
-from finetune.segmentation.judge import confusion_of, scores
+from finetune.segmentation.evaluate import confusion_of, scores
+from finetune.segmentation.model import Windows, feature_layers, pixel_loss, starts
 from finetune.segmentation.task import run
-from finetune.segmentation.upernet import Windows, feature_layers, pixel_loss, starts
 from launch.run.cli import parse
 from launch.run.metrics import read_metrics
 from launch.run.randomness import seeded

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from finetune.sweeping.cluster import running
 from finetune.sweeping.config import METRICS, RayConfig, ResourceConfig
-from finetune.sweeping.sweep import sweep, top
+from finetune.sweeping.driver import sweep, top
 from launch.run.signals import Stopped
 from tests.finetune.ray_sweep import (
     SMALL,

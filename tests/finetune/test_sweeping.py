@@ -14,11 +14,11 @@ from rich.console import Console
 
 from finetune.sweep import main
 from finetune.sweeping.config import ResourceConfig, SchedulerConfig, SweepConfig
+from finetune.sweeping.driver import checked, open_folder, writable
 from finetune.sweeping.ledger import Evaluated, Ledger
 from finetune.sweeping.progress import table
 from finetune.sweeping.report import command, importances, write_results
 from finetune.sweeping.space import combinations, read_space
-from finetune.sweeping.sweep import checked, open_folder, writable
 from finetune.sweeping.tuning import build_scheduler, remind
 from tests.launch.real import ROOT
 from vim_backbone.errors import UserError

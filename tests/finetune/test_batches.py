@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from finetune.loading import evaluation_batches, training_batches
+from finetune.batches import evaluation_batches, training_batches
 from launch.data.order import BatchPlan
 from vim_backbone import UserError
 

@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from finetune.backbone import Pretrained, layer_scales
+from finetune.batches import Batch, Samples, training_batches
 from finetune.config import FinetuneConfig, FinetuneOptim
-from finetune.loading import Batch, Samples, training_batches
 from launch.data.bad_pictures import BadPictures
 from launch.data.loading import enduring
 from launch.data.order import plan_batches

@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 
 from finetune.detection.config import DetectionData, JitterConfig
-from finetune.detection.views import GREY, Sizes, Views
+from finetune.detection.tta import GREY, Sizes, Views
 from launch.data.images import BadPictureError, to_rgb
 from vim_backbone.errors import UserError
 

@@ -12,8 +12,8 @@ from accelerate.utils import gather_object
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from finetune.loading import evaluation_batches
-from finetune.run import Report, Task
+from finetune.batches import evaluation_batches
+from finetune.train import Report, Task
 from vim_backbone.preprocessing import to_pixels
 
 MOST_DRAWN_CLASSES = 60

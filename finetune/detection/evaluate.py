@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from finetune.detection.coco import CocoSplit, decode_mask
-from finetune.detection.views import Views, with_pasted_masks
-from finetune.loading import evaluation_batches
-from finetune.run import Report, Task
-from finetune.segmentation.judge import palette
+from finetune.batches import evaluation_batches
+from finetune.detection.data import CocoSplit, decode_mask
+from finetune.detection.tta import Views, with_pasted_masks
+from finetune.segmentation.evaluate import palette
+from finetune.train import Report, Task
 from vim_backbone.preprocessing import to_model
 
 STATS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")

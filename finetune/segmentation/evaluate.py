@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor, nn
 
-from finetune.loading import evaluation_batches
-from finetune.run import Report, Task
+from finetune.batches import evaluation_batches
 from finetune.segmentation.data import IGNORED
-from finetune.segmentation.upernet import Windows, resize
+from finetune.segmentation.model import Windows, resize
+from finetune.train import Report, Task
 from launch.state.sharding import zero_stage
 from vim_backbone.preprocessing import to_model, to_pixels
 
