@@ -17,8 +17,7 @@ class Mixer(nn.Module):
 
     def __init__(self, config: VimConfig) -> None:
         super().__init__()
-        d, e, n = config.d_model, config.d_inner, config.d_state
-        r = config.dt_rank or 0  # never None after VimConfig has checked itself
+        d, e, n, r = config.d_model, config.d_inner, config.d_state, config.dt_rank
         self.in_proj = nn.Linear(d, 2 * e, bias=False)
         self.conv1d = nn.Conv1d(e, e, config.d_conv, groups=e)
         self.x_proj = nn.Linear(e, r + 2 * n, bias=False)

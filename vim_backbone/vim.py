@@ -31,7 +31,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, config: VimConfig) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(config.in_chans, config.d_model, config.patch_size, config.stride or config.patch_size)
+        self.proj = nn.Conv2d(config.in_chans, config.d_model, config.patch_size, config.stride)
 
     def forward(self, images: Tensor) -> Tensor:
         """(b, c, h, w) -> (b, l, d), row by row."""
@@ -73,9 +73,8 @@ class VisionMamba(nn.Module):
         self.layers = nn.ModuleList(Block(config, rate) for rate in rates)
         self.norm_f = RMSNorm(d, config.norm_eps)
         self.head = nn.Linear(d, config.num_classes) if config.num_classes else nn.Identity()
-        reduction = config.stride or config.patch_size
         self.feature_info = [
-            {"num_chs": d, "reduction": reduction, "module": f"layers.{i}"} for i in range(config.depth)
+            {"num_chs": d, "reduction": config.stride, "module": f"layers.{i}"} for i in range(config.depth)
         ]
         self.init_weights()
 

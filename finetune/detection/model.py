@@ -183,7 +183,7 @@ class Detector(nn.Module):
         super().__init__()
         self.backbone = VisionMamba(config)
         self.pyramid = SimpleFeaturePyramid(config.d_model, head.channels)
-        stride = config.stride or config.patch_size
+        stride = config.stride
         sizes = tuple((head.anchor_scale * stride * factor,) for factor in (0.25, 0.5, 1, 2, 4))
         anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)  # pyright: ignore[reportArgumentType]
         kept = {"training": head.proposals, "testing": head.proposals}

@@ -72,7 +72,7 @@ class DetectionTask(Task):
 
 def views_of(config: VimConfig, test: TestConfig, most: int) -> Views:
     """How the config says that pictures are judged."""
-    stride = config.stride or config.patch_size
+    stride = config.stride
 
     def side(length: int, scale: float) -> int:
         return max(config.patch_size, round(scale * length / stride) * stride)

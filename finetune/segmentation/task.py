@@ -66,7 +66,7 @@ def windows_of(config: VimConfig, test: TestConfig) -> Windows:
     """How the config says that pictures are segmented."""
     height, width = config.img_size
     step = (max(1, int(height * test.stride)), max(1, int(width * test.stride))) if test.mode == "slide" else (0, 0)
-    return Windows((height, width), step, config.stride or config.patch_size, config.patch_size, test.flip)
+    return Windows((height, width), step, config.stride, config.patch_size, test.flip)
 
 
 def run(config: SegmentationConfig, observe: Observer | None = None) -> Path:

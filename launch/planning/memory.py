@@ -108,7 +108,7 @@ def saved_by_block(config: VimConfig, half: bool, gpu: bool) -> float:
     The scan saves a state every 32 tokens for both directions; docs/kernels.md and docs/kernels-cpu.md have the rest.
     """
     d, e, n, size = config.d_model, config.d_inner, config.d_state, 2 if half else FLOAT
-    filled_up = -(-((config.dt_rank or 0) + 2 * n) // 16) * 16
+    filled_up = -(-(config.dt_rank + 2 * n) // 16) * 16
     scan = 2 * FLOAT * e * n / 32 + (size * e if gpu else 2 * FLOAT * filled_up)
     return FLOAT * d + size * d + size * 2 * e + scan + size * e
 
