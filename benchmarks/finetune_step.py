@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks.machine import clock, versions, write_csv
 from benchmarks.vit import blocks_of
-from finetune.classification.task import Classifier
+from finetune.classification.model import Classifier
 from finetune.detection.config import DetectionHead
 from finetune.detection.model import Detector
 from finetune.segmentation.config import SegmentationHead

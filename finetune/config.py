@@ -1,4 +1,4 @@
-"""What every fine-tuning run can be told, whatever its task."""
+"""Fields of every fine-tuning run, whatever its task."""
 
 import math
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from typing import Literal
 
 from launch.run.config import RunConfig
 from launch.run.optim import OptimConfig, learning_rate
-from vim_backbone.errors import require
+from vim_backbone.errors import UserError, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +67,28 @@ class FinetuneOptim(OptimConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LabelledData:
+    """Labelled pictures; each task says in which layout."""
+
+    source: str = ""
+    """Where the data is."""
+    workers: int = 2
+    """Processes that read and augment pictures, for each training process."""
+    max_megapixels: float = 200.0
+    """Largest picture that is decoded, in millions of pixels."""
+
+    def __post_init__(self) -> None:
+        require(self.workers >= 0, "data.workers", self.workers, "it cannot be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(RunConfig):
     """Fields that all tasks share."""
+
+    mode: str = "train"
+    """What the run does; only `train` takes steps."""
+    data: LabelledData
+    optim: FinetuneOptim = field(default_factory=FinetuneOptim)
 
     backbone: str = ""
     """Folder of a backbone, as pretraining publishes it, or the id of one on the Hugging Face Hub (OWNER/NAME)."""
@@ -100,6 +120,11 @@ class FinetuneConfig(RunConfig):
         require(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "it must lie in (0, 1)")
         rate = self.model.drop_path_rate
         require(0 <= rate < 1, "model.drop_path_rate", rate, "it must lie in [0, 1)")
+
+    def require_trained(self) -> None:
+        """Raise UserError where a model is to be evaluated that no earlier run has trained."""
+        if self.mode == "evaluate" and not self.resume:
+            raise UserError("mode evaluate needs a trained run: add --resume and the run's --name")
 
     def total_steps(self, pictures: int) -> int:
         """Optimiser steps of the run over so many training pictures."""
