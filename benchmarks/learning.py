@@ -105,7 +105,7 @@ class Seed:
             "--decoder.width=96", "--decoder.depth=1", "--data.flip=false", "--data.min_scale=0.6",
             f"--checkpoint_every={every}", f"--keep_every={every}", f"--picture_every={total}",
         ], "pretrain/main.py", "")  # fmt: skip
-        encoder = build_model(config).encoder  # the weights that the run starts with
+        encoder = config.objective.encoder(build_model(config))  # the weights that the run starts with
         backbones = {0: encoder.save_pretrained(self.work / "at-0")}
         with contextlib.redirect_stderr(io.StringIO()):
             folder = pretrain(config)
@@ -132,13 +132,13 @@ class Seed:
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean and standard deviation over the seeds, of every score."""
-    by_case: dict[tuple[Any, ...], list[float]] = {}
+    scores_of: dict[tuple[Any, ...], list[float]] = {}
     for row in rows:
-        by_case.setdefault((row["net"], row["what"], row["labels"], row["step"]), []).append(row["top1"])
+        scores_of.setdefault((row["net"], row["what"], row["labels"], row["step"]), []).append(row["top1"])
     return [
         dict(zip(("net", "what", "labels", "step"), key, strict=True))
         | {"mean": mean(scores), "deviation": stdev(scores) if len(scores) > 1 else 0.0, "seeds": len(scores)}
-        for key, scores in by_case.items()
+        for key, scores in scores_of.items()
     ]
 
 

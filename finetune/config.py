@@ -2,9 +2,9 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
-from launch.run.config import RunConfig
+from launch.run.config import TrainingConfig
 from launch.run.optim import OptimConfig, learning_rate
 from vim_backbone.errors import UserError, require
 
@@ -54,7 +54,7 @@ class FinetuneOptim(OptimConfig):
         """Learning rate of step 0 .. total_steps - 1."""
         if self.schedule == "cosine" or step < self.warmup_steps:
             return learning_rate(step, self, batch_size, total_steps)
-        peak = self.base_lr * batch_size / 256
+        peak = self.peak(batch_size)
         if self.schedule == "steps":
             return peak * 0.1 ** sum(step >= share * total_steps for share in self.milestones)
         done = (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps)
@@ -82,8 +82,10 @@ class LabelledData:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(RunConfig):
+class FinetuneConfig(TrainingConfig):
     """Fields that all tasks share."""
+
+    UNSTATED: ClassVar[tuple[int | None, float | None]] = (None, 10)
 
     mode: str = "train"
     """What the run does; only `train` takes steps."""
@@ -93,16 +95,8 @@ class FinetuneConfig(RunConfig):
     backbone: str = ""
     """Folder of a backbone, as pretraining publishes it, or the id of one on the Hugging Face Hub (OWNER/NAME)."""
     model: BackboneConfig = field(default_factory=BackboneConfig)
-    steps: int | None = None
-    """Optimiser steps; give this or epochs."""
     epochs: float | None = None
     """Passes over the training pictures; 10 when neither is given."""
-    batch_size: int = 32
-    """Pictures of one optimiser step, over all processes and accumulation steps."""
-    accumulation: int = 1
-    """Forward passes that one optimiser step gathers."""
-    ema_decay: float | None = None
-    """Averages the weights with this factor a step, such as 0.9999; the average is evaluated and published."""
     evaluate_every: int = 0
     """Steps between evaluations; 0 evaluates at the end only."""
     pictures: int = 8
@@ -111,13 +105,8 @@ class FinetuneConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(bool(self.backbone), "backbone", self.backbone, "give the folder of a backbone, or OWNER/NAME")
-        for name in ("batch_size", "accumulation", "pictures"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "it must be at least 1")
+        require(self.pictures >= 1, "pictures", self.pictures, "it must be at least 1")
         require(self.evaluate_every >= 0, "evaluate_every", self.evaluate_every, "it cannot be negative")
-        require(self.steps is None or self.epochs is None, "epochs", self.epochs, "give steps or epochs, not both")
-        require(self.steps is None or self.steps >= 1, "steps", self.steps, "it must be at least 1")
-        require(self.epochs is None or self.epochs > 0, "epochs", self.epochs, "it must be positive")
-        require(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "it must lie in (0, 1)")
         rate = self.model.drop_path_rate
         require(0 <= rate < 1, "model.drop_path_rate", rate, "it must lie in [0, 1)")
 
@@ -125,7 +114,3 @@ class FinetuneConfig(RunConfig):
         """Raise UserError where a model is to be evaluated that no earlier run has trained."""
         if self.mode == "evaluate" and not self.resume:
             raise UserError("mode evaluate needs a trained run: add --resume and the run's --name")
-
-    def total_steps(self, pictures: int) -> int:
-        """Optimiser steps of the run over so many training pictures."""
-        return self.steps or max(1, round((self.epochs or 10) * pictures / self.batch_size))

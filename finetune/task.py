@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from finetune.backbone import Pretrained, undecayed
 from finetune.config import FinetuneConfig
+from launch.data.bad_pictures import Named
 from vim_backbone import VimConfig, VisionMamba
 
 ConfigT = TypeVar("ConfigT", bound=FinetuneConfig, covariant=True)
@@ -24,16 +25,8 @@ Prediction = dict[str, Any]
 """What a model says of one picture, as plain data: a row of predictions.json."""
 
 
-class Samples(Protocol):
+class Samples(Named, Protocol):
     """Labelled pictures by index."""
-
-    def __len__(self) -> int:
-        """Number of samples."""
-        ...
-
-    def name(self, index: int) -> str:
-        """What to call sample `index` in messages."""
-        ...
 
     def draw(self, index: int) -> tuple[Any, Any]:
         """Picture and target; augmentations draw from the global generators, which the caller seeds.

@@ -20,7 +20,7 @@ from launch.run.folder import open_run
 from launch.run.metrics import RunLog, Throughput, peak_memory_gb
 from launch.run.optim import build_optimizer
 from launch.run.randomness import seed_of
-from launch.run.training import Training
+from launch.run.training import Training, start_training
 from launch.state.sharding import shape_of
 from vim_backbone.block import Block
 from vim_backbone.files import write_json, write_text
@@ -83,17 +83,21 @@ def finetune(task: Task[FinetuneConfig], observe: Observer | None = None) -> Pat
     def batches_from(number: int) -> Iterator[LabelledBatch]:
         return training_batches(task.train, config.seed, plan, number, total_steps, config.data.workers)
 
-    with Training(config, accelerator, total_steps, start.checkpoint) as training:
-        training.prepare(
-            lambda: build_model(task),
-            lambda model: build_scaled_optimizer(model, config),
-            unit=Block,
-            micro_batch=plan.micro_batch,
-            clip_grad=config.optim.clip_grad,
-            ema_decay=config.ema_decay,
-        )
-        with RunLog(config, accelerator, total_steps, training.state.step) as log:
-            batches = enduring(batches_from, training.state.step * config.accumulation, log.say)
+    with start_training(
+        config,
+        accelerator,
+        total_steps,
+        start.checkpoint,
+        lambda: build_model(task),
+        lambda model: build_scaled_optimizer(model, config),
+        unit=Block,
+        micro_batch=plan.micro_batch,
+        clip_grad=config.optim.clip_grad,
+        ema_decay=config.ema_decay,
+    ) as training:
+        first = training.state.step
+        with RunLog(config, accelerator, total_steps, first) as log:
+            batches = enduring(batches_from, first * config.accumulation, log.say)
             run = Run(task, batches, training, log, bad, observe)
             for line in (introduction(run), *task.notes, *start.notes):
                 log.say(line)

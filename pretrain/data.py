@@ -1,6 +1,6 @@
-"""Samples and batches: crop, flip and mask keyed by (seed, epoch, picture), in an order that any resume reproduces."""
+"""Views and batches: crop, flip and what the objective adds, keyed by (seed, epoch, picture), exact on resume."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple, cast
@@ -17,7 +17,6 @@ from launch.data.loading import loader_of
 from launch.data.order import BatchPlan, StepSampler
 from launch.data.sources import ImageSource, Source, StreamCells, open_cell
 from launch.run.randomness import generator, seed_of
-from pretrain.mae.masking import MaskConfig, draw_mask
 from vim_backbone.errors import require
 
 
@@ -59,8 +58,8 @@ class Sample(NamedTuple):
 
     image: Tensor | None
     """(3, h, w) uint8; None where no picture could be used."""
-    mask: Tensor
-    """(l,) bool, True = hidden."""
+    extra: Tensor
+    """What the objective adds to it."""
     name: str
     """The picture it was cut from."""
     bad: list[tuple[str, str]]
@@ -73,8 +72,8 @@ class Batch:
 
     images: Tensor | list[Tensor] | None
     """(b, 3, h, w) uint8, or a list of (3, h, w) of native sizes; None where a sample had to be given up."""
-    masks: Tensor | list[Tensor]
-    """(b, l) bool, True = hidden, or a list of (l,)."""
+    extras: Tensor | list[Tensor]
+    """What the objective adds to each, stacked, or a list."""
     names: list[str]
     """Pictures the views were cut from."""
     bad: list[tuple[str, str]]
@@ -90,7 +89,8 @@ class View:
     grid: tuple[int, int]
     """Rows and columns of patches."""
     data: DataConfig
-    mask: MaskConfig
+    draw_extra: Callable[[tuple[int, int], torch.Generator], Tensor]
+    """What the objective adds to a view of so many rows and columns of patches (`Objective.draw`)."""
 
     @property
     def native(self) -> bool:
@@ -103,13 +103,13 @@ class View:
         return f"{'native sizes up to ' if self.native else ''}{self.img_size[0]} x {self.img_size[1]}"
 
     def draw(self, image: Image.Image, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """An opened picture -> a view of it (3, h, w) uint8, and its mask (l,) bool."""
+        """An opened picture -> a view of it (3, h, w) uint8, and what the objective adds to it."""
         if self.native:
             view = self.cut(image, rng)
             side = self.img_size[0] // self.grid[0]
-            return view, draw_mask((view.shape[1] // side, view.shape[2] // side), self.mask, rng)
-        mask = draw_mask(self.grid, self.mask, rng)  # first: the order of the draws is part of what a seed means
-        return self.cut(image, rng), mask
+            return view, self.draw_extra((view.shape[1] // side, view.shape[2] // side), rng)
+        extra = self.draw_extra(self.grid, rng)  # first: the order of the draws is part of what a seed means
+        return self.cut(image, rng), extra
 
     def cut(self, image: Image.Image, rng: torch.Generator) -> Tensor:
         """An opened picture -> random crop, resized and maybe mirrored, (3, h, w) uint8.
@@ -228,13 +228,13 @@ class StreamedViews(IterableDataset[Sample | None]):
                 continue
             try:
                 with open_cell(cell) as image:
-                    view, mask = self.view.draw(image, generator(self.seed, rank, worker, used))
+                    view, extra = self.view.draw(image, generator(self.seed, rank, worker, used))
             except Exception as error:  # a decoder may raise anything on damaged data
                 bad.append((name, reason(error)))
                 if len(bad) >= MAX_TRIES:
                     yield Sample(None, torch.empty(0), "", bad)
                 continue
-            sample, used, bad = Sample(view, mask, name, bad), used + 1, []
+            sample, used, bad = Sample(view, extra, name, bad), used + 1, []
             yield sample
 
 
@@ -271,11 +271,11 @@ def build_loader(
 
 def collate(samples: list[Sample | None], native: bool) -> Batch | None:
     """Samples to a batch, of lists where their sizes differ; None for a batch that a resumed stream passes over."""
-    taken = [sample for sample in samples if sample is not None]
-    if not taken:
+    views = [sample for sample in samples if sample is not None]
+    if not views:
         return None
-    names, bad = [sample.name for sample in taken], [entry for sample in taken for entry in sample.bad]
-    images, masks = [sample.image for sample in taken if sample.image is not None], [sample.mask for sample in taken]
-    if len(images) < len(taken):
+    names, bad = [sample.name for sample in views], [entry for sample in views for entry in sample.bad]
+    images, extras = [sample.image for sample in views if sample.image is not None], [sample.extra for sample in views]
+    if len(images) < len(views):
         return Batch(None, [], names, bad)  # given up; the training process says so
-    return Batch(images, masks, names, bad) if native else Batch(torch.stack(images), torch.stack(masks), names, bad)
+    return Batch(images, extras, names, bad) if native else Batch(torch.stack(images), torch.stack(extras), names, bad)

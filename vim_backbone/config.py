@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from vim_backbone.errors import UserError, nearest
+from vim_backbone.tokens import TokenLayout
 
 SIZES: dict[str, dict[str, Any]] = {
     "vim_tiny": {"d_model": 192, "depth": 24},
@@ -88,6 +89,11 @@ class VimConfig:
     def d_inner(self) -> int:
         """Channels inside the mixer."""
         return self.expand * self.d_model
+
+    @property
+    def num_special(self) -> int:
+        """Tokens that are no patches: class token and registers."""
+        return TokenLayout(self.class_token, self.num_registers).num_special
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of a picture. Raises UserError for a size the stride does not divide."""

@@ -1,6 +1,5 @@
 """A sweep from its config to its report: what can be known to be wrong is refused before anything runs."""
 
-import shutil
 import signal
 import uuid
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from finetune.sweeping.trial import arguments
 from finetune.sweeping.tuning import build_scheduler, tune_trials
 from launch.run.cli import parse
 from launch.run.config import differences, field_types, write_config
+from launch.run.folder import make_folder
 from launch.run.signals import Stopped, in_main_thread
 from vim_backbone.errors import UserError, nearest
 
@@ -180,16 +180,8 @@ def open_folder(config: SweepConfig) -> None:
         for name, (before, now) in differences(config, folder / CONFIG).items():
             if not name.startswith(CHANGEABLE):
                 raise UserError(f"{folder} was begun with {name} = {before}, not {now}: choose another --name")
-    elif folder.is_dir() and any(folder.iterdir()):
-        if not config.overwrite:
-            raise UserError(f"{folder} holds a sweep already: add --resume to go on, --overwrite, or --name")
-        if not begun:
-            raise UserError(f"{folder} is no sweep's folder (it has no {JOURNAL}): it is not deleted, choose a --name")
-        shutil.rmtree(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {error.strerror}; choose another --out") from error
+    else:
+        make_folder(folder, "sweep", JOURNAL, config.overwrite)
     write_config(config, folder / CONFIG)
 
 

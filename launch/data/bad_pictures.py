@@ -24,7 +24,7 @@ class Named(Protocol):
 
 
 class ReadBatch(Protocol):
-    """What a batch of any task tells about the pictures that were read for it."""
+    """What a batch of any task holds on the pictures that were read for it."""
 
     @property
     def images(self) -> Any:

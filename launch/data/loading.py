@@ -11,13 +11,13 @@ from launch.run.randomness import generator
 from launch.run.signals import in_main_thread
 from vim_backbone.errors import UserError
 
-Batch = TypeVar("Batch")
+Item = TypeVar("Item")
 RESTARTS = 3
 """Losses of a data-loading process with no batch in between, after which the run ends."""
 
 
 def loader_of(
-    dataset: Dataset[Any], collate: Callable[[list[Any]], Batch], seed: int, workers: int, ahead: int, **options: Any
+    dataset: Dataset[Any], collate: Callable[[list[Any]], Item], seed: int, workers: int, ahead: int, **options: Any
 ) -> DataLoader[Any]:
     """A loader whose processes leave signals to the trainer and draw from no global generator.
 
@@ -47,13 +47,13 @@ def leave_signals_to_the_trainer(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def enduring(loader_from: Callable[[int], Iterable[Batch]], start: int, say: Callable[[str], None]) -> Iterator[Batch]:
+def enduring(loader_from: Callable[[int], Iterable[Item]], start: int, say: Callable[[str], None]) -> Iterator[Item]:
     """Batches from number `start` on; when a data-loading process dies, a new loader begins where the old one was.
 
     Args:
         loader_from: makes the loader whose first batch is that of the number given.
         start: number of the first batch.
-        say: is told of each loss, in one line.
+        say: takes a line on each loss.
 
     Raises:
         UserError: data-loading processes die again and again.

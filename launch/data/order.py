@@ -33,7 +33,7 @@ class BatchPlan:
 
 
 def plan_batches(accelerator: Accelerator, batch_size: int, accumulation: int) -> BatchPlan:
-    """The plan of this process. For all processes; a batch that does not divide is told once."""
+    """The plan of this process. For all processes; a batch that does not divide is an error, printed once."""
     world = accelerator.num_processes
     on_main(accelerator, lambda: BatchPlan(batch_size, accumulation, world, rank=0))
     return BatchPlan(batch_size, accumulation, world, accelerator.process_index)

@@ -14,22 +14,15 @@ import datasets
 from datasets.distributed import split_dataset_by_node
 from PIL import Image
 
+from launch.data.bad_pictures import Named
 from launch.data.images import BadPictureError
 from vim_backbone.errors import UserError, first_line
 
 SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"])
 
 
-class ImageSource(Protocol):
+class ImageSource(Named, Protocol):
     """Pictures by index, undecoded."""
-
-    def __len__(self) -> int:
-        """Number of pictures."""
-        ...
-
-    def name(self, index: int) -> str:
-        """What to call picture `index` in messages."""
-        ...
 
     def open(self, index: int) -> Image.Image:
         """Picture `index`, opened but not decoded. Raises OSError or BadPictureError."""
@@ -164,7 +157,7 @@ Source = ImageSource | StreamCells
 
 def photograph_paths() -> list[Path]:
     """Files of the built-in photographs. Raises UserError where the packages that carry them are missing."""
-    found: list[Path] = []
+    paths: list[Path] = []
     names = {
         "skimage/data": "astronaut.png chelsea.png coffee.png hubble_deep_field.jpg ihc.png retina.jpg rocket.jpg "
         "motorcycle_left.png motorcycle_right.png",
@@ -175,7 +168,7 @@ def photograph_paths() -> list[Path]:
         spec = find_spec(package.split("/")[0])  # looks the package up without importing it
         if spec is not None and spec.origin is not None:
             folder = Path(spec.origin).parents[1] / package
-            found += [folder / file for file in files.split() if (folder / file).exists()]
-    if not found:
+            paths += [folder / file for file in files.split() if (folder / file).exists()]
+    if not paths:
         raise UserError("no built-in photographs: pip install scikit-image scikit-learn matplotlib, or set data.source")
-    return found
+    return paths

@@ -1,54 +1,36 @@
-"""What one process holds while it pretrains: parameters, gradients and optimizer by strategy, activations by sizes.
-
-It counts a masked autoencoder without knowing it: encoder blocks over the visible tokens, decoder blocks over all.
-Shape letters: d width, e inner width, n states, r rank of dt, l patches, v visible tokens.
-"""
+"""What one process holds while it trains: parameters, gradients and optimizer by strategy, activations by sizes."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
 from launch.run.accelerator import BUCKET
-from vim_backbone import VimConfig, VisionMamba
+from vim_backbone import VimConfig
 from vim_backbone.block import Block
-
-FLOAT = 4
-BACKWARD_FLOATS = 8
-"""Numbers a token and inner channel that the backward pass of a block needs beside what was saved, on any backend: the
-recomputed convolutions and the gradients of both directions. Measured: 7.7 on CPU, 8.0 on an H200."""
+from vim_backbone.memory import FLOAT as FLOAT
+from vim_backbone.memory import block_backward_bytes, block_input_bytes, block_saved_bytes
 
 
 @dataclass(frozen=True)
-class Task:
-    """What is pretrained: the backbone, how much of a picture it sees, and the decoder."""
+class Stack:
+    """Blocks in a row, and the tokens of one picture that they scan."""
 
-    encoder: VimConfig
-    mask_ratio: float = 0.75
-    decoder_width: int = 512
-    decoder_depth: int = 2
-    half: bool = True
-    """Products in bfloat16 (`precision: bf16`)."""
+    config: VimConfig
+    tokens: int
     recompute: bool = False
-    """Blocks of the encoder are computed again in the backward pass (`model.grad_checkpointing`)."""
-    gpu: bool = True
-    """The Triton backend, which saves the sum before the gate, and not projections as the CPU's does."""
+    """The blocks are computed again in the backward pass."""
 
-    @property
-    def patches(self) -> int:
-        """Of a picture."""
-        rows, columns = self.encoder.grid(*self.encoder.img_size)
-        return rows * columns
 
-    @property
-    def visible(self) -> int:
-        """Tokens of the encoder: the patches that are not hidden, class token and registers."""
-        return self.patches - round(self.patches * self.mask_ratio) + self.special
+@dataclass(frozen=True)
+class Work:
+    """What one picture costs a model."""
 
-    @property
-    def special(self) -> int:
-        """Tokens that are no patches."""
-        return (self.encoder.class_token != "none") + self.encoder.num_registers
+    stacks: tuple[Stack, ...]
+    """In the order of the forward pass."""
+    ends: float
+    """Bytes that are saved outside of them."""
 
 
 @dataclass(frozen=True)
@@ -63,54 +45,44 @@ class Footprint:
     """Parameters outside of the blocks, which ZeRO-3 holds whole for the length of a pass."""
     saved: float
     """Bytes that the forward pass of a picture leaves for the backward pass."""
-    decoder_backward: float
+    first_backward: float
     """Bytes that the first block of the backward pass needs beside them."""
-    encoder_backward: float
+    last_backward: float
     """The same of its last block, when all gradients are there."""
     casts: float
     """Bytes of the weights in 16 bits, kept for a whole step."""
 
 
-def footprint(task: Task) -> Footprint:
-    """Counted on the model itself, on the meta device, and from the sizes of what its blocks save."""
-    config, l, w = task.encoder, task.patches, task.decoder_width
-    decoder = VimConfig(d_model=w, depth=task.decoder_depth, norm_eps=config.norm_eps)
-    with torch.device("meta"):
-        encoder = VisionMamba(config)
-        blocks = nn.ModuleList(Block(decoder, drop_path=0.0) for _ in range(task.decoder_depth))
-    pixels = config.patch_size**2 * config.in_chans
-    head = (config.d_model + 1) * w + 2 * w + (w + 1) * pixels  # embedding, mask token and norm, prediction
-    trained = sum(p.numel() for p in (*encoder.parameters(), *blocks.parameters()) if p.requires_grad) + head
-    fixed = sum(p.numel() for p in encoder.parameters() if not p.requires_grad) + l * w
-    sizes = [sum(p.numel() for p in m.parameters()) for m in (*encoder.modules(), *blocks) if isinstance(m, Block)]
+def footprint(model: nn.Module, work: Work, dtype: torch.dtype, backend: str = "triton") -> Footprint:
+    """Of a model, which may be on the meta device, and of what one picture costs it.
 
-    half = 2 if task.half else FLOAT
-    kept = (half + FLOAT) * config.d_model if task.recompute else saved_by_block(config, task.half, task.gpu)
-    hidden = l - task.visible + task.special
-    ends = FLOAT * (task.visible * config.d_model + 2 * l * w + 2 * hidden * pixels) + half * hidden * (w + pixels)
-    saved = kept * task.visible * config.depth + saved_by_block(decoder, task.half, task.gpu) * l * decoder.depth + ends
-    again = saved_by_block(config, task.half, task.gpu) if task.recompute else 0
+    Args:
+        dtype: of the products; parameters are float32.
+        backend: fast backend of `vim_kernels` that runs the scans.
+    """
+    saved_by_block = partial(block_saved_bytes, backend=backend, dtype=dtype)
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    sizes = [sum(p.numel() for p in m.parameters()) for m in model.modules() if isinstance(m, Block)]
+    saved = work.ends
+    for stack in work.stacks:
+        block = block_input_bytes(stack.config, dtype) if stack.recompute else saved_by_block(stack.config)
+        saved += block * stack.tokens * stack.config.depth
+
+    def backward(stack: Stack) -> float:
+        again = saved_by_block(stack.config) if stack.recompute else 0
+        return (block_backward_bytes(stack.config) + again) * stack.tokens
+
     return Footprint(
-        parameters=trained + fixed,
+        parameters=parameters,
         trained=trained,
         block=max(sizes),
-        outside=trained + fixed - sum(sizes),
+        outside=parameters - sum(sizes),
         saved=saved,
-        decoder_backward=BACKWARD_FLOATS * FLOAT * l * decoder.d_inner,
-        encoder_backward=(BACKWARD_FLOATS * FLOAT * config.d_inner + again) * task.visible,
-        casts=2 * trained if task.half else 0,
+        first_backward=backward(work.stacks[-1]),
+        last_backward=backward(work.stacks[0]),
+        casts=2 * trained if dtype.itemsize == 2 else 0,
     )
-
-
-def saved_by_block(config: VimConfig, half: bool, gpu: bool) -> float:
-    """Bytes a token: residual stream, input of in_proj, its output, what the scan saves, input of out_proj.
-
-    The scan saves a state every 32 tokens for both directions; docs/kernels.md and docs/kernels-cpu.md have the rest.
-    """
-    d, e, n, size = config.d_model, config.d_inner, config.d_state, 2 if half else FLOAT
-    filled_up = -(-(config.dt_rank + 2 * n) // 16) * 16
-    scan = 2 * FLOAT * e * n / 32 + (size * e if gpu else 2 * FLOAT * filled_up)
-    return FLOAT * d + size * d + size * 2 * e + scan + size * e
 
 
 @dataclass(frozen=True)
@@ -156,8 +128,8 @@ def peak(model: Footprint, share: Share, pictures: int) -> float:
 
     Either at the start of the backward pass, when all activations are there, or at its end, when all gradients are.
     """
-    start = share.early + pictures * (model.saved + model.decoder_backward)
-    end = share.gradients + pictures * model.encoder_backward
+    start = share.early + pictures * (model.saved + model.first_backward)
+    end = share.gradients + pictures * model.last_backward
     return share.parameters + share.optimizer + model.casts + max(start, end)
 
 

@@ -5,10 +5,11 @@ it costs. Taken from docs/kernels.md; put new measurements there and here.
 """
 
 import csv
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.planning.memory import Task
+from launch.planning.memory import Stack
 from vim_backbone import VimConfig
 from vim_backbone.errors import UserError
 
@@ -36,40 +37,34 @@ def measured(device: str, table: Path = TABLE) -> list[Row]:
     """Rows of a device. Raises UserError naming the devices that there are."""
     with open(table, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    found = [
-        Row(
-            kind=row["kind"],
-            batch=int(row["batch"]),
-            tokens=int(row["tokens"]),
-            channels=int(row["channels"]),
-            depth=int(row["depth"]),
-            milliseconds=float(row["milliseconds"]),
-        )
+    sizes = ("batch", "tokens", "channels", "depth")
+    matching = [
+        Row(row["kind"], *(int(row[size]) for size in sizes), milliseconds=float(row["milliseconds"]))
         for row in rows
         if row["device"] == device
     ]
-    if not found:
+    if not matching:
         known = ", ".join(sorted({row["device"] for row in rows}))
         raise UserError(f"no speeds of {device!r} were measured: choose from {known}")
-    return found
+    return matching
 
 
-def seconds_a_picture(task: Task, rows: list[Row]) -> float:
+def seconds_a_picture(stacks: Iterable[Stack], rows: list[Row]) -> float:
     """Seconds for the forward and backward pass of one picture, without communication or waiting for data."""
-    decoder = VimConfig(d_model=task.decoder_width, depth=task.decoder_depth)
-    again = 4 / 3 if task.recompute else 1.0  # the backward pass costs about twice the forward one
-    encoder = again * _seconds(task.encoder, task.visible, rows)
-    return encoder + _seconds(decoder, task.patches + task.special, rows)
+    # blocks computed again: the backward pass costs about twice the forward one
+    return sum(_seconds(stack, rows) * (4 / 3 if stack.recompute else 1.0) for stack in stacks)
 
 
-def _seconds(config: VimConfig, tokens: int, rows: list[Row]) -> float:
+def _seconds(stack: Stack, rows: list[Row]) -> float:
     """Of the blocks: the scan at the speed of the nearest shape measured, the rest by its multiply-adds."""
     step = next(row for row in rows if row.kind == "step")
     beside = step.milliseconds - step.work * _scan_rate(step.tokens, step.channels, rows)
-    rate = beside / (step.batch * step.tokens * step.depth * _products(step.channels, config.d_state))
-    work = tokens * config.depth
-    scan = work * config.d_inner * _scan_rate(tokens, config.d_inner, rows)
-    return (scan + work * _products(config.d_inner, config.d_state) * rate) / 1e3
+    config = stack.config
+    measured_config = VimConfig(d_model=step.channels // config.expand, depth=step.depth, d_state=config.d_state)
+    rate = beside / (step.batch * step.tokens * step.depth * _products(measured_config))
+    work = stack.tokens * config.depth
+    scan = work * config.d_inner * _scan_rate(stack.tokens, config.d_inner, rows)
+    return (scan + work * _products(config) * rate) / 1e3
 
 
 def _scan_rate(tokens: int, channels: int, rows: list[Row]) -> float:
@@ -82,7 +77,7 @@ def _scan_rate(tokens: int, channels: int, rows: list[Row]) -> float:
     return nearest.milliseconds / nearest.work
 
 
-def _products(channels: int, states: int) -> float:
+def _products(config: VimConfig) -> float:
     """Multiply-adds of a token in one block: in_proj and out_proj, x_proj and dt_proj of both directions."""
-    rank = channels / 32
-    return 1.5 * channels**2 + 2 * channels * (2 * rank + 2 * states)
+    e, rank = config.d_inner, config.dt_rank
+    return 3 * config.d_model * e + 2 * e * (2 * rank + 2 * config.d_state)

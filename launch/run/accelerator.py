@@ -35,8 +35,8 @@ class ZeroPlugin(DeepSpeedPlugin):
         """Nothing: transformers' models alone look for it."""
 
 
-class ToldError(UserError):
-    """A user's error that the main process tells; the others end with it in silence."""
+class SilentError(UserError):
+    """A user's error that the main process prints; the others end with it in silence."""
 
 
 def build_accelerator(config: RunConfig, accumulation: int) -> Accelerator:
@@ -45,11 +45,11 @@ def build_accelerator(config: RunConfig, accumulation: int) -> Accelerator:
     Raises UserError where the launcher asked for what is not there, or for what Accelerate did not set up.
     """
     refuse_what_is_missing()
-    zero = _asked("ACCELERATE_USE_DEEPSPEED")
+    zero = _is_set("ACCELERATE_USE_DEEPSPEED")
     # gradients that are views of DDP's buckets, not copies
     handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     if "LOCAL_RANK" in os.environ:
-        backend = "nccl" if torch.cuda.is_available() and not _asked("ACCELERATE_USE_CPU") else "gloo"
+        backend = "nccl" if torch.cuda.is_available() and not _is_set("ACCELERATE_USE_CPU") else "gloo"
         # longer than the watchdog, which can name the process that hangs
         timeout = timedelta(seconds=2 * config.hang_seconds + 60)
         join_attempt(backend, timeout)
@@ -66,15 +66,15 @@ def build_accelerator(config: RunConfig, accumulation: int) -> Accelerator:
         step_scheduler_with_optimizer=False,
     )
     kind = str(accelerator.distributed_type).split(".")[-1]
-    wanted = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != wanted or (wanted > 1 and kind == "NO"):
-        raise _told_once(
-            f"the launcher started {wanted} processes but Accelerate sees {accelerator.num_processes} ({kind}): "
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started or (started > 1 and kind == "NO"):
+        raise _printed_once(
+            f"the launcher started {started} processes but Accelerate sees {accelerator.num_processes} ({kind}): "
             "on CPU set ACCELERATE_USE_CPU=true and launch with --multi_gpu, or use --use_deepspeed"
         )
     for variable, strategy in (("ACCELERATE_USE_DEEPSPEED", "DEEPSPEED"), ("ACCELERATE_USE_FSDP", "FSDP")):
-        if _asked(variable) and kind != strategy:
-            raise _told_once(
+        if _is_set(variable) and kind != strategy:
+            raise _printed_once(
                 f"the launcher asked for {strategy} but Accelerate set up {kind}: unset ACCELERATE_USE_CPU"
             )
     return accelerator
@@ -83,32 +83,32 @@ def build_accelerator(config: RunConfig, accumulation: int) -> Accelerator:
 def refuse_what_is_missing() -> None:
     """Raise UserError where the launcher's environment asks for a package, a compiler or a GPU that is not there.
 
-    All processes of a host come to the same answer; the first process tells it.
+    All processes of a host come to the same answer; the first process prints it.
     """
     wrong = _missing()
     if wrong is not None:
-        raise _told_once(wrong)
+        raise _printed_once(wrong)
 
 
-def _told_once(wrong: str) -> UserError:
-    """For what every process finds out by itself: the first one tells it."""
-    return (UserError if os.environ.get("RANK", "0") == "0" else ToldError)(wrong)
+def _printed_once(wrong: str) -> UserError:
+    """For what every process finds out by itself: the first one prints it."""
+    return (UserError if os.environ.get("RANK", "0") == "0" else SilentError)(wrong)
 
 
 def _missing() -> str | None:
     launched, local_world = "LOCAL_RANK" in os.environ, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    on_cpu = _asked("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
-    if _asked("ACCELERATE_USE_DEEPSPEED"):
+    on_cpu = _is_set("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    if _is_set("ACCELERATE_USE_DEEPSPEED"):
         if find_spec("deepspeed") is None:
             return "the launcher asked for DeepSpeed, which is not installed: pip install deepspeed"
-        if _asked("ACCELERATE_USE_CPU"):
+        if _is_set("ACCELERATE_USE_CPU"):
             return "ACCELERATE_USE_CPU makes Accelerate run DDP in place of DeepSpeed: unset it"
         if on_cpu and not (shutil.which(os.environ.get("CXX", "c++")) and shutil.which("ninja")):
             return "DeepSpeed on CPU compiles its communication: install a C++ compiler and ninja"
-    if _asked("ACCELERATE_USE_FSDP") and on_cpu:
+    if _is_set("ACCELERATE_USE_FSDP") and on_cpu:
         return "Accelerate does not run FSDP on CPU: use launch/accelerate/zero3.yaml"
-    if on_cpu and not _asked("ACCELERATE_USE_CPU") and (wanted := os.environ.get("CUDA_VISIBLE_DEVICES")):
-        return f"CUDA_VISIBLE_DEVICES asks for GPU {wanted} but PyTorch finds none: unset it, or mend the driver"
+    if on_cpu and not _is_set("ACCELERATE_USE_CPU") and (visible := os.environ.get("CUDA_VISIBLE_DEVICES")):
+        return f"CUDA_VISIBLE_DEVICES asks for GPU {visible} but PyTorch finds none: unset it, or mend the driver"
     if not on_cpu and local_world > torch.cuda.device_count():
         return (
             f"{local_world} processes were started on this host but it has {torch.cuda.device_count()} GPU(s): "
@@ -180,16 +180,16 @@ def fit_buffers(accelerator: Accelerator, model: nn.Module, unit: type[nn.Module
 
 def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
     """The result of `work`, done by the main process alone, or its UserError, on all processes."""
-    done: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
-            done[0] = work()
+            outcome[0] = work()
         except UserError as error:
-            done[1] = str(error)
-    broadcast_object_list(done)
-    if done[1] is not None:
-        raise (UserError if accelerator.is_main_process else ToldError)(done[1])
-    return done[0]
+            outcome[1] = str(error)
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise (UserError if accelerator.is_main_process else SilentError)(outcome[1])
+    return outcome[0]
 
 
 def strategy(accelerator: Accelerator) -> str:
@@ -199,5 +199,5 @@ def strategy(accelerator: Accelerator) -> str:
     return "DDP" if accelerator.num_processes > 1 else "alone"
 
 
-def _asked(variable: str) -> bool:
+def _is_set(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() in ("true", "1", "yes")

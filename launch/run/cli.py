@@ -13,15 +13,15 @@ from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from launch.run.accelerator import ToldError
+from launch.run.accelerator import SilentError
 from launch.run.config import field_types
 from launch.run.signals import Stopped
 from vim_backbone.errors import UserError, nearest
 from vim_backbone.files import explain
 
 Config = TypeVar("Config")
-TELLING_SECONDS = 3
-"""What a process that keeps silent about an error waits for the one that tells it."""
+SILENT_SECONDS = 3
+"""What a process that keeps silent about an error waits for the one that prints it."""
 
 
 def parse(config_class: type[Config], argv: list[str], prog: str, description: str) -> Config:
@@ -53,20 +53,20 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int
     except UserError as error:
         if "--debug" in argv:
             raise
-        if isinstance(error, ToldError):
-            time.sleep(TELLING_SECONDS)  # the launcher ends all when one ends, the one that tells among them
+        if isinstance(error, SilentError):
+            time.sleep(SILENT_SECONDS)  # the launcher ends all when one ends, the one that prints among them
         else:
-            _say(f"error: {error}")
+            _print_error(f"error: {error}")
         return 2
     except Stopped as stopped:
         if not stopped.quiet:
-            _say(str(stopped))
+            _print_error(str(stopped))
         return 128 + stopped.signal
     except (RuntimeError, OSError) as error:
         line = _known_fault(error)
         if line is None or "--debug" in argv:
             raise
-        _say(f"error: {line}")
+        _print_error(f"error: {line}")
         sys.stderr.flush()
         os._exit(1)  # what is left of the process group would wait for the lost process
     return 0
@@ -121,5 +121,5 @@ def _one_line(message: str, config_class: type) -> str:
     return text.replace("Parser key ", "field ")
 
 
-def _say(line: str) -> Any:
+def _print_error(line: str) -> Any:
     print(line, file=sys.stderr, flush=True)  # noqa: T201 - command line

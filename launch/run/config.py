@@ -1,9 +1,9 @@
-"""The part of a run's configuration that every kind of run shares, and the resolved file that records it."""
+"""The parts of a run's configuration that all kinds of runs share, and the resolved file that records it."""
 
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -25,7 +25,7 @@ class RunConfig:
     overwrite: bool = False
     """Delete an earlier run of the same name first."""
     seed: int = 0
-    """Seed of weights, data order, crops and masks."""
+    """Seed of weights, data order, and all that is drawn for a picture."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast; parameters, scan state and residual stream stay float32."""
     log_every: int = 10
@@ -60,6 +60,42 @@ class RunConfig:
         return Path(self.out) / self.name
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(RunConfig):
+    """How long a run trains, and on how many pictures at a time."""
+
+    UNSTATED: ClassVar[tuple[int | None, float | None]] = (None, None)
+    """Steps and epochs of a run that is given neither."""
+
+    steps: int | None = None
+    """Optimiser steps; give this or epochs."""
+    epochs: float | None = None
+    """Passes over the training pictures."""
+    batch_size: int = 32
+    """Pictures of one optimiser step, over all processes and accumulation steps."""
+    accumulation: int = 1
+    """Forward passes that one optimiser step gathers."""
+    ema_decay: float | None = None
+    """Averages the weights with this factor a step, such as 0.9999; the average is evaluated and published."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("batch_size", "accumulation"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "it must be at least 1")
+        require(self.steps is None or self.epochs is None, "epochs", self.epochs, "give steps or epochs, not both")
+        require(self.steps is None or self.steps >= 1, "steps", self.steps, "it must be at least 1")
+        require(self.epochs is None or self.epochs > 0, "epochs", self.epochs, "it must be positive")
+        require(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "it must lie in (0, 1)")
+
+    def total_steps(self, pictures: int | None) -> int:
+        """Optimiser steps of the run over so many training pictures (None: a stream)."""
+        steps, epochs = (self.steps, self.epochs) if self.steps or self.epochs else self.UNSTATED
+        if steps is not None:
+            return steps
+        require(pictures is not None, "epochs", epochs, "a stream has no length, give steps instead")
+        return max(1, round((epochs or 0) * (pictures or 0) / self.batch_size))
+
+
 def plain(config: Any) -> dict[str, Any]:
     """A config as plain data: dicts, lists, strings and numbers."""
     return _listed(asdict(config))
@@ -85,7 +121,8 @@ def differences(config: Any, path: Path) -> dict[str, tuple[Any, Any]]:
 def field_types(config_class: Any, prefix: str = "") -> dict[str, str]:
     """Dotted name -> type, in words, of all fields, those of nested configs included."""
     types: dict[str, str] = {}
-    for name, hint in get_type_hints(config_class).items():
+    hints = get_type_hints(config_class)
+    for name, hint in ((f.name, hints[f.name]) for f in fields(config_class)):
         if is_dataclass(hint):
             types |= field_types(hint, f"{prefix}{name}.")
         else:

@@ -1,4 +1,4 @@
-"""A run's folder: made for a fresh run, checked for a resumed one."""
+"""A run's folder: made for a fresh run, checked for a resumed one. A sweep's is made the same way."""
 
 import os
 import shutil
@@ -44,23 +44,37 @@ def open_run(config: RunConfig, fixed: Iterable[str]) -> Start:
     again = _restarted_by_launcher(folder)
     if (again or config.resume == "auto") and checkpoints(folder / CHECKPOINTS):
         return _resumed(config, folder, tuple(fixed))
-    if folder.is_dir() and any(folder.iterdir()):
-        if not (config.overwrite or config.resume == "auto" or again):
-            raise UserError(
-                f"{folder} holds a run already: add --resume to go on, --overwrite to replace it, or --name"
-            )
-        if not (folder / CONFIG).exists():
-            raise UserError(
-                f"{folder} is no run's folder (it has no {CONFIG}): it is not deleted, choose another --name"
-            )
-        shutil.rmtree(folder)
-    try:
-        (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {error.strerror}; choose another --out") from error
+    make_folder(folder, "run", CONFIG, overwrite=config.overwrite or config.resume == "auto" or again)
+    (folder / CHECKPOINTS).mkdir()
     write_config(config, folder / CONFIG)
     write_text(folder / LAUNCHER, _launcher())
     return Start()
+
+
+def make_folder(folder: Path, kind: str, mark: str, overwrite: bool) -> None:
+    """Make an empty folder for a run or a sweep, in place of an earlier one where that is allowed.
+
+    Args:
+        kind: "run" or "sweep".
+        mark: a file that only a folder of this kind has; without it nothing is deleted.
+
+    Raises:
+        UserError: something is there, or the folder cannot be made.
+    """
+    if folder.is_dir() and any(folder.iterdir()):
+        if not overwrite:
+            raise UserError(
+                f"{folder} holds a {kind} already: add --resume to go on, --overwrite to replace it, or --name"
+            )
+        if not (folder / mark).exists():
+            raise UserError(
+                f"{folder} is no {kind}'s folder (it has no {mark}): it is not deleted, choose another --name"
+            )
+        shutil.rmtree(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}; choose another --out") from error
 
 
 def _resumed(config: RunConfig, folder: Path, fixed: tuple[str, ...]) -> Start:

@@ -1,9 +1,12 @@
 """Steps that must not be taken: a loss or gradient that is not finite, a loss far above the recent ones."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
+
+import torch
 
 from vim_backbone.errors import require
 
@@ -31,7 +34,7 @@ class GuardConfig:
 
 
 class Guard:
-    """Judges each step from numbers that all processes share, so that all come to the same verdict."""
+    """Checks each step by numbers that all processes share, so that all come to the same result."""
 
     def __init__(self, config: GuardConfig, saved: dict[str, Any] | None = None) -> None:
         self.config = config
@@ -55,7 +58,7 @@ class Guard:
         return None
 
     def note(self, step: int, loss: float, bad: bool) -> None:
-        """Take a judged step into account."""
+        """Take a checked step into account."""
         if bad:
             self.bad = [*(s for s in self.bad if step - s < LOWERED_STEPS), step]
             self.in_a_row += 1
@@ -72,3 +75,29 @@ class Guard:
         if self.config.on_bad_step != "lower":
             return 1.0
         return 0.5 ** sum(step - bad < LOWERED_STEPS for bad in self.bad)
+
+
+def take_only(optimizer: torch.optim.Optimizer, is_good: Callable[[], bool]) -> None:
+    """Let the optimizer change nothing where `is_good()` is False when its step begins.
+
+    For an optimizer inside ZeRO, which computes the gradient's norm and takes the step at one go. Its gradients are
+    hidden and not dropped, because offloading keeps them in buffers of its own.
+    """
+    hidden: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+
+    def hide(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        del args, kwargs
+        if not is_good():
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            hidden.extend((p, p.grad) for p in parameters)
+            for p in parameters:
+                p.grad = None
+
+    def restore(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        del optimizer, args, kwargs
+        for p, gradient in hidden:
+            p.grad = gradient
+        hidden.clear()
+
+    optimizer.register_step_pre_hook(hide)
+    optimizer.register_step_post_hook(restore)

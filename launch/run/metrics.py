@@ -1,4 +1,4 @@
-"""What a run tells while it goes: metrics.jsonl, trackers, and a progress bar or plain lines on the main process."""
+"""What a run reports while it goes: metrics.jsonl, trackers, and a progress bar or plain lines on the main process."""
 
 import json
 import sys
@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import psutil
@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from launch.run.config import RunConfig, plain
 
-Batch = TypeVar("Batch")
+Item = TypeVar("Item")
 
 METRICS = "metrics.jsonl"
 PLAIN_LINE_SECONDS = 10.0
@@ -98,7 +98,7 @@ class Throughput:
     def _reset(self) -> None:
         self.images, self.tokens, self.waited, self.since = 0, 0, 0.0, time.perf_counter()
 
-    def waiting(self, batches: Iterator[Batch]) -> Batch:
+    def waiting(self, batches: Iterator[Item]) -> Item:
         """The next batch, its time noted as waiting."""
         start = time.perf_counter()
         batch = next(batches)
@@ -121,20 +121,15 @@ def forget_after(path: Path, step: int) -> None:
     """Drop rows of a metrics file that come after `step`, so that a resumed run writes none twice."""
     if not path.exists():
         return
-    kept = []
+    rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
         except ValueError:
             continue  # half a line, from a run that was killed while it wrote
         if row["step"] <= step:
-            kept.append(line + "\n")
-    path.write_text("".join(kept), encoding="utf-8")
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All rows of a metrics file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            rows.append(line + "\n")
+    path.write_text("".join(rows), encoding="utf-8")
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -36,6 +36,10 @@ class OptimConfig:
         require(self.clip_grad >= 0, "optim.clip_grad", self.clip_grad, "it cannot be negative")
         require(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "each must lie in [0, 1)")
 
+    def peak(self, batch_size: int) -> float:
+        """The highest rate, at the end of the warm-up."""
+        return self.base_lr * batch_size / 256
+
 
 def build_optimizer(
     model: nn.Module, config: OptimConfig, batch_size: int, scale_of: Callable[[str], float] | None = None
@@ -55,12 +59,12 @@ def build_optimizer(
         {"params": groups[scale, decayed], "weight_decay": config.weight_decay * decayed, "lr_scale": scale}
         for scale, decayed in sorted(groups)
     ]
-    return torch.optim.AdamW(options, lr=config.base_lr * batch_size / 256, betas=config.betas)
+    return torch.optim.AdamW(options, lr=config.peak(batch_size), betas=config.betas)
 
 
 def learning_rate(step: int, config: OptimConfig, batch_size: int, total_steps: int) -> float:
-    """The rate of step 0 .. total_steps - 1: linear warm-up, then cosine from base_lr * batch_size / 256 to min_lr."""
-    peak = config.base_lr * batch_size / 256
+    """The rate of step 0 .. total_steps - 1: linear warm-up, then cosine from the peak to min_lr."""
+    peak = config.peak(batch_size)
     if step < config.warmup_steps:
         return peak * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)

@@ -1,4 +1,4 @@
-"""Interrupts: a run that is told to stop finishes its step, saves, and leaves with the signal's exit code."""
+"""Interrupts: a run that must stop finishes its step, saves, and leaves with the signal's exit code."""
 
 import ctypes
 import os
@@ -22,7 +22,7 @@ class Stopped(Exception):  # noqa: N818 - it is no error
         super().__init__(message)
         self.signal = signal_number
         self.quiet = quiet
-        """Another process tells the user."""
+        """Another process informs the user."""
 
 
 class StopRequest:

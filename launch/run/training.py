@@ -1,9 +1,8 @@
-"""The life of a run on any strategy: prepare, resume, step, judge, save, stop. What is trained is the caller's matter.
+"""The life of a run on any strategy: resume, step, check, save, stop. What is trained is the caller's matter.
 
 A caller's loop:
 
-    with Training(config, accelerator, total_steps, checkpoint) as training:
-        training.prepare(build, optimizer_of, unit=Block, ...)
+    with start_training(config, accelerator, total_steps, checkpoint, build, optimizer_of, unit=Block, ...) as training:
         for step in training.steps():
             for part in training.parts():
                 batch = next(batches)
@@ -15,7 +14,7 @@ A caller's loop:
 import json
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from launch.run.accelerator import ToldError, configure_zero, fit_buffers, on_main
+from launch.run.accelerator import SilentError, configure_zero, fit_buffers, on_main
 from launch.run.config import RunConfig
 from launch.run.folder import CHECKPOINTS
-from launch.run.guard import Guard
+from launch.run.guard import Guard, take_only
 from launch.run.optim import set_learning_rate
-from launch.run.signals import Stopped, stop_requests
+from launch.run.signals import Stopped, StopRequest, stop_requests
 from launch.run.watchdog import Watchdog
 from launch.state.checkpoint import Checkpoint, TrainState, snapshot
 from launch.state.sharding import WeightAverage, build_sharded, whole_tensors, zero_stage
@@ -39,86 +38,91 @@ from vim_backbone.errors import UserError
 BAD_STEPS = "bad_steps.jsonl"
 
 
-class Training:
-    """One run, from its first step or a checkpoint to its last step or an interrupt."""
+@contextmanager
+def start_training(
+    config: RunConfig,
+    accelerator: Accelerator,
+    total_steps: int,
+    checkpoint: Path | None,
+    build: Callable[[], nn.Module],
+    optimizer_of: Callable[[nn.Module], torch.optim.Optimizer],
+    *,
+    unit: type[nn.Module],
+    micro_batch: int,
+    clip_grad: float = 0.0,
+    ema_decay: float | None = None,
+) -> Iterator["Training"]:
+    """Build model and optimizer for the strategy, fill them from the checkpoint, and watch the run inside the block.
 
-    model: nn.Module
-    """What to call: the model wrapped for the strategy."""
-    state: TrainState
-    """What is saved: the model itself, its optimizer and average, the number of steps done."""
+    For all processes.
 
-    def __init__(self, config: RunConfig, accelerator: Accelerator, total_steps: int, checkpoint: Path | None) -> None:
-        self.config = config
-        self.accelerator = accelerator
-        self.total_steps = total_steps
-        self.loss, self.grad_norm, self.rate = float("nan"), 0.0, 0.0
-        self.notice: str | None = None
-        """What the last `update` has to say, such as that the step was bad."""
-        self._saved = on_main(accelerator, lambda: Checkpoint(checkpoint)) if checkpoint is not None else None
-        self._guard = Guard(config.guard, self._saved.state.get("guard") if self._saved else None)
-        folder = config.folder / CHECKPOINTS
-        asynchronous = config.async_checkpoints
-        self._writer = CheckpointWriter(folder, config.keep_checkpoints, config.keep_every, asynchronous)
-        self._watchdog = Watchdog(accelerator, config.hang_seconds)
-        self._losses: list[Tensor] = []
-        self._verdict: str | None = None
-        self._must_stop = False
-        self._inside = ExitStack()
-
-    @property
-    def start_step(self) -> int:
-        """Steps that were done before this process began."""
-        return int(self._saved.state["step"]) if self._saved else 0
-
-    def prepare(
-        self,
-        build: Callable[[], nn.Module],
-        optimizer_of: Callable[[nn.Module], torch.optim.Optimizer],
-        *,
-        unit: type[nn.Module],
-        micro_batch: int,
-        clip_grad: float = 0.0,
-        ema_decay: float | None = None,
-    ) -> None:
-        """Build model and optimizer for the strategy and fill them from the checkpoint. For all processes.
-
-        Args:
-            build: makes the model, the same on every process.
-            optimizer_of: makes its optimizer.
-            unit: modules that ZeRO-3 collects as one.
-            micro_batch: samples of one forward pass of one process.
-            clip_grad: largest gradient norm; 0 does not clip.
-            ema_decay: averages the weights with this factor.
-        """
-        accelerator, saved = self.accelerator, self._saved
-        configure_zero(accelerator, self.config.precision, micro_batch, clip_grad)
-        self._clip_grad = clip_grad
+    Args:
+        checkpoint: where the run goes on from; None for a fresh one.
+        build: makes the model, the same on every process.
+        optimizer_of: makes its optimizer.
+        unit: modules that ZeRO-3 collects as one.
+        micro_batch: samples of one forward pass of one process.
+        clip_grad: largest gradient norm; 0 does not clip.
+        ema_decay: averages the weights with this factor.
+    """
+    saved = on_main(accelerator, lambda: Checkpoint(checkpoint)) if checkpoint is not None else None
+    with stop_requests() as stop, Watchdog(accelerator, config.hang_seconds) as watchdog:
+        configure_zero(accelerator, config.precision, micro_batch, clip_grad)
         model = build_sharded(accelerator, build, unit)
         if zero_stage(accelerator) != 3:
             model.to(accelerator.device)
         ema = WeightAverage(model, ema_decay) if ema_decay else None
-        self.state = TrainState(model, optimizer_of(model), ema)
-        if saved:
-            saved.load_ema(self.state)
-            saved.load_model(self.state)
-        fit_buffers(accelerator, model, unit)
-        self.model, prepared = accelerator.prepare(model, self.state.optimizer)
-        if zero_stage(accelerator):
-            self.state.optimizer = self._zero = prepared.optimizer
+        state = TrainState(model, optimizer_of(model), ema)
+        yield Training(config, accelerator, total_steps, saved, state, unit, clip_grad, stop, watchdog)
+
+
+class Training:
+    """One run, from its first step or a checkpoint to its last step or an interrupt; `start_training` makes it."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        accelerator: Accelerator,
+        total_steps: int,
+        checkpoint: Checkpoint | None,
+        state: TrainState,
+        unit: type[nn.Module],
+        clip_grad: float,
+        stop: StopRequest,
+        watchdog: Watchdog,
+    ) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.total_steps = total_steps
+        self.state = state
+        """What is saved: the model itself, its optimizer and average, the number of steps done."""
+        self.loss, self.grad_norm, self.rate = float("nan"), 0.0, 0.0
+        self.notice: str | None = None
+        """What the last `update` has to say, such as that the step was bad."""
+        self._guard = Guard(config.guard, checkpoint.state.get("guard") if checkpoint else None)
+        folder = config.folder / CHECKPOINTS
+        asynchronous = config.async_checkpoints
+        self._writer = CheckpointWriter(folder, config.keep_checkpoints, config.keep_every, asynchronous)
+        self._stop, self._watchdog = stop, watchdog
+        self._clip_grad = clip_grad
+        self._losses: list[Tensor] = []
+        self._must_stop = False
+        self._last_part = True
+
+        def prepare(state: TrainState) -> nn.Module:
+            fit_buffers(accelerator, state.model, unit)
+            model, prepared = accelerator.prepare(state.model, state.optimizer)
+            if zero_stage(accelerator):
+                state.optimizer = prepared.optimizer
+            return model
+
+        self.model: nn.Module = checkpoint.load(state, prepare) if checkpoint else prepare(state)
+        """What to call: the model wrapped for the strategy."""
+        self._zero: Any = state.optimizer if zero_stage(accelerator) else None
+        self._optimizer: torch.optim.Optimizer = state.optimizer
+        if self._zero is not None:
             self._optimizer = self._zero.optimizer
-            self._take_step, self._optimizer.step = self._optimizer.step, self._step_if_good
-        else:
-            self._zero, self._optimizer = None, prepared
-        if saved:
-            saved.load_rest(self.state)
-
-    def __enter__(self) -> "Training":
-        self._stop = self._inside.enter_context(stop_requests())
-        self._inside.enter_context(self._watchdog)
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._inside.__exit__(*exception)
+            take_only(self._optimizer, lambda: self._fault() is None)
 
     def steps(self) -> Iterator[int]:
         """Steps to do, counted from 0; the caller does one with `parts` and `update` before asking for the next.
@@ -169,17 +173,14 @@ class Training:
         self.rate = rate * self._guard.rate_factor(self.state.step)
         set_learning_rate(self._optimizer, self.rate)
         self._share()
-        self._verdict, self.grad_norm = None, float("nan")
         if self._zero is not None:
             engine: Any = self.model
             engine.step()
-            norm = self._zero._global_grad_norm
-            self.grad_norm = float(norm if norm is not None else 0.0)
-            bad = self._guard.wrong(self.loss, self.grad_norm)
+            bad = self._fault()
         else:
             limit = self._clip_grad or float("inf")
             self.grad_norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), limit) or 0.0)
-            bad = self._guard.wrong(self.loss, self.grad_norm)
+            bad = self._fault()
             if bad is None:
                 self._optimizer.step()
             self._optimizer.zero_grad()
@@ -190,26 +191,25 @@ class Training:
         if self.state.ema is not None and bad is None:
             self.state.ema.update(self.state.step)
 
-    def _step_if_good(self, *arguments: Any, **named: Any) -> Any:
-        """In place of the step of the optimizer inside ZeRO, which takes its own step and the norm at one go."""
-        norm = self._zero._global_grad_norm if self._zero is not None else 0.0
-        if self._guard.wrong(self.loss, None if norm is None else float(norm)) is None:
-            return self._take_step(*arguments, **named)
-        return None
+    def _fault(self) -> str | None:
+        """What is wrong with the step at hand, None for a good one; under ZeRO also while it is taken."""
+        if self._zero is not None:
+            self.grad_norm = float(self._zero._global_grad_norm or 0.0)
+        return self._guard.wrong(self.loss, self.grad_norm)
 
     def _share(self) -> None:
         """Mean loss over parts and processes, and whether any process must stop, in one exchange."""
         failed = self._writer.failure()
         mean = torch.stack(self._losses).float().mean()
         self._losses = []
-        own = torch.tensor([float(self._stop.received is not None), float(failed is not None)], device=mean.device)
-        total = self.accelerator.reduce(torch.cat([mean[None], own]), reduction="sum")
+        here = torch.tensor([float(self._stop.received is not None), float(failed is not None)], device=mean.device)
+        total = self.accelerator.reduce(torch.cat([mean[None], here]), reduction="sum")
         assert isinstance(total, Tensor)
         loss, stop, failures = total.tolist()
         self.loss = loss / self.accelerator.num_processes
         self._must_stop = stop > 0
         if failures:
-            raise UserError(failed) if failed is not None else ToldError("the main process cannot save")
+            raise UserError(failed) if failed is not None else SilentError("the main process cannot save")
 
     def _note_bad_step(self, wrong: str, names: list[str]) -> str:
         config, step = self.config, self.state.step
@@ -228,14 +228,14 @@ class Training:
         self.state.extra["guard"] = self._guard.state()
         self.save_now()
         line += f"; the run ends, with {self._guard.config.on_bad_step!r} for bad steps and all before it saved"
-        raise (UserError if self.accelerator.is_main_process else ToldError)(line)
+        raise (UserError if self.accelerator.is_main_process else SilentError)(line)
 
     def save(self) -> Path:
         """Copy the state and have it written. For all processes."""
         self._watchdog.beat(self.state.step, 1001, "saving")
-        taken = snapshot(self.state, keep=self.accelerator.is_main_process)
-        on_main(self.accelerator, lambda: self._writer.write(taken))
-        return self._writer.folder / f"step-{taken.step:08d}"
+        copied = snapshot(self.state, keep=self.accelerator.is_main_process)
+        on_main(self.accelerator, lambda: self._writer.write(copied))
+        return self._writer.folder / f"step-{copied.step:08d}"
 
     def save_now(self) -> Path:
         """Save, and return when all of it is on the disk. For all processes."""

@@ -65,7 +65,7 @@ def snapshot(state: TrainState, keep: bool = True) -> Snapshot:
     return Snapshot(state.step, files, {"format": FORMAT, "step": state.step, "torch": torch.__version__} | extra)
 
 
-def write_snapshot(taken: Snapshot, folder: Path, keep: int, keep_every: int = 0) -> Path:
+def write_snapshot(snapshot: Snapshot, folder: Path, keep: int, keep_every: int = 0) -> Path:
     """Write a checkpoint aside, flush it to disk, rename it into place, then delete what need not be kept.
 
     Args:
@@ -75,14 +75,14 @@ def write_snapshot(taken: Snapshot, folder: Path, keep: int, keep_every: int = 0
     Raises:
         UserError: the disk is full, or refuses; the earlier checkpoints are left as they are.
     """
-    final = folder / f"step-{taken.step:08d}"
+    final = folder / f"step-{snapshot.step:08d}"
     aside = folder / f".{final.name}.partial"
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        for name, tensors in taken.files.items():
+        for name, tensors in snapshot.files.items():
             write_tensors(aside / name, tensors)
-        write_json(aside / "state.json", taken.state)
+        write_json(aside / "state.json", snapshot.state)
         write_json(aside / MANIFEST, {path.name: _identity(path) for path in sorted(aside.iterdir())})
         _flush(aside)
         shutil.rmtree(final, ignore_errors=True)
@@ -92,8 +92,8 @@ def write_snapshot(taken: Snapshot, folder: Path, keep: int, keep_every: int = 0
         shutil.rmtree(aside, ignore_errors=True)
         cause = explain(error) if isinstance(error, OSError) else str(error)
         whole = checkpoints(folder)
-        kept = f"{whole[-1]} is intact, go on from it with --resume" if whole else "no earlier checkpoint exists"
-        raise UserError(f"checkpoint at step {taken.step} not saved: {cause}; {kept}") from error
+        remaining = f"{whole[-1]} is intact, go on from it with --resume" if whole else "no earlier checkpoint exists"
+        raise UserError(f"checkpoint at step {snapshot.step} not saved: {cause}; {remaining}") from error
     for old in checkpoints(folder)[:-keep]:
         if not (keep_every and int(old.name[5:]) % keep_every == 0):
             shutil.rmtree(old, ignore_errors=True)
@@ -147,36 +147,42 @@ class Checkpoint:
                 "resume it with the version of the code that wrote it"
             )
 
-    def load_model(self, state: TrainState) -> None:
-        """Fill the model, or its shards. For all processes, before DeepSpeed copies the model's weights."""
-        self._fill(state.model, "model.safetensors")
+    def load(
+        self, state: TrainState, prepare: Callable[[TrainState], nn.Module] = lambda state: state.model
+    ) -> nn.Module:
+        """Fill the state, and return what `prepare` returns. For all processes.
 
-    def load_ema(self, state: TrainState) -> None:
-        """Fill the average, where there is one. For all processes."""
+        Args:
+            prepare: hands model and optimizer over to a strategy, in the middle: DeepSpeed copies the weights when it
+                makes its optimizer, and only then is there an optimizer to fill.
+        """
         if state.ema is not None:
             with state.ema.in_place():
                 self._fill(state.model, "ema.safetensors")
+        self._fill(state.model, "model.safetensors")
+        prepared = prepare(state)
+        self._fill_optimizer(state)
+        state.step = int(self.state["step"])
+        state.extra = {key: value for key, value in self.state.items() if key not in ("format", "step", "torch")}
+        return prepared
 
-    def load_rest(self, state: TrainState) -> None:
-        """Fill optimizer, step and extra. For all processes, after DeepSpeed has its optimizer."""
+    def _fill_optimizer(self, state: TrainState) -> None:
         names, read = self._open("optimizer.safetensors")
         parameters = dict(state.model.named_parameters())
         for name in names:
             if (parameter := name.rpartition("/")[0]) not in parameters:
                 raise UserError(f"{self.path}: the optimizer's state is of another model, it has {parameter!r}")
         restore_state(state.model, state.optimizer, names, read)
-        state.step = int(self.state["step"])
-        state.extra = {key: value for key, value in self.state.items() if key not in ("format", "step", "torch")}
 
     def _fill(self, model: nn.Module, file: str) -> None:
         names, read = self._open(file)
-        own = model.state_dict(keep_vars=True)
-        for problem, some in (("lacks", own.keys() - set(names)), ("has unknown", set(names) - own.keys())):
+        tensors = model.state_dict(keep_vars=True)
+        for problem, some in (("lacks", tensors.keys() - set(names)), ("has unknown", set(names) - tensors.keys())):
             if some:
                 raise UserError(
                     f"{self.path / file} {problem} tensor {min(some)!r}, {len(some)} in all: is it of another model?"
                 )
-        for name, value in own.items():
+        for name, value in tensors.items():
             if (shape := tuple(read(name).shape)) != tuple(shape_of(value)):
                 raise UserError(
                     f"{self.path / file}: {name} has shape {shape}, the model wants {tuple(shape_of(value))}"
@@ -189,14 +195,6 @@ class Checkpoint:
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot read {self.path / file}: {error}") from error
         return list(opened.keys()), opened.get_tensor
-
-
-def load_checkpoint(state: TrainState, path: Path) -> None:
-    """Fill model, average, optimizer, step and extra, where no strategy stands between."""
-    saved = Checkpoint(path)
-    saved.load_model(state)
-    saved.load_ema(state)
-    saved.load_rest(state)
 
 
 def _identity(path: Path) -> dict[str, Any]:

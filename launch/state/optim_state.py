@@ -74,7 +74,7 @@ def _is_zero(optimizer: Any) -> bool:
 
 
 def _link_slices(optimizer: Any) -> None:
-    """Tell ZeRO-1 and -2 which slice of the state is whose; by itself it does so when only the first group has any."""
+    """Show ZeRO-1 and -2 which slice of the state is whose; by itself it does so when only the first group has any."""
     if hasattr(optimizer, "single_partition_of_fp32_groups"):
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()

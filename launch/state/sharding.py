@@ -124,6 +124,6 @@ class WeightAverage:
     def _swap(self) -> None:
         for name, p in self._parameters.items():
             part = local_part(p)
-            held = part.clone()
+            current = part.clone()
             part.copy_(self._values[name])
-            self._values[name].copy_(held)
+            self._values[name].copy_(current)

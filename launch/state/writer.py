@@ -18,10 +18,10 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[Path] | None = None
 
-    def write(self, taken: Snapshot) -> None:
+    def write(self, snapshot: Snapshot) -> None:
         """Have the snapshot written. Raises UserError where an earlier one could not be."""
         self.wait()
-        self._writing = self._thread.submit(write_snapshot, taken, self.folder, self.keep, self.keep_every)
+        self._writing = self._thread.submit(write_snapshot, snapshot, self.folder, self.keep, self.keep_every)
         if not self.asynchronous:
             self.wait()
 

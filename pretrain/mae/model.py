@@ -34,6 +34,10 @@ class DecoderConfig:
         require(self.width >= 4 and self.width % 4 == 0, "decoder.width", self.width, "it must be a multiple of 4")
         require(self.depth >= 1, "decoder.depth", self.depth, "it must be at least 1")
 
+    def blocks(self, norm_eps: float) -> VimConfig:
+        """The decoder's blocks."""
+        return VimConfig(d_model=self.width, depth=self.depth, norm_eps=norm_eps)
+
 
 class Reconstruction(NamedTuple):
     """What `MaskedAutoencoder.reconstruct` gives."""
@@ -46,7 +50,7 @@ class Reconstruction(NamedTuple):
 
 
 class Split(NamedTuple):
-    """What the model is told of the masks: indices of patches, each in scan order."""
+    """A mask as indices of patches, each in scan order."""
 
     visible: Tensor
     """(b, v)"""
@@ -74,7 +78,7 @@ class MaskedAutoencoder(nn.Module):
         self.encoder = encoder
         self.patch_size = config.patch_size
         self.layout = encoder.layout
-        blocks = VimConfig(d_model=decoder.width, depth=decoder.depth, norm_eps=config.norm_eps)
+        blocks = decoder.blocks(config.norm_eps)
         self.decoder_embed = nn.Linear(config.d_model, decoder.width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder.width))
         self.decoder_pos_embed = nn.Parameter(sincos_table(encoder.grid_size, decoder.width)[None], requires_grad=False)
@@ -114,7 +118,7 @@ class MaskedAutoencoder(nn.Module):
         if lengths is None:
             return errors.mean()
         counts = [patches - seen for patches, seen in zip(self.encoder.lengths(images) or [], lengths, strict=True)]
-        return torch.stack([own.mean() for own in errors.split(counts, dim=1)]).mean()
+        return torch.stack([picture.mean() for picture in errors.split(counts, dim=1)]).mean()
 
     @torch.no_grad()
     def reconstruct(
@@ -129,10 +133,11 @@ class MaskedAutoencoder(nn.Module):
         if isinstance(images, Tensor):
             return Reconstruction(predicted, unpatchify(pixels, self.patch_size, self._grid(images)))
         pieces = pixels.split(self.encoder.lengths(images) or [], dim=1)
-        made = [
-            unpatchify(own, self.patch_size, self._grid(image))[0] for own, image in zip(pieces, images, strict=True)
+        unpacked = [
+            unpatchify(piece, self.patch_size, self._grid(image))[0]
+            for piece, image in zip(pieces, images, strict=True)
         ]
-        return Reconstruction(predicted, made)
+        return Reconstruction(predicted, unpacked)
 
     def _decode(self, images: Images, visible: Tensor, lengths: list[int] | None) -> Tensor:
         """(b, l, decoder width) for all patches."""
@@ -171,7 +176,7 @@ def split_patches(mask: Tensor | Sequence[Tensor]) -> Split:
     if not isinstance(mask, Tensor):
         row = torch.cat(list(mask))
         visible, hidden = (torch.nonzero(chosen).transpose(0, 1) for chosen in (~row, row))
-        return Split(visible, hidden, [int((~own).sum()) for own in mask])
+        return Split(visible, hidden, [int((~picture).sum()) for picture in mask])
     order = torch.argsort(mask.to(torch.uint8), dim=1, stable=True)
     visible, hidden = order.tensor_split([mask.shape[1] - int(mask[0].sum())], dim=1)
     return Split(visible, hidden)

@@ -18,7 +18,7 @@ from finetune.sample_data import Sizes
 from finetune.sample_data import classification as draw
 from finetune.train import finetune
 from launch.run.cli import parse
-from launch.run.metrics import read_metrics
+from tests.rows import read_metrics
 from tests.vim_backbone import official
 from vim_backbone import UserError, VimConfig, VisionMamba, from_pretrained
 from vim_backbone.convert import convert

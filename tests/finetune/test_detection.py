@@ -20,8 +20,8 @@ from finetune.detection.task import DetectionTask
 from finetune.detection.tta import TestTimeAugmentation, enlarged, fit, mirrored, with_pasted_masks
 from finetune.train import finetune
 from launch.run.cli import parse
-from launch.run.metrics import read_metrics
 from launch.run.randomness import seeded
+from tests.rows import read_metrics
 from vim_backbone import UserError
 
 SMALL = ["--batch_size=2", "--log_every=1", "--data.workers=0", "--trackers=[]", "--pictures=2", "--head.channels=16",

@@ -19,8 +19,8 @@ from finetune.segmentation.task import SegmentationTask
 from finetune.segmentation.windows import Windows, starts
 from finetune.train import finetune
 from launch.run.cli import parse
-from launch.run.metrics import read_metrics
 from launch.run.randomness import seeded
+from tests.rows import read_metrics
 from vim_backbone import UserError
 
 SMALL = ["--batch_size=4", "--log_every=1", "--data.workers=0", "--trackers=[]", "--pictures=2", "--head.channels=16",

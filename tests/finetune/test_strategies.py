@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from launch.run.metrics import read_metrics
 from tests.launch.real import CONFIGS, ROOT, environment, extra, finish, free_port
+from tests.rows import read_metrics
 
 pytestmark = pytest.mark.slow
 SMALL = ["--batch_size=4", "--log_every=1", "--data.workers=0", "--trackers=[]", "--steps=2", "--checkpoint_every=1",

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launch.run.metrics import read_metrics
+from tests.rows import read_metrics
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "launch/accelerate"

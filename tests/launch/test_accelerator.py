@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from launch.run import accelerator
-from launch.run.accelerator import ToldError, refuse_what_is_missing
+from launch.run.accelerator import SilentError, refuse_what_is_missing
 from vim_backbone import UserError
 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "LOCAL_RANK": "0"}
-ASKED = ("ACCELERATE_USE_CPU", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "CUDA_VISIBLE_DEVICES",
+VARIABLES = ("ACCELERATE_USE_CPU", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "CUDA_VISIBLE_DEVICES",
          "LOCAL_RANK", "LOCAL_WORLD_SIZE", "RANK", "CXX")  # fmt: skip
 
 
@@ -19,7 +19,7 @@ def machine(monkeypatch):
     """A machine with so many GPUs, with DeepSpeed, NCCL and a compiler but for what is `absent`."""
 
     def make(env, gpus, absent=()):
-        for name in ASKED:
+        for name in VARIABLES:
             monkeypatch.delenv(name, raising=False)
         for name, value in env.items():
             monkeypatch.setenv(name, value)
@@ -52,7 +52,7 @@ def test_what_is_not_there_gets_one_line_from_one_process(env, gpus, absent, wor
         refuse_what_is_missing()
     assert "\n" not in str(caught.value)
     machine(env | {"RANK": "1"}, gpus, absent)
-    with pytest.raises(ToldError):
+    with pytest.raises(SilentError):
         refuse_what_is_missing()
 
 

@@ -15,10 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from launch.run.cli import parse
-from launch.run.metrics import read_metrics
 from launch.run.signals import Stopped, StopRequest
 from pretrain.config import PretrainConfig
 from pretrain.train import build_model, pretrain
+from tests.rows import read_metrics
 from vim_backbone import UserError, from_pretrained
 
 ROOT = Path(__file__).parents[2]
