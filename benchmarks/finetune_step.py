@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from benchmarks.machine import clock, versions, write_csv
 from benchmarks.vit import blocks_of
-from finetune.classification.task import Classifier
+from finetune.classification.model import Classifier
 from finetune.detection.config import DetectionHead
-from finetune.detection.rcnn import Detector
+from finetune.detection.model import Detector
 from finetune.segmentation.config import SegmentationHead
-from finetune.segmentation.upernet import Segmenter
+from finetune.segmentation.model import Segmenter
 from vim_backbone import VimConfig, named_config
 
 CLASSES = {"classification": 1000, "segmentation": 150, "detection": 80}

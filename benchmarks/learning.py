@@ -22,8 +22,9 @@ from safetensors.torch import load_file
 from benchmarks.machine import clock, versions, write_csv
 from benchmarks.vit import blocks_of
 from finetune.classification.config import ClassificationConfig
-from finetune.classification.task import run as classify
+from finetune.classification.task import ClassificationTask
 from finetune.sample_data import Sizes, digits
+from finetune.train import finetune
 from launch.run.cli import parse
 from launch.run.folder import CHECKPOINTS
 from pretrain.config import PretrainConfig
@@ -124,7 +125,7 @@ class Seed:
             *QUIET, *PLAIN, "--model.global_pool=avg", "--pictures=1", f"--optim.half_rate={halved}", *how,
         ], "finetune/main.py", "")  # fmt: skip
         with contextlib.redirect_stderr(io.StringIO()):
-            folder = classify(config)
+            folder = finetune(ClassificationTask(config))
         (metrics,) = folder.glob("evaluations/step-*/metrics.json")
         return json.loads(metrics.read_text())["top1"]
 

@@ -18,10 +18,10 @@ import torch
 
 from benchmarks.machine import clock, versions
 from finetune.sample_data import KINDS, Sizes
-from finetune.sweeping import sweep as sweeping
+from finetune.sweeping import driver as sweeping
 from finetune.sweeping.config import RayConfig, SchedulerConfig, SweepConfig
+from finetune.sweeping.driver import resolve, sweep
 from finetune.sweeping.ledger import Entry, Ledger
-from finetune.sweeping.sweep import checked, sweep
 from vim_backbone import VimConfig, VisionMamba
 
 SLOTS = 2
@@ -42,7 +42,7 @@ def timed_sweep(config: SweepConfig) -> tuple[float, list[Entry]]:
         sweep(config)
     finally:
         sweeping.tune_trials = tune_trials
-    ledger = Ledger(config.folder, config.mode, config.metric, checked(config)[1])
+    ledger = Ledger(config.folder, config.mode, config.metric, resolve(config)[1])
     entries = ledger.entries()
     ledger.close()
     return seconds[0], entries
@@ -60,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser("benchmarks.sweep", description=__doc__)
     parser.add_argument("--trials", type=int, default=32)
     parser.add_argument("--steps", type=int, default=100, help="of each trial")
-    told = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         torch.manual_seed(0)
@@ -69,11 +69,11 @@ def main() -> None:
         ).save_pretrained(place / "backbone")
         KINDS["classification"][0](place / "data", Sizes(240, 60, 32, 0))
         config = SweepConfig(
-            task="classification", metric="loss", mode="min", searcher="random", trials=told.trials,
+            task="classification", metric="loss", mode="min", searcher="random", trials=options.trials,
             space={"optim.base_lr": {"loguniform": [1e-4, 0.3]}, "optim.weight_decay": {"loguniform": [1e-3, 0.3]}},
             fields={
                 "backbone": str(place / "backbone"), "data.source": str(place / "data"), "data.workers": 0,
-                "steps": told.steps, "evaluate_every": max(1, told.steps // 5), "batch_size": 8, "log_every": 1,
+                "steps": options.steps, "evaluate_every": max(1, options.steps // 5), "batch_size": 8, "log_every": 1,
                 "optim.warmup_steps": 5, "augment.auto_augment": None, "augment.mixup": 0, "augment.cutmix": 0,
                 "model.drop_path_rate": 0.0,
             },
@@ -87,7 +87,7 @@ def main() -> None:
         own = sum(e.evaluations[-1].seconds for e in entries)
         steps = sum(step_seconds(e) for e in entries)
         print(f"\n{clock('cpu')}; {versions()}; load {psutil.getloadavg()[0]:.1f}; {time.strftime('%Y-%m-%d')}\n")
-        print(f"| {told.trials} trials of {told.steps} steps on {SLOTS} slots | |\n|---|---|")
+        print(f"| {options.trials} trials of {options.steps} steps on {SLOTS} slots | |\n|---|---|")
         print(f"| slot time | {slot:.1f} s |")
         print(f"| of it the trials' own | {own:.1f} s, {own / slot:.2f} |")
         print(f"| of it training steps | {steps:.1f} s, {steps / slot:.2f} |")

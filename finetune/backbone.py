@@ -1,4 +1,4 @@
-"""The published backbone of a run: found, read whole, and put into a model on any strategy."""
+"""The published backbone that a run starts from: found, read whole, and put into a model on any strategy."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +86,6 @@ def layer_scales(model: nn.Module, backbone: VisionMamba, optim: FinetuneOptim) 
 
 def undecayed(model: nn.Module, backbone: VisionMamba) -> set[str]:
     """Names in the model of the backbone's parameters that take no weight decay."""
-    own = backbone.no_weight_decay()
-    kept = {id(p) for name, p in backbone.named_parameters() if name in own}
-    return {name for name, p in model.named_parameters() if id(p) in kept}
+    names = backbone.no_weight_decay()
+    parameters = {id(p) for name, p in backbone.named_parameters() if name in names}
+    return {name for name, p in model.named_parameters() if id(p) in parameters}

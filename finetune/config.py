@@ -1,4 +1,4 @@
-"""What every fine-tuning run can be told, whatever its task."""
+"""Fields of every fine-tuning run, whatever its task."""
 
 import math
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from launch.run.config import TrainingConfig
 from launch.run.optim import OptimConfig, learning_rate
-from vim_backbone.errors import require
+from vim_backbone.errors import UserError, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +67,30 @@ class FinetuneOptim(OptimConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LabelledData:
+    """Labelled pictures; each task says in which layout."""
+
+    source: str = ""
+    """Where the data is."""
+    workers: int = 2
+    """Processes that read and augment pictures, for each training process."""
+    max_megapixels: float = 200.0
+    """Largest picture that is decoded, in millions of pixels."""
+
+    def __post_init__(self) -> None:
+        require(self.workers >= 0, "data.workers", self.workers, "it cannot be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(TrainingConfig):
     """Fields that all tasks share."""
 
     UNSTATED: ClassVar[tuple[int | None, float | None]] = (None, 10)
+
+    mode: str = "train"
+    """What the run does; only `train` takes steps."""
+    data: LabelledData
+    optim: FinetuneOptim = field(default_factory=FinetuneOptim)
 
     backbone: str = ""
     """Folder of a backbone, as pretraining publishes it, or the id of one on the Hugging Face Hub (OWNER/NAME)."""
@@ -89,3 +109,8 @@ class FinetuneConfig(TrainingConfig):
         require(self.evaluate_every >= 0, "evaluate_every", self.evaluate_every, "it cannot be negative")
         rate = self.model.drop_path_rate
         require(0 <= rate < 1, "model.drop_path_rate", rate, "it must lie in [0, 1)")
+
+    def require_trained(self) -> None:
+        """Raise UserError where a model is to be evaluated that no earlier run has trained."""
+        if self.mode == "evaluate" and not self.resume:
+            raise UserError("mode evaluate needs a trained run: add --resume and the run's --name")

@@ -210,15 +210,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--val", type=int, help="pictures for validation")
     parser.add_argument("--size", type=int, help="side of the pictures in pixels")
     parser.add_argument("--seed", type=int, default=0, help="what is drawn")
-    told = parser.parse_args(argv)
-    draw, train, val, size = KINDS[told.kind]
-    sizes = Sizes(told.train or train, told.val or val, told.size or size, told.seed)
+    arguments = parser.parse_args(argv)
+    draw, train, val, size = KINDS[arguments.kind]
+    sizes = Sizes(arguments.train or train, arguments.val or val, arguments.size or size, arguments.seed)
     require(sizes.size >= 16, "--size", sizes.size, "shapes need 16 pixels or more")
-    if told.folder.exists() and any(told.folder.iterdir()):
-        raise UserError(f"{told.folder} is not empty: choose another folder")
-    told.folder.mkdir(parents=True, exist_ok=True)
-    draw(told.folder, sizes)
-    print(told.folder)  # noqa: T201 - the command's result
+    if arguments.folder.exists() and any(arguments.folder.iterdir()):
+        raise UserError(f"{arguments.folder} is not empty: choose another folder")
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    draw(arguments.folder, sizes)
+    print(arguments.folder)  # noqa: T201 - the command's result
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def block_saved_bytes(config: VimConfig, backend: str, dtype: torch.dtype) -> fl
         dtype: of the products. The residual stream is float32.
     """
     d, e, size = config.d_model, config.d_inner, dtype.itemsize
-    scan = saved_bytes(backend, d_inner=e, d_state=config.d_state, dt_rank=config.dt_rank or 0, dtype=dtype)
+    scan = saved_bytes(backend, d_inner=e, d_state=config.d_state, dt_rank=config.dt_rank, dtype=dtype)
     return FLOAT * d + size * d + size * 2 * e + scan + size * e
 
 

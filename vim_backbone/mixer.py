@@ -17,8 +17,7 @@ class Mixer(nn.Module):
 
     def __init__(self, config: VimConfig) -> None:
         super().__init__()
-        d_model, d, n = config.d_model, config.d_inner, config.d_state
-        r = config.dt_rank or 0  # never None after VimConfig has checked itself
+        d_model, d, n, r = config.d_model, config.d_inner, config.d_state, config.dt_rank
         self.in_proj = nn.Linear(d_model, 2 * d, bias=False)
         self.conv1d = nn.Conv1d(d, d, config.d_conv, groups=d)
         self.x_proj = nn.Linear(d, r + 2 * n, bias=False)

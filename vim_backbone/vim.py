@@ -31,7 +31,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, config: VimConfig) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(config.in_chans, config.d_model, config.patch_size, config.stride or config.patch_size)
+        self.proj = nn.Conv2d(config.in_chans, config.d_model, config.patch_size, config.stride)
 
     def forward(self, images: Tensor) -> Tensor:
         """(b, c, h, w) -> (b, l, d_model), row by row."""
@@ -75,9 +75,8 @@ class VisionMamba(nn.Module):
         self.layers = nn.ModuleList(Block(config, rate) for rate in rates)
         self.norm_f = RMSNorm(d_model, config.norm_eps)
         self.head = nn.Linear(d_model, config.num_classes) if config.num_classes else nn.Identity()
-        reduction = config.stride or config.patch_size
         self.feature_info = [
-            {"num_chs": d_model, "reduction": reduction, "module": f"layers.{i}"} for i in range(config.depth)
+            {"num_chs": d_model, "reduction": config.stride, "module": f"layers.{i}"} for i in range(config.depth)
         ]
         self.init_weights()
 

@@ -127,21 +127,21 @@ def read_class_folders(folder: Path, classes: list[str] | None) -> Labelled:
 
     Raises UserError for a class without pictures, and for classes that differ from those of training.
     """
-    found = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not found:
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not names:
         raise UserError(f"{folder} has no class folders: it needs one folder of pictures for each class")
-    if classes is not None and (strange := sorted(set(found) - set(classes))):
+    if classes is not None and (strange := sorted(set(names) - set(classes))):
         raise UserError(
             f"{folder} has class {strange[0]!r}, which the training folder lacks ({len(classes)} classes there, "
-            f"{len(found)} here): rename or remove it"
+            f"{len(names)} here): rename or remove it"
         )
-    classes = classes or found
+    classes = classes or names
     if len(classes) < 2:
         raise UserError(f"{folder} has one class, {classes[0]!r}: a classifier needs two or more folders")
     paths, labels = [], []
     for label, name in enumerate(classes):
         inside = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        if not inside and name in found:
+        if not inside and name in names:
             raise UserError(f"class folder {folder / name} has no pictures: fill it or remove it")
         paths += inside
         labels += [label] * len(inside)

@@ -79,5 +79,5 @@ def _scan_rate(tokens: int, channels: int, rows: list[Row]) -> float:
 
 def _products(config: VimConfig) -> float:
     """Multiply-adds of a token in one block: in_proj and out_proj, x_proj and dt_proj of both directions."""
-    e, rank = config.d_inner, config.dt_rank or 0
+    e, rank = config.d_inner, config.dt_rank
     return 3 * config.d_model * e + 2 * e * (2 * rank + 2 * config.d_state)

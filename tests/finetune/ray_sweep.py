@@ -14,8 +14,8 @@ import psutil
 import yaml
 
 from finetune.sweeping.config import SweepConfig
+from finetune.sweeping.driver import resolve
 from finetune.sweeping.ledger import Entry, Ledger
-from finetune.sweeping.sweep import checked
 from launch.run.cli import parse
 from tests.launch.real import ROOT
 from tests.waiting import LIMIT
@@ -45,14 +45,14 @@ def cluster(nodes: int = 2):
         made.shutdown()
 
 
-def config_of(where: Path, task: str, backbone: Path, source: Path, **told) -> SweepConfig:
+def config_of(where: Path, task: str, backbone: Path, source: Path, **more) -> SweepConfig:
     """A small sweep in the folder `where`."""
     fields = SMALL | TASK_FIELDS[task] | {"backbone": str(backbone), "data.source": str(source)}
-    fields = {name: value for name, value in (fields | told.pop("fields", {})).items() if name not in told["space"]}
+    fields = {name: value for name, value in (fields | more.pop("fields", {})).items() if name not in more["space"]}
     base = {"task": task, "out": str(where / "runs"), "fields": fields, "retries": 2}
     path = where / "sweep.yaml"
     where.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(base | told))
+    path.write_text(yaml.safe_dump(base | more))
     return parse(SweepConfig, [f"--config={path}"], "", "")
 
 
@@ -79,7 +79,7 @@ def finished(process: subprocess.Popen) -> str:
 
 def entries(config: SweepConfig) -> list[Entry]:
     """What the record says, read as another process would."""
-    ledger = Ledger(config.folder, config.mode, config.metric, checked(config)[1])
+    ledger = Ledger(config.folder, config.mode, config.metric, resolve(config)[1])
     try:
         return ledger.entries()
     finally:
@@ -96,14 +96,14 @@ def rows(config: SweepConfig) -> list[dict]:
 
 def kept(config: SweepConfig) -> list[tuple[int, str]]:
     """(trial's id, checkpoint) of each checkpoint in the record."""
-    found = [(row["trial_id"], row["user_attr"]) for row in rows(config) if "trial_id" in row and "user_attr" in row]
-    return [(trial, attr["checkpoint"]) for trial, attr in found if "checkpoint" in attr]
+    pairs = [(row["trial_id"], row["user_attr"]) for row in rows(config) if "trial_id" in row and "user_attr" in row]
+    return [(trial, attr["checkpoint"]) for trial, attr in pairs if "checkpoint" in attr]
 
 
 def repeated(config: SweepConfig) -> int:
     """Evaluations that the record has had more than once: what was lost between them and their checkpoint."""
-    found = [(row["trial_id"], name) for row in rows(config) if "trial_id" in row for name in row.get("user_attr", ())]
-    evaluations = [pair for pair in found if pair[1].startswith("evaluation-")]
+    pairs = [(row["trial_id"], name) for row in rows(config) if "trial_id" in row for name in row.get("user_attr", ())]
+    evaluations = [pair for pair in pairs if pair[1].startswith("evaluation-")]
     return len(evaluations) - len(set(evaluations))
 
 

@@ -1,4 +1,4 @@
-"""Whole runs of classification: that they learn, resume, judge, and refuse what cannot be done."""
+"""Whole runs of classification: that they learn, resume, evaluate, and refuse what cannot be done."""
 
 import csv
 import json
@@ -11,10 +11,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from finetune.classification.config import AugmentConfig, ClassificationConfig
-from finetune.classification.task import ClassificationTask, run, training_transform
+from finetune.classification.task import ClassificationTask
+from finetune.classification.transforms import training_transform
 from finetune.main import main
 from finetune.sample_data import Sizes
 from finetune.sample_data import classification as draw
+from finetune.train import finetune
 from launch.run.cli import parse
 from tests.rows import read_metrics
 from tests.vim_backbone import official
@@ -26,12 +28,16 @@ PLAIN = ["--augment.auto_augment=null", "--augment.mixup=0", "--augment.cutmix=0
          "--augment.color_jitter=0", "--augment.min_scale=0.5", "--model.drop_path_rate=0"]  # fmt: skip
 
 
+def run(config):
+    return finetune(ClassificationTask(config))
+
+
 @pytest.fixture
 def config(backbone, drawn, tmp_path):
     def make(*argv):
         data = [] if any(a.startswith("--data.source") for a in argv) else [f"--data.source={drawn('classification')}"]
-        own = [*SMALL, f"--backbone={backbone}", f"--out={tmp_path}", *data, *argv]
-        return parse(ClassificationConfig, own, "finetune/main.py", "")
+        options = [*SMALL, f"--backbone={backbone}", f"--out={tmp_path}", *data, *argv]
+        return parse(ClassificationConfig, options, "finetune/main.py", "")
 
     return make
 
@@ -44,9 +50,9 @@ def losses(folder):
 
 def test_what_a_run_leaves_behind(config):
     folder = run(config("--steps=2", "--evaluate_every=1", "--trackers=[tensorboard]", "--ema_decay=0.5"))
-    judged = [row for row in read_metrics(folder / "metrics.jsonl") if "val_top1" in row]
-    assert [row["step"] for row in judged] == [1, 2]
-    assert judged[0]["val_samples"] == 9
+    evaluations = [row for row in read_metrics(folder / "metrics.jsonl") if "val_top1" in row]
+    assert [row["step"] for row in evaluations] == [1, 2]
+    assert evaluations[0]["val_samples"] == 9
     where = folder / "evaluations/step-00000002"
     assert {p.name for p in where.iterdir()} == {
         "classes.csv", "confusion.csv", "confusion.png", "metrics.json", "predictions.png",
@@ -233,18 +239,18 @@ def test_a_backbone_of_another_width_is_refused_on_resume(config, backbone, tmp_
     assert "\n" not in str(caught.value)
 
 
-def test_official_weights_are_judged_as_the_official_model_does_and_fine_tuned(config, drawn, tmp_path):
+def test_official_weights_score_as_the_official_model_does_and_are_fine_tuned(config, drawn, tmp_path):
     state = official.random_state(d=32, depth=2, patches=16, patch=8, classes=3)
     torch.save({"model": state}, tmp_path / "official.pth")
     folder = convert(tmp_path / "official.pth", tmp_path / "converted")
     options = (f"--backbone={folder}", "--augment.crop_pct=1", *PLAIN)
-    judged = run(config("--mode=evaluate", "--name=judged", *options))
-    found = json.loads((judged / "evaluations/step-00000000/metrics.json").read_text())
+    official_run = run(config("--mode=evaluate", "--name=official", *options))
+    scores = json.loads((official_run / "evaluations/step-00000000/metrics.json").read_text())
     samples = ClassificationTask(config(*options)).val
     images, targets = samples.collate([samples.draw(i) for i in range(len(samples))])
     logits = official.forward(state, images, stride=8)
-    assert found["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item(), rel=1e-4)
-    assert found["top1"] == pytest.approx((logits.argmax(1) == targets).float().mean().item())
+    assert scores["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item(), rel=1e-4)
+    assert scores["top1"] == pytest.approx((logits.argmax(1) == targets).float().mean().item())
     tuned = run(config("--steps=1", "--name=tuned", *options))
     after = load_file(tuned / "backbone/model.safetensors")
     assert after.keys() == state.keys()

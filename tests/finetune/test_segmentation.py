@@ -13,9 +13,11 @@ from sklearn.metrics import jaccard_score
 
 from finetune.segmentation.config import CropConfig, SegmentationConfig, SegmentationData
 from finetune.segmentation.data import IGNORED, PhotometricDistort, TrainCrops, class_names, open_pairs
-from finetune.segmentation.judge import confusion_of, scores
-from finetune.segmentation.task import run
-from finetune.segmentation.upernet import Windows, feature_layers, pixel_loss, starts
+from finetune.segmentation.evaluate import confusion_of, scores
+from finetune.segmentation.model import feature_layers, pixel_loss
+from finetune.segmentation.task import SegmentationTask
+from finetune.segmentation.windows import Windows, starts
+from finetune.train import finetune
 from launch.run.cli import parse
 from launch.run.randomness import seeded
 from tests.rows import read_metrics
@@ -25,12 +27,16 @@ SMALL = ["--batch_size=4", "--log_every=1", "--data.workers=0", "--trackers=[]",
          "--head.auxiliary_channels=16", "--optim.base_lr=0.05", "--model.drop_path_rate=0"]  # fmt: skip
 
 
+def run(config):
+    return finetune(SegmentationTask(config))
+
+
 @pytest.fixture
 def config(backbone, drawn, tmp_path):
     def make(*argv):
         data = [] if any(a.startswith("--data.source") for a in argv) else [f"--data.source={drawn('segmentation')}"]
-        own = [*SMALL, f"--backbone={backbone}", f"--out={tmp_path}", *data, *argv]
-        return parse(SegmentationConfig, own, "finetune/main.py", "")
+        options = [*SMALL, f"--backbone={backbone}", f"--out={tmp_path}", *data, *argv]
+        return parse(SegmentationConfig, options, "finetune/main.py", "")
 
     return make
 
@@ -39,16 +45,16 @@ def counted_directly(predicted, target, classes):
     """IoU and accuracy of each class by loops over pixels, and the share of right pixels."""
     iou, accuracy, right, total = [], [], 0, 0
     for k in range(classes):
-        both = either = own = 0
+        both = either = labelled = 0
         for p, t in zip(predicted.flatten().tolist(), target.flatten().tolist(), strict=True):
             if t != IGNORED:
                 both += p == k and t == k
                 either += p == k or t == k
-                own += t == k
+                labelled += t == k
         right += both
-        total += own
+        total += labelled
         iou += [both / either] if either else []
-        accuracy += [both / own] if own else []
+        accuracy += [both / labelled] if labelled else []
     return {"mIoU": np.mean(iou), "mAcc": np.mean(accuracy), "aAcc": right / total}
 
 
@@ -58,11 +64,11 @@ def test_scores_equal_a_direct_count(seed):
     predicted = torch.from_numpy(rng.integers(0, 6, (40, 31)))
     target = torch.from_numpy(rng.choice([0, 1, 2, 3, 5, IGNORED], (40, 31)))  # class 4 is predicted and never true
     parts = [confusion_of(predicted[rows], target[rows], 7) for rows in (slice(0, 7), slice(7, 8), slice(8, 40))]
-    found = scores(torch.stack(parts).sum(0))
-    assert found == pytest.approx(counted_directly(predicted, target, 7), abs=1e-9)
+    ours = scores(torch.stack(parts).sum(0))
+    assert ours == pytest.approx(counted_directly(predicted, target, 7), abs=1e-9)
     counted = target != IGNORED
     peer = jaccard_score(target[counted], predicted[counted], average="macro")
-    assert found["mIoU"] == pytest.approx(peer, abs=1e-9)
+    assert ours["mIoU"] == pytest.approx(peer, abs=1e-9)
 
 
 def test_windows_cover_every_pixel_and_average():

@@ -9,9 +9,10 @@ import psutil
 import pytest
 from accelerate.state import AcceleratorState
 
-from finetune.classification import task as classification
 from finetune.classification.config import ClassificationConfig
+from finetune.classification.task import ClassificationTask
 from finetune.sweeping.trial import arguments
+from finetune.train import finetune
 from launch.run.cli import parse
 from tests.finetune.ray_sweep import config_of, driver, entries, finished, kept, repeated, steps_of
 from tests.waiting import LIMIT, wait_for
@@ -23,22 +24,23 @@ SPACE = {"optim.base_lr": {"loguniform": [1e-3, 1e-1]}}
 
 def listening(root: int) -> set[str]:
     """Addresses that the process and all below it listen on."""
-    found = set()
+    addresses = set()
     for process in [psutil.Process(root), *psutil.Process(root).children(recursive=True)]:
         try:
-            found |= {c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+            addresses |= {c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
         except psutil.Error:
             continue
-    return found
+    return addresses
 
 
 def outside(config, fields, where):
     """Metrics by step of the same run without Ray."""
-    told = []
+    scores = []
     AcceleratorState._reset_state(reset_partial_state=True)
     argv = arguments(config.fields | fields | {"out": str(where), "name": "alone", "trackers": []})
-    classification.run(parse(ClassificationConfig, argv, "", ""), lambda e: told.append((e.step, e.metrics)))
-    return told
+    task = ClassificationTask(parse(ClassificationConfig, argv, "", ""))
+    finetune(task, lambda e: scores.append((e.step, e.metrics)))
+    return scores
 
 
 def midway(config):
@@ -68,15 +70,15 @@ def test_a_killed_driver_goes_on_with_nothing_lost_or_run_twice(tmp_path, backbo
     printed = finished(driver(config, "--resume"))
     assert "4 finished, 0 stopped early, 0 failed of 4 trials" in printed
     assert (config.folder / "study.jsonl").read_text().startswith(before[: before.rindex("\n")])
-    found = entries(config)
-    assert [steps_of(e) for e in found] == [list(range(1, STEPS + 1))] * 4
+    after = entries(config)
+    assert [steps_of(e) for e in after] == [list(range(1, STEPS + 1))] * 4
     assert repeated(config) <= 2, "the two that ran went on from their checkpoints"
-    for old, new in zip(was, found, strict=False):
+    for old, new in zip(was, after, strict=False):
         assert new.fields == old.fields
         # the last evaluation of a trial that ran may have been without its checkpoint
         settled = old.evaluations[:-1] if old.state == "running" else old.evaluations
         assert new.evaluations[: len(settled)] == settled, "what was evaluated was not run again"
-    for entry in found:
+    for entry in after:
         alone = outside(config, entry.fields, tmp_path / f"alone-{entry.number}")
         assert [(e.step, e.metrics) for e in entry.evaluations] == alone
         shutil.rmtree(tmp_path / f"alone-{entry.number}")

@@ -228,3 +228,13 @@ def test_unknown_names_get_a_hint():
         create_model("vim_tny")
     with pytest.raises(UserError, match="'strid' is no field of a Vim backbone: did you mean 'stride'"):
         create_model("vim_tiny", strid=8)
+
+
+@pytest.mark.parametrize("left_open", [0, None])
+def test_a_config_holds_numbers_where_a_file_leaves_them_open(left_open):
+    """As the papers have them: patches that do not overlap, and a rank of a sixteenth of the width, rounded up."""
+    config = VimConfig.from_dict(
+        {"d_model": 200, "depth": 1, "patch_size": 14, "stride": left_open, "dt_rank": left_open}
+    )
+    assert (config.stride, config.dt_rank) == (14, 13)
+    assert config.to_dict()["stride"] == 14

@@ -1,4 +1,4 @@
-"""A sweep from its config to its report: what can be known to be wrong is said before anything runs."""
+"""A sweep from its config to its report: what can be known to be wrong is refused before anything runs."""
 
 import signal
 import uuid
@@ -10,8 +10,9 @@ from typing import Any
 
 from ray import tune
 
-from finetune.main import TASKS
-from finetune.sweeping.cluster import running
+from finetune.config import FinetuneConfig
+from finetune.registry import TASKS
+from finetune.sweeping.cluster import ray_session
 from finetune.sweeping.config import SweepConfig
 from finetune.sweeping.ledger import JOURNAL, Ledger
 from finetune.sweeping.progress import Progress
@@ -26,7 +27,7 @@ from launch.run.signals import Stopped, in_main_thread
 from vim_backbone.errors import UserError, nearest
 
 CONFIG = "sweep.yaml"
-OWN = ("name", "out", "resume", "overwrite", "checkpoint_every", "keep_checkpoints", "debug")
+SET_BY_SWEEP = ("name", "out", "resume", "overwrite", "checkpoint_every", "keep_checkpoints", "debug")
 """Fields of a run that a sweep sets for each trial."""
 CHANGEABLE = (
     "trials",
@@ -41,7 +42,7 @@ CHANGEABLE = (
     "debug",
     "out",
 )
-"""What a resumed sweep may be told anew."""
+"""What may differ when a sweep is resumed."""
 PATHS = ("backbone", "data.source")
 
 
@@ -50,14 +51,14 @@ def sweep(config: SweepConfig) -> Path:
 
     Raises UserError before any work where something asked for cannot be done, and Stopped after an interrupt.
     """
-    config, space, base = checked(config)
+    config, space, base = resolve(config)
     open_folder(config)
     ledger = Ledger(config.folder, config.mode, config.metric, space)
     try:
-        storage = writable(config.storage or str((config.folder / "trials").resolve()))
+        storage = check_storage(config.storage or str((config.folder / "trials").resolve()))
         with Progress(config.metric, config.trials or 0) as progress:
-            with running(config.ray, config.resources), stopped_like_ctrl_c():
-                tune_trials(config, ledger, {"base": base, "paths": whole_paths(config, space)}, storage, progress)
+            with ray_session(config.ray, config.resources), sigterm_as_sigint():
+                tune_trials(config, ledger, base, absolute_paths(config, space), storage, progress)
             for line in write_report(config, ledger):
                 progress.say(line)
         entries = ledger.entries()
@@ -73,7 +74,7 @@ def sweep(config: SweepConfig) -> Path:
 
 
 @contextmanager
-def stopped_like_ctrl_c() -> Iterator[None]:
+def sigterm_as_sigint() -> Iterator[None]:
     """SIGTERM stops the sweep as Ctrl-C and SIGUSR1 do, which are all that Ray Tune heeds."""
     if not in_main_thread():
         yield
@@ -85,38 +86,38 @@ def stopped_like_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def top(config: SweepConfig) -> list[str]:
-    """The commands of the best trials so far, by the sweep's own record of what it was told."""
+def top_commands(config: SweepConfig) -> list[str]:
+    """The commands of the best trials so far, by the sweep's own record of its config."""
     folder = config.folder
     if not (folder / JOURNAL).exists():
         raise UserError(f"there is no sweep in {folder}: run it first")
-    told = parse(SweepConfig, [f"--config={folder / CONFIG}"], "", "")
-    told, space, _ = checked(replace(told, out=config.out, top=config.top))
-    ledger = Ledger(folder, told.mode, told.metric, space)
+    saved = parse(SweepConfig, [f"--config={folder / CONFIG}"], "", "")
+    saved, space, _ = resolve(replace(saved, out=config.out, top=config.top))
+    ledger = Ledger(folder, saved.mode, saved.metric, space)
     try:
-        lines = top_lines(told, ledger)
+        lines = top_lines(saved, ledger)
     finally:
         ledger.close()
     return lines or ["# no trial has come to its end yet"]
 
 
-def checked(config: SweepConfig) -> tuple[SweepConfig, list[Dimension], str]:
+def resolve(config: SweepConfig) -> tuple[SweepConfig, list[Dimension], str]:
     """The config with the number of trials filled in, its space, and the text of the base file."""
-    config_class = TASKS[config.task][0]
+    config_class = TASKS[config.task].config_class
     types = field_types(config_class)
     for name in [*config.fields, *config.space]:
         where = "fields" if name in config.fields else "space"
         if name not in types:
             raise UserError(f"{where}.{name}: no such field of {config.task}; {nearest(name, types)}")
-        if name in OWN:
+        if name in SET_BY_SWEEP:
             raise UserError(f"{where}.{name}: the sweep sets it for each trial")
     if both := sorted(config.fields.keys() & config.space.keys()):
         raise UserError(f"{both[0]} stands in fields and in space: choose one")
     space = read_space(config.space, types)
     count = len(combinations(space))
     if config.searcher == "grid":
-        if drawn := [d.field for d in space if not d.listed]:
-            raise UserError(f"searcher is 'grid': space.{drawn[0]} must be a choice or a grid")
+        if ranges := [d.field for d in space if not d.listed]:
+            raise UserError(f"searcher is 'grid': space.{ranges[0]} must be a choice or a grid")
         space = [replace(d, kind="grid") for d in space]
         count = len(combinations(space))
         if config.trials is not None and config.trials > count:
@@ -136,25 +137,25 @@ def checked(config: SweepConfig) -> tuple[SweepConfig, list[Dimension], str]:
     return config, space, base
 
 
-def check_values(config: SweepConfig, config_class: type, space: list[Dimension]) -> None:
+def check_values(config: SweepConfig, config_class: type[FinetuneConfig], space: list[Dimension]) -> None:
     """Every listed value and both ends of every range are what the task's config takes; local folders exist."""
     first = {d.field: d.values[0] for d in space}
     for d in space:
         for value in d.values:
-            told = arguments(config.fields | first | {d.field: value})
+            argv = arguments(config.fields | first | {d.field: value})
             base = [f"--config={config.base}"] if config.base else []
             try:
-                parse(config_class, [*base, *told], "trial", "")
+                parse(config_class, [*base, *argv], "trial", "")
             except UserError as error:
                 raise UserError(f"space.{d.field}, {value!r}: {error}") from error
             if d.field in PATHS:
-                exists(f"space.{d.field}", value)
+                require_path(f"space.{d.field}", value)
     for name in PATHS:
         if name in config.fields:
-            exists(f"fields.{name}", config.fields[name])
+            require_path(f"fields.{name}", config.fields[name])
 
 
-def exists(name: str, value: Any) -> None:
+def require_path(name: str, value: Any) -> None:
     """A local path is there; names of the Hub and URLs are for the trials to find."""
     elsewhere = isinstance(value, str) and ("://" in value or value.startswith("hf:"))
     on_the_hub = name.endswith("backbone") and str(value).count("/") == 1 and not str(value).startswith((".", "/", "~"))
@@ -162,7 +163,7 @@ def exists(name: str, value: Any) -> None:
         raise UserError(f"{name} is {value!r}: there is no such folder")
 
 
-def whole_paths(config: SweepConfig, space: list[Dimension]) -> dict[str, str]:
+def absolute_paths(config: SweepConfig, space: list[Dimension]) -> dict[str, str]:
     """Folders that are here, as the sweep names them -> absolute, because a trial runs in a folder of its own."""
     named = [config.fields.get(name) for name in PATHS] + [v for d in space if d.field in PATHS for v in d.values]
     here = {value: Path(value).expanduser() for value in named if isinstance(value, str)}
@@ -184,7 +185,7 @@ def open_folder(config: SweepConfig) -> None:
     write_config(config, folder / CONFIG)
 
 
-def writable(storage: str) -> str:
+def check_storage(storage: str) -> str:
     """The storage, after a file was written there and deleted. Raises UserError where that does not work."""
     try:
         place = tune.Checkpoint(storage)

@@ -1,18 +1,17 @@
 """The fine-tuning run of any task: build, loop, evaluate, publish; how a run lives is launch/run/training.py."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
-from finetune.backbone import Pretrained, layer_scales
-from finetune.config import FinetuneConfig, FinetuneOptim
-from finetune.loading import Batch, Samples, training_batches
+from finetune.backbone import layer_scales
+from finetune.batches import training_batches
+from finetune.config import FinetuneConfig
+from finetune.model_folder import MODEL, write_model
+from finetune.task import LabelledBatch, Task, TaskModel
 from launch.data.bad_pictures import BadPictures
 from launch.data.loading import enduring
 from launch.data.order import plan_batches
@@ -23,31 +22,17 @@ from launch.run.optim import build_optimizer
 from launch.run.randomness import seed_of
 from launch.run.training import Training, start_training
 from launch.state.sharding import shape_of
-from vim_backbone import VisionMamba
 from vim_backbone.block import Block
-from vim_backbone.files import write_json, write_tensors, write_text
+from vim_backbone.files import write_json, write_text
 from vim_backbone.folder import model_card
 
 FIXED_ON_RESUME = ("backbone", "model.", "head.")
 EVALUATIONS = "evaluations"
-MODEL = "model"
-"""Folder of the run with the whole model and what `finetune.predict` must know of it."""
-
-
-@dataclass
-class Report:
-    """What an evaluation found. On the main process; the others hold an empty one."""
-
-    metrics: dict[str, float] = field(default_factory=dict)
-    write: Callable[[Path], None] = lambda folder: None  # noqa: ARG005
-    """Writes tables and pictures into a folder."""
-    bad: list[tuple[str, str]] = field(default_factory=list)
-    """Samples that could not be read and are not counted, with the reason."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an observer of the run is told."""
+    """Scores of the run at one step, for an observer."""
 
     step: int
     total_steps: int
@@ -59,87 +44,44 @@ Observer = Callable[[Evaluation], None]
 """Called on every process after an evaluation: all up to it is saved, and after the last the model is published."""
 
 
-class Task(ABC):
-    """What differs between classification, segmentation and detection."""
-
-    name: ClassVar[str]
-    config: Any
-    train: Samples
-    val: Samples
-    classes: list[str]
-    pretrained: Pretrained
-    notes: list[str]
-    """Lines for the user about the data."""
-
-    @property
-    def optim(self) -> FinetuneOptim:
-        """Rates of the run."""
-        return self.config.optim
-
-    @property
-    def workers(self) -> int:
-        """Data-loading processes."""
-        return self.config.data.workers
-
-    @abstractmethod
-    def new_model(self) -> nn.Module:
-        """The model with fresh weights; its backbone is its attribute `backbone`."""
-
-    @abstractmethod
-    def losses(self, model: nn.Module, batch: Batch, device: torch.device, key: tuple[int, ...]) -> dict[str, Tensor]:
-        """Named losses of one forward pass, to be added up; `key` is for what is drawn in it."""
-
-    @abstractmethod
-    def evaluate(self, model: nn.Module, accelerator: Accelerator) -> Report:
-        """Judge the model on the validation data. For all processes."""
-
-    @abstractmethod
-    def description(self) -> dict[str, Any]:
-        """What is needed to use the trained model, as plain data."""
-
-    def evaluating_only(self) -> bool:
-        """Whether the run takes no step."""
-        return self.config.mode != "train"
-
-    def eval_batch_size(self, accelerator: Accelerator) -> int:
-        """Samples of a forward pass in evaluation: as in training."""
-        parts = accelerator.num_processes * self.config.accumulation
-        return max(1, self.config.batch_size // parts)
-
-    @property
-    def drawn(self) -> set[int]:
-        """Validation samples to draw, spread evenly over all."""
-        total, count = len(self.val), min(self.config.pictures, len(self.val))
-        return {i * total // count for i in range(count)}
-
-
 @dataclass
 class Run:
     """What the loop works with."""
 
-    task: Task
-    config: FinetuneConfig
-    batches: Iterator[Batch]
+    task: Task[FinetuneConfig]
+    batches: Iterator[LabelledBatch]
     training: Training
     log: RunLog
     bad: BadPictures
     observe: Observer | None
 
+    @property
+    def config(self) -> FinetuneConfig:
+        """Of the task."""
+        return self.task.config
 
-def finetune(task: Task, observe: Observer | None = None) -> Path:
+    @property
+    def model(self) -> TaskModel:
+        """As it is saved, not wrapped for the strategy."""
+        model = self.training.state.model
+        assert isinstance(model, TaskModel)
+        return model
+
+
+def finetune(task: Task[FinetuneConfig], observe: Observer | None = None) -> Path:
     """Train as the task's config says and return the run's folder, with the model published in `model/`.
 
     Raises UserError before any work where something asked for cannot be done, and Stopped after an interrupt.
     """
-    config: FinetuneConfig = task.config
+    config = task.config
     accelerator = build_accelerator(config, config.accumulation)
     plan = plan_batches(accelerator, config.batch_size, config.accumulation)
     start = on_main(accelerator, lambda: open_run(config, FIXED_ON_RESUME))
-    total_steps = 0 if task.evaluating_only() else config.total_steps(len(task.train))
+    total_steps = 0 if task.evaluates_only else config.total_steps(len(task.train))
     bad = BadPictures(config.folder / "bad_pictures.txt", len(task.train), max_share=0.5)
 
-    def batches_from(number: int) -> Iterator[Batch]:
-        return training_batches(task.train, config.seed, plan, number, total_steps, task.workers)
+    def batches_from(number: int) -> Iterator[LabelledBatch]:
+        return training_batches(task.train, config.seed, plan, number, total_steps, config.data.workers)
 
     with start_training(
         config,
@@ -147,19 +89,19 @@ def finetune(task: Task, observe: Observer | None = None) -> Path:
         total_steps,
         start.checkpoint,
         lambda: build_model(task),
-        lambda model: scaled_optimizer(model, task),
+        lambda model: build_scaled_optimizer(model, config),
         unit=Block,
         micro_batch=plan.micro_batch,
-        clip_grad=task.optim.clip_grad,
+        clip_grad=config.optim.clip_grad,
         ema_decay=config.ema_decay,
     ) as training:
         first = training.state.step
         with RunLog(config, accelerator, total_steps, first) as log:
             batches = enduring(batches_from, first * config.accumulation, log.say)
-            run = Run(task, config, batches, training, log, bad, observe)
+            run = Run(task, batches, training, log, bad, observe)
             for line in (introduction(run), *task.notes, *start.notes):
                 log.say(line)
-            if task.evaluating_only():
+            if task.evaluates_only:
                 metrics = evaluate(run)
             else:
                 metrics = train(run)
@@ -170,31 +112,24 @@ def finetune(task: Task, observe: Observer | None = None) -> Path:
     return config.folder
 
 
-def build_model(task: Task) -> nn.Module:
+def build_model(task: Task[FinetuneConfig]) -> TaskModel:
     """The model as it is before the first step, the same for one seed on every process."""
     torch.manual_seed(seed_of(task.config.seed))
     model = task.new_model()
-    backbone = backbone_of(model)
-    task.pretrained.put_into(backbone)
-    backbone.set_grad_checkpointing(task.config.model.grad_checkpointing)
+    task.pretrained.put_into(model.backbone)
+    model.backbone.set_grad_checkpointing(task.config.model.grad_checkpointing)
     if task.config.model.freeze:
-        head = {id(p) for p in backbone.get_classifier().parameters()}
-        for p in backbone.parameters():
+        head = {id(p) for p in model.backbone.get_classifier().parameters()}
+        for p in model.backbone.parameters():
             p.requires_grad_(id(p) in head)
     return model
 
 
-def backbone_of(model: nn.Module) -> VisionMamba:
-    """The backbone inside a task's model."""
-    backbone = model.backbone
-    assert isinstance(backbone, VisionMamba)
-    return backbone
-
-
-def scaled_optimizer(model: nn.Module, task: Task) -> torch.optim.AdamW:
+def build_scaled_optimizer(model: nn.Module, config: FinetuneConfig) -> torch.optim.AdamW:
     """AdamW with the rate of each layer."""
-    scales = layer_scales(model, backbone_of(model), task.optim)
-    return build_optimizer(model, task.optim, task.config.batch_size, scales.__getitem__)
+    assert isinstance(model, TaskModel)
+    scales = layer_scales(model, model.backbone, config.optim)
+    return build_optimizer(model, config.optim, config.batch_size, scales.__getitem__)
 
 
 def train(run: Run) -> dict[str, float] | None:
@@ -212,14 +147,16 @@ def train(run: Run) -> dict[str, float] | None:
     for step in training.steps():
         torch.manual_seed(seed_of(config.seed, step, rank))  # for stochastic depth
         names: list[str] = []
-        named: dict[str, Tensor] = {}
+        losses: dict[str, Tensor] = {}
         for part, context in enumerate(training.parts()):
-            batch = checked(run, speed.waiting(run.batches))
+            batch = speed.waiting(run.batches)
+            for line in run.bad.add(batch):
+                run.log.say(line)
             names += batch.names
             with context:
-                named = task.losses(training.model, batch, device, (config.seed, step, part, rank))
-                training.backward(torch.stack(list(named.values())).sum())
-        training.update(task.optim.rate(step, config.batch_size, training.total_steps), names)
+                losses = task.losses(training.model, batch, device, (config.seed, step, part, rank))
+                training.backward(torch.stack(list(losses.values())).sum())
+        training.update(config.optim.rate(step, config.batch_size, training.total_steps), names)
         speed.images += config.batch_size
         speed.tokens += config.batch_size * rows * columns
 
@@ -228,7 +165,7 @@ def train(run: Run) -> dict[str, float] | None:
             run.log.say(training.notice)
         if done % config.log_every == 0 or done == training.total_steps:
             latest = {"loss": training.loss, "lr": training.rate, "grad_norm": training.grad_norm} | speed.read()
-            parts = {key: value.item() for key, value in named.items()} if len(named) > 1 else {}
+            parts = {key: value.item() for key, value in losses.items()} if len(losses) > 1 else {}
             run.log.metrics(done, latest | parts | {"memory_gb": peak_memory_gb(device)})
         run.log.progress(done, latest)
         if done == training.total_steps or (config.evaluate_every and done % config.evaluate_every == 0):
@@ -240,35 +177,28 @@ def train(run: Run) -> dict[str, float] | None:
     return metrics
 
 
-def checked(run: Run, batch: Batch) -> Batch:
-    """The batch, its bad samples counted and named."""
-    for line in run.bad.add(batch):
-        run.log.say(line)
-    return batch
-
-
 def evaluate(run: Run) -> dict[str, float]:
-    """Judge the model, averaged where averaging is on; log, and write tables and pictures. For all processes."""
+    """Evaluate the model, averaged where averaging is on; log, and write tables and pictures. For all processes."""
     training = run.training
     step, accelerator = training.state.step, training.accelerator
     with training.evaluating() as model:
-        report = run.task.evaluate(model, accelerator)
+        result = run.task.evaluate(model, accelerator)
     if not accelerator.is_main_process:
         return {}
     folder = run.config.folder / EVALUATIONS / f"step-{step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
-    report.write(folder)
-    write_json(folder / "metrics.json", report.metrics)
-    run.log.metrics(step, {f"val_{key}": value for key, value in report.metrics.items()})
+    result.write(folder)
+    write_json(folder / "metrics.json", result.metrics)
+    run.log.metrics(step, {f"val_{key}": value for key, value in result.metrics.items()})
     for path in sorted(folder.glob("*.png")):
         run.log.picture(step, path.stem, path)
-    if report.bad:
-        write_text(folder / "bad_pictures.txt", "".join(f"{name}\t{why}\n" for name, why in report.bad))
-        name, why = report.bad[0]
-        run.log.say(f"{len(report.bad)} validation pictures cannot be read and are not counted, such as {name}: {why}")
-    shown = "  ".join(f"{key} {value:.4f}" for key, value in report.metrics.items() if key != "samples")
+    if result.bad:
+        write_text(folder / "bad_pictures.txt", "".join(f"{name}\t{why}\n" for name, why in result.bad))
+        name, why = result.bad[0]
+        run.log.say(f"{len(result.bad)} validation pictures cannot be read and are not counted, such as {name}: {why}")
+    shown = "  ".join(f"{key} {value:.4f}" for key, value in result.metrics.items() if key != "samples")
     run.log.say(f"step {step}: {shown}; tables and pictures in {folder}")
-    return report.metrics
+    return result.metrics
 
 
 def publish(run: Run) -> None:
@@ -277,20 +207,16 @@ def publish(run: Run) -> None:
     For all processes; the main one writes.
     """
     config, training, task = run.config, run.training, run.task
-    model = training.state.model
-    whole = training.published(model)
+    whole = training.published(run.model)
     inside = {key.removeprefix("backbone."): value for key, value in whole.items() if key.startswith("backbone.")}
-    backbone, steps = backbone_of(model), training.state.step
+    backbone, steps = run.model.backbone, training.state.step
     history = (
-        f"\n## Fine-tuning\n\n{task.name.capitalize()} of {config.data.source!r} ({len(task.classes)} classes) from "  # pyright: ignore
+        f"\n## Fine-tuning\n\n{task.name.capitalize()} of {config.data.source!r} ({len(task.classes)} classes) from "
         f"{config.backbone!r}: {steps} steps of {config.batch_size} pictures, {config.precision}, seed {config.seed}.\n"
     )
 
     def write() -> None:
-        folder = config.folder / MODEL
-        folder.mkdir(exist_ok=True)
-        write_tensors(folder / "model.safetensors", whole)
-        write_json(folder / "config.json", {"task": task.name} | task.description())
+        write_model(config.folder, task.name, task.description(), whole)
         card = model_card(backbone.config, "backbone") + history
         backbone.save_pretrained(config.folder / "backbone", card=card, tensors=inside)
 
@@ -303,7 +229,7 @@ def publish(run: Run) -> None:
 def introduction(run: Run) -> str:
     """One line on what is about to be trained."""
     config, accelerator, done = run.config, run.training.accelerator, run.training.state.step
-    millions = sum(shape_of(p).numel() for p in run.training.state.model.parameters()) / 1e6
+    millions = sum(shape_of(p).numel() for p in run.model.parameters()) / 1e6
     height, width = run.task.pretrained.config.img_size
     weights = "fresh weights for" if config.model.from_scratch else "weights of"
     return (

@@ -1,6 +1,5 @@
-"""Judging a segmenter: mIoU, aAcc and mAcc as mmsegmentation defines them, per-class table, overlays."""
+"""Evaluation of a segmenter: mIoU, aAcc and mAcc as mmsegmentation defines them, per-class table, overlays."""
 
-import colorsys
 import csv
 from pathlib import Path
 
@@ -12,13 +11,18 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor, nn
 
-from finetune.loading import evaluation_batches
-from finetune.run import Report, Task
+from finetune.batches import evaluation_batches
+from finetune.palette import palette
+from finetune.segmentation.config import SegmentationConfig
 from finetune.segmentation.data import IGNORED
-from finetune.segmentation.upernet import Windows, resize
+from finetune.segmentation.model import resize
+from finetune.segmentation.windows import Windows
+from finetune.task import EvaluationResult, Task
 from launch.state.sharding import zero_stage
 from vim_backbone.preprocessing import to_model, to_pixels
 
+METRICS = ("mIoU", "mAcc", "aAcc")
+"""Scores of an evaluation, as shares of 1."""
 MOST_NAMED = 12
 """Classes that a picture's legend names."""
 
@@ -38,25 +42,24 @@ def class_scores(confusion: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def scores(confusion: Tensor) -> dict[str, float]:
-    """MIoU, mAcc (means over classes that occur) and aAcc (over pixels)."""
+    """METRICS: mIoU and mAcc are means over classes that occur, aAcc is over pixels."""
     iou, accuracy = class_scores(confusion)
-    return {
-        "mIoU": float(iou.nanmean()),
-        "mAcc": float(accuracy.nanmean()),
-        "aAcc": float(confusion.diagonal().sum()) / max(1, int(confusion.sum())),
-    }
+    of_pixels = float(confusion.diagonal().sum()) / max(1, int(confusion.sum()))
+    return dict(zip(METRICS, (float(iou.nanmean()), float(accuracy.nanmean()), of_pixels), strict=True))
 
 
-def judge(task: Task, model: nn.Module, accelerator: Accelerator, windows: Windows) -> Report:
+def evaluate(
+    task: Task[SegmentationConfig], model: nn.Module, accelerator: Accelerator, windows: Windows
+) -> EvaluationResult:
     """Segment the validation pictures at the size of their maps. For all processes."""
     device, classes = accelerator.device, len(task.classes)
     confusion = torch.zeros(classes, classes, dtype=torch.long, device=device)
     samples = torch.zeros((), dtype=torch.long, device=device)
     shown, bad = [], []
-    for batch in evaluation_batches(task.val, accelerator, 1, task.workers):
+    for batch in evaluation_batches(task.val, accelerator, 1, task.config.data.workers):
         bad += batch.bad
         image, target = to_model(batch.images[0][None], device), batch.targets[0].to(device)
-        # asked before the passes: under ZeRO-3 they exchange too, and all exchanges must come in one order
+        # exchanged before the passes: under ZeRO-3 they exchange too, and all exchanges must come in one order
         passes = windows.passes(*image.shape[-2:])
         idle = most_of(passes, accelerator) - passes if zero_stage(accelerator) == 3 else 0
         with accelerator.autocast():
@@ -67,7 +70,7 @@ def judge(task: Task, model: nn.Module, accelerator: Accelerator, windows: Windo
         predicted = resize(logits.float(), target.shape).argmax(1)[0]
         confusion += confusion_of(predicted, target, classes)
         samples += 1
-        if batch.numbers[0] in task.drawn:
+        if batch.numbers[0] in task.pictured:
             picture = resize(to_pixels(image), target.shape)[0].permute(1, 2, 0).cpu().numpy()
             shown.append((batch.numbers[0], picture, target.cpu().numpy(), predicted.cpu().numpy()))
     confusion, samples = (accelerator.reduce(value, reduction="sum") for value in (confusion, samples))
@@ -80,7 +83,7 @@ def judge(task: Task, model: nn.Module, accelerator: Accelerator, windows: Windo
         panels = [entry[1:] for entry in sorted(shown, key=lambda entry: entry[0])]
         draw_overlays(folder / "predictions.png", panels, task.classes)
 
-    return Report(scores(confusion) | {"samples": float(samples)}, write, bad)
+    return EvaluationResult(scores(confusion) | {"samples": float(samples)}, write, bad)
 
 
 def most_of(number: int, accelerator: Accelerator) -> int:
@@ -100,12 +103,6 @@ def write_table(path: Path, confusion: Tensor, classes: list[str]) -> None:
         for k, name in enumerate(classes):
             values = (f"{float(value[k]):.4f}" for value in (iou, accuracy, precision))
             table.writerow([name, int(confusion[k].sum()), *values])
-
-
-def palette(classes: int) -> np.ndarray:
-    """(classes, 3) colours in [0, 1], far apart for neighbours in the list."""
-    hues = np.arange(classes) * 0.61803398875 % 1  # the golden ratio spreads any number of them
-    return np.array([colorsys.hsv_to_rgb(hue, 0.85 - 0.3 * (k % 2), 1 - 0.25 * (k % 3)) for k, hue in enumerate(hues)])
 
 
 def overlay(picture: np.ndarray, labels: np.ndarray, colours: np.ndarray) -> np.ndarray:

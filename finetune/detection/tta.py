@@ -1,4 +1,4 @@
-"""How a picture is shown to a detector: fitted into squares of one size or several, mirrored or not; and back again."""
+"""Test-time augmentation: a picture in squares of one size or several, mirrored or not, and its detections joined."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +11,9 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import batched_nms
 from torchvision.transforms.v2 import functional as transforms
 
+from finetune.detection.config import TestConfig
+from vim_backbone import VimConfig
+
 GREY = [124, 116, 104]
 """ImageNet's mean colour, which padding has."""
 SAME_OBJECT = 0.5
@@ -20,13 +23,15 @@ Sizes = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
-class Views:
-    """Squares that a picture is judged in, and what makes one list of their detections."""
+class TestTimeAugmentation:
+    """Squares that a detector sees a picture in, and what makes one list of their detections."""
+
+    __test__ = False  # no test case, whatever pytest makes of its name
 
     squares: list[tuple[int, int]]
     """Height and width of each."""
     flip: bool
-    """Judge the mirror images too."""
+    """Detect in the mirror images too."""
     most: int
     """Detections of a picture, at most."""
 
@@ -36,18 +41,18 @@ class Views:
 
     def detect(self, model: nn.Module, images: list[Tensor], sizes: list[list[Sizes]]) -> list[dict[str, Tensor]]:
         """For each square a batch (b, 3, h, w) normalised, and its sizes -> detections in pixels of the b pictures."""
-        found: list[list[dict[str, Tensor]]] = [[] for _ in sizes[0]]
-        for batch, own in zip(images, sizes, strict=True):
-            inside = [entry[:2] for entry in own]
-            for detections, entry, all_of in zip(model(batch, sizes=inside), own, found, strict=True):
-                all_of.append(enlarged(detections, entry))
+        by_picture: list[list[dict[str, Tensor]]] = [[] for _ in sizes[0]]
+        for batch, of_square in zip(images, sizes, strict=True):
+            inside = [entry[:2] for entry in of_square]
+            for detections, entry, parts in zip(model(batch, sizes=inside), of_square, by_picture, strict=True):
+                parts.append(enlarged(detections, entry))
             if self.flip:
                 flipped = batch.clone()
                 for picture, (height, width) in zip(flipped, inside, strict=True):
                     picture[:, :height, :width] = picture[:, :height, :width].flip(-1)
-                for detections, entry, all_of in zip(model(flipped, sizes=inside), own, found, strict=True):
-                    all_of.append(enlarged(mirrored(detections, entry[1]), entry))
-        return [parts[0] if len(parts) == 1 else joined(parts, self.most) for parts in found]
+                for detections, entry, parts in zip(model(flipped, sizes=inside), of_square, by_picture, strict=True):
+                    parts.append(enlarged(mirrored(detections, entry[1]), entry))
+        return [parts[0] if len(parts) == 1 else joined(parts, self.most) for parts in by_picture]
 
 
 def fit(image: Image.Image, size: Sequence[int]) -> tuple[Tensor, Sizes]:
@@ -68,10 +73,10 @@ def enlarged(detections: dict[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
 
 
 def mirrored(detections: dict[str, Tensor], width: int) -> dict[str, Tensor]:
-    """What was found in the mirror image of a picture that is so many pixels wide."""
+    """Detections in the mirror image of a picture that is so many pixels wide -> in the picture."""
     left, top, right, below = detections["boxes"].unbind(1)
-    found = detections | {"boxes": torch.stack([width - right, top, width - left, below], dim=1)}
-    return found | ({"masks": detections["masks"].flip(-1)} if "masks" in detections else {})
+    back = detections | {"boxes": torch.stack([width - right, top, width - left, below], dim=1)}
+    return back | ({"masks": detections["masks"].flip(-1)} if "masks" in detections else {})
 
 
 def joined(parts: list[dict[str, Tensor]], most: int) -> dict[str, Tensor]:
@@ -83,8 +88,19 @@ def joined(parts: list[dict[str, Tensor]], most: int) -> dict[str, Tensor]:
 
 def with_pasted_masks(detections: dict[str, Tensor], size: tuple[int, int]) -> dict[str, Any]:
     """Masks (n, 1, 28, 28) within their boxes -> (n, h, w) uint8 of the whole picture; all on the CPU."""
-    found: dict[str, Any] = dict(detections)
-    if "masks" in found:
-        pasted = paste_masks_in_image(detections["masks"].float(), detections["boxes"], size)
-        found["masks"] = (pasted[:, 0] > 0.5).to(torch.uint8)
-    return {key: value.cpu() for key, value in found.items()}
+    pasted: dict[str, Any] = dict(detections)
+    if "masks" in detections:
+        shares = paste_masks_in_image(detections["masks"].float(), detections["boxes"], size)
+        pasted["masks"] = (shares[:, 0] > 0.5).to(torch.uint8)
+    return {key: value.cpu() for key, value in pasted.items()}
+
+
+def tta_of(config: VimConfig, test: TestConfig, most: int) -> TestTimeAugmentation:
+    """As the config says."""
+
+    def side(length: int, scale: float) -> int:
+        return max(config.patch_size, round(scale * length / config.stride) * config.stride)
+
+    height, width = config.img_size
+    squares = [(side(height, scale), side(width, scale)) for scale in test.scales]
+    return TestTimeAugmentation(squares, test.flip, most)

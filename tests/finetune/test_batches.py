@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from finetune.loading import evaluation_batches, training_batches
+from finetune.batches import evaluation_batches, training_batches
 from launch.data.order import BatchPlan
 from vim_backbone import UserError
 
@@ -40,16 +40,16 @@ def shares(samples, world, batch_size):
 @pytest.mark.parametrize("total", [1, 2, 5, 12, 13])
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_each_sample_is_counted_once(total, world):
-    found = shares(Numbers(total), world, 3)
+    processes = shares(Numbers(total), world, 3)
     counted = [
         int(image)
-        for batches in found
+        for batches in processes
         for batch in batches
         for image, counts in zip(batch.images, batch.counted, strict=True)
         if counts
     ]
     assert sorted(counted) == list(range(total))
-    assert len({len(batches) for batches in found}) == 1, "a forward pass is for all processes under ZeRO-3"
+    assert len({len(batches) for batches in processes}) == 1, "a forward pass is for all processes under ZeRO-3"
 
 
 def test_an_unreadable_sample_is_named_and_not_counted():

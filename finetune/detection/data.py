@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 
 from finetune.detection.config import DetectionData, JitterConfig
-from finetune.detection.views import GREY, Sizes, Views
+from finetune.detection.tta import GREY, Sizes, TestTimeAugmentation
 from launch.data.images import BadPictureError, to_rgb
 from vim_backbone.errors import UserError
 
@@ -67,7 +67,7 @@ class CocoSplit:
 
 
 def open_coco(data: DetectionData, split: str, masks: bool) -> CocoSplit:
-    """Read one split. Single annotations that cannot be used are left out and told in `notes`.
+    """Read one split. Single annotations that cannot be used are left out and named in `notes`.
 
     Raises UserError where the file or the folder is missing or is not in COCO's format.
     """
@@ -166,7 +166,7 @@ class TrainPictures:
         self.masks = masks
         self.labels = split.labels()
         objects = [[a for a in split.annotations[entry["id"]] if not a["iscrowd"]] for entry in split.images]
-        self.used = [index for index, found in enumerate(objects) if found]
+        self.used = [index for index, entries in enumerate(objects) if entries]
         self.objects = objects
         if not self.used:
             raise UserError(f"no picture of {split.folder} has an object to train on")
@@ -187,7 +187,7 @@ class TrainPictures:
         return self.split.name(self.used[index])
 
     def draw(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """(3, h, w) uint8, and boxes (n, 4), labels (n,), masks (n, h, w) uint8 where they are asked for."""
+        """(3, h, w) uint8, and boxes (n, 4), labels (n,), masks (n, h, w) uint8 where the config wants them."""
         image = self.split.picture(self.used[index])
         objects, (width, height) = self.objects[self.used[index]], image.size
         corners = [[x, y, x + w, y + h] for x, y, w, h in (entry["bbox"] for entry in objects)]
@@ -199,12 +199,12 @@ class TrainPictures:
             target["masks"] = tv_tensors.Mask(torch.from_numpy(decoded))
         picture, target = self.transform(tv_tensors.Image(transforms.pil_to_tensor(image)), target)
         boxes = target["boxes"].as_subclass(Tensor)
-        seen = (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)
-        found: dict[str, Tensor] = {"boxes": boxes[seen], "labels": labels[seen]}
+        visible = (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)
+        instances: dict[str, Tensor] = {"boxes": boxes[visible], "labels": labels[visible]}
         if self.masks:
-            masks = target["masks"].as_subclass(Tensor)[seen]
-            found = with_boxes_of_masks(masks, found["labels"])
-        return picture.as_subclass(Tensor), found
+            masks = target["masks"].as_subclass(Tensor)[visible]
+            instances = with_boxes_of_masks(masks, instances["labels"])
+        return picture.as_subclass(Tensor), instances
 
     def collate(self, samples: list[tuple[Any, Any]]) -> tuple[Tensor, list[dict[str, Tensor]]]:
         """(b, 3, h, w), and a list of targets."""
@@ -220,11 +220,11 @@ def with_boxes_of_masks(masks: Tensor, labels: Tensor) -> dict[str, Tensor]:
 
 
 class WholePictures:
-    """Pictures in the squares that they are judged in."""
+    """Pictures in the squares that they are evaluated in."""
 
-    def __init__(self, split: CocoSplit, views: Views) -> None:
+    def __init__(self, split: CocoSplit, tta: TestTimeAugmentation) -> None:
         self.split = split
-        self.views = views
+        self.tta = tta
 
     def __len__(self) -> int:
         return len(self.split)
@@ -235,7 +235,7 @@ class WholePictures:
 
     def draw(self, index: int) -> tuple[list[Tensor], list[Sizes]]:
         """For each square (3, h, w) uint8, and the sizes."""
-        fitted = self.views.fit(self.split.picture(index))
+        fitted = self.tta.fit(self.split.picture(index))
         return [pixels for pixels, _ in fitted], [sizes for _, sizes in fitted]
 
     def collate(self, samples: list[tuple[Any, Any]]) -> tuple[list[Tensor], list[list[Sizes]]]:

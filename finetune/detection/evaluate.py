@@ -1,4 +1,4 @@
-"""Judging a detector: COCO's AP of boxes and masks, per class, and pictures with what was found."""
+"""Evaluation of a detector: COCO's AP of boxes and masks, per class, and pictures with the detections."""
 
 import copy
 import csv
@@ -16,37 +16,47 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from finetune.detection.coco import CocoSplit, decode_mask
-from finetune.detection.views import Views, with_pasted_masks
-from finetune.loading import evaluation_batches
-from finetune.run import Report, Task
-from finetune.segmentation.judge import palette
+from finetune.batches import evaluation_batches
+from finetune.detection.config import DetectionConfig
+from finetune.detection.data import CocoSplit, decode_mask
+from finetune.detection.tta import TestTimeAugmentation, with_pasted_masks
+from finetune.palette import palette
+from finetune.task import EvaluationResult, Task
 from vim_backbone.preprocessing import to_model
 
+KINDS = ("box", "mask")
 STATS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+METRICS = tuple(f"{kind}_{name}" for kind in KINDS for name in STATS)
+"""Scores of an evaluation, as shares of 1; those of masks where masks are predicted."""
 SHOWN_SCORE = 0.5
 LEGIBLE = 400
 """Shorter side in pixels from which words on a picture can be read."""
 
 
-def judge(task: Task, split: CocoSplit, views: Views, model: nn.Module, accelerator: Accelerator) -> Report:
+def evaluate(
+    task: Task[DetectionConfig],
+    split: CocoSplit,
+    tta: TestTimeAugmentation,
+    model: nn.Module,
+    accelerator: Accelerator,
+) -> EvaluationResult:
     """COCO's evaluation of the detections in all validation pictures. For all processes."""
     ids = [category["id"] for category in split.categories]
     results: list[dict[str, Any]] = []
     done, bad = [], []
-    for batch in evaluation_batches(task.val, accelerator, task.eval_batch_size(accelerator), task.workers):
+    for batch in evaluation_batches(task.val, accelerator, task.eval_batch_size(accelerator), task.config.data.workers):
         bad += batch.bad
         with accelerator.autocast():
             images = [to_model(of_square, accelerator.device) for of_square in batch.images]
-            found = views.detect(model, images, batch.targets)
-        for detections, number, counted in zip(found, batch.numbers, batch.counted, strict=True):
+            outputs = tta.detect(model, images, batch.targets)
+        for detections, number, counted in zip(outputs, batch.numbers, batch.counted, strict=True):
             if counted:
                 entry = split.images[number]
                 done.append(entry["id"])
                 results += to_coco(with_pasted_masks(detections, (entry["height"], entry["width"])), entry["id"], ids)
     results, done, bad = gather_object(results), gather_object(done), gather_object(bad)
     if not accelerator.is_main_process:
-        return Report()
+        return EvaluationResult()
     truth = split.ground_truth()
     counted = set(done)
     truth = {
@@ -54,22 +64,22 @@ def judge(task: Task, split: CocoSplit, views: Views, model: nn.Module, accelera
         "annotations": [entry for entry in truth["annotations"] if entry["image_id"] in counted],
         "categories": truth["categories"],
     }
-    kinds = ["box", "mask"] if task.config.head.masks else ["box"]
-    evaluated = {kind: evaluate(truth, results, kind) for kind in kinds}
-    metrics = {f"{kind}_{name}": value for kind, (stats, _) in evaluated.items() for name, value in stats.items()}
+    kinds = KINDS if task.config.head.masks else KINDS[:1]
+    by_kind = {kind: average_precision(truth, results, kind) for kind in kinds}
+    metrics = {f"{kind}_{name}": value for kind, (stats, _) in by_kind.items() for name, value in stats.items()}
 
     def write(folder: Path) -> None:
-        write_table(folder / "classes.csv", truth, {kind: by_class for kind, (_, by_class) in evaluated.items()})
-        draw(folder / "predictions.png", split, sorted(task.drawn), results, task.classes)
+        write_table(folder / "classes.csv", truth, {kind: by_class for kind, (_, by_class) in by_kind.items()})
+        draw(folder / "predictions.png", split, sorted(task.pictured), results, task.classes)
 
-    return Report(metrics | {"samples": float(len(done))}, write, bad)
+    return EvaluationResult(metrics | {"samples": float(len(done))}, write, bad)
 
 
-def to_coco(found: dict[str, Any], image_id: int, category_ids: list[int]) -> list[dict[str, Any]]:
+def to_coco(detections: dict[str, Any], image_id: int, category_ids: list[int]) -> list[dict[str, Any]]:
     """Rows of COCO's results format: boxes as x, y, width, height; masks as RLE."""
     rows = []
     for i, (box, label, score) in enumerate(
-        zip(found["boxes"].tolist(), found["labels"].tolist(), found["scores"].tolist(), strict=True)
+        zip(detections["boxes"].tolist(), detections["labels"].tolist(), detections["scores"].tolist(), strict=True)
     ):
         x, y, right, below = box
         row = {
@@ -78,17 +88,19 @@ def to_coco(found: dict[str, Any], image_id: int, category_ids: list[int]) -> li
             "score": score,
             "bbox": [x, y, right - x, below - y],
         }
-        if "masks" in found:
-            row["segmentation"] = coco_mask.encode(np.asfortranarray(found["masks"][i].numpy()))
+        if "masks" in detections:
+            row["segmentation"] = coco_mask.encode(np.asfortranarray(detections["masks"][i].numpy()))
         rows.append(row)
     return rows
 
 
-def evaluate(truth: dict[str, Any], results: list[dict[str, Any]], kind: str) -> tuple[dict[str, float], list[float]]:
+def average_precision(
+    truth: dict[str, Any], results: list[dict[str, Any]], kind: str
+) -> tuple[dict[str, float], list[float]]:
     """COCO's AP, AP50, AP75, and by size (-1: no object of that size), of "box" or "mask"; and the AP of each class."""
     if not results:
         return dict.fromkeys(STATS, 0.0), [0.0] * len(truth["categories"])
-    # an own copy of each row, because loadRes writes into them; without a mask it takes the area of the box
+    # a copy of each row, because loadRes writes into them; without a mask it takes the area of the box
     rows = [{k: v for k, v in row.items() if kind == "mask" or k != "segmentation"} for row in results]
     coco = COCO(copy.deepcopy(truth))  # it writes into what it is given
     evaluator = COCOeval_faster(coco, coco.loadRes(rows), "segm" if kind == "mask" else "bbox")
@@ -131,7 +143,7 @@ def colours_of(labels: list[int], classes: int) -> list[tuple[int, ...]]:
 
 
 def draw(path: Path, split: CocoSplit, numbers: list[int], results: list[dict[str, Any]], classes: list[str]) -> None:
-    """One row a picture: what is annotated, and what was found with a score of a half or more."""
+    """One row a picture: its annotations, and the detections with a score of a half or more."""
     labels = split.labels()
     figure = Figure(figsize=(7.2, 3.6 * len(numbers) + 0.4), dpi=80, layout="constrained")
     axes = figure.subplots(len(numbers), 2, squeeze=False)
@@ -141,8 +153,8 @@ def draw(path: Path, split: CocoSplit, numbers: list[int], results: list[dict[st
             picture = transforms.pil_to_tensor(split.picture(number))
         except Exception:  # named by the evaluation
             continue
-        found = [r for r in results if r["image_id"] == entry["id"] and r["score"] >= SHOWN_SCORE]
-        for axis, objects in zip(row, (split.annotations[entry["id"]], found), strict=True):
+        detections = [r for r in results if r["image_id"] == entry["id"] and r["score"] >= SHOWN_SCORE]
+        for axis, objects in zip(row, (split.annotations[entry["id"]], detections), strict=True):
             kinds = [labels[o["category_id"]] for o in objects]
             boxes = torch.tensor([o["bbox"] for o in objects], dtype=torch.float32).reshape(-1, 4)
             boxes[:, 2:] += boxes[:, :2]

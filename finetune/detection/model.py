@@ -18,9 +18,9 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import MultiScaleRoIAlign, box_iou, clip_boxes_to_image
 from torchvision.ops.misc import Conv2dNormActivation
 
-from finetune.backbone import undecayed
 from finetune.detection.config import DetectionHead
-from vim_backbone import VimConfig, VisionMamba
+from finetune.task import TaskModel
+from vim_backbone import VimConfig
 
 LEVELS = ("0", "1", "2", "3")
 STAGES = ((0.5, 1.0), (0.6, 2.0), (0.7, 3.0))
@@ -129,9 +129,9 @@ class CascadeHeads(RoIHeads):
         """Scores averaged over the stages, boxes of the last, through RoIHeads' own choice of detections."""
         same = torch.cat(boxes)[:, None].expand(-1, scores.shape[1], -1)
         coder, self.box_coder = self.box_coder, GivenBoxes(same)  # pyright: ignore[reportAttributeAccessIssue]
-        found = self.postprocess_detections(scores.clamp(min=1e-12).log(), same, boxes, image_shapes)
+        outputs = self.postprocess_detections(scores.clamp(min=1e-12).log(), same, boxes, image_shapes)
         self.box_coder = coder
-        return [{"boxes": b, "labels": k, "scores": s} for b, s, k in zip(*found, strict=True)]
+        return [{"boxes": b, "labels": k, "scores": s} for b, s, k in zip(*outputs, strict=True)]
 
     def _masks(self, features: Any, results: Any, image_shapes: Any, sampled: Any, targets: Any) -> dict[str, Tensor]:
         assert self.mask_roi_pool is not None
@@ -176,14 +176,13 @@ class AgnosticPredictor(nn.Module):
         return self.cls_score(x), self.bbox_pred(x)
 
 
-class Detector(nn.Module):
+class Detector(TaskModel):
     """Backbone, pyramid, proposals, heads; the whole picture is one scan."""
 
     def __init__(self, config: VimConfig, head: DetectionHead, classes: int) -> None:
-        super().__init__()
-        self.backbone = VisionMamba(config)
+        super().__init__(config)
         self.pyramid = SimpleFeaturePyramid(config.d_model, head.channels)
-        stride = config.stride or config.patch_size
+        stride = config.stride
         sizes = tuple((head.anchor_scale * stride * factor,) for factor in (0.25, 0.5, 1, 2, 4))
         anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)  # pyright: ignore[reportArgumentType]
         kept = {"training": head.proposals, "testing": head.proposals}
@@ -207,10 +206,6 @@ class Detector(nn.Module):
         proposals, losses = self.rpn(ImageList(images, sizes), levels, targets)
         detections, more = self.roi_heads(levels, proposals, sizes, targets)
         return detections if targets is None else losses | more
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that decay would harm."""
-        return undecayed(self, self.backbone)
 
 
 def build_heads(head: DetectionHead, classes: int) -> RoIHeads:

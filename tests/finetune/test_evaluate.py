@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 
-from finetune.classification.judge import Counts, draw_confusion, draw_predictions, write_tables
+from finetune.classification.evaluate import Counts, draw_confusion, draw_predictions, write_tables
 from finetune.classification.probes import linear_probe, logistic_regression, nearest_neighbours
 
 

@@ -1,4 +1,4 @@
-"""Judging a classifier: top-1 and top-5 with every sample counted once, per-class tables, confusion, pictures."""
+"""Evaluation of a classifier: top-1 and top-5 with every sample counted once, per-class tables, confusion, pictures."""
 
 import csv
 from pathlib import Path
@@ -12,13 +12,16 @@ from accelerate.utils import gather_object
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from finetune.loading import evaluation_batches
-from finetune.run import Report, Task
+from finetune.batches import evaluation_batches
+from finetune.classification.config import ClassificationConfig
+from finetune.task import EvaluationResult, Task
 from vim_backbone.preprocessing import to_pixels
 
 MOST_DRAWN_CLASSES = 60
 """With more classes the confusion is written as a table of pairs only."""
 MOST_PAIRS = 1000
+METRICS = ("top1", "top5", "loss")
+"""Scores of an evaluation: shares of 1, and the mean cross-entropy."""
 
 
 class Counts:
@@ -53,10 +56,10 @@ class Counts:
     def of_classes(self) -> tuple[Tensor, Tensor, Tensor]:
         """Samples of each class (classes,), those that were predicted to be of it, and those that are both."""
         true, predicted = self.pairs // self.classes, self.pairs % self.classes
-        every, found, right = (
+        every, chosen, right = (
             torch.bincount(c, minlength=self.classes) for c in (true, predicted, true[true == predicted])
         )
-        return every, found, right
+        return every, chosen, right
 
     @property
     def confusion(self) -> Tensor:
@@ -64,22 +67,19 @@ class Counts:
         return torch.bincount(self.pairs, minlength=self.classes**2).view(self.classes, self.classes)
 
     def metrics(self) -> dict[str, float]:
-        """top1, top5, loss, samples."""
+        """METRICS, and the number of samples."""
         samples = max(1, len(self.pairs))
-        return {
-            "top1": int(self.of_classes()[2].sum()) / samples,
-            "top5": int(self.top5.sum()) / samples,
-            "loss": float(self.loss) / samples,
-            "samples": float(len(self.pairs)),
-        }
+        totals = int(self.of_classes()[2].sum()), int(self.top5.sum()), float(self.loss)
+        scores = {name: total / samples for name, total in zip(METRICS, totals, strict=True)}
+        return scores | {"samples": float(len(self.pairs))}
 
 
-def judge(task: Task, model: nn.Module, accelerator: Accelerator) -> Report:
+def evaluate(task: Task[ClassificationConfig], model: nn.Module, accelerator: Accelerator) -> EvaluationResult:
     """Top-1, top-5 and loss over the validation pictures. For all processes."""
     counts = Counts(len(task.classes), accelerator.device)
     shown: list[tuple[int, Any]] = []
     bad: list[tuple[str, str]] = []
-    for batch in evaluation_batches(task.val, accelerator, task.eval_batch_size(accelerator), task.workers):
+    for batch in evaluation_batches(task.val, accelerator, task.eval_batch_size(accelerator), task.config.data.workers):
         bad += batch.bad
         images, targets = batch.images.to(accelerator.device), batch.targets.to(accelerator.device)
         with accelerator.autocast():
@@ -87,7 +87,7 @@ def judge(task: Task, model: nn.Module, accelerator: Accelerator) -> Report:
         counted = torch.tensor(batch.counted, device=accelerator.device)
         counts.add(logits[counted], targets[counted])
         for row, number in enumerate(batch.numbers):
-            if batch.counted[row] and number in task.drawn:
+            if batch.counted[row] and number in task.pictured:
                 picture = to_pixels(images[row]).permute(1, 2, 0).cpu().numpy()
                 shown.append((number, (picture, int(targets[row]), logits[row].float().softmax(0).cpu())))
     counts.share(accelerator)
@@ -101,12 +101,12 @@ def judge(task: Task, model: nn.Module, accelerator: Accelerator) -> Report:
         if len(task.classes) <= MOST_DRAWN_CLASSES:
             draw_confusion(folder / "confusion.png", counts.confusion.cpu().numpy(), task.classes)
 
-    return Report(counts.metrics(), write, bad)
+    return EvaluationResult(counts.metrics(), write, bad)
 
 
 def write_tables(folder: Path, counts: Counts, classes: list[str]) -> None:
     """classes.csv, and confusion.csv with the pairs that are confused most."""
-    true, predicted, hit = (found.tolist() for found in counts.of_classes())
+    true, predicted, hit = (count.tolist() for count in counts.of_classes())
     with open(folder / "classes.csv", "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["class", "samples", "top1", "top5", "precision"])

@@ -5,16 +5,15 @@ a process holds. Group norm gives one curve for any number of processes.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finetune.backbone import undecayed
 from finetune.segmentation.config import SegmentationHead
 from finetune.segmentation.data import IGNORED
-from vim_backbone import UserError, VimConfig, VisionMamba
+from finetune.task import TaskModel
+from vim_backbone import UserError, VimConfig
 
 POOLED = (1, 2, 3, 6)
 """Rows and columns of the pooled maps of the pyramid pooling module (PSPNet)."""
@@ -77,12 +76,11 @@ class UperHead(nn.Module):
         return self.classify(self.fuse(torch.cat([resize(level, size) for level in (*smoothed, levels[3])], dim=1)))
 
 
-class Segmenter(nn.Module):
+class Segmenter(TaskModel):
     """Backbone, pyramid, UperNet, and the losses as part of the forward pass."""
 
     def __init__(self, config: VimConfig, head: SegmentationHead, classes: int) -> None:
-        super().__init__()
-        self.backbone = VisionMamba(config)
+        super().__init__(config)
         self.layers = feature_layers(head.layers, config.depth)
         self.auxiliary_weight = head.auxiliary_weight
         width = config.d_model
@@ -110,10 +108,6 @@ class Segmenter(nn.Module):
             losses["loss_auxiliary"] = self.auxiliary_weight * pixel_loss(guess, targets)
         return losses
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that decay would harm."""
-        return undecayed(self, self.backbone)
-
 
 def pixel_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy over labelled pixels; 0 where there are none."""
@@ -133,64 +127,3 @@ def feature_layers(layers: list[int] | None, depth: int) -> list[int]:
     if chosen[-1] != depth:
         raise UserError(f"head.layers ends with {chosen[-1]}: it must end with the last block, {depth}")
     return chosen
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Segments pictures of any size."""
-
-    size: tuple[int, int]
-    """Height and width of a window."""
-    step: tuple[int, int]
-    """From one window to the next; (0, 0) takes the picture as a whole."""
-    multiple: int
-    """What divides the sides that the model takes."""
-    smallest: int
-    """Shortest side that it takes."""
-    flip: bool
-
-    def logits(self, model: nn.Module, image: Tensor) -> Tensor:
-        """(1, 3, h, w) normalised -> (1, classes, h, w); of mirror images, the mean of the shares' logarithms."""
-        found = self._once(model, image)
-        if self.flip:
-            mirrored = self._once(model, image.flip(-1)).flip(-1)
-            found = ((found.softmax(1) + mirrored.softmax(1)) / 2).log()
-        return found
-
-    def passes(self, height: int, width: int) -> int:
-        """Forward passes that a picture takes."""
-        sides = zip((height, width), self.size, self.step, strict=True)
-        once = math.prod(len(starts(max(side, size), size, step)) if step else 1 for side, size, step in sides)
-        return (1 + self.flip) * once
-
-    def idle(self, model: nn.Module, image: Tensor, passes: int) -> None:
-        """So many more forward passes for nothing: under ZeRO-3 all processes must take as many."""
-        for _ in range(passes):
-            model(image.new_zeros(1, image.shape[1], *self.size))
-
-    def _once(self, model: nn.Module, image: Tensor) -> Tensor:
-        height, width = image.shape[-2:]
-        if not any(self.step):
-            sides = (-(-max(side, self.smallest) // self.multiple) * self.multiple for side in (height, width))
-            return model(pad_to(image, *sides))[..., :height, :width]
-        image = pad_to(image, max(height, self.size[0]), max(width, self.size[1]))
-        total, count = None, image.new_zeros(1, 1, *image.shape[-2:])
-        for top in starts(image.shape[-2], self.size[0], self.step[0]):
-            for left in starts(image.shape[-1], self.size[1], self.step[1]):
-                box = (..., slice(top, top + self.size[0]), slice(left, left + self.size[1]))
-                part = model(image[box])
-                total = part.new_zeros(1, part.shape[1], *image.shape[-2:]) if total is None else total
-                total[box] += part
-                count[box] += 1
-        assert total is not None
-        return (total / count)[..., :height, :width]
-
-
-def starts(length: int, window: int, step: int) -> list[int]:
-    """Where windows begin: every `step`, the last one flush with the end."""
-    return [min(i * step, length - window) for i in range(math.ceil((length - window) / step) + 1)]
-
-
-def pad_to(image: Tensor, height: int, width: int) -> Tensor:
-    """Zeros, which are the mean colour, below and to the right."""
-    return F.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2]))
