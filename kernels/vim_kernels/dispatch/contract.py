@@ -20,7 +20,6 @@ not save returns [] in its place. The backward of `add_rms_norm` is that of the 
 float32, its residual None.
 """
 
-import functools
 import types
 from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple, Self, get_args, get_origin, get_type_hints
@@ -148,20 +147,19 @@ OPS = {
 
 def flatten(arguments: tuple) -> Sequence[Any]:
     """Single values, in order: those of a tuple within in its place."""
-    if _places(type(arguments)) is None:
+    if _PLACES[type(arguments)] is None:
         return arguments
     return [leaf for value in arguments for leaf in (value if isinstance(value, tuple) else (value,))]
 
 
 def unflatten(kind: Any, flat: Sequence[Any]) -> Any:
     """The inverse of `flatten`."""
-    places = _places(kind)
+    places = _PLACES[kind]
     if places is None:
         return kind(*flat)
     return kind(*[flat[place] if bundle is None else bundle(*flat[place]) for place, bundle in places])
 
 
-@functools.cache
 def _places(kind: Any) -> list[tuple[Any, Any]] | None:
     """Of every field its place among the flat values, and the named tuple that they make; None if there is none."""
     places, start = [], 0
@@ -173,6 +171,9 @@ def _places(kind: Any) -> list[tuple[Any, Any]] | None:
             places.append((start, None))
             start += 1
     return places if start > len(places) else None
+
+
+_PLACES = {spec.arguments: _places(spec.arguments) for spec in OPS.values()}  # once: Dynamo cannot trace type hints
 
 
 class Leaf(NamedTuple):
