@@ -14,7 +14,7 @@ every room that `OPS` names. A room has plain functions of tensors, without auto
 Inputs are never written, but for xz where `bidirectional_scan_forward(arguments, save, overwrite=True)` allows it; all
 scratch is allocated inside. Tensors may differ in float dtype (no float64). The gradient of the first output is always
 given, those of the others may be None; all are contiguous and like the outputs. Gradients come back contiguous,
-unaliased, in the shape and dtype of their tensors; None where the tensor is None, and for cu_seqlens anything. What
+unaliased, in the shape and dtype of their tensors; None where the tensor is None; for a `Constant` anything. What
 `<op>_saved` allocates depends on the shapes of the arguments only, since fake kernels call it too; a forward that does
 not save returns [] in its place. The backward of `add_rms_norm` is that of the sum alone: its x is residual + x in
 float32, its residual None.
@@ -22,12 +22,13 @@ float32, its residual None.
 
 import types
 from collections.abc import Sequence
-from typing import Annotated, Any, NamedTuple, Self, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
-Integers = Annotated[Tensor | None, "without a gradient"]
+Constant = Annotated[Tensor, "without a gradient"]
+"""As cu_seqlens, whose gradient nobody asks for."""
 
 
 class ScanWeights(NamedTuple):
@@ -60,7 +61,7 @@ class SelectiveScan(NamedTuple):
     D: Tensor | None  # (d,), as dt_bias
     z: Tensor | None
     dt_bias: Tensor | None
-    cu_seqlens: Integers  # (s + 1,)
+    cu_seqlens: Constant | None  # (s + 1,)
     initial_state: Tensor | None  # (s, d, n)
     dt_softplus: bool
     reverse: bool
@@ -77,7 +78,7 @@ class BidirectionalScan(NamedTuple):
     xz: Tensor  # (b, l, 2 d) contiguous, x and z side by side; (b, l, d), x alone, where not gated
     forward: ScanWeights
     backward: ScanWeights
-    cu_seqlens: Integers
+    cu_seqlens: Constant | None
     gated: bool
 
     def outputs(self) -> tuple[Tensor]:
@@ -99,7 +100,7 @@ class CausalConv1d(NamedTuple):
     x: Tensor  # (b, l, d)
     weight: Tensor  # (d, w)
     bias: Tensor | None  # (d,)
-    cu_seqlens: Integers
+    cu_seqlens: Constant | None
     activation: str | None  # "silu"
     reverse: bool
 
@@ -128,7 +129,7 @@ class OpSpec(NamedTuple):
     room: str
     """Module of every backend that computes it."""
     arguments: Any
-    """Named tuple: tensors (and `ScanWeights`) first, then options."""
+    """Named tuple: tensors and named tuples of tensors first, then options."""
     outputs: tuple[str, ...]
     saves: bool = True
     """Whether its forward can leave tensors for its backward."""
@@ -146,31 +147,52 @@ OPS = {
 
 
 def flatten(arguments: tuple) -> Sequence[Any]:
-    """Single values, in order: those of a tuple within in its place."""
-    if _PLACES[type(arguments)] is None:
+    """Single values, in order: those of a tuple within in its place, or as many Nones where it is None."""
+    places = _PLACES[type(arguments)]
+    if places is None:
         return arguments
-    return [leaf for value in arguments for leaf in (value if isinstance(value, tuple) else (value,))]
+    values = zip(arguments, places, strict=True)
+    return [leaf for value, place in values for leaf in ((value,) if place.bundle is None else value or place.absent)]
 
 
 def unflatten(kind: Any, flat: Sequence[Any]) -> Any:
     """The inverse of `flatten`."""
     places = _PLACES[kind]
-    if places is None:
-        return kind(*flat)
-    return kind(*[flat[place] if bundle is None else bundle(*flat[place]) for place, bundle in places])
+    return kind(*flat) if places is None else kind(*[place.value(flat) for place in places])
 
 
-def _places(kind: Any) -> list[tuple[Any, Any]] | None:
-    """Of every field its place among the flat values, and the named tuple that they make; None if there is none."""
-    places, start = [], 0
+class _Place(NamedTuple):
+    """Where the value of a field is among the flat ones."""
+
+    start: int
+    stop: int
+    bundle: Any
+    """The named tuple that the values make, or None for a single one."""
+    absent: tuple[None, ...]
+    """The values of a tuple that is None; () where it cannot be."""
+
+    def value(self, flat: Sequence[Any]) -> Any:
+        if self.bundle is None:
+            return flat[self.start]
+        values = flat[self.start : self.stop]
+        return None if self.absent and values[0] is None else self.bundle(*values)
+
+
+def _places(kind: Any) -> list[_Place] | None:
+    """Of every field; None for a named tuple without another one in it."""
+    places: list[_Place] = []
     for hint in get_type_hints(kind).values():
-        if hasattr(hint, "_fields"):
-            places.append((slice(start, start + len(hint._fields)), hint))
-            start += len(hint._fields)
-        else:
-            places.append((start, None))
-            start += 1
-    return places if start > len(places) else None
+        bundle, is_optional = _bundle(hint)
+        start = places[-1].stop if places else 0
+        width = len(bundle._fields) if bundle else 1
+        places.append(_Place(start, start + width, bundle, (None,) * width if is_optional else ()))
+    return places if any(place.bundle for place in places) else None
+
+
+def _bundle(hint: Any) -> tuple[Any, bool]:
+    """The named tuple of an annotation or None, and whether the value may be None."""
+    choices = get_args(hint) if get_origin(hint) in (types.UnionType, Union) else (hint,)
+    return next((c for c in choices if hasattr(c, "_fields")), None), types.NoneType in choices
 
 
 _PLACES = {spec.arguments: _places(spec.arguments) for spec in OPS.values()}  # once: Dynamo cannot trace type hints
@@ -181,23 +203,25 @@ class Leaf(NamedTuple):
 
     name: str
     kind: Any
+    """Type, as PyTorch reads it to make the schema of an op."""
     is_tensor: bool
     has_gradient: bool
 
-    @classmethod
-    def of(cls, name: str, hint: Any) -> Self:
-        """From an annotation of a named tuple."""
-        plain = get_args(hint)[0] if get_origin(hint) is Annotated else hint
-        is_tensor = Tensor in (get_args(plain) if isinstance(plain, types.UnionType) else (plain,))
-        return cls(name, plain, is_tensor, is_tensor and plain is hint)
+
+def leaf(name: str, kind: Any, *, is_constant: bool = False) -> Leaf:
+    """`is_constant`: a tensor without a gradient."""
+    is_tensor = kind is Tensor or Tensor in get_args(kind)
+    return Leaf(name, kind, is_tensor, is_tensor and not is_constant)
 
 
 def leaves(kind: Any) -> list[Leaf]:
     """What `flatten` makes of a named tuple; the fields of one within carry its name, as `forward_D`."""
-    result = []
-    for name, hint in get_type_hints(kind, include_extras=True).items():
-        if hasattr(hint, "_fields"):
-            result += [leaf._replace(name=f"{name}_{leaf.name}") for leaf in leaves(hint)]
-        else:
-            result.append(Leaf.of(name, hint))
+    result, marked = [], get_type_hints(kind, include_extras=True)
+    for name, hint in get_type_hints(kind).items():
+        bundle, is_optional = _bundle(hint)
+        if bundle is None:
+            result.append(leaf(name, hint, is_constant=marked[name] != hint))
+        for part in leaves(bundle) if bundle else ():
+            plain = part.kind | None if is_optional else part.kind
+            result.append(part._replace(name=f"{name}_{part.name}", kind=plain))
     return result

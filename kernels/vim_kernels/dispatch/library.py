@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vim_kernels.dispatch.choice import function
-from vim_kernels.dispatch.contract import OPS, AddRmsNorm, Leaf, OpSpec, flatten, leaves, unflatten
+from vim_kernels.dispatch.contract import OPS, AddRmsNorm, Leaf, OpSpec, flatten, leaf, leaves, unflatten
 
 
 class Op:
@@ -25,11 +25,11 @@ class Op:
         self.saves, self.outputs = spec.saves, len(spec.outputs)
         self.end = -2 if spec.saves else -1  # of the arguments, in those of the backward
         values = leaves(spec.arguments)
-        self.tensors = sum(leaf.is_tensor for leaf in values)
-        self.with_gradient = [i for i, leaf in enumerate(values) if leaf.has_gradient]
-        assert all(leaf.is_tensor for leaf in values[: self.tensors]), "tensors come before options"
-        backend, save = Leaf.of("backend", str), Leaf.of("save", bool)
-        saved = [Leaf.of("saved", list[Tensor])] if self.saves else []
+        self.tensors = sum(value.is_tensor for value in values)
+        self.with_gradient = [i for i, value in enumerate(values) if value.has_gradient]
+        assert all(value.is_tensor for value in values[: self.tensors]), "tensors come before options"
+        backend, save = leaf("backend", str), leaf("save", bool)
+        saved = [leaf("saved", list[Tensor])] if self.saves else []
         one_or_more: Any = Tensor if self.outputs == 1 else tuple[(Tensor,) * self.outputs]
         forward = _custom_op(
             spec.name,
@@ -40,7 +40,7 @@ class Op:
         forward.register_fake(self._empty_outputs)
         forward.register_autograd(self._gradients, setup_context=self._keep)
         first, *others = (f"d{name}" for name in spec.outputs)
-        incoming = [Leaf.of(first, Tensor), *(Leaf.of(name, Tensor | None) for name in others)]
+        incoming = [leaf(first, Tensor), *(leaf(name, Tensor | None) for name in others)]
         backward = _custom_op(
             f"{spec.name}_backward", self._run_backward, [*incoming, *values, *saved, backend], list[Tensor]
         )
@@ -126,7 +126,7 @@ class AddRmsNormOp(Op):
 def _custom_op(name: str, run: Callable[..., Any], values: list[Leaf], results: Any) -> Any:
     def prototype() -> None: ...
 
-    parameters = [Parameter(leaf.name, Parameter.POSITIONAL_OR_KEYWORD, annotation=leaf.kind) for leaf in values]
+    parameters = [Parameter(value.name, Parameter.POSITIONAL_OR_KEYWORD, annotation=value.kind) for value in values]
     prototype.__signature__ = Signature(parameters, return_annotation=results)  # pyright: ignore[reportFunctionMemberAccess]
     schema = torch.library.infer_schema(prototype, mutates_args=())
     return torch.library.custom_op(f"vim_kernels::{name}", run, mutates_args=(), schema=schema)

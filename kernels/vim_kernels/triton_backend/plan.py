@@ -1,6 +1,6 @@
 """How a scan is cut into programs: sequences, chunks, blocks of channels, and the tuned sizes that ship.
 
-Nothing is tuned at run time. The sizes were measured on the devices named in docs/kernels.md.
+Nothing is tuned at run time. The sizes were measured: docs/log-kernels.md.
 """
 
 import functools
