@@ -42,6 +42,19 @@ def test_imports_run_one_way(layer):
         assert late_imports(path.read_text()) == [], path
 
 
+ROOMS = ["state", "run", "data", "planning"]
+"""Of launch; each may import those before it."""
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_of_launch_import_one_way(room):
+    later = {f"launch.{name}" for name in ROOMS[ROOMS.index(room) + 1 :]}
+    for path in (ROOT / "launch" / room).glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                assert ".".join(node.module.split(".")[:2]) not in later, f"{path} imports {node.module}"
+
+
 def test_the_check_sees_violations():
     assert backward_imports("launch", "from pretrain.mae import x") == ["line 1: pretrain"]
     assert backward_imports("vim_kernels", "import vim_backbone.vim") == ["line 1: vim_backbone"]
