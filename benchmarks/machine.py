@@ -39,8 +39,8 @@ def clock(device: str) -> str:
 def versions() -> str:
     """Of what is measured."""
     installed = {d.metadata["Name"] for d in metadata.distributions()}
-    found = [f"{name} {metadata.version(name)}" for name in PACKAGES if name in installed]
-    return ", ".join([*found, f"python {platform.python_version()}"])
+    names = [f"{name} {metadata.version(name)}" for name in PACKAGES if name in installed]
+    return ", ".join([*names, f"python {platform.python_version()}"])
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]], about: dict[str, str]) -> None:

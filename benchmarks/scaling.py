@@ -40,9 +40,9 @@ def trained(strategy: str, where: Path, options: argparse.Namespace) -> dict[str
             str(ROOT / "benchmarks/scaling_worker.py"), f"--steps={options.steps}", f"--name={strategy}",
             f"--batch_size={options.batch_size}", "--trackers=[]", "--data.workers=1", f"--out={where}"]  # fmt: skip
     env = os.environ | {"OMP_NUM_THREADS": "1"} | ({"ACCELERATE_USE_CPU": "true"} if strategy == "ddp" else {})
-    done = subprocess.run(argv, check=False, env=env, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{strategy} failed:\n{done.stderr[-3000:]}")
+    process = subprocess.run(argv, check=False, env=env, capture_output=True, text=True)
+    if process.returncode:
+        raise SystemExit(f"{strategy} failed:\n{process.stderr[-3000:]}")
     measured = [json.loads(path.read_text()) for path in (where / strategy).glob("process-*.json")]
     return {key: max(each[key] for each in measured) for key in measured[0]}
 

@@ -84,20 +84,20 @@ def main() -> None:
         asha_wall, asha_entries = timed_sweep(asha)
 
         slot = SLOTS * wall
-        own = sum(e.evaluations[-1].seconds for e in entries)
+        in_trials = sum(e.evaluations[-1].seconds for e in entries)
         steps = sum(step_seconds(e) for e in entries)
         print(f"\n{clock('cpu')}; {versions()}; load {psutil.getloadavg()[0]:.1f}; {time.strftime('%Y-%m-%d')}\n")
         print(f"| {options.trials} trials of {options.steps} steps on {SLOTS} slots | |\n|---|---|")
         print(f"| slot time | {slot:.1f} s |")
-        print(f"| of it the trials' own | {own:.1f} s, {own / slot:.2f} |")
+        print(f"| of it the trials' own | {in_trials:.1f} s, {in_trials / slot:.2f} |")
         print(f"| of it training steps | {steps:.1f} s, {steps / slot:.2f} |")
-        print(f"| between trials, each | {(slot - own) / len(entries):.2f} s |")
+        print(f"| between trials, each | {(slot - in_trials) / len(entries):.2f} s |")
         print(f"| a trial's own, median | {median(e.evaluations[-1].seconds for e in entries):.2f} s |\n")
         print("| | steps taken | slot time | best loss |\n|---|---|---|---|")
-        for kind, seconds, found in (("all to the end", wall, entries), ("asha", asha_wall, asha_entries)):
-            taken = sum(e.evaluations[-1].step for e in found if e.evaluations)
-            best = min(e.score("loss") or 9.0 for e in found if e.state == "finished")
-            print(f"| {kind} | {taken} | {SLOTS * seconds:.1f} s | {best:.4f} |")
+        for kind, seconds, trials in (("all to the end", wall, entries), ("asha", asha_wall, asha_entries)):
+            steps_taken = sum(e.evaluations[-1].step for e in trials if e.evaluations)
+            best = min(e.score("loss") or 9.0 for e in trials if e.state == "finished")
+            print(f"| {kind} | {steps_taken} | {SLOTS * seconds:.1f} s | {best:.4f} |")
 
 
 if __name__ == "__main__":

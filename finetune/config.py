@@ -57,8 +57,8 @@ class FinetuneOptim(OptimConfig):
         peak = self.peak(batch_size)
         if self.schedule == "steps":
             return peak * 0.1 ** sum(step >= share * total_steps for share in self.milestones)
-        done = (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps)
-        return self.min_lr + (peak - self.min_lr) * (1 - done)
+        progress = (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps)
+        return self.min_lr + (peak - self.min_lr) * (1 - progress)
 
     def layer_scale(self, layer: int, depth: int) -> float:
         """Factor on the rate: layer 0 is the stem, 1 .. depth the blocks, depth + 1 the head, which has 1."""

@@ -196,8 +196,8 @@ def evaluate(run: Run) -> dict[str, float]:
         write_text(folder / "bad_pictures.txt", "".join(f"{name}\t{why}\n" for name, why in result.bad))
         name, why = result.bad[0]
         run.log.say(f"{len(result.bad)} validation pictures cannot be read and are not counted, such as {name}: {why}")
-    shown = "  ".join(f"{key} {value:.4f}" for key, value in result.metrics.items() if key != "samples")
-    run.log.say(f"step {step}: {shown}; tables and pictures in {folder}")
+    scores = "  ".join(f"{key} {value:.4f}" for key, value in result.metrics.items() if key != "samples")
+    run.log.say(f"step {step}: {scores}; tables and pictures in {folder}")
     return result.metrics
 
 

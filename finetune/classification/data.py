@@ -88,8 +88,8 @@ def open_labelled(data: ClassificationData, seed: int) -> tuple[Labelled, Labell
                 "data.holdout 0.1 to keep a tenth of each class"
             )
         order = shuffled_within_classes(train.labels, seed)
-        kept = {i for members in order for i in members[: max(1, round(len(members) * data.holdout))]}
-        both = [[i for i in range(len(train.labels)) if (i in kept) == wanted] for wanted in (False, True)]
+        held_out = {i for members in order for i in members[: max(1, round(len(members) * data.holdout))]}
+        both = [[i for i in range(len(train.labels)) if (i in held_out) == evaluated] for evaluated in (False, True)]
         train, val = train.pick(both[0]), train.pick(both[1])
     if data.shots is not None:
         order = shuffled_within_classes(train.labels, seed)

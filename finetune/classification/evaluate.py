@@ -56,10 +56,10 @@ class Counts:
     def of_classes(self) -> tuple[Tensor, Tensor, Tensor]:
         """Samples of each class (classes,), those that were predicted to be of it, and those that are both."""
         true, predicted = self.pairs // self.classes, self.pairs % self.classes
-        every, chosen, right = (
+        totals, guesses, hits = (
             torch.bincount(c, minlength=self.classes) for c in (true, predicted, true[true == predicted])
         )
-        return every, chosen, right
+        return totals, guesses, hits
 
     @property
     def confusion(self) -> Tensor:
@@ -77,26 +77,26 @@ class Counts:
 def evaluate(task: Task[ClassificationConfig], model: nn.Module, accelerator: Accelerator) -> EvaluationResult:
     """Top-1, top-5 and loss over the validation pictures. For all processes."""
     counts = Counts(len(task.classes), accelerator.device)
-    shown: list[tuple[int, Any]] = []
+    pictured: list[tuple[int, Any]] = []
     bad: list[tuple[str, str]] = []
     for batch in evaluation_batches(task.val, accelerator, task.eval_batch_size(accelerator), task.config.data.workers):
         bad += batch.bad
         images, targets = batch.images.to(accelerator.device), batch.targets.to(accelerator.device)
         with accelerator.autocast():
             logits = model(images)
-        counted = torch.tensor(batch.counted, device=accelerator.device)
-        counts.add(logits[counted], targets[counted])
+        mask = torch.tensor(batch.counted, device=accelerator.device)
+        counts.add(logits[mask], targets[mask])
         for row, number in enumerate(batch.numbers):
             if batch.counted[row] and number in task.pictured:
                 picture = to_pixels(images[row]).permute(1, 2, 0).cpu().numpy()
-                shown.append((number, (picture, int(targets[row]), logits[row].float().softmax(0).cpu())))
+                pictured.append((number, (picture, int(targets[row]), logits[row].float().softmax(0).cpu())))
     counts.share(accelerator)
-    shown, bad = gather_object(shown), gather_object(bad)
+    pictured, bad = gather_object(pictured), gather_object(bad)
 
     def write(folder: Path) -> None:
         write_tables(folder, counts, task.classes)
         draw_predictions(
-            folder / "predictions.png", [sample for _, sample in sorted(shown, key=lambda s: s[0])], task.classes
+            folder / "predictions.png", [sample for _, sample in sorted(pictured, key=lambda s: s[0])], task.classes
         )
         if len(task.classes) <= MOST_DRAWN_CLASSES:
             draw_confusion(folder / "confusion.png", counts.confusion.cpu().numpy(), task.classes)
@@ -159,8 +159,8 @@ def draw_confusion(path: Path, confusion: np.ndarray, classes: list[str]) -> Non
     size = 2.5 + 0.36 * len(classes)
     figure = Figure(figsize=(size + 0.6, size), dpi=80, layout="constrained")
     axis = figure.subplots()
-    shown = axis.imshow(shares, vmin=0, vmax=1, cmap="Blues")
-    figure.colorbar(shown, ax=axis, shrink=0.8, label="share of the true class")
+    image = axis.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    figure.colorbar(image, ax=axis, shrink=0.8, label="share of the true class")
     axis.set_xticks(range(len(classes)), classes, rotation=90)
     axis.set_yticks(range(len(classes)), classes)
     axis.set_xlabel("predicted")

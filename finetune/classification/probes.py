@@ -86,12 +86,12 @@ def linear_probe(
     """Logits (queries, classes) of logistic regression on standardised features, and the penalty that was chosen."""
     mean, deviation = bank.mean(0), bank.std(0) + 1e-6
     bank, queries = (bank - mean) / deviation, (queries - mean) / deviation
-    held = torch.arange(len(bank), device=bank.device) % HELD_OUT == 0
+    held_out = torch.arange(len(bank), device=bank.device) % HELD_OUT == 0
     if len(penalties) > 1:
         hits = []
         for penalty in penalties:
-            weight, bias = logistic_regression(bank[~held], labels[~held], classes, penalty)
-            hits.append(int(((bank[held] @ weight.T + bias).argmax(1) == labels[held]).sum()))
+            weight, bias = logistic_regression(bank[~held_out], labels[~held_out], classes, penalty)
+            hits.append(int(((bank[held_out] @ weight.T + bias).argmax(1) == labels[held_out]).sum()))
         penalties = [penalties[max(range(len(hits)), key=lambda i: (hits[i], penalties[i]))]]
     weight, bias = logistic_regression(bank, labels, classes, penalties[0])
     return queries @ weight.T + bias, penalties[0]

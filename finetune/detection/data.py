@@ -91,13 +91,13 @@ def open_coco(data: DetectionData, split: str, masks: bool) -> CocoSplit:
         raise UserError(f"{folder} does not exist: it must hold the pictures that {path} names")
     images = {entry["id"]: entry for entry in content["images"]}
     categories = sorted(content["categories"], key=lambda category: category["id"])
-    known = {category["id"] for category in categories}
-    kept: dict[int, list[dict[str, Any]]] = {key: [] for key in images}
+    category_ids = {category["id"] for category in categories}
+    usable: dict[int, list[dict[str, Any]]] = {key: [] for key in images}
     bad: list[tuple[str, str]] = []
     for entry in content["annotations"]:
-        wrong = what_is_wrong(entry, images, known, masks)
+        wrong = what_is_wrong(entry, images, category_ids, masks)
         if wrong is None:
-            kept[entry["image_id"]].append(completed(entry))
+            usable[entry["image_id"]].append(completed(entry))
         else:
             bad.append((wrong, f"annotation {entry.get('id')}"))
     if bad and len(bad) == len(content["annotations"]):
@@ -107,7 +107,7 @@ def open_coco(data: DetectionData, split: str, masks: bool) -> CocoSplit:
         first = dict(reversed(bad))
         causes = ", ".join(f"{count} with {why} ({first[why]})" for why, count in Counter(w for w, _ in bad).items())
         notes.append(f"{len(bad)} of {len(content['annotations'])} annotations of {path} skipped: {causes}")
-    return CocoSplit(folder, content["images"], kept, categories, data.max_megapixels, notes)
+    return CocoSplit(folder, content["images"], usable, categories, data.max_megapixels, notes)
 
 
 def what_is_wrong(entry: dict[str, Any], images: dict[int, Any], categories: set[int], masks: bool) -> str | None:
@@ -213,8 +213,8 @@ class TrainPictures:
 
 def with_boxes_of_masks(masks: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """What a crop left of each instance, with the box of that; gone ones dropped."""
-    left = (masks > 0).flatten(1).any(1)
-    masks, labels = masks[left], labels[left]
+    visible = (masks > 0).flatten(1).any(1)
+    masks, labels = masks[visible], labels[visible]
     boxes = masks_to_boxes(masks) if len(masks) else masks.new_zeros((0, 4), dtype=torch.float32)
     return {"boxes": boxes + torch.tensor([0.0, 0.0, 1.0, 1.0]), "labels": labels, "masks": masks}
 
@@ -235,8 +235,8 @@ class WholePictures:
 
     def draw(self, index: int) -> tuple[list[Tensor], list[Sizes]]:
         """For each square (3, h, w) uint8, and the sizes."""
-        fitted = self.tta.fit(self.split.picture(index))
-        return [pixels for pixels, _ in fitted], [sizes for _, sizes in fitted]
+        squares = self.tta.fit(self.split.picture(index))
+        return [pixels for pixels, _ in squares], [sizes for _, sizes in squares]
 
     def collate(self, samples: list[tuple[Any, Any]]) -> tuple[list[Tensor], list[list[Sizes]]]:
         """For each square (b, 3, h, w), and the sizes of the b pictures."""

@@ -43,7 +43,7 @@ def evaluate(
     """COCO's evaluation of the detections in all validation pictures. For all processes."""
     ids = [category["id"] for category in split.categories]
     results: list[dict[str, Any]] = []
-    done, bad = [], []
+    image_ids, bad = [], []
     for batch in evaluation_batches(task.val, accelerator, task.eval_batch_size(accelerator), task.config.data.workers):
         bad += batch.bad
         with accelerator.autocast():
@@ -52,13 +52,13 @@ def evaluate(
         for detections, number, counted in zip(outputs, batch.numbers, batch.counted, strict=True):
             if counted:
                 entry = split.images[number]
-                done.append(entry["id"])
+                image_ids.append(entry["id"])
                 results += to_coco(with_pasted_masks(detections, (entry["height"], entry["width"])), entry["id"], ids)
-    results, done, bad = gather_object(results), gather_object(done), gather_object(bad)
+    results, image_ids, bad = gather_object(results), gather_object(image_ids), gather_object(bad)
     if not accelerator.is_main_process:
         return EvaluationResult()
     truth = split.ground_truth()
-    counted = set(done)
+    counted = set(image_ids)
     truth = {
         "images": [entry for entry in truth["images"] if entry["id"] in counted],
         "annotations": [entry for entry in truth["annotations"] if entry["image_id"] in counted],
@@ -72,7 +72,7 @@ def evaluate(
         write_table(folder / "classes.csv", truth, {kind: by_class for kind, (_, by_class) in by_kind.items()})
         draw(folder / "predictions.png", split, sorted(task.pictured), results, task.classes)
 
-    return EvaluationResult(metrics | {"samples": float(len(done))}, write, bad)
+    return EvaluationResult(metrics | {"samples": float(len(image_ids))}, write, bad)
 
 
 def to_coco(detections: dict[str, Any], image_id: int, category_ids: list[int]) -> list[dict[str, Any]]:
@@ -167,8 +167,8 @@ def draw(path: Path, split: CocoSplit, numbers: list[int], results: list[dict[st
                 for o in objects
                 if o.get("segmentation")
             ]
-            shown = torch.from_numpy(np.stack(masks)) if masks and len(masks) == len(objects) else None
-            axis.imshow(drawn_on(picture, boxes, words, shown, colours_of(kinds, len(classes))))
+            stack = torch.from_numpy(np.stack(masks)) if masks and len(masks) == len(objects) else None
+            axis.imshow(drawn_on(picture, boxes, words, stack, colours_of(kinds, len(classes))))
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, title in zip(axes[0], ("annotation", f"found, score {SHOWN_SCORE:g} or more"), strict=True):

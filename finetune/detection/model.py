@@ -115,9 +115,9 @@ class CascadeHeads(RoIHeads):
             matched = self.matchers[stage](box_iou(target["boxes"], proposal))
             boxes.append(target["boxes"][matched.clamp(min=0)])
             labels.append(torch.where(matched >= 0, target["labels"][matched.clamp(min=0)], 0))
-        wanted, label = torch.cat(self.coders[stage].encode(boxes, proposals)), torch.cat(labels)  # pyright: ignore
+        deltas_wanted, label = torch.cat(self.coders[stage].encode(boxes, proposals)), torch.cat(labels)  # pyright: ignore
         positive = label > 0
-        distance = (deltas[positive].float() - wanted[positive]).abs().sum()
+        distance = (deltas[positive].float() - deltas_wanted[positive]).abs().sum()
         return {
             f"loss_classifier_{stage}": F.cross_entropy(logits.float(), label),
             f"loss_box_reg_{stage}": distance / max(1, label.numel()),
@@ -185,10 +185,10 @@ class Detector(TaskModel):
         stride = config.stride
         sizes = tuple((head.anchor_scale * stride * factor,) for factor in (0.25, 0.5, 1, 2, 4))
         anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)  # pyright: ignore[reportArgumentType]
-        kept = {"training": head.proposals, "testing": head.proposals}
+        limits = {"training": head.proposals, "testing": head.proposals}
         self.rpn = RegionProposalNetwork(
             anchors, RPNHead(head.channels, anchors.num_anchors_per_location()[0], conv_depth=2),
-            0.7, 0.3, 256, 0.5, {"training": 2 * head.proposals, "testing": head.proposals}, kept, 0.7,
+            0.7, 0.3, 256, 0.5, {"training": 2 * head.proposals, "testing": head.proposals}, limits, 0.7,
         )  # fmt: skip
         self.roi_heads = build_heads(head, classes + 1)
 

@@ -82,8 +82,8 @@ def mirrored(detections: dict[str, Tensor], width: int) -> dict[str, Tensor]:
 def joined(parts: list[dict[str, Tensor]], most: int) -> dict[str, Tensor]:
     """Detections of several views: the best of those that overlap."""
     together = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-    kept = batched_nms(together["boxes"], together["scores"], together["labels"], SAME_OBJECT)[:most]
-    return {key: value[kept] for key, value in together.items()}
+    best = batched_nms(together["boxes"], together["scores"], together["labels"], SAME_OBJECT)[:most]
+    return {key: value[best] for key, value in together.items()}
 
 
 def with_pasted_masks(detections: dict[str, Tensor], size: tuple[int, int]) -> dict[str, Any]:

@@ -29,8 +29,8 @@ MOST_NAMED = 12
 
 def confusion_of(predicted: Tensor, target: Tensor, classes: int) -> Tensor:
     """(classes, classes) pixels by true class (row) and predicted class (column), ignored ones left out."""
-    counted = target != IGNORED
-    pairs = target[counted].long() * classes + predicted[counted].long()
+    labelled = target != IGNORED
+    pairs = target[labelled].long() * classes + predicted[labelled].long()
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
 
@@ -55,7 +55,7 @@ def evaluate(
     device, classes = accelerator.device, len(task.classes)
     confusion = torch.zeros(classes, classes, dtype=torch.long, device=device)
     samples = torch.zeros((), dtype=torch.long, device=device)
-    shown, bad = [], []
+    pictured, bad = [], []
     for batch in evaluation_batches(task.val, accelerator, 1, task.config.data.workers):
         bad += batch.bad
         image, target = to_model(batch.images[0][None], device), batch.targets[0].to(device)
@@ -72,15 +72,15 @@ def evaluate(
         samples += 1
         if batch.numbers[0] in task.pictured:
             picture = resize(to_pixels(image), target.shape)[0].permute(1, 2, 0).cpu().numpy()
-            shown.append((batch.numbers[0], picture, target.cpu().numpy(), predicted.cpu().numpy()))
+            pictured.append((batch.numbers[0], picture, target.cpu().numpy(), predicted.cpu().numpy()))
     confusion, samples = (accelerator.reduce(value, reduction="sum") for value in (confusion, samples))
     assert isinstance(confusion, Tensor)
     assert isinstance(samples, Tensor)
-    shown, bad = gather_object(shown), gather_object(bad)
+    pictured, bad = gather_object(pictured), gather_object(bad)
 
     def write(folder: Path) -> None:
         write_table(folder / "classes.csv", confusion.cpu(), task.classes)
-        panels = [entry[1:] for entry in sorted(shown, key=lambda entry: entry[0])]
+        panels = [entry[1:] for entry in sorted(pictured, key=lambda entry: entry[0])]
         draw_overlays(folder / "predictions.png", panels, task.classes)
 
     return EvaluationResult(scores(confusion) | {"samples": float(samples)}, write, bad)
@@ -107,8 +107,8 @@ def write_table(path: Path, confusion: Tensor, classes: list[str]) -> None:
 
 def overlay(picture: np.ndarray, labels: np.ndarray, colours: np.ndarray) -> np.ndarray:
     """Picture (h, w, 3) in [0, 1], in grey, with its labels (h, w) laid over it, ignored pixels black."""
-    laid = np.where((labels == IGNORED)[..., None], 0.0, colours[np.minimum(labels, len(colours) - 1)])
-    return 0.4 * picture.mean(-1, keepdims=True) + 0.6 * laid
+    coloured = np.where((labels == IGNORED)[..., None], 0.0, colours[np.minimum(labels, len(colours) - 1)])
+    return 0.4 * picture.mean(-1, keepdims=True) + 0.6 * coloured
 
 
 def draw_overlays(
@@ -121,17 +121,17 @@ def draw_overlays(
     colours = palette(len(classes))
     figure = Figure(figsize=(3.2 * len(titles), 2.6 * len(panels) + 0.9), dpi=80, layout="constrained")
     axes = figure.subplots(len(panels), len(titles), squeeze=False)
-    seen = np.zeros(len(classes), dtype=np.int64)
+    pixels = np.zeros(len(classes), dtype=np.int64)
     for row, (picture, target, predicted) in zip(axes, panels, strict=True):
         maps = [labels for labels in (target, predicted) if labels is not None]
-        for axis, shown in zip(row, [picture, *(overlay(picture, labels, colours) for labels in maps)], strict=True):
-            axis.imshow(shown.clip(0, 1))
+        for axis, panel in zip(row, [picture, *(overlay(picture, labels, colours) for labels in maps)], strict=True):
+            axis.imshow(panel.clip(0, 1))
             axis.set_axis_off()
         for labels in maps:
-            seen += np.bincount(labels[labels != IGNORED].ravel(), minlength=len(classes))
+            pixels += np.bincount(labels[labels != IGNORED].ravel(), minlength=len(classes))
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=11)
-    most = [k for k in np.argsort(-seen)[:MOST_NAMED] if seen[k]]
+    most = [k for k in np.argsort(-pixels)[:MOST_NAMED] if pixels[k]]
     handles = [Patch(color=tuple(colours[k].tolist()), label=classes[k]) for k in most]
     figure.legend(handles=handles, loc="outside lower center", ncols=4)
     figure.savefig(path)

@@ -120,10 +120,10 @@ def feature_layers(layers: list[int] | None, depth: int) -> list[int]:
 
     Raises UserError for others: blocks after the last one taken would learn nothing.
     """
-    chosen = layers or [max(1, round(depth * share / 4)) for share in (1, 2, 3, 4)]
-    for layer in chosen:
+    blocks = layers or [max(1, round(depth * share / 4)) for share in (1, 2, 3, 4)]
+    for layer in blocks:
         if not 1 <= layer <= depth:
             raise UserError(f"head.layers has {layer}: the backbone has blocks 1 to {depth}")
-    if chosen[-1] != depth:
-        raise UserError(f"head.layers ends with {chosen[-1]}: it must end with the last block, {depth}")
-    return chosen
+    if blocks[-1] != depth:
+        raise UserError(f"head.layers ends with {blocks[-1]}: it must end with the last block, {depth}")
+    return blocks

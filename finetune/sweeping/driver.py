@@ -62,9 +62,9 @@ def sweep(config: SweepConfig) -> Path:
             for line in write_report(config, ledger):
                 progress.say(line)
         entries = ledger.entries()
-        left = (config.trials or 0) - sum(e.state not in ("waiting", "running") for e in entries)
-        if left:
-            line = f"{left} of {config.trials} trials are left: the same command with --resume goes on"
+        remaining = (config.trials or 0) - sum(e.state not in ("waiting", "running") for e in entries)
+        if remaining:
+            line = f"{remaining} of {config.trials} trials are left: the same command with --resume goes on"
             raise Stopped(signal.SIGINT, line)
         if all(e.state == "failed" for e in entries):
             raise UserError(f"all {len(entries)} trials failed; the last: {entries[-1].error}")
@@ -165,17 +165,17 @@ def require_path(name: str, value: Any) -> None:
 
 def absolute_paths(config: SweepConfig, space: list[Dimension]) -> dict[str, str]:
     """Folders that are here, as the sweep names them -> absolute, because a trial runs in a folder of its own."""
-    named = [config.fields.get(name) for name in PATHS] + [v for d in space if d.field in PATHS for v in d.values]
-    here = {value: Path(value).expanduser() for value in named if isinstance(value, str)}
+    values = [config.fields.get(name) for name in PATHS] + [v for d in space if d.field in PATHS for v in d.values]
+    here = {value: Path(value).expanduser() for value in values if isinstance(value, str)}
     return {value: str(path.resolve()) for value, path in here.items() if path.exists()}
 
 
 def open_folder(config: SweepConfig) -> None:
     """Make the sweep's folder, or check that the one to be resumed is of the same sweep."""
     folder = config.folder
-    begun = (folder / JOURNAL).exists()
-    if config.resume is True or (config.resume == "auto" and begun):
-        if not begun:
+    exists = (folder / JOURNAL).exists()
+    if config.resume is True or (config.resume == "auto" and exists):
+        if not exists:
             raise UserError(f"nothing to resume: there is no sweep in {folder}; start without --resume")
         for name, (before, now) in differences(config, folder / CONFIG).items():
             if not name.startswith(CHANGEABLE):

@@ -229,14 +229,14 @@ def write_html(config: SweepConfig, ledger: Ledger, picture: Path | None) -> Non
         cells = "".join(f"<td>{html.escape(str(value))}</td>" for value in (e.number, e.state, *values))
         rows.append(f"<tr>{cells}</tr>")
     data = base64.b64encode(picture.read_bytes()).decode() if picture else ""
-    shown = f'<p><img alt="scores and fields" src="data:image/png;base64,{data}"></p>' if picture else ""
+    image = f'<p><img alt="scores and fields" src="data:image/png;base64,{data}"></p>' if picture else ""
     commands = html.escape("\n".join(command(config, e) for e in finished[:3]))
     title = html.escape(f"{config.name}: {config.task}, {config.metric}")
     page = (
         f'<!doctype html><meta charset="utf-8"><title>{title}</title>'
         "<style>body{font-family:sans-serif;margin:2em}img{max-width:100%}table{border-collapse:collapse}"
         "td,th{border-bottom:1px solid #ccc;padding:.2em .7em;text-align:left}pre{white-space:pre-wrap}</style>"
-        f"<h1>{title}</h1>{shown}<h2>The best again, without Ray</h2><pre>{commands}</pre>"
+        f"<h1>{title}</h1>{image}<h2>The best again, without Ray</h2><pre>{commands}</pre>"
         f"<h2>Trials</h2><table><tr>{head}</tr>{''.join(rows)}</table>\n"
     )
     write_text(config.folder / REPORT, page)

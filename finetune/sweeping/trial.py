@@ -132,8 +132,8 @@ def _run(spec: TrialSpec, checkpoint: Any, work: Path, report: Reporter) -> None
         waited += time.monotonic() - before
 
     try:
-        paths, named = spec["paths"], spec["common"] | spec["fields"]
-        fields = {name: fetch(paths.get(v, v) if isinstance(v, str) else v) for name, v in named.items()}
+        paths, settings = spec["paths"], spec["common"] | spec["fields"]
+        fields = {name: fetch(paths.get(v, v) if isinstance(v, str) else v) for name, v in settings.items()}
         base = [f"--config={work / 'base.yaml'}"] if spec["base"] else []
         argv = [*base, "--trackers=[]", *arguments(fields), *SET_BY_SWEEP, f"--out={work}"]
         finetune(task(parse(task.config_class, argv, "trial", "")), observe)

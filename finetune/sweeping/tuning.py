@@ -164,7 +164,7 @@ def tune_trials(
     ledger.study.set_user_attr("sessions", [*ledger.study.user_attrs.get("sessions", []), session])
     trials = config.trials or 0
     searcher = LedgerSearcher(ledger, config, trials, spec)
-    left = trials - sum(e.state not in ("waiting", "running") for e in ledger.entries())
+    remaining = trials - sum(e.state not in ("waiting", "running") for e in ledger.entries())
     scheduler = build_scheduler(config, ledger.space)
     replay(scheduler, ledger)
     several = resources.workers > 1
@@ -175,7 +175,7 @@ def tune_trials(
     tuner = tune.Tuner(
         tune.with_resources(run_trial_on_workers if several else run_trial, bundle),
         tune_config=tune.TuneConfig(
-            search_alg=searcher, scheduler=scheduler, num_samples=left,
+            search_alg=searcher, scheduler=scheduler, num_samples=remaining,
             max_concurrent_trials=at_a_time, reuse_actors=not several,
             time_budget_s=config.hours * 3600 if config.hours else None,
             trial_dirname_creator=lambda trial: f"{searcher.numbers[trial.trial_id]:05d}",
@@ -252,5 +252,5 @@ def why_it_died(trial: Any, whole: Path) -> str:
     if error is None or isinstance(error, RayActorError):
         return "its process died: killed, out of memory, or its node was lost"
     write_text(whole, str(error))
-    named = re.findall(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*", str(error), re.MULTILINE)
-    return f"{(named or str(error).strip().splitlines())[-1][:300]}; the whole error is in {whole}"
+    errors = re.findall(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*", str(error), re.MULTILINE)
+    return f"{(errors or str(error).strip().splitlines())[-1][:300]}; the whole error is in {whole}"
