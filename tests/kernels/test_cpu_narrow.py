@@ -20,7 +20,7 @@ TARGETS = {  # processor, features as Numba names them, what a host must have, w
     "AVX2": ("x86-64-v3", "+avx2,+fma", ("avx2", "fma"), "y"),
     "SSE2": ("x86-64", "+sse2", (), "x"),
 }
-TESTS = "cpu and (test_scan or test_mixer or test_conv or test_norm or test_low_precision or test_bad_dt)"
+TESTS = "cpu and (test_scan or test_mixer or test_conv or test_norm or test_low_precision or test_bad_dt or vector)"
 PROGRAM = """
 import re, sys
 import pytest
@@ -49,7 +49,8 @@ def test_kernels_equal_the_reference_on(target, tmp_path):
         "PYTEST_ADDOPTS": "",
         "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}",
     }
-    command = [sys.executable, "-c", PROGRAM, str(root / "tests/kernels/test_backends.py"), "-k", TESTS]
+    files = [str(root / "tests/kernels" / name) for name in ("test_backends.py", "test_cpu_vector.py")]
+    command = [sys.executable, "-c", PROGRAM, *files, "-k", TESTS]
     ran = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=500)
     *_, counts, registers = ran.stdout.strip().splitlines()
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-1000:]
