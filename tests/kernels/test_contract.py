@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vim_kernels import ScanWeights
-from vim_kernels.dispatch.contract import OPS, BidirectionalScan, Constant, flatten, leaves, unflatten
+from vim_kernels.dispatch.contract import OPS, BidirectionalScan, Constant, Layout, leaves
 
 
 class Norm(NamedTuple):
@@ -37,16 +37,17 @@ WEIGHTS = ScanWeights(*(torch.full((1,), float(i)) for i in range(7)))
     ],
 )  # pyright: ignore
 def test_flat_values_and_back(arguments, flat):
-    assert list(flatten(arguments)) == flat
-    assert unflatten(type(arguments), flat) == arguments
+    layout = Layout(type(arguments))
+    assert list(layout.flatten(arguments)) == flat
+    assert layout.unflatten(flat) == arguments
 
 
 def test_weights_of_both_directions_keep_their_places():
     arguments = BidirectionalScan(torch.zeros(1), WEIGHTS, WEIGHTS._replace(conv_bias=None), None, True)
-    flat = flatten(arguments)
+    flat = Layout(BidirectionalScan).flatten(arguments)
     assert [flat[1 + i] is t for i, t in enumerate(WEIGHTS)] == [True] * 7
     assert flat[9] is None
-    again = unflatten(BidirectionalScan, flat)
+    again = Layout(BidirectionalScan).unflatten(flat)
     assert all(a is b for a, b in zip(again.backward, arguments.backward, strict=True))
     assert (again.cu_seqlens, again.gated) == (None, True)
 

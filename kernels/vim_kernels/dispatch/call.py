@@ -10,7 +10,6 @@ from torch import Tensor
 
 from vim_kernels import reference
 from vim_kernels.dispatch.choice import function
-from vim_kernels.dispatch.contract import flatten
 from vim_kernels.dispatch.library import REGISTERED
 
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -19,7 +18,7 @@ PLAIN = (Tensor, torch.nn.Parameter)
 def call(backend: str, arguments: Any, **allowed: bool) -> Any:
     """The output of the op whose arguments these are, or a tuple of them; `allowed` as `overwrite` in the contract."""
     op = REGISTERED[type(arguments)]
-    flat = flatten(arguments)
+    flat = op.layout.flatten(arguments)
     tensors = [t for t in flat[: op.tensors] if t is not None]
     if backend == "reference" or any([t.dtype == torch.float64 for t in tensors]):  # noqa: C419 - twice as fast
         return getattr(reference, op.name)(**dict(zip(arguments._fields, arguments, strict=True)))

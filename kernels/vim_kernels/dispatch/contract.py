@@ -146,22 +146,7 @@ OPS = {
 }
 
 
-def flatten(arguments: tuple) -> Sequence[Any]:
-    """Single values, in order: those of a tuple within in its place, or as many Nones where it is None."""
-    places = _PLACES[type(arguments)]
-    if places is None:
-        return arguments
-    values = zip(arguments, places, strict=True)
-    return [leaf for value, place in values for leaf in ((value,) if place.bundle is None else value or place.absent)]
-
-
-def unflatten(kind: Any, flat: Sequence[Any]) -> Any:
-    """The inverse of `flatten`."""
-    places = _PLACES[kind]
-    return kind(*flat) if places is None else kind(*[place.value(flat) for place in places])
-
-
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """Where the value of a field is among the flat ones."""
 
     start: int
@@ -171,31 +156,43 @@ class _Place(NamedTuple):
     absent: tuple[None, ...]
     """The values of a tuple that is None; () where it cannot be."""
 
-    def value(self, flat: Sequence[Any]) -> Any:
-        if self.bundle is None:
-            return flat[self.start]
+    def of(self, flat: Sequence[Any]) -> Any:
+        """The named tuple among the flat values of all fields."""
         values = flat[self.start : self.stop]
         return None if self.absent and values[0] is None else self.bundle(*values)
 
 
-def _places(kind: Any) -> list[_Place] | None:
-    """Of every field; None for a named tuple without another one in it."""
-    places: list[_Place] = []
-    for hint in get_type_hints(kind).values():
-        bundle, is_optional = _bundle(hint)
-        start = places[-1].stop if places else 0
-        width = len(bundle._fields) if bundle else 1
-        places.append(_Place(start, start + width, bundle, (None,) * width if is_optional else ()))
-    return places if any(place.bundle for place in places) else None
+class Layout:
+    """A named tuple of arguments, which may have others in it, as single values one after the other."""
+
+    def __init__(self, kind: Any) -> None:
+        self.kind = kind
+        self.places: list[Place] = []
+        for hint in get_type_hints(kind).values():
+            bundle, is_optional = _bundle(hint)
+            start = self.places[-1].stop if self.places else 0
+            width = len(bundle._fields) if bundle else 1
+            self.places.append(Place(start, start + width, bundle, (None,) * width if is_optional else ()))
+        self.is_flat = not any(place.bundle for place in self.places)
+
+    def flatten(self, arguments: Any) -> Sequence[Any]:
+        """Single values, in order: those of a tuple within in its place, or as many Nones where it is None."""
+        if self.is_flat:
+            return arguments
+        values = zip(arguments, self.places, strict=True)
+        return [leaf for value, at in values for leaf in ((value,) if at.bundle is None else value or at.absent)]
+
+    def unflatten(self, flat: Sequence[Any]) -> Any:
+        """The inverse of `flatten`."""
+        if self.is_flat:
+            return self.kind(*flat)
+        return self.kind(*[flat[at.start] if at.bundle is None else at.of(flat) for at in self.places])
 
 
 def _bundle(hint: Any) -> tuple[Any, bool]:
     """The named tuple of an annotation or None, and whether the value may be None."""
     choices = get_args(hint) if get_origin(hint) in (types.UnionType, Union) else (hint,)
     return next((c for c in choices if hasattr(c, "_fields")), None), types.NoneType in choices
-
-
-_PLACES = {spec.arguments: _places(spec.arguments) for spec in OPS.values()}  # once: Dynamo cannot trace type hints
 
 
 class Leaf(NamedTuple):
@@ -215,7 +212,7 @@ def leaf(name: str, kind: Any, *, is_constant: bool = False) -> Leaf:
 
 
 def leaves(kind: Any) -> list[Leaf]:
-    """What `flatten` makes of a named tuple; the fields of one within carry its name, as `forward_D`."""
+    """What `Layout.flatten` makes of a named tuple; the fields of one within carry its name, as `forward_D`."""
     result, marked = [], get_type_hints(kind, include_extras=True)
     for name, hint in get_type_hints(kind).items():
         bundle, is_optional = _bundle(hint)

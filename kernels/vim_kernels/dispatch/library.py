@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from vim_kernels.dispatch.choice import function
-from vim_kernels.dispatch.contract import OPS, AddRmsNorm, Leaf, OpSpec, flatten, leaf, leaves, unflatten
+from vim_kernels.dispatch.contract import OPS, AddRmsNorm, Layout, Leaf, OpSpec, leaf, leaves
 
 
 class Op:
     """The custom ops `vim_kernels::<name>` and `vim_kernels::<name>_backward`."""
 
     def __init__(self, spec: OpSpec) -> None:
-        self.name, self.room, self.kind = spec.name, spec.room, spec.arguments
+        self.name, self.room, self.layout = spec.name, spec.room, Layout(spec.arguments)
         self.saves, self.outputs = spec.saves, len(spec.outputs)
         self.end = -2 if spec.saves else -1  # of the arguments, in those of the backward
         values = leaves(spec.arguments)
@@ -52,24 +52,24 @@ class Op:
     def _run_forward(self, *flat: Any) -> Any:
         if not self.saves:
             *values, backend = flat
-            return function(backend, self.room, self.forward_name)(unflatten(self.kind, values))
+            return function(backend, self.room, self.forward_name)(self.layout.unflatten(values))
         *values, backend, save = flat
-        *outputs, saved = function(backend, self.room, self.forward_name)(unflatten(self.kind, values), save)
+        *outputs, saved = function(backend, self.room, self.forward_name)(self.layout.unflatten(values), save)
         return [*outputs, *saved]
 
     def _empty_outputs(self, *flat: Any) -> Any:
         if not self.saves:
-            outputs = unflatten(self.kind, flat[:-1]).outputs()
+            outputs = self.layout.unflatten(flat[:-1]).outputs()
             return outputs if self.outputs > 1 else outputs[0]
         *values, backend, save = flat
-        arguments = unflatten(self.kind, values)
+        arguments = self.layout.unflatten(values)
         saved = function(backend, self.room, f"{self.name}_saved")(arguments) if save else []
         return [*arguments.outputs(), *saved]
 
     def _run_backward(self, *flat: Any) -> list[Tensor]:
         incoming, values, saved = flat[: self.outputs], flat[self.outputs : self.end], flat[self.end : -1]
         run = function(flat[-1], self.room, self.backward_name)
-        return self._where_given(flatten(run(unflatten(self.kind, values), *incoming, *saved)), values)
+        return self._where_given(self.layout.flatten(run(self.layout.unflatten(values), *incoming, *saved)), values)
 
     def _empty_gradients(self, *flat: Any) -> list[Tensor]:
         values = flat[self.outputs : self.end]
@@ -96,7 +96,7 @@ class Op:
             values.pop()
         first, *others = incoming
         if first is None:
-            first = torch.zeros_like(unflatten(self.kind, values).outputs()[0])
+            first = torch.zeros_like(self.layout.unflatten(values).outputs()[0])
         others = [None if gradient is None else gradient.contiguous() for gradient in others]
         results = self.backward(first.contiguous(), *others, *values, *saved, backend)
         gradients: list[Tensor | None] = [None] * (self.tensors + len(ctx.options))
