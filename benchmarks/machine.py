@@ -27,13 +27,13 @@ def clock(device: str) -> str:
     lines = path.read_text().splitlines() if path.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     frequency = psutil.cpu_freq()
-    shown = f"{frequency.current / 1000:.2f} GHz" if frequency else "clock unknown"
+    speed = f"{frequency.current / 1000:.2f} GHz" if frequency else "clock unknown"
     sets = f"PyTorch {torch.backends.cpu.get_cpu_capability()}"
     if available_backends("cpu")["cpu"] is None:
         from vim_kernels.cpu_backend.vector import instruction_set
 
         sets += f", kernels {instruction_set()}"
-    return f"{names[0] if names else platform.machine()} ({sets}), {shown}, {torch.get_num_threads()} threads"
+    return f"{names[0] if names else platform.machine()} ({sets}), {speed}, {torch.get_num_threads()} threads"
 
 
 def versions() -> str:

@@ -51,11 +51,11 @@ class ViTAutoencoder(nn.Module):
         assert vit.cls_token is not None
         tokens = select(vit.patch_embed(images) + vit.pos_embed[:, 1:], visible)
         tokens = torch.cat([vit.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
-        seen = self.decoder_embed(vit.norm(vit.blocks(tokens)))
-        whole = self.mask_token.expand(len(seen), self.positions.shape[1], -1)
+        encoded = self.decoder_embed(vit.norm(vit.blocks(tokens)))
+        whole = self.mask_token.expand(len(encoded), self.positions.shape[1], -1)
         index = visible[..., None].expand(-1, -1, whole.shape[-1])
-        whole = whole.scatter(1, index, seen[:, 1:]) + self.positions
-        rebuilt = self.decoder(torch.cat([seen[:, :1], whole], dim=1))[:, 1:]
+        whole = whole.scatter(1, index, encoded[:, 1:]) + self.positions
+        rebuilt = self.decoder(torch.cat([encoded[:, :1], whole], dim=1))[:, 1:]
         target, _, _ = normalise(select(patchify(images, self.side), hidden))
         return (self.head(select(rebuilt, hidden)) - target).square().mean()
 

@@ -161,20 +161,20 @@ def one_launch(inputs: Inputs) -> Case:
     x, z = inputs.xz.detach().chunk(2, dim=-1)
     rows = plan.tokens_of(x, None)
     weights = [ScanWeights._make(None if t is None else t.detach() for t in w) for w in inputs.weights]
-    given = mixer.mixer_inputs(x, mixer.mixer_weights(x, *weights), rows, store_low=False).scan
+    arguments = mixer.mixer_inputs(x, mixer.mixer_weights(x, *weights), rows, store_low=False).scan
     out = x.new_empty(rows.rows, x.shape[2])
     whole = BidirectionalScan(inputs.xz.detach(), *weights, cu_seqlens=None, gated=True)
     states, ungated = mixer.bidirectional_scan_saved(whole)
 
     def forward(*, save: bool = False) -> None:
         recurrence.scan_forward(
-            given, tensors.flat(z), out, rows, scale=0.5, states=states if save else None,
+            arguments, tensors.flat(z), out, rows, scale=0.5, states=states if save else None,
             ungated=ungated.view_as(out) if save else None, initial=None, want_final=False,
         )  # fmt: skip
 
     def backward() -> object:
         options = {"dfinal": None, "softplus": True, "want_initial": False}
-        return recurrence.scan_backward(given, gradient, rows, states=states, **options)
+        return recurrence.scan_backward(arguments, gradient, rows, states=states, **options)
 
     forward(save=True)
     gradient = torch.randn_like(out)

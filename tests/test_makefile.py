@@ -37,8 +37,8 @@ def clone(tmp_path):
 def python(folder, name, version):
     """A stand-in that answers for its version and writes down what it is told to do."""
     path = folder / "programs" / name
-    asked = f'case "$1$2" in -c*) exec {sys.executable} -c "import sys; sys.version_info = {version}; $2" ;; esac'
-    path.write_text(f'#!/bin/sh\n{asked}\nprintf "%s\\n" "{name} $*" >> {folder}/ran\nexit 7\n')
+    answer = f'case "$1$2" in -c*) exec {sys.executable} -c "import sys; sys.version_info = {version}; $2" ;; esac'
+    path.write_text(f'#!/bin/sh\n{answer}\nprintf "%s\\n" "{name} $*" >> {folder}/ran\nexit 7\n')
     path.chmod(0o755)
 
 
@@ -50,11 +50,11 @@ def python(folder, name, version):
         ({"python3.11": (3, 11, 2), "python3.12": (3, 12, 0)}, "python3.11"),
     ],
 )
-def test_any_supported_python_is_taken(there, taken, clone):
+def test_any_supported_python_is_taken(there, chosen, clone):
     for name, version in there.items():
         python(clone, name, version)
     assert make(clone, "setup", path=clone / "programs").returncode != 0  # the stand-in makes no environment
-    assert (clone / "ran").read_text().splitlines()[0] == f"{taken} -m venv .venv"
+    assert (clone / "ran").read_text().splitlines()[0] == f"{chosen} -m venv .venv"
 
 
 @pytest.mark.parametrize(

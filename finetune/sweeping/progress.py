@@ -69,17 +69,17 @@ def table(ledger: Ledger, metric: str, trials: int) -> Table:
     entries = ledger.entries()
     best = ledger.best(1)
     title = f"{sum(e.state not in ('waiting', 'running') for e in entries)} of {trials} trials are over"
-    shown = Table(title=title + (f"; best {metric} {best[0].score(metric):.4f}" if best else ""))
+    grid = Table(title=title + (f"; best {metric} {best[0].score(metric):.4f}" if best else ""))
     fields = [d.field for d in ledger.space]
     for heading in ("trial", "state", "done", metric, *fields):
-        shown.add_column(heading)
+        grid.add_column(heading)
     running = [e for e in entries if e.state == "running"]
     others = ledger.best(ROWS) + [e for e in reversed(entries) if e.state in ("stopped early", "failed")]
     for entry in (running + others)[:ROWS]:
         percent = entry.evaluations[-1].percent if entry.evaluations else 0
         values = [short(entry.fields.get(field)) for field in fields]
-        shown.add_row(str(entry.number), entry.state, f"{percent:.0f} %", score_of(entry, metric), *values)
-    return shown
+        grid.add_row(str(entry.number), entry.state, f"{percent:.0f} %", score_of(entry, metric), *values)
+    return grid
 
 
 def line_of(entry: Entry, metric: str) -> str:

@@ -44,8 +44,8 @@ def measured(device: str, table: Path = TABLE) -> list[Row]:
         if row["device"] == device
     ]
     if not matching:
-        known = ", ".join(sorted({row["device"] for row in rows}))
-        raise UserError(f"no speeds of {device!r} were measured: choose from {known}")
+        devices = ", ".join(sorted({row["device"] for row in rows}))
+        raise UserError(f"no speeds of {device!r} were measured: choose from {devices}")
     return matching
 
 

@@ -41,7 +41,7 @@ class RunLog:
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
             console=self.console, disable=not (self.active and sys.stderr.isatty()),
         )  # fmt: skip
-        self._task = self._bar.add_task("train", total=total_steps, completed=start_step, shown="")
+        self._task = self._bar.add_task("train", total=total_steps, completed=start_step, status="")
         self._started = self._last_line = time.monotonic()
         self._start_step = start_step
 
@@ -76,8 +76,8 @@ class RunLog:
 
     def progress(self, step: int, latest: dict[str, float]) -> None:
         """Move the bar, with the latest metrics beside it; without a terminal, print a line now and then."""
-        shown = f"loss {latest['loss']:.4f}  {latest['images_per_second']:.1f} images/s" if latest else ""
-        self._bar.update(self._task, completed=step, shown=shown)
+        status = f"loss {latest['loss']:.4f}  {latest['images_per_second']:.1f} images/s" if latest else ""
+        self._bar.update(self._task, completed=step, status=status)
         now = time.monotonic()
         if (
             self.active
@@ -85,8 +85,8 @@ class RunLog:
             and (now - self._last_line > PLAIN_LINE_SECONDS or step == self.total_steps)
         ):
             self._last_line = now
-            left = (now - self._started) / max(1, step - self._start_step) * (self.total_steps - step)
-            self.say(f"step {step}/{self.total_steps}  {shown}  about {left:.0f} s left")
+            remaining = (now - self._started) / max(1, step - self._start_step) * (self.total_steps - step)
+            self.say(f"step {step}/{self.total_steps}  {status}  about {remaining:.0f} s left")
 
 
 class Throughput:

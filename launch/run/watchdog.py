@@ -77,8 +77,8 @@ class Watchdog:
             try:
                 self._store.set(str(self.rank), json.dumps(self._beat | {"seen": time.time()}))
                 keys = [str(rank) for rank in range(self.world)]
-                known = [key for key in keys if self._store.check([key])]
-                self._beats = {int(key): json.loads(self._store.get(key)) for key in known}
+                present = [key for key in keys if self._store.check([key])]
+                self._beats = {int(key): json.loads(self._store.get(key)) for key in present}
             except RuntimeError:
                 return  # the main host is gone or the link is cut: the beats grow stale, and `_end` says so
             self._read = time.time()

@@ -15,14 +15,14 @@ COLUMNS = ("input", "what the encoder saw", "reconstruction")
 
 def reconstruction_grid(pixels: Images, images: Images, masks: Images, patch_size: int) -> list[np.ndarray]:
     """(3 columns, h, w, 3) in [0, 1] for each rebuilt and given image (3, h, w), normalised, and its mask (l,)."""
-    made = []
+    strips = []
     for guess, image, mask in zip(pixels, images, masks, strict=True):
         original, rebuilt = to_pixels(image), to_pixels(guess)
         patches = patchify(original[None], patch_size)
         grid = (image.shape[1] // patch_size, image.shape[2] // patch_size)
-        seen = unpatchify(torch.where(mask[None, :, None].to(patches.device), 0.35, patches), patch_size, grid)[0]
-        made.append(torch.stack([original, seen, rebuilt]).permute(0, 2, 3, 1).cpu().numpy())
-    return made
+        visible = unpatchify(torch.where(mask[None, :, None].to(patches.device), 0.35, patches), patch_size, grid)[0]
+        strips.append(torch.stack([original, visible, rebuilt]).permute(0, 2, 3, 1).cpu().numpy())
+    return strips
 
 
 def draw_reconstructions(grid: list[np.ndarray], title: str, path: Path) -> None:

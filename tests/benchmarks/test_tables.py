@@ -26,8 +26,8 @@ def test_the_plot_of_the_scan_has_a_line_for_every_implementation(figures, tmp_p
     rows = read_csv(H200)
     for axis, which in zip(figures[0].axes, ("forward", "backward"), strict=True):
         for line in axis.lines:
-            wanted = [r for r in rows if r["what"] == line.get_label() and r["pass"] == which]
-            assert list(line.get_ydata()) == [float(r["1e9 updates/s"]) for r in wanted]
+            expected = [r for r in rows if r["what"] == line.get_label() and r["pass"] == which]
+            assert list(line.get_ydata()) == [float(r["1e9 updates/s"]) for r in expected]
         assert {line.get_label() for line in axis.lines} == {r["what"] for r in rows}
 
 

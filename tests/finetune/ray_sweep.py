@@ -35,14 +35,14 @@ def cluster(nodes: int = 2):
     from ray.cluster_utils import Cluster
 
     options = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
-    made = Cluster(initialize_head=True, head_node_args=options)
+    instance = Cluster(initialize_head=True, head_node_args=options)
     try:
         for _ in range(nodes - 1):
-            made.add_node(num_cpus=1, object_store_memory=100 * 2**20)
-        made.wait_for_nodes()
-        yield made
+            instance.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+        instance.wait_for_nodes()
+        yield instance
     finally:
-        made.shutdown()
+        instance.shutdown()
 
 
 def config_of(where: Path, task: str, backbone: Path, source: Path, **more) -> SweepConfig:
@@ -94,7 +94,7 @@ def rows(config: SweepConfig) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def kept(config: SweepConfig) -> list[tuple[int, str]]:
+def checkpoints(config: SweepConfig) -> list[tuple[int, str]]:
     """(trial's id, checkpoint) of each checkpoint in the record."""
     pairs = [(row["trial_id"], row["user_attr"]) for row in rows(config) if "trial_id" in row and "user_attr" in row]
     return [(trial, attr["checkpoint"]) for trial, attr in pairs if "checkpoint" in attr]

@@ -75,13 +75,13 @@ def test_schedules(schedule, rates):
 
 def test_another_size_and_stride_go_through_the_positions(backbone):
     config = BackboneConfig(img_size=(32, 48), stride=4, drop_path_rate=0.3, global_pool="avg")
-    taken = read_backbone(backbone, config, seed=0, num_classes=7)
-    model = VisionMamba(taken.config)
-    taken.put_into(model)
+    loaded = read_backbone(backbone, config, seed=0, num_classes=7)
+    model = VisionMamba(loaded.config)
+    loaded.put_into(model)
     assert model.grid_size == (7, 11)
     expected = from_pretrained(backbone, img_size=(32, 48), stride=4).state_dict()
     torch.testing.assert_close({k: v for k, v in model.state_dict().items() if not k.startswith("head")}, expected)
-    assert (taken.config.drop_path_rate, taken.config.global_pool) == (0.3, "avg")
+    assert (loaded.config.drop_path_rate, loaded.config.global_pool) == (0.3, "avg")
     assert model(torch.rand(2, 3, 32, 48)).shape == (2, 7)
 
 

@@ -79,6 +79,6 @@ def test_what_stands_in_has_draws_of_its_own():
     (batch,) = training_batches(Numbers(4, broken={0}), 3, BatchPlan(4, 1, 1, 0), 0, 1, 0)
     assert len(set(batch.targets.tolist())) == 4
     (alone,) = training_batches(Numbers(4), 3, BatchPlan(4, 1, 1, 0), 0, 1, 0)
-    kept = [n for n, name in enumerate(alone.names) if name != "sample 0"]
-    assert batch.targets[kept].tolist() == alone.targets[kept].tolist()
+    usable = [n for n, name in enumerate(alone.names) if name != "sample 0"]
+    assert batch.targets[usable].tolist() == alone.targets[usable].tolist()
     assert batch.targets.tolist() != alone.targets.tolist()

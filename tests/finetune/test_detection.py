@@ -36,9 +36,9 @@ def run(config):
 
 
 @pytest.fixture
-def config(backbone, drawn, tmp_path):
+def config(backbone, sample_data, tmp_path):
     def make(*argv):
-        data = [] if any(a.startswith("--data.source") for a in argv) else [f"--data.source={drawn('detection')}"]
+        data = [] if any(a.startswith("--data.source") for a in argv) else [f"--data.source={sample_data('detection')}"]
         options = [*SMALL, f"--backbone={backbone}", f"--out={tmp_path}", *data, *argv]
         return parse(DetectionConfig, options, "finetune/main.py", "")
 
@@ -63,8 +63,8 @@ def guesses(truth, seed):
 
 
 @pytest.mark.parametrize("kind", ["box", "mask"])
-def test_ap_is_that_of_pycocotools(drawn, kind, tmp_path):
-    truth = open_coco(DetectionData(source=str(drawn("detection"))), "train", masks=True).ground_truth()
+def test_ap_is_that_of_pycocotools(sample_data, kind, tmp_path):
+    truth = open_coco(DetectionData(source=str(sample_data("detection"))), "train", masks=True).ground_truth()
     truth["annotations"][0]["iscrowd"] = 1
     mask = truth["annotations"][0]["segmentation"]
     if isinstance(mask, list):  # crowds are RLE
@@ -84,16 +84,16 @@ def test_ap_is_that_of_pycocotools(drawn, kind, tmp_path):
     assert np.mean(by_class) == pytest.approx(stats["AP"], abs=1e-9)
 
 
-def test_no_detection_at_all_is_ap_0(drawn):
-    truth = open_coco(DetectionData(source=str(drawn("detection"))), "train", masks=True).ground_truth()
+def test_no_detection_at_all_is_ap_0(sample_data):
+    truth = open_coco(DetectionData(source=str(sample_data("detection"))), "train", masks=True).ground_truth()
     stats, _ = average_precision(truth, guesses(truth, 0), "box")
     assert average_precision(truth, [], "box") == (dict.fromkeys(stats, 0.0), [0.0] * 3)
 
 
-def test_jitter_moves_boxes_and_masks_with_the_picture(drawn):
-    split = open_coco(DetectionData(source=str(drawn("detection"))), "train", masks=True)
+def test_jitter_moves_boxes_and_masks_with_the_picture(sample_data):
+    split = open_coco(DetectionData(source=str(sample_data("detection"))), "train", masks=True)
     pictures = TrainPictures(split, (40, 40), JitterConfig(scale=(0.5, 2.0)), masks=True)
-    seen = 0
+    objects = 0
     for index in range(len(pictures)):
         with seeded(0, index):
             picture, target = pictures.draw(index)
@@ -104,8 +104,8 @@ def test_jitter_moves_boxes_and_masks_with_the_picture(drawn):
             assert box.tolist() == [int(value) for value in corners]
             if mask.sum() > 30:
                 assert picture.float()[:, mask.bool()].mean(1).argmax() == label - 1  # red, green, blue
-                seen += 1
-    assert seen > 10
+                objects += 1
+    assert objects > 10
 
 
 def test_a_fitted_picture_and_back():
@@ -182,11 +182,11 @@ def test_runs_learn_resume_exactly_and_evaluate(config, cascade, tmp_path):
 
 
 @pytest.fixture
-def spoiled(drawn, tmp_path):
+def spoiled(sample_data, tmp_path):
     """(change the COCO file of a copy of the data) -> the copy."""
 
     def spoil(change):
-        folder = shutil.copytree(drawn("detection"), tmp_path / "data")
+        folder = shutil.copytree(sample_data("detection"), tmp_path / "data")
         content = json.loads((folder / ANNOTATIONS).read_text())
         content = change(content) or content
         (folder / ANNOTATIONS).write_text(json.dumps(content))

@@ -23,25 +23,32 @@ PICTURES = {"classification": "val", "segmentation": "images/validation", "detec
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, backbone, drawn):
+def finished(tmp_path_factory, backbone, sample_data):
     """Task -> a finished run."""
-    made = {}
+    runs = {}
 
     def run(task):
-        if task not in made:
+        if task not in runs:
             out = tmp_path_factory.mktemp("runs")
             finetune(
-                [task, *SMALL, *MORE[task], f"--backbone={backbone}", f"--data.source={drawn(task)}", f"--out={out}"]
+                [
+                    task,
+                    *SMALL,
+                    *MORE[task],
+                    f"--backbone={backbone}",
+                    f"--data.source={sample_data(task)}",
+                    f"--out={out}",
+                ]
             )
-            made[task] = out / task
-        return made[task]
+            runs[task] = out / task
+        return runs[task]
 
     return run
 
 
 @pytest.mark.parametrize("task", MORE)
-def test_json_and_pictures(task, finished, drawn, tmp_path, capsys):
-    pictures = drawn(task) / PICTURES[task]
+def test_json_and_pictures(task, finished, sample_data, tmp_path, capsys):
+    pictures = sample_data(task) / PICTURES[task]
     predictions = {}
     for batch_size in ("1", "4"):
         main([str(finished(task)), str(pictures), "--out", str(tmp_path / batch_size), "--batch_size", batch_size])
@@ -73,12 +80,12 @@ def test_the_scores_of_an_evaluation_are_those_that_the_task_names(task, finishe
     assert json.loads(path.read_text()).keys() == {*TASKS[task].metrics, "samples"}
 
 
-def test_a_model_of_an_unknown_task(finished, drawn, tmp_path):
+def test_a_model_of_an_unknown_task(finished, sample_data, tmp_path):
     run = shutil.copytree(finished("classification"), tmp_path / "run")
     content = json.loads((run / "model/config.json").read_text())
     (run / "model/config.json").write_text(json.dumps(content | {"task": "clasification"}))
     with pytest.raises(UserError, match="model of the task 'clasification', which is unknown; did you mean 'classif"):
-        main([str(run), str(drawn("classification") / "val")])
+        main([str(run), str(sample_data("classification") / "val")])
 
 
 def test_pictures_that_cannot_be_read(finished, tmp_path, capsys):

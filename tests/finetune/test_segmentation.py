@@ -32,9 +32,11 @@ def run(config):
 
 
 @pytest.fixture
-def config(backbone, drawn, tmp_path):
+def config(backbone, sample_data, tmp_path):
     def make(*argv):
-        data = [] if any(a.startswith("--data.source") for a in argv) else [f"--data.source={drawn('segmentation')}"]
+        data = (
+            [] if any(a.startswith("--data.source") for a in argv) else [f"--data.source={sample_data('segmentation')}"]
+        )
         options = [*SMALL, f"--backbone={backbone}", f"--out={tmp_path}", *data, *argv]
         return parse(SegmentationConfig, options, "finetune/main.py", "")
 
@@ -90,17 +92,17 @@ def test_windows_cover_every_pixel_and_average():
 
 @pytest.mark.parametrize(("step", "flip"), [((10, 10), False), ((10, 7), True), ((0, 0), True)])
 def test_passes_are_counted_as_they_are_taken(step, flip):
-    taken = []
+    sizes = []
 
     def model(images):
-        taken.append(images.shape)
+        sizes.append(images.shape)
         return images
 
     windows, image = Windows((16, 16), step, 8, 8, flip), torch.zeros(1, 3, 50, 12)
     windows.logits(model, image)
-    assert windows.passes(50, 12) == len(taken)
+    assert windows.passes(50, 12) == len(sizes)
     windows.idle(model, image, 3)
-    assert len(taken) == windows.passes(50, 12) + 3
+    assert len(sizes) == windows.passes(50, 12) + 3
 
 
 def test_the_loss_leaves_ignored_pixels_out():
@@ -119,8 +121,8 @@ def test_layers_as_in_the_recipe():
         feature_layers([1, 2, 3, 3], 4)
 
 
-def test_crops_move_picture_and_map_together(drawn):
-    data = SegmentationData(source=str(drawn("segmentation")))
+def test_crops_move_picture_and_map_together(sample_data):
+    data = SegmentationData(source=str(sample_data("segmentation")))
     pairs, notes = open_pairs(data, "training", len(class_names(data)))
     assert (len(pairs), notes) == (24, [])
     whole = np.asarray(Image.open(pairs.maps[0]))
@@ -144,13 +146,13 @@ def test_crops_move_picture_and_map_together(drawn):
 def test_photometric_distortion_keeps_the_hue():
     """A class may be known by its colour, so that channels must not be exchanged, as torchvision does for half."""
     picture = torch.tensor([150, 60, 80], dtype=torch.uint8).view(3, 1, 1).expand(3, 4, 4)
-    distort, seen = PhotometricDistort(), set()
+    distort, outcomes = PhotometricDistort(), set()
     for seed in range(60):
         with seeded(seed):
             pixel = distort(picture)[:, 0, 0].tolist()
         assert max(pixel) == pixel[0]
-        seen.add(tuple(pixel))
-    assert len(seen) > 30
+        outcomes.add(tuple(pixel))
+    assert len(outcomes) > 30
 
 
 def test_what_a_run_leaves_behind(config):
@@ -188,9 +190,9 @@ def test_it_learns_and_resumes_exactly(config, tmp_path):
 
 
 @pytest.fixture
-def spoiled(drawn, tmp_path):
+def spoiled(sample_data, tmp_path):
     """A copy of the drawn data, to be spoiled."""
-    return shutil.copytree(drawn("segmentation"), tmp_path / "data")
+    return shutil.copytree(sample_data("segmentation"), tmp_path / "data")
 
 
 def rewrite(path, change):

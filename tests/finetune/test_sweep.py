@@ -17,10 +17,10 @@ from finetune.sweeping.driver import sweep, top_commands
 from launch.run.signals import Stopped
 from tests.finetune.ray_sweep import (
     SMALL,
+    checkpoints,
     cluster,
     config_of,
     entries,
-    kept,
     meanwhile,
     repeated,
     steps_of,
@@ -37,18 +37,20 @@ RUN = {"steps": 4, "evaluate_every": 1}
 
 @pytest.fixture(scope="module")
 def nodes(plain_kernels):
-    with cluster() as made:
-        yield made
+    with cluster() as started:
+        yield started
 
 
 @pytest.fixture
-def make_sweep(nodes, tmp_path, backbone, drawn):
+def make_sweep(nodes, tmp_path, backbone, sample_data):
     """Makes a sweep of a task on the cluster."""
 
     def make(task="classification", **more):
         metric = {"classification": "top1", "detection": "box_AP", "segmentation": "mIoU"}[task]
         common = {"ray": {"address": nodes.address}, "metric": metric, "space": SPACE, "fields": RUN, "trials": 2}
-        return config_of(tmp_path, task, backbone, drawn(task), **(common | {"scheduler": {"kind": "none"}} | more))
+        return config_of(
+            tmp_path, task, backbone, sample_data(task), **(common | {"scheduler": {"kind": "none"}} | more)
+        )
 
     return make
 
@@ -56,10 +58,14 @@ def make_sweep(nodes, tmp_path, backbone, drawn):
 def shipped(task, backbone):
     """What the example of the task says, with two names of one small backbone; to be run for a few steps."""
     example = yaml.safe_load((ROOT / f"finetune/sweeps/{task}.yaml").read_text())
-    kept = {name: value for name, value in example["fields"].items() if name != "data.source"}
+    fields = {name: value for name, value in example["fields"].items() if name != "data.source"}
     space = example["space"] | {"backbone": {"choice": [str(backbone), f"file://{backbone}"]}}
     small = {"epochs": None, "evaluate_every": 1, "optim.warmup_steps": 1}
-    return {"base": str(ROOT / example["base"]), "metric": example["metric"], "space": space}, kept | SMALL | small
+    return {
+        "base": str(ROOT / example["base"]),
+        "metric": example["metric"],
+        "space": space,
+    }, fields | SMALL | small
 
 
 def test_classification_with_a_trial_killed_on_purpose(make_sweep, backbone, tmp_path):
@@ -69,7 +75,7 @@ def test_classification_with_a_trial_killed_on_purpose(make_sweep, backbone, tmp
     killed = []
 
     def kill():
-        wait_for(lambda: len(kept(config)) >= 3, "checkpoints")
+        wait_for(lambda: len(checkpoints(config)) >= 3, "checkpoints")
         worker = trial_workers()[0]
         killed.append(worker.pid)
         os.kill(worker.pid, signal.SIGKILL)
@@ -115,7 +121,7 @@ def test_a_node_is_lost(make_sweep, nodes):
     nodes.wait_for_nodes()
 
     def lose():
-        wait_for(lambda: len({trial for trial, _ in kept(config)}) == 3, "a checkpoint of each trial")
+        wait_for(lambda: len({trial for trial, _ in checkpoints(config)}) == 3, "a checkpoint of each trial")
         nodes.remove_node(node, allow_graceful=False)
 
     with meanwhile(lose):

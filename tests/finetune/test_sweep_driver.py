@@ -14,7 +14,7 @@ from finetune.classification.task import ClassificationTask
 from finetune.sweeping.trial import arguments
 from finetune.train import finetune
 from launch.run.cli import parse
-from tests.finetune.ray_sweep import config_of, driver, entries, finished, kept, repeated, steps_of
+from tests.finetune.ray_sweep import checkpoints, config_of, driver, entries, finished, repeated, steps_of
 from tests.waiting import LIMIT, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("plain_kernels")]
@@ -45,17 +45,17 @@ def outside(config, fields, where):
 
 def midway(config):
     """Whether the record has a trial with all of its evaluations, and one with a few and their checkpoints."""
-    counts = Counter(trial for trial, _ in kept(config)).values()
+    counts = Counter(trial for trial, _ in checkpoints(config)).values()
     return STEPS in counts and any(2 <= count <= STEPS - 3 for count in counts)
 
 
-def test_a_killed_driver_goes_on_with_nothing_lost_or_run_twice(tmp_path, backbone, drawn):
+def test_a_killed_driver_goes_on_with_nothing_lost_or_run_twice(tmp_path, backbone, sample_data):
     config = config_of(
-        tmp_path, "classification", backbone, drawn("classification"), space=SPACE, metric="top1", trials=4,
+        tmp_path, "classification", backbone, sample_data("classification"), space=SPACE, metric="top1", trials=4,
         fields={"steps": STEPS, "evaluate_every": 1}, scheduler={"kind": "none"}, ray={"cpus": 2},
     )  # fmt: skip
     first = driver(config)
-    wait_for(lambda: kept(config), "a checkpoint", first)
+    wait_for(lambda: checkpoints(config), "a checkpoint", first)
     below = psutil.Process(first.pid).children(recursive=True)
     assert {ip.removeprefix("::ffff:") for ip in listening(first.pid)} == {"127.0.0.1"}
     wait_for(lambda: midway(config), "one trial that is over and one that is in its midst", first)
@@ -85,13 +85,13 @@ def test_a_killed_driver_goes_on_with_nothing_lost_or_run_twice(tmp_path, backbo
     assert (config.folder / "best/model/model.safetensors").exists()
 
 
-def test_sigterm_stops_the_sweep_for_resume(tmp_path, backbone, drawn):
+def test_sigterm_stops_the_sweep_for_resume(tmp_path, backbone, sample_data):
     config = config_of(
-        tmp_path, "classification", backbone, drawn("classification"), space=SPACE, metric="top1", trials=1,
+        tmp_path, "classification", backbone, sample_data("classification"), space=SPACE, metric="top1", trials=1,
         fields={"steps": 10000, "evaluate_every": 1}, scheduler={"kind": "none"}, ray={"cpus": 1},
     )  # fmt: skip
     process = driver(config)
-    wait_for(lambda: kept(config), "a checkpoint", process)
+    wait_for(lambda: checkpoints(config), "a checkpoint", process)
     process.terminate()
     printed, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 130

@@ -26,7 +26,7 @@ from vim_backbone.errors import UserError
 TYPES = {"lr": "a number", "size": "a whole number or null", "mode": "text", "betas": "[a number, a number]"}
 
 
-def drawn(tmp_path, spec, count, searcher="random", seed=0):
+def draws(tmp_path, spec, count, searcher="random", seed=0):
     tmp_path.mkdir(exist_ok=True)
     ledger = Ledger(tmp_path, "max", "top1", read_space(spec, TYPES))
     for _ in range(count):
@@ -38,7 +38,7 @@ def drawn(tmp_path, spec, count, searcher="random", seed=0):
 
 def test_draws_are_spread_as_the_space_says(tmp_path):
     spec = {"lr": {"loguniform": ["1e-4", 1e-2]}, "size": {"uniform": [1, 4]}, "mode": {"choice": ["a", "b"]}}
-    fields = drawn(tmp_path, spec, 300)
+    fields = draws(tmp_path, spec, 300)
     logs = np.log10([f["lr"] for f in fields])
     assert logs.min() >= -4
     assert logs.max() <= -2
@@ -52,16 +52,16 @@ def test_draws_are_spread_as_the_space_says(tmp_path):
 
 def test_draws_depend_on_seed_and_number_alone(tmp_path):
     spec = {"lr": {"uniform": [0, 1]}, "betas": {"choice": [[0.9, 0.99], [0.9, 0.95]]}}
-    whole = drawn(tmp_path / "whole", spec, 6)
-    drawn(tmp_path / "parts", spec, 2)
-    assert drawn(tmp_path / "parts", spec, 4) == whole, "as after a resume"
-    assert drawn(tmp_path / "other", spec, 6, seed=1) != whole
+    whole = draws(tmp_path / "whole", spec, 6)
+    draws(tmp_path / "parts", spec, 2)
+    assert draws(tmp_path / "parts", spec, 4) == whole, "as after a resume"
+    assert draws(tmp_path / "other", spec, 6, seed=1) != whole
     assert all(f["betas"] in ([0.9, 0.99], [0.9, 0.95]) for f in whole)
 
 
 def test_a_grid_is_gone_through_once(tmp_path):
     spec = {"mode": {"grid": ["a", "b"]}, "size": {"grid": [1, 2, None]}}
-    fields = drawn(tmp_path, spec, 6)
+    fields = draws(tmp_path, spec, 6)
     assert sorted(map(str, fields)) == sorted(str({"mode": m, "size": s}) for m in "ab" for s in (1, 2, None))
 
 
@@ -82,9 +82,9 @@ def test_the_searcher_learns(tmp_path):
 
 @pytest.fixture
 def ledger(tmp_path):
-    made = Ledger(tmp_path, "max", "top1", read_space({"lr": {"uniform": [0, 1]}}, TYPES))
-    yield made
-    made.close()
+    record = Ledger(tmp_path, "max", "top1", read_space({"lr": {"uniform": [0, 1]}}, TYPES))
+    yield record
+    record.close()
 
 
 def evaluated(ledger, number, step, score, stopped=False, total=4):

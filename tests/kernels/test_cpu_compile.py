@@ -65,9 +65,9 @@ def assembly(loop, target, monkeypatch):
     flags = compiler.Flags()
     flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
     flags.error_model = "numpy"
-    made = compiler.compile_extra(cpu_target.typing_context, context, function.py_func, arguments, None, flags, {})
+    result = compiler.compile_extra(cpu_target.typing_context, context, function.py_func, arguments, None, flags, {})
     machine = llvm.Target.from_triple(triple).create_target_machine(cpu=processor, features=features, opt=3)
-    code = re.sub(r'target triple = ".*"', f'target triple = "{triple}"', made.library.get_llvm_str())
+    code = re.sub(r'target triple = ".*"', f'target triple = "{triple}"', result.library.get_llvm_str())
     code = re.sub(r'target datalayout = ".*"', f'target datalayout = "{machine.target_data}"', code)
     module = llvm.parse_assembly(code)
     passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))

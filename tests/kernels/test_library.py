@@ -136,10 +136,10 @@ def test_checkpointing_recomputes_the_same_gradients():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_op_that_did_not_save_can_still_be_differentiated(backend):
     """save=False is how inference calls the ops; autograd then runs the forward again."""
-    xz, *given = draw(2, 37, 2 * D), *weights(), *weights(9)
-    found = []
+    xz, *parameters = draw(2, 37, 2 * D), *weights(), *weights(9)
+    calls = []
     for save in (False, True):
-        y = library.bidirectional_scan(xz, *given, None, True, backend, save)[0]
-        found.append(torch.autograd.grad(y.square().sum(), [xz, *given]))
-    for a, b in zip(*found, strict=True):
+        y = library.bidirectional_scan(xz, *parameters, None, True, backend, save)[0]
+        calls.append(torch.autograd.grad(y.square().sum(), [xz, *parameters]))
+    for a, b in zip(*calls, strict=True):
         assert torch.equal(a, b)

@@ -17,9 +17,9 @@ from vim_kernels.dispatch.choice import choose
 
 
 def scan(**changed):
-    given = {"x": torch.ones(1, 6, 4), "dt": torch.ones(1, 6, 4), "A": -torch.ones(4, 2), "B": torch.ones(1, 6, 2),
+    inputs = {"x": torch.ones(1, 6, 4), "dt": torch.ones(1, 6, 4), "A": -torch.ones(4, 2), "B": torch.ones(1, 6, 2),
              "C": torch.ones(1, 6, 2)} | changed  # fmt: skip
-    return selective_scan(**given)
+    return selective_scan(**inputs)
 
 
 @pytest.mark.parametrize(

@@ -73,9 +73,9 @@ def test_offloading_alone_needs_a_compiler(absent, machine):
     machine(DEEPSPEED, 2, [absent])
     offloaded = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
     assert "install a C++ compiler and ninja" in (accelerator._missing_for_offloading(offloaded) or "")
-    kept = {
+    offloads_parameters = {
         "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "none"}, "offload_param": {"device": "cpu"}}
     }
-    assert accelerator._missing_for_offloading(kept) is None
+    assert accelerator._missing_for_offloading(offloads_parameters) is None
     machine(DEEPSPEED, 2)
     assert accelerator._missing_for_offloading(offloaded) is None

@@ -36,15 +36,17 @@ def test_a_killed_process_is_started_again_and_the_run_is_the_same(rank, whole, 
     assert code == 0, printed[-4000:]
     assert "from step 2" in printed
     assert losses(tmp_path / "runs/run") == pytest.approx(whole, rel=2e-6)
-    seen = {}
+    samples = {}
     for path in tmp_path.glob("ids-*"):
         for line in path.read_text().splitlines():
             step, names = json.loads(line)
-            seen.setdefault((path.name, step), set()).add(tuple(names))
-    assert all(len(versions) == 1 for versions in seen.values())  # a step done again has the same samples
-    drawn = [name for (_, _), (names,) in sorted(seen.items(), key=lambda item: item[0][1]) for name in names]
+            samples.setdefault((path.name, step), set()).add(tuple(names))
+    assert all(len(versions) == 1 for versions in samples.values())  # a step done again has the same samples
+    names_in_order = [
+        name for (_, _), (names,) in sorted(samples.items(), key=lambda item: item[0][1]) for name in names
+    ]
     # steps of 8 cross the borders of epochs of 12 photographs; 48 samples are four whole passes
-    assert {drawn.count(name) for name in drawn} == {4}
+    assert {names_in_order.count(name) for name in names_in_order} == {4}
 
 
 def test_a_lost_data_loading_process_costs_nothing(whole, tmp_path):
@@ -89,9 +91,9 @@ def test_a_spike_is_not_taken(tmp_path):
     assert code == 0, printed[-3000:]
     (row,) = [json.loads(line) for line in (tmp_path / "runs/run/bad_steps.jsonl").read_text().splitlines()]
     assert (row["step"], row["action"], len(row["samples"])) == (18, "skip", 8)
-    seen = losses(tmp_path / "runs/run")
-    assert seen[18] > 3 * seen[17]
-    assert seen[19] < 2 * seen[17]
+    samples = losses(tmp_path / "runs/run")
+    assert samples[18] > 3 * samples[17]
+    assert samples[19] < 2 * samples[17]
 
 
 def test_a_bad_step_can_end_the_run(tmp_path):

@@ -9,12 +9,12 @@ from vim_backbone import UserError
 
 def dying(at):
     """A source of loaders of 0 .. 5: one dies before each number in `at`, once for each mention."""
-    left = list(at)
+    remaining = list(at)
 
     def loader_from(start):
         for number in range(start, 6):
-            if number in left:
-                left.remove(number)
+            if number in remaining:
+                remaining.remove(number)
                 raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
             yield number
 

@@ -103,11 +103,11 @@ def test_the_slurm_job_starts_ray_stops_requeues_and_goes_on(tmp_path):
             script, cwd=tmp_path, env=env | {"PORT": str(free_port())}, stderr=subprocess.PIPE, text=True,
             start_new_session=True,
         )  # fmt: skip
-        left = []
+        children = []
         try:
             for _ in range(int(LIMIT / 0.1)):
                 with contextlib.suppress(psutil.Error):
-                    left = psutil.Process(job.pid).children(recursive=True) or left
+                    children = psutil.Process(job.pid).children(recursive=True) or children
                 if (tmp_path / "joined").exists() or job.poll() is not None:
                     break
                 time.sleep(0.1)
@@ -115,7 +115,7 @@ def test_the_slurm_job_starts_ray_stops_requeues_and_goes_on(tmp_path):
                 job.send_signal(signal.SIGUSR1)
             job.wait(timeout=LIMIT)
         finally:
-            for process in left:  # SLURM ends what a job leaves behind: Ray's head
+            for process in children:  # SLURM ends what a job leaves behind: Ray's head
                 with contextlib.suppress(psutil.Error):
                     process.kill()
         assert job.returncode == 0, job.stderr.read()[-3000:]

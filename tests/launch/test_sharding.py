@@ -55,10 +55,10 @@ def test_the_average_is_that_of_timm():
                 p.add_(torch.randn(p.shape, generator=generator))
         ours.update(step)
         peer.update(net, step=step)
-    kept = whole_tensors(net, keep=True)
+    whole = whole_tensors(net, keep=True)
     with ours.in_place():
         averaged = whole_tensors(net, keep=True)
     for name, p in peer.module.named_parameters():
         torch.testing.assert_close(averaged[name], p.detach())
     for name, tensor in whole_tensors(net, keep=True).items():
-        assert torch.equal(tensor, kept[name]), name  # put back after the block
+        assert torch.equal(tensor, whole[name]), name  # put back after the block

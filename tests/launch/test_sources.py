@@ -58,12 +58,12 @@ def test_stream_covers_an_epoch_in_an_order_that_its_seed_decides(parquet):
 
 def test_ranks_share_a_stream(parquet):
     source = open_source(parquet, split="train", column="photo", streaming=True)
-    taken = [
+    columns = [
         {cell["bytes"] for _, (_, cell) in zip(range(5), source.cells(1, rank, world=2), strict=False)}
         for rank in (0, 1)
     ]
-    assert not taken[0] & taken[1]
-    assert len(taken[0] | taken[1]) == 10
+    assert not columns[0] & columns[1]
+    assert len(columns[0] | columns[1]) == 10
 
 
 @pytest.mark.parametrize(

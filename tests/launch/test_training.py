@@ -61,8 +61,8 @@ def by_hand(steps=4, clip=None, decay=None):
     return average, norms
 
 
-def assert_close(weights, wanted):
-    for name, tensor in wanted.items():
+def assert_close(weights, expected):
+    for name, tensor in expected.items():
         torch.testing.assert_close(weights[name].double(), tensor, rtol=1e-4, atol=1e-6)
 
 
@@ -70,9 +70,9 @@ def assert_close(weights, wanted):
 @pytest.mark.parametrize(("clip", "decay"), [(None, None), (0.05, 0.5)])
 def test_steps_are_those_of_plain_pytorch(tmp_path, accumulation, clip, decay):
     weights, norms, notices = train(tmp_path, "run", accumulation=accumulation, clip_grad=clip or 0.0, ema_decay=decay)
-    wanted, wanted_norms = by_hand(clip=clip, decay=decay)
-    assert_close(weights, wanted)
-    assert norms == pytest.approx(wanted_norms, rel=1e-4)
+    expected, expected_norms = by_hand(clip=clip, decay=decay)
+    assert_close(weights, expected)
+    assert norms == pytest.approx(expected_norms, rel=1e-4)
     assert notices == [None] * 4
 
 

@@ -15,8 +15,8 @@ def watchdog(monkeypatch):
     ended = []
 
     def make(seconds, start_seconds):
-        made = Watchdog(SimpleNamespace(process_index=0, num_processes=1), seconds, start_seconds)
-        return made, ended
+        watching = Watchdog(SimpleNamespace(process_index=0, num_processes=1), seconds, start_seconds)
+        return watching, ended
 
     return make
 

@@ -47,7 +47,9 @@ def test_tokens_are_those_that_the_encoder_scans(views):
     images, extras = views
     lengths = []
     block = next(m for m in whole.modules() if isinstance(m, Block))
-    block.register_forward_pre_hook(lambda module, given: lengths.append(given[0].shape[0] * given[0].shape[1]))
+    block.register_forward_pre_hook(
+        lambda module, arguments: lengths.append(arguments[0].shape[0] * arguments[0].shape[1])
+    )
     inputs = objective.inputs(extras, torch.device("cpu"))
     model(images, *inputs.arguments)
     assert lengths == [inputs.tokens + 3]  # and a class token for each of three pictures

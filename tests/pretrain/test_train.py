@@ -85,8 +85,8 @@ def test_the_published_backbone_is_the_one_that_was_trained(tmp_path):
 
 def test_it_learns(tmp_path):
     folder = pretrain(config(tmp_path, "--steps=60", "--optim.base_lr=0.02", "--batch_size=16"))
-    seen = [loss for loss, _, _ in losses(folder).values()]
-    assert sum(seen[-5:]) / 5 < 0.8 * sum(seen[:3]) / 3
+    curve = [loss for loss, _, _ in losses(folder).values()]
+    assert sum(curve[-5:]) / 5 < 0.8 * sum(curve[:3]) / 3
 
 
 @pytest.mark.parametrize(

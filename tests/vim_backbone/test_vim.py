@@ -188,12 +188,12 @@ def test_mixer_norm_normalises_between_scan_and_gate():
     model = small(mixer_norm=True, depth=1)
     mixer = model.layers[0].mixer
     h = torch.randn(1, 9, 32, generator=torch.Generator().manual_seed(3))
-    seen = {}
-    mixer.scan_norm.register_forward_hook(lambda module, given, out: seen.update(y=out))
+    outputs = {}
+    mixer.scan_norm.register_forward_hook(lambda module, inputs, out: outputs.update(y=out))
     out = mixer(h)
     gate = F.silu(mixer.in_proj(h)[..., 64:])
-    torch.testing.assert_close(out, mixer.out_proj(seen["y"] * gate))
-    torch.testing.assert_close(seen["y"].mean(-1), torch.zeros(1, 9), atol=1e-5, rtol=0)
+    torch.testing.assert_close(out, mixer.out_proj(outputs["y"] * gate))
+    torch.testing.assert_close(outputs["y"].mean(-1), torch.zeros(1, 9), atol=1e-5, rtol=0)
 
 
 def test_initial_time_steps_lie_in_their_range():
