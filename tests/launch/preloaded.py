@@ -5,6 +5,7 @@ torchrun's agent, is forked in the same way; all else of the launcher, its signa
 """
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import runpy
 import signal
@@ -75,6 +76,13 @@ class Popen:
         self.send_signal(signal.SIGKILL)
 
 
+def _fork_from_the_same() -> None:
+    """Have this process's own processes forked from where it was itself, and not from a new server."""
+    server = multiprocessing.forkserver._forkserver  # pyright: ignore[reportAttributeAccessIssue]
+    if server._forkserver_address and getattr(server, "_forkserver_authkey", True):
+        server.ensure_running = lambda: None
+
+
 def _become(argv: list[str], cwd: str, env: dict[str, str], output: tuple[str, str]) -> None:
     """What the forked process does: be the program."""
     os.setsid()
@@ -86,6 +94,7 @@ def _become(argv: list[str], cwd: str, env: dict[str, str], output: tuple[str, s
     sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
     os.environ.clear()
     os.environ.update(env)
+    _fork_from_the_same()
     words = [word for word in argv[1:] if word != "-u"]
 
     def fork(argv: Iterable[str], env: dict[str, str]) -> Popen:
