@@ -155,7 +155,7 @@ def differentiated(call: Callable[[], Tensor], leaves: list[Tensor]) -> Case:
 
 def one_launch(inputs: Inputs) -> Case:
     """The scan kernels alone, on inputs made before."""
-    from vim_kernels.triton_backend import mixer, plan, scan, tokens
+    from vim_kernels.triton_backend import mixer, plan, recurrence, tensors
 
     x, z = inputs.xz.detach().chunk(2, dim=-1)
     rows = plan.tokens_of(x, None)
@@ -165,14 +165,14 @@ def one_launch(inputs: Inputs) -> Case:
     states, ungated = mixer.bidirectional_scan_saved(x, z, weights[0], weights[1], None)
 
     def forward(*, save: bool = False) -> None:
-        scan.scan_forward(
-            given, tokens.flat(z), out, rows, scale=0.5, states=states if save else None,
+        recurrence.scan_forward(
+            given, tensors.flat(z), out, rows, scale=0.5, states=states if save else None,
             ungated=ungated.view_as(out) if save else None, initial=None, want_final=False,
         )  # fmt: skip
 
     def backward() -> object:
         options = {"dfinal": None, "softplus": True, "want_initial": False}
-        return scan.scan_backward(given, gradient, rows, states=states, **options)
+        return recurrence.scan_backward(given, gradient, rows, states=states, **options)
 
     forward(save=True)
     gradient = torch.randn_like(out)

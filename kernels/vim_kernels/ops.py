@@ -10,9 +10,9 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from vim_kernels import backend as backends
+from vim_kernels.arguments import ScanWeights
 from vim_kernels.checks import check_cu_seqlens, check_float, check_same_device, check_shape
-from vim_kernels.types import ScanWeights
+from vim_kernels.dispatch import choice as backends
 
 
 @overload

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vim_kernels.types import ScanWeights
+from vim_kernels.arguments import ScanWeights
 
 
 def unavailable(device: torch.device) -> str | None:  # noqa: ARG001 - one signature for all backends

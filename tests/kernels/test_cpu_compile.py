@@ -80,5 +80,5 @@ def test_kernels_make_no_array():
         for node in ast.walk(function)
         if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("np.")
     }
-    assert {path for path, _ in calls} >= {"scan_forward.py", "scan_backward.py", "conv_kernels.py"}
+    assert {path for path, _ in calls} >= {"scan_forward.py", "scan_backward.py", "conv_forward.py", "conv_backward.py"}
     assert {name for _, name in calls} <= SCALARS

@@ -6,8 +6,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from vim_kernels import ScanWeights, add_rms_norm, available_backends, bidirectional_scan, causal_conv1d, library
+from vim_kernels import ScanWeights, add_rms_norm, available_backends, bidirectional_scan, causal_conv1d
 from vim_kernels import selective_scan as scan
+from vim_kernels.dispatch import library
 
 BACKENDS = [name for name in ("cpu", "torch") if available_backends()[name] is None]
 D, N, R = 16, 4, 2

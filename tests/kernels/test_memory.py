@@ -16,7 +16,7 @@ from vim_backbone.config import named_config
 from vim_kernels import ScanWeights, available_backends, bidirectional_scan, less_memory, use_backend
 
 plan = pytest.importorskip("vim_kernels.triton_backend.plan", reason="Triton is not installed")
-from vim_kernels.triton_backend import mixer, scan, tokens  # noqa: E402 - after the check that Triton is there
+from vim_kernels.triton_backend import conv, mixer, norm, recurrence  # noqa: E402 - after the check that Triton is there
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 D, N, R = 32, 16, 2
@@ -100,7 +100,7 @@ def peak(model, pixels):
 @pytest.mark.parametrize(("slices", "budget"), [(1, 5632), (2, 3968)])
 def test_a_token_of_vim_tiny_takes_no_more_than_the_budget(slices, budget, monkeypatch):
     if DEVICE == "cpu":
-        for module in (mixer, scan, tokens):
+        for module in (mixer, recurrence, conv, norm):
             monkeypatch.setattr(module, "launch", lambda *_, **__: None)
     monkeypatch.setattr(plan, "slices", lambda *_: slices)
     monkeypatch.setattr(plan, "FORWARD_FEW", 0)  # no chunks, which a GPU would cut two pictures into

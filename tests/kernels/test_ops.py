@@ -13,7 +13,7 @@ from vim_kernels import (
     set_backend,
     use_backend,
 )
-from vim_kernels.backend import resolve
+from vim_kernels.dispatch.choice import resolve
 
 
 def scan(**changed):

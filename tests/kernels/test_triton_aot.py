@@ -14,7 +14,7 @@ from tests.kernels.triton_aot import TARGETS
 REGISTERS = {"scan_forward_kernel": 168, "chunk_state_kernel": 168}
 TILED_REGISTERS = 168
 """Of the tiled forward kernel on the paths that a model takes, both directions at once: three warps a scheduler."""
-SPILLS = {"tiled_backward_kernel": 128}
+SPILLS = {"tiled_scan_backward_kernel": 128}
 """Bytes. Four tokens a group spill a little, and are a seventh faster on an H200 than two that do not."""
 
 
@@ -34,7 +34,7 @@ def test_nothing_spills_and_registers_leave_room(compiled):
     assert len(compiled) >= 17
     for found in compiled:
         assert found["spills"] <= SPILLS.get(found["kernel"], 0), found
-        both_at_once = found["kernel"] == "tiled_forward_kernel" and found["flags"]["DIRECTIONS"] == 2
+        both_at_once = found["kernel"] == "tiled_scan_forward_kernel" and found["flags"]["DIRECTIONS"] == 2
         assert found["registers"] <= (TILED_REGISTERS if both_at_once else REGISTERS.get(found["kernel"], 255)), found
 
 
@@ -61,7 +61,7 @@ def tiled(compiled, kernel):
 
 def test_tiled_forward_loop_does_not_shuffle(compiled):
     """The loop over tiles, all of it unrolled: its barriers do not grow with the tokens."""
-    for found in tiled(compiled, "tiled_forward_kernel"):
+    for found in tiled(compiled, "tiled_scan_forward_kernel"):
         flags, loop = found["flags"], found["loops"][0]
         exponentials = flags["TILE"] * flags["states_thread"] * flags["channels_thread"]
         assert loop["MUFU"] >= exponentials, found
@@ -72,7 +72,7 @@ def test_tiled_forward_loop_does_not_shuffle(compiled):
 
 def test_tiled_backward_loops_do_not_shuffle(compiled):
     """Two loops of four tokens: states computed again, tokens walked back. Sums go through shared memory."""
-    for found in tiled(compiled, "tiled_backward_kernel"):
+    for found in tiled(compiled, "tiled_scan_backward_kernel"):
         flags, (again, back, *_) = found["flags"], found["loops"]
         elements = flags["GROUP"] * flags["states_thread"] * flags["channels_thread"]
         assert again["MUFU"] == elements, found

@@ -20,14 +20,19 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from vim_kernels.triton_backend import (
-    backward_kernels,
-    forward_kernels,
-    mixer_backward_kernels,
-    mixer_kernels,
+    chunks,
+    conv_backward,
+    conv_forward,
+    mixer_backward,
+    mixer_forward,
+    norm_backward,
+    norm_forward,
     plan,
-    tiled_forward,
-    tiled_kernels,
-    token_kernels,
+    pointwise,
+    scan_backward,
+    scan_forward,
+    tiled_scan_backward,
+    tiled_scan_forward,
 )
 from vim_kernels.triton_backend.launch import OPTIONS
 from vim_kernels.triton_backend.layouts import backward_layouts, block_of, forward_layouts
@@ -92,35 +97,35 @@ def cases(column: str) -> list[Case]:
             "HAS_H0": chunked, "STORE_FINAL": directions == 1, "SCALE": 0.5, "N": 16, "BLOCK": forward.block,
             "INTERVAL": plan.INTERVAL, "AHEAD": forward.ahead,
         }  # fmt: skip
-        found.append(Case(forward_kernels.scan_forward_kernel, constants, forward.warps))
+        found.append(Case(scan_forward.scan_forward_kernel, constants, forward.warps))
     for adjoint in (False, True):
         constants = {"REVERSE": False, "ADJOINT": adjoint, "PACKED": adjoint, "N": 16, "BLOCK": state.block}
         constants["AHEAD"] = state.ahead
-        found.append(Case(forward_kernels.chunk_state_kernel, constants, state.warps))
+        found.append(Case(chunks.chunk_state_kernel, constants, state.warps))
     constants = {"REVERSE": False, "PACKED": False, "HAS_INITIAL": True, "STORE_FINAL": True, "N": 16}
     sizes = {"BLOCK": plan.CARRY_BLOCK, "CHUNKS": plan.CARRY_CHUNKS}
-    found.append(Case(forward_kernels.carry_kernel, constants | sizes, 4))
-    found.append(Case(forward_kernels.chunk_table_kernel, {"INTERVAL": plan.INTERVAL, "BLOCK": 128}, 4))
+    found.append(Case(chunks.carry_kernel, constants | sizes, 4))
+    found.append(Case(chunks.chunk_table_kernel, {"INTERVAL": plan.INTERVAL, "BLOCK": 128}, 4))
     for packed, adjoint in ((False, False), (True, True)):
         constants = {
             "REVERSE": False, "PACKED": packed, "HAS_D": True, "HAS_ADJOINT": adjoint, "STORE_DH0": adjoint,
             "SOFTPLUS": True, "N": 16, "BLOCK": backward.block, "INTERVAL": plan.INTERVAL, "GROUP": backward.group,
         }  # fmt: skip
-        found.append(Case(backward_kernels.scan_backward_kernel, constants, backward.warps))
+        found.append(Case(scan_backward.scan_backward_kernel, constants, backward.warps))
     hardware = {"HARDWARE": column == "cuda"}
     convolution = plan.CONVOLUTION
     constants = {
         "PACKED": True, "WIDTH": 4, "GROUPS": convolution.groups, "STEPS": convolution.steps,
         "BLOCK": convolution.block,
     }  # fmt: skip
-    found.append(Case(mixer_kernels.mixer_convolution_kernel, constants | hardware, convolution.warps))
+    found.append(Case(conv_forward.mixer_conv_forward_kernel, constants | hardware, convolution.warps))
     constants = {
         "STORE_LOW": True, "STATES": 16, "RANK_BLOCK": 16, "COLUMNS": 64, "ROWS": mixer.rows, "BLOCK": mixer.block,
         "EVEN": True, "DOT": tl.bfloat16, "PRECISION": "ieee",
     }  # fmt: skip
-    found.append(Case(mixer_kernels.mixer_projection_kernel, constants | hardware, mixer.warps, mixer.stages))
+    found.append(Case(mixer_forward.projections_forward_kernel, constants | hardware, mixer.warps, mixer.stages))
     constants = {"N": 16, "STATES": 16, "WIDTH": 4, "RANK": 12, "COLUMNS": 64, "HAS_BIAS": True, "BLOCK": 64}
-    found.append(Case(mixer_kernels.mixer_weights_kernel, constants, 4))
+    found.append(Case(mixer_forward.weight_layout_kernel, constants, 4))
     found += _mixer_backward_cases(column)
     if column == "cuda":
         found += _tiled_cases()
@@ -133,14 +138,12 @@ def _mixer_backward_cases(column: str) -> list[Case]:
     for even in (True, False):
         constants = {"STATES": 16, "RANK_BLOCK": 16, "EVEN": even, "DOT": tl.bfloat16, "PRECISION": "ieee"}
         tile = {"COLUMNS": 64, "ROWS": rows.rows, "BLOCK": rows.block, "AHEAD": plan.PARTS_AHEAD}
-        found.append(
-            Case(mixer_backward_kernels.projections_backward_kernel, constants | tile, rows.warps, rows.stages)
-        )
+        found.append(Case(mixer_backward.projections_backward_kernel, constants | tile, rows.warps, rows.stages))
         tile = {"ROWS": sums.rows, "BLOCK": sums.block}
-        found.append(Case(mixer_backward_kernels.projection_sums_kernel, constants | tile, sums.warps, sums.stages))
+        found.append(Case(mixer_backward.projection_sums_kernel, constants | tile, sums.warps, sums.stages))
     constants = {"N": 16, "STATES": 16, "WIDTH": 4, "RANK": 12, "RANK_BLOCK": 16}
     constants |= {"PARTS": gradients.rows, "BLOCK": gradients.block}
-    found.append(Case(mixer_backward_kernels.mixer_gradients_kernel, constants, gradients.warps, gradients.stages))
+    found.append(Case(mixer_backward.mixer_gradients_kernel, constants, gradients.warps, gradients.stages))
     return found
 
 
@@ -161,7 +164,7 @@ def _tiled_cases() -> list[Case]:
                 "INTERVAL": plan.INTERVAL, "TILE": sizes.tile, "STEP": sizes.step,
                 **forward_layouts(directions, sizes.states_thread, sizes.channels_thread, sizes.warps, sizes.tile, 16),
             }  # fmt: skip
-            found.append(Case(tiled_forward.tiled_forward_kernel, constants, directions * sizes.warps))
+            found.append(Case(tiled_scan_forward.tiled_scan_forward_kernel, constants, directions * sizes.warps))
     backward = plan.TILED_BACKWARD
     for packed, adjoint in ((False, False), (True, True)):
         block = block_of(backward.states_thread, backward.channels_thread, backward.warps, 16)
@@ -170,7 +173,7 @@ def _tiled_cases() -> list[Case]:
             "SOFTPLUS": True, "N": 16, "BLOCK": block, "INTERVAL": plan.INTERVAL, "GROUP": backward.step,
             **backward_layouts(backward.states_thread, backward.channels_thread, backward.warps, 16),
         }  # fmt: skip
-        found.append(Case(tiled_kernels.tiled_backward_kernel, constants, backward.warps))
+        found.append(Case(tiled_scan_backward.tiled_scan_backward_kernel, constants, backward.warps))
     return found
 
 
@@ -181,12 +184,12 @@ def _token_cases(column: str) -> list[Case]:
     backward = {"DIRECTIONS": 2, "GROUPS": sizes.groups, "STEPS": sizes.steps, "BLOCK": sizes.block, **conv, **hardware}
     norm = {"ROWS": 16, "BLOCK": 256}
     return [
-        Case(token_kernels.conv_kernel, conv | tile, 4),
-        Case(token_kernels.conv_backward_kernel, backward, sizes.warps),
-        Case(token_kernels.softplus_kernel, {"HAS_BIAS": True, "SOFTPLUS": True, **tile}, 4),
-        Case(token_kernels.gate_backward_kernel, {"GATE": True, "SCALE": 0.5, **tile}, 4),
-        Case(token_kernels.add_rms_norm_kernel, {"HAS_RESIDUAL": True, **norm}, 4),
-        Case(token_kernels.add_rms_norm_backward_kernel, {"HAS_DTOTAL": True, **norm}, 4),
+        Case(conv_forward.conv_forward_kernel, conv | tile, 4),
+        Case(conv_backward.conv_backward_kernel, backward, sizes.warps),
+        Case(pointwise.softplus_forward_kernel, {"HAS_BIAS": True, "SOFTPLUS": True, **tile}, 4),
+        Case(pointwise.gate_backward_kernel, {"GATE": True, "SCALE": 0.5, **tile}, 4),
+        Case(norm_forward.add_rms_norm_forward_kernel, {"HAS_RESIDUAL": True, **norm}, 4),
+        Case(norm_backward.add_rms_norm_backward_kernel, {"HAS_DTOTAL": True, **norm}, 4),
     ]
 
 

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from vim_kernels import torch_backend
-from vim_kernels.cpu_backend.norm_kernels import norm_backward, norm_forward
+from vim_kernels.cpu_backend.norm_backward import norm_backward
+from vim_kernels.cpu_backend.norm_forward import norm_forward
 from vim_kernels.cpu_backend.plan import thread_count
 from vim_kernels.cpu_backend.records import NORM
 from vim_kernels.cpu_backend.tensors import address, float_rows, kernel_dtype, record
@@ -12,7 +13,7 @@ from vim_kernels.cpu_backend.vector import LANES
 
 
 def add_rms_norm_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """See `vim_kernels.interface.FastBackend`."""
+    """See `vim_kernels.dispatch.contract.FastBackend`."""
     channels = x.shape[-1]
     if channels % LANES or not x.numel():
         return torch_backend.add_rms_norm_forward(x, residual, weight, eps)
@@ -32,7 +33,7 @@ def add_rms_norm_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps
 def add_rms_norm_backward(
     dnormed: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """See `vim_kernels.interface.FastBackend`."""
+    """See `vim_kernels.dispatch.contract.FastBackend`."""
     channels = total.shape[-1]
     if channels % LANES or not total.numel():
         return torch_backend.add_rms_norm_backward(dnormed, dtotal, total, weight, eps)

@@ -4,11 +4,10 @@ With a = exp(dt A) and the adjoint g of the state: g_t = C_t dy_t + a_{t+1} g_{t
 over channels; d(dt A) = g a h_{t-1}. Sums over channels stay in 16 lanes until a tile is done; every order is fixed.
 """
 
-import math
-
 import numba
 import numpy as np
 
+from vim_kernels.constants import LN2
 from vim_kernels.cpu_backend.jit import device, kernel
 from vim_kernels.cpu_backend.records import TILE
 from vim_kernels.cpu_backend.scan_forward import BYTES, aligned, at_or_zero, copy_blocks, raw_dt
@@ -29,8 +28,6 @@ from vim_kernels.cpu_backend.vector import (
     store,
     store_as,
 )
-
-LN2 = math.log(2)
 
 
 @device

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from vim_kernels.cpu_backend.vector import LANES
 
-LOG2_E = 1.4426950408889634
-
 
 def records(dtype: np.dtype, *rows: dict[str, Any]) -> np.ndarray:
     """An array of a record for each dict; fields not named are 0."""

@@ -6,7 +6,6 @@ address a plain int64, so that strided views need no flattening and a call from 
 """
 # ruff: noqa: ARG001, ARG005 - Numba reads the arity of an intrinsic from its signature
 
-import math
 import operator
 import struct
 from collections.abc import Callable, Sequence
@@ -15,6 +14,8 @@ from typing import Any
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
+
+from vim_kernels.constants import LOG2E
 
 LANES = 16
 _F32 = ir.FloatType()
@@ -131,7 +132,7 @@ def _exp2_product_generic(builder, target: Target, x, y):
 def _exp(builder, target: Target, x):
     x = _floor_at(builder, x, -150.0)
     x = builder.select(builder.fcmp_ordered(">", x, _const(88.0)), _const(88.0), x)
-    return _exp2_product(builder, target, x, _const(1 / math.log(2)))
+    return _exp2_product(builder, target, x, _const(LOG2E))
 
 
 def _sigmoid(builder, target: Target, x):

@@ -1,6 +1,6 @@
 """Fast backend on Triton: NVIDIA and AMD devices, and CPU tensors under TRITON_INTERPRET=1 for tests.
 
-Implements `vim_kernels.interface.FastBackend`.
+Implements `vim_kernels.dispatch.contract.FastBackend`.
 """
 
 import torch
@@ -8,17 +8,17 @@ import torch
 try:
     import triton
 
-    from vim_kernels.triton_backend.forward_kernels import scan_forward_kernel
+    from vim_kernels.triton_backend.conv import causal_conv1d_backward as causal_conv1d_backward
+    from vim_kernels.triton_backend.conv import causal_conv1d_forward as causal_conv1d_forward
     from vim_kernels.triton_backend.mixer import bidirectional_scan_backward as bidirectional_scan_backward
     from vim_kernels.triton_backend.mixer import bidirectional_scan_forward as bidirectional_scan_forward
     from vim_kernels.triton_backend.mixer import bidirectional_scan_saved as bidirectional_scan_saved
-    from vim_kernels.triton_backend.selective import selective_scan_backward as selective_scan_backward
-    from vim_kernels.triton_backend.selective import selective_scan_forward as selective_scan_forward
-    from vim_kernels.triton_backend.selective import selective_scan_saved as selective_scan_saved
-    from vim_kernels.triton_backend.tokens import add_rms_norm_backward as add_rms_norm_backward
-    from vim_kernels.triton_backend.tokens import add_rms_norm_forward as add_rms_norm_forward
-    from vim_kernels.triton_backend.tokens import causal_conv1d_backward as causal_conv1d_backward
-    from vim_kernels.triton_backend.tokens import causal_conv1d_forward as causal_conv1d_forward
+    from vim_kernels.triton_backend.norm import add_rms_norm_backward as add_rms_norm_backward
+    from vim_kernels.triton_backend.norm import add_rms_norm_forward as add_rms_norm_forward
+    from vim_kernels.triton_backend.scan import selective_scan_backward as selective_scan_backward
+    from vim_kernels.triton_backend.scan import selective_scan_forward as selective_scan_forward
+    from vim_kernels.triton_backend.scan import selective_scan_saved as selective_scan_saved
+    from vim_kernels.triton_backend.scan_forward import scan_forward_kernel
 
     _missing = None
     _interpreted = not isinstance(scan_forward_kernel, triton.JITFunction)

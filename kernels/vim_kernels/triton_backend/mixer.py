@@ -5,28 +5,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vim_kernels.arguments import ScanWeights
 from vim_kernels.triton_backend import plan
+from vim_kernels.triton_backend.conv import conv_backward
+from vim_kernels.triton_backend.conv_forward import mixer_conv_forward_kernel
 from vim_kernels.triton_backend.launch import cdiv, launch, power_of_two
-from vim_kernels.triton_backend.mixer_backward_kernels import (
+from vim_kernels.triton_backend.mixer_backward import (
     mixer_gradients_kernel,
     projection_sums_kernel,
     projections_backward_kernel,
 )
-from vim_kernels.triton_backend.mixer_kernels import (
-    mixer_convolution_kernel,
-    mixer_projection_kernel,
-    mixer_weights_kernel,
-)
+from vim_kernels.triton_backend.mixer_forward import projections_forward_kernel, weight_layout_kernel
 from vim_kernels.triton_backend.plan import Tokens, tokens_of
-from vim_kernels.triton_backend.scan import ScanGradients, ScanInputs, scan_backward, scan_forward
-from vim_kernels.triton_backend.tokens import conv_backward, flat, gate_backward
-from vim_kernels.types import ScanWeights
+from vim_kernels.triton_backend.recurrence import ScanGradients, ScanInputs, gate_backward, scan_backward, scan_forward
+from vim_kernels.triton_backend.tensors import flat
 
 WEIGHTS_BLOCK = 64
 
 
 class MixerWeights(NamedTuple):
-    """The weights of both directions as the kernels read them: `mixer_kernels.mixer_weights_kernel`."""
+    """The weights of both directions as the kernels read them: `mixer_forward.weight_layout_kernel`."""
 
     rates: Tensor  # (2, n', d) float32
     taps: Tensor  # (2, w + 1, d) float32
@@ -135,7 +133,7 @@ def mixer_weights(x: Tensor, forward: ScanWeights, backward: ScanWeights) -> Mix
     rates = x.new_empty(2, states, d, dtype=torch.float32)
     taps = x.new_empty(2, width + 1, d, dtype=torch.float32)
     projections = x.new_empty(2, 2, columns, d, dtype=x.dtype if x.is_cuda else torch.float32)  # see plan.dot_dtype
-    launch(mixer_weights_kernel, (cdiv(d, WEIGHTS_BLOCK), 2),
+    launch(weight_layout_kernel, (cdiv(d, WEIGHTS_BLOCK), 2),
         f.A_log, b.A_log, f.conv_weight, b.conv_weight, *(biases or (x, x)), f.x_proj, b.x_proj, f.dt_proj, b.dt_proj,
         rates, taps, projections, d,
         N=n, STATES=states, WIDTH=width, RANK=rank, COLUMNS=columns, HAS_BIAS=biases is not None, BLOCK=WEIGHTS_BLOCK,
@@ -150,7 +148,7 @@ def mixer_inputs(x: Tensor, weights: MixerWeights, tokens: Tokens, *, store_low:
     source, target = flat(x), plan.target(x.device)
     u = x.new_empty(2, rows, d)
     sizes = plan.CONVOLUTION
-    launch(mixer_convolution_kernel, (cdiv(rows, sizes.groups * sizes.steps), cdiv(d, sizes.block)),
+    launch(mixer_conv_forward_kernel, (cdiv(rows, sizes.groups * sizes.steps), cdiv(d, sizes.block)),
         source, source.stride(0), weights.taps, u, tokens.segment(x), rows, tokens.length, d, rows * d,
         PACKED=tokens.packed, WIDTH=width, GROUPS=sizes.groups, STEPS=sizes.steps, BLOCK=sizes.block,
         HARDWARE=target == "cuda", num_warps=sizes.warps,
@@ -159,7 +157,7 @@ def mixer_inputs(x: Tensor, weights: MixerWeights, tokens: Tokens, *, store_low:
     bc = x.new_empty(2, rows, 2 * states, dtype=torch.float32)
     low = x.new_empty(2, rows, weights.rank) if store_low else None
     sizes = plan.MIXER[target]
-    launch(mixer_projection_kernel, (cdiv(rows, sizes.rows), 2),
+    launch(projections_forward_kernel, (cdiv(rows, sizes.rows), 2),
         u, weights.projections, *weights.dt_biases, dt, bc, low if low is not None else x,
         rows, d, rows * d, rows * 2 * states, rows * weights.rank,
         STORE_LOW=store_low, STATES=states, RANK_BLOCK=weights.rank, COLUMNS=weights.projections.shape[2],

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vim_kernels.memory import is_tight
-from vim_kernels.triton_backend.forward_kernels import chunk_table_kernel
+from vim_kernels.triton_backend.chunks import chunk_table_kernel
 from vim_kernels.triton_backend.launch import cdiv, launch
 
 INTERVAL = 32
@@ -94,6 +94,10 @@ CONVOLUTION_BACKWARD = {
     "hip": ConvolutionSizes(8, 3, 64, 4),  # more rows a group spill
     "interpreter": ConvolutionSizes(2, 8, 128, 4),
 }
+TILE = {"ROWS": 32, "BLOCK": 64}
+"""Of the kernels that take every element by itself, and of the convolution of one direction."""
+SUMMING_PROGRAMS = 256
+"""Programs that share the rows when a sum over all rows is taken: fixed, so that the sum is the same everywhere."""
 CARRY_BLOCK, CARRY_CHUNKS = 32, 64
 FORWARD_FEW, BACKWARD_FEW, WANTED_WARPS = 1.6, 4, 64
 """Warps a multiprocessor: with fewer of them a scan of whole sequences waits, and is cut to make WANTED_WARPS."""

@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vim_kernels.cpu_backend.conv_kernels import conv_backward, conv_backward_vectors, conv_forward
+from vim_kernels.arguments import ScanWeights
+from vim_kernels.cpu_backend.conv_backward import conv_backward, conv_backward_vectors
+from vim_kernels.cpu_backend.conv_forward import conv_forward
 from vim_kernels.cpu_backend.plan import Plan, plan_for, tile_bound
 from vim_kernels.cpu_backend.records import CONV, SCAN, SCAN_GRADIENT
 from vim_kernels.cpu_backend.scan_backward import backward_vectors, scan_backward
 from vim_kernels.cpu_backend.scan_forward import forward_vectors, scan_forward
 from vim_kernels.cpu_backend.tensors import address, fresh, kernel_dtype, records, token_rows, unblocked
 from vim_kernels.cpu_backend.vector import LANES
-from vim_kernels.cpu_backend.weights import DirectionWeights, direction_weights, whole
-from vim_kernels.types import ScanWeights
+from vim_kernels.cpu_backend.weight_layout import DirectionWeights, direction_weights, whole
 
 
 def bidirectional_scan_saved(
@@ -44,7 +45,7 @@ def bidirectional_scan_forward(
     save: bool,
     overwrite: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
-    """See `vim_kernels.interface.FastBackend`."""
+    """See `vim_kernels.dispatch.contract.FastBackend`."""
     del overwrite
     saved = bidirectional_scan_saved(x, z, forward, backward, cu_seqlens) if save else []
     dtype = kernel_dtype(x, z)
@@ -75,7 +76,7 @@ def bidirectional_scan_backward(
     cu_seqlens: Tensor | None,
     saved: list[Tensor],
 ) -> tuple[Tensor, Tensor | None, ScanWeights, ScanWeights]:
-    """See `vim_kernels.interface.FastBackend`."""
+    """See `vim_kernels.dispatch.contract.FastBackend`."""
     dtype = kernel_dtype(x, z)
     rows, gate = token_rows(x, dtype), None if z is None else token_rows(z, dtype)
     dout_rows = token_rows(dout, dtype)

@@ -10,8 +10,8 @@ from types import ModuleType
 import torch
 
 from vim_kernels import reference
-from vim_kernels.fast_ops import FastOps
-from vim_kernels.interface import FAST_MODULES
+from vim_kernels.dispatch.call import FastOps
+from vim_kernels.dispatch.contract import FAST_MODULES
 
 _OPS: dict[str, ModuleType | FastOps] = {"reference": reference, **{name: FastOps(name) for name in FAST_MODULES}}
 """Backend name -> its four functions, and `unavailable(device)`: why it cannot run there, or None."""

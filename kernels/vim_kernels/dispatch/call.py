@@ -8,9 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vim_kernels import library, reference
-from vim_kernels.interface import FAST_MODULES, fast_module
-from vim_kernels.types import ScanWeights
+from vim_kernels import reference
+from vim_kernels.arguments import ScanWeights
+from vim_kernels.dispatch import library
+from vim_kernels.dispatch.contract import FAST_MODULES, fast_module
 
 
 class FastOps:

@@ -11,7 +11,7 @@ which lacks the path through x_proj. Three kernels take it from there, with p = 
 
 Nothing is added with atomics, and every sum has a fixed order: the same bits every time.
 
-Shapes as in `mixer_kernels`: q directions, rows of all sequences, d channels, n states, r rank, w taps; STATES and
+Shapes as in `mixer_forward`: q directions, rows of all sequences, d channels, n states, r rank, w taps; STATES and
 RANK_BLOCK are n and r, padded. dp has 2 STATES + RANK_BLOCK columns. Channels lie side by side in all partial sums.
 """
 
@@ -21,7 +21,7 @@ RANK_BLOCK are n and r, padded. dp has 2 STATES + RANK_BLOCK columns. Channels l
 import triton
 import triton.language as tl
 
-from vim_kernels.triton_backend.backward_kernels import LN2
+from vim_kernels.triton_backend.elementary import LN2
 
 
 @triton.jit

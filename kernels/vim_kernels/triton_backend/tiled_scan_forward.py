@@ -1,4 +1,4 @@
-"""The forward scan in Gluon, for NVIDIA: the same sums as in `forward_kernels`, with layouts and shared memory by hand.
+"""The forward scan in Gluon, for NVIDIA: the same sums as in `scan_forward`, with layouts and shared memory by hand.
 
 Both directions run at once, one half of the warps each, and meet in the middle of the chunk: until there each leaves
 its sum in `out`, from there on it adds to what the other left and applies the gate. A tile of tokens is brought to
@@ -17,7 +17,8 @@ Shapes: q directions, t tokens of a tile, n states, s threads that share a chann
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from vim_kernels.triton_backend.tiled_kernels import LOG2E, barrier, chunk_rows, view_of
+from vim_kernels.triton_backend.elementary import LOG2E
+from vim_kernels.triton_backend.tiles import barrier, chunk_rows, view_of
 
 
 @gluon.jit
@@ -56,7 +57,7 @@ def _rows(
 
 
 @gluon.jit
-def tiled_forward_kernel(
+def tiled_scan_forward_kernel(
     u_ptr, dt_ptr, bc_ptr, z_ptr, out_ptr, ungated_ptr, rates_ptr, D0_ptr, D1_ptr, h0_ptr, final_ptr, states_ptr,
     total_ptr, table_ptr, length, chunk_size, chunks_per_sequence, slots_per_sequence,
     channels, z_stride, out_stride, u_direction, bc_direction, chunk_direction, slot_direction,
@@ -68,7 +69,7 @@ def tiled_forward_kernel(
     state: gl.constexpr, rows_layout: gl.constexpr, bc_layout: gl.constexpr, parts: gl.constexpr,
     token: gl.constexpr, tile: gl.constexpr, sums: gl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of channels, chunks); arguments as in `forward_kernels.scan_forward_kernel`.
+    """Grid (blocks of channels, chunks); arguments as in `scan_forward.scan_forward_kernel`.
 
     STATES_ONLY: no output, but the final state and the sum of dt of every chunk, `total` (q, chunks, d) float32.
     """

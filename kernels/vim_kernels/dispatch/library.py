@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vim_kernels.interface import fast_module
-from vim_kernels.types import ScanWeights
+from vim_kernels.arguments import ScanWeights
+from vim_kernels.dispatch.contract import fast_module
 
 _op = torch.library.custom_op
 

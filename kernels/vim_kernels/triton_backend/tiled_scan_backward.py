@@ -1,4 +1,4 @@
-"""The scan kernels in Gluon, for NVIDIA: the same sums as the core-Triton ones, with layouts and shared memory by hand.
+"""The backward scan in Gluon, for NVIDIA: the same sums as in `scan_backward`, with layouts and shared memory by hand.
 
 A tile of tokens is brought to shared memory at a time, in the order of the scan and with zeros behind its end, so that
 the loop over tokens waits for no global load and computes no address. A thread holds STATES_THREAD states of
@@ -13,31 +13,8 @@ the state as it is: their dt is 0, so they decay by 1 and drive by 0.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-LOG2E = gl.constexpr(1.4426950408889634)
-LN2 = gl.constexpr(0.6931471805599453)
-# Two names changed between Triton 3.6 and 3.9.
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-_descriptor = gl.shared_memory_descriptor
-view_of = _descriptor.reinterpret if hasattr(_descriptor, "reinterpret") else _descriptor._reinterpret
-
-
-@gluon.jit
-def chunk_rows(
-    chunk, table_ptr, length, chunk_size, chunks_per_sequence, slots_per_sequence,
-    INTERVAL: gl.constexpr, PACKED: gl.constexpr,
-):  # fmt: skip
-    """See `forward_kernels.chunk_rows`."""
-    if PACKED:
-        first = gl.load(table_ptr + chunk * 3).to(gl.int64)
-        count = gl.load(table_ptr + chunk * 3 + 1)
-        slot = gl.load(table_ptr + chunk * 3 + 2).to(gl.int64)
-    else:
-        sequence = chunk // chunks_per_sequence
-        start = (chunk % chunks_per_sequence) * chunk_size
-        first = sequence.to(gl.int64) * length + start
-        count = gl.minimum(chunk_size, length - start)
-        slot = sequence.to(gl.int64) * slots_per_sequence + start // INTERVAL
-    return first, count, slot
+from vim_kernels.triton_backend.elementary import LN2, LOG2E
+from vim_kernels.triton_backend.tiles import chunk_rows, view_of
 
 
 @gluon.jit
@@ -72,7 +49,7 @@ def _pair(a, b):
 
 
 @gluon.jit
-def tiled_backward_kernel(
+def tiled_scan_backward_kernel(
     u_ptr, dt_ptr, bc_ptr, dy_ptr, rates_ptr, D0_ptr, D1_ptr, states_ptr, adjoint_ptr,
     du_ptr, ddt_ptr, dbc_ptr, drates_ptr, sums_ptr, dh0_ptr,
     table_ptr, length, chunk_size, chunks_per_sequence, slots_per_sequence,
@@ -85,7 +62,7 @@ def tiled_backward_kernel(
     pair: gl.constexpr, of_states: gl.constexpr, of_channels: gl.constexpr, pair_bc: gl.constexpr,
     row: gl.constexpr, view: gl.constexpr, view3: gl.constexpr, swizzled3: gl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of channels, chunks, directions); see `backward_kernels`. A tile is an interval.
+    """Grid (blocks of channels, chunks, directions); see `scan_backward`. A tile is an interval.
 
     The states that begin each group of tokens are kept in shared memory instead of global scratch, but for the first
     (it is saved) and the last (it is at hand). What a thread has summed over its own states and channels goes through

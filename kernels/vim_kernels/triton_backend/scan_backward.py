@@ -1,4 +1,4 @@
-"""Backward kernel of the selective scan, in core Triton. Shapes and chunks as in `forward_kernels`.
+"""Backward kernel of the selective scan, in core Triton. Shapes and chunks as in `scan_forward`.
 
 With g_t = dL/dh_t: R_t = a_t g_t is what passes to the token before, g_t = C_t dy_t + R_{t+1}, and
 a_t h_{t-1} = h_t - dt_t u_t B_t, so that no state is divided by its decay. One interval at a time, from the last to the
@@ -14,9 +14,8 @@ programs by a second reduction of the partial sums. No atomics.
 import triton
 import triton.language as tl
 
-from vim_kernels.triton_backend.forward_kernels import LOG2E, chunk_rows
-
-LN2 = tl.constexpr(0.6931471805599453)
+from vim_kernels.triton_backend.chunks import chunk_rows
+from vim_kernels.triton_backend.elementary import LN2, LOG2E
 
 
 # With a row stride known to be a multiple of 16 the tile spreads over 4 states x 4 channels a thread, and the sums over

@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from vim_kernels.constants import LOG2E
 from vim_kernels.cpu_backend.jit import device, serial_kernel
-from vim_kernels.cpu_backend.tensors import LOG2_E
 from vim_kernels.cpu_backend.vector import LANES, exp2_product, load, scalar_at, set_scalar, splat, store
 
 ZERO = np.float32(0)
@@ -31,7 +31,7 @@ def _decay(A_log, size, states, target, channels):
         at = d // LANES * LANES * states + d % LANES
         for n in range(states):
             set_scalar(target, at + LANES * n, scalar_at(A_log, d * states + n) if d < size else ZERO)
-    log2_e, minus_log2_e = splat(np.float32(LOG2_E)), splat(np.float32(-LOG2_E))
+    log2_e, minus_log2_e = splat(np.float32(LOG2E)), splat(np.float32(-LOG2E))
     for at in range(0, channels * states, LANES):
         store(target, at, exp2_product(load(target, at), log2_e) * minus_log2_e)
 

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vim_kernels.arguments import ScanWeights
 from vim_kernels.cpu_backend.records import WEIGHTS
 from vim_kernels.cpu_backend.tensors import address, float_rows, padded, records
 from vim_kernels.cpu_backend.vector import LANES
-from vim_kernels.cpu_backend.weight_kernels import lay_out_weights
-from vim_kernels.types import ScanWeights
+from vim_kernels.cpu_backend.weight_layout_kernel import lay_out_weights
 
 
 class DirectionWeights(NamedTuple):

@@ -1,25 +1,23 @@
-"""What a Vim mixer does before its scan, in core Triton: convolution and SiLU; then x_proj, dt_proj and softplus.
+"""What a Vim mixer does before its scan, in core Triton: its weights laid out; x_proj, dt_proj and softplus.
 
 Shapes: q = 2 directions, rows of all sequences, d channels, n states, w taps. The projection has COLUMNS: B, C, the low
 rank of dt and padding to a power of two; STATES is n and RANK_BLOCK the rank, padded to powers of two of at least 16,
 the least that a product of tiles takes.
 """
 
-# ruff: noqa: RUF005 - Triton's language has no starred tuples
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false, reportCallIssue=false
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportAssignmentType=false
 # pyright: reportPossiblyUnboundVariable=false
 import triton
 import triton.language as tl
 
-from vim_kernels.triton_backend.forward_kernels import LOG2E
-from vim_kernels.triton_backend.token_kernels import reciprocal, segment, softplus, softplus_coarse
+from vim_kernels.triton_backend.elementary import LOG2E, softplus, softplus_coarse
 
 DT_MAX = tl.constexpr(65504.0)  # the largest float16; exp(-65504 |A|) is 0 either way
 
 
 @triton.jit
-def mixer_weights_kernel(
+def weight_layout_kernel(
     A_log0_ptr, A_log1_ptr, conv0_ptr, conv1_ptr, bias0_ptr, bias1_ptr, x_proj0_ptr, x_proj1_ptr,
     dt_proj0_ptr, dt_proj1_ptr,
     rates_ptr, taps_ptr,  # (q, STATES, d), (q, w + 1, d), float32
@@ -66,72 +64,7 @@ def mixer_weights_kernel(
 
 
 @triton.jit
-def _convolve_tile(
-    x_ptr, x_stride, u_ptr, u_direction, taps, first, d, ok, rows, segment_ptr, length, channels,
-    MASKED: tl.constexpr, PACKED: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, HARDWARE: tl.constexpr,
-):  # fmt: skip
-    """Rows first .. first + STEPS - 1 of every group, in both directions; MASKED where a tap could cross a border.
-
-    Every row is read once for all the rows and taps that it meets.
-    """
-    x = ()
-    own = ()
-    for i in tl.static_range(STEPS + 2 * (WIDTH - 1)):
-        row = first + (i - (WIDTH - 1))
-        inside = (row >= 0) & (row < rows)
-        x = x + (
-            tl.load(x_ptr + row.to(tl.int64)[:, None] * x_stride + d[None, :], mask=inside[:, None] & ok, other=0.0),
-        )
-        if MASKED:
-            own = own + (segment(row, rows, segment_ptr, length, PACKED),)
-    for i in tl.static_range(STEPS):
-        row = first + i
-        at = row.to(tl.int64)[:, None] * channels + d[None, :]
-        here = (row < rows)[:, None] & ok
-        for direction in tl.static_range(2):
-            v = taps[direction * (WIDTH + 1) + WIDTH]
-            for k in tl.static_range(WIDTH):
-                met = x[i + WIDTH - 1 + (2 * direction - 1) * k].to(tl.float32)
-                if MASKED:
-                    same = own[i + WIDTH - 1 + (2 * direction - 1) * k] == own[i + WIDTH - 1]
-                    met = tl.where(same[:, None], met, 0.0)
-                v = tl.fma(met, taps[direction * (WIDTH + 1) + WIDTH - 1 - k], v)
-            u = v * reciprocal(1.0 + tl.exp2(v * -LOG2E), HARDWARE)
-            tl.store(u_ptr + direction * u_direction + at, u.to(u_ptr.dtype.element_ty), mask=here)
-
-
-@triton.jit
-def mixer_convolution_kernel(
-    x_ptr, x_stride, taps_ptr, u_ptr,  # (rows, d), (q, w + 1, d) float32, (q, rows, d)
-    segment_ptr, rows, length, channels, u_direction,
-    PACKED: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
-    HARDWARE: tl.constexpr,
-):  # fmt: skip
-    """Grid (blocks of GROUPS x STEPS rows, blocks of channels). Both convolutions and SiLU."""
-    start = tl.program_id(0) * (GROUPS * STEPS)
-    first = start + tl.arange(0, GROUPS) * STEPS
-    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    ok = (d < channels)[None, :]
-    taps = ()
-    spread = tl.zeros([GROUPS, 1], tl.int32) + d[None, :]  # laid out as the tokens: no exchange between threads
-    for i in tl.static_range(2 * (WIDTH + 1)):
-        taps = taps + (tl.load(taps_ptr + i * channels + spread, mask=spread < channels, other=0.0),)
-    before = segment(start - (WIDTH - 1), rows, segment_ptr, length, PACKED)
-    behind = segment(start + GROUPS * STEPS + (WIDTH - 2), rows, segment_ptr, length, PACKED)
-    if (before == behind) & (before >= 0):
-        _convolve_tile(
-            x_ptr, x_stride, u_ptr, u_direction, taps, first, d, ok, rows, segment_ptr, length, channels,
-            False, PACKED, WIDTH, STEPS, HARDWARE,
-        )  # fmt: skip
-    else:
-        _convolve_tile(
-            x_ptr, x_stride, u_ptr, u_direction, taps, first, d, ok, rows, segment_ptr, length, channels,
-            True, PACKED, WIDTH, STEPS, HARDWARE,
-        )  # fmt: skip
-
-
-@triton.jit
-def mixer_projection_kernel(
+def projections_forward_kernel(
     u_ptr, projections_ptr, dt_bias0_ptr, dt_bias1_ptr,  # (q, rows, d), (q, 2, COLUMNS, d), (d,)
     dt_ptr, bc_ptr, low_ptr,  # (q, rows, d), (q, rows, 2 STATES) float32, (q, rows, RANK_BLOCK)
     rows, channels, u_direction, bc_direction, low_direction,

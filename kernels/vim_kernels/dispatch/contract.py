@@ -7,7 +7,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from vim_kernels.types import ScanWeights
+from vim_kernels.arguments import ScanWeights
 
 FAST_MODULES: dict[str, str] = {
     "triton": "vim_kernels.triton_backend",

@@ -6,12 +6,12 @@ Saved for the backward: the states once a tile of 32 tokens, d n / 8 bytes per t
 import torch
 from torch import Tensor
 
+from vim_kernels.constants import LOG2E
 from vim_kernels.cpu_backend.plan import Plan, plan_for, tile_bound
 from vim_kernels.cpu_backend.records import SCAN, SCAN_GRADIENT
 from vim_kernels.cpu_backend.scan_backward import backward_vectors, scan_backward
 from vim_kernels.cpu_backend.scan_forward import forward_vectors, scan_forward
 from vim_kernels.cpu_backend.tensors import (
-    LOG2_E,
     address,
     blocked,
     float_rows,
@@ -48,7 +48,7 @@ class _Call:
         self.dt = token_rows(dt, torch.float32)
         self.B, self.C = float_rows(B), float_rows(C)
         self.skip, self.dt_bias = vector_or_zeros(D, self.x), vector_or_zeros(dt_bias, self.x)
-        self.decay = blocked(A.detach().float() * LOG2_E)
+        self.decay = blocked(A.detach().float() * LOG2E)
         self.plan: Plan = plan_for(self.x, cu_seqlens)
         self.channels, self.states = self.x.shape[-1], A.shape[-1]
         self.record = record(
@@ -88,7 +88,7 @@ def selective_scan_forward(
     initial_state: Tensor | None,
     save: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """See `vim_kernels.interface.FastBackend`."""
+    """See `vim_kernels.dispatch.contract.FastBackend`."""
     call = _Call(x, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse, cu_seqlens)
     saved = selective_scan_saved(x, A, cu_seqlens, initial_state) if save else []
     out = torch.empty(call.x.shape, dtype=call.dtype)
@@ -123,7 +123,7 @@ def selective_scan_backward(
     initial_state: Tensor | None,
     saved: list[Tensor],
 ) -> tuple[Tensor | None, ...]:
-    """See `vim_kernels.interface.FastBackend`."""
+    """See `vim_kernels.dispatch.contract.FastBackend`."""
     call = _Call(x, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse, cu_seqlens)
     plan, d, n = call.plan, call.channels, call.states
     dout = token_rows(dy, call.dtype)

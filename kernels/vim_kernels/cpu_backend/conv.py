@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vim_kernels.cpu_backend.conv_kernels import conv_backward, conv_backward_vectors, conv_forward
+from vim_kernels.cpu_backend.conv_backward import conv_backward, conv_backward_vectors
+from vim_kernels.cpu_backend.conv_forward import conv_forward
 from vim_kernels.cpu_backend.plan import plan_for
 from vim_kernels.cpu_backend.records import CONV
 from vim_kernels.cpu_backend.tensors import (
@@ -41,7 +42,7 @@ def causal_conv1d_forward(
     reverse: bool,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
-    """See `vim_kernels.interface.FastBackend`."""
+    """See `vim_kernels.dispatch.contract.FastBackend`."""
     rows, taps, offset = _laid_out(x, weight, bias)
     plan = plan_for(rows, cu_seqlens)
     out = torch.empty(rows.shape, dtype=rows.dtype)
@@ -60,7 +61,7 @@ def causal_conv1d_backward(
     reverse: bool,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See `vim_kernels.interface.FastBackend`."""
+    """See `vim_kernels.dispatch.contract.FastBackend`."""
     rows, taps, offset = _laid_out(x, weight, bias)
     plan = plan_for(rows, cu_seqlens)
     dout = token_rows(dy, rows.dtype)

@@ -1,0 +1,255 @@
+"""Launches the scan kernels: whole sequences at a time, or in chunks where that alone would not fill the chip.
+
+In chunks a scan takes three launches: what every chunk does to a zero state; a scan over the chunks, which gives the
+state that enters each; the scan itself from there. The backward does the same with the adjoint state.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vim_kernels.triton_backend import plan
+from vim_kernels.triton_backend.chunks import carry_kernel, chunk_state_kernel
+from vim_kernels.triton_backend.launch import cdiv, launch
+from vim_kernels.triton_backend.layouts import backward_layouts, block_of, forward_layouts
+from vim_kernels.triton_backend.plan import TILE, Chunks, Tokens
+from vim_kernels.triton_backend.pointwise import gate_backward_kernel, softplus_forward_kernel
+from vim_kernels.triton_backend.scan_backward import scan_backward_kernel
+from vim_kernels.triton_backend.scan_forward import scan_forward_kernel
+from vim_kernels.triton_backend.tiled_scan_backward import tiled_scan_backward_kernel
+from vim_kernels.triton_backend.tiled_scan_forward import tiled_scan_forward_kernel
+
+
+class ScanInputs(NamedTuple):
+    """What the recurrence of q directions reads. All contiguous; n is a power of two."""
+
+    u: Tensor  # (q, rows, d)
+    dt: Tensor  # (q, rows, d), after softplus
+    bc: Tensor  # (q, rows, 2 n) float32
+    rates: Tensor  # (q, n, d) float32, A log2(e)
+    skips: tuple[Tensor, ...] | None  # q of (d,)
+    reverse: bool  # direction 0 runs from the last token to the first; direction 1 the other way
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """q, d, n."""
+        return self.u.shape[0], self.u.shape[2], self.rates.shape[1]
+
+
+class ScanGradients(NamedTuple):
+    """Gradients of ScanInputs, three of them in float32 as partial sums: what has parts or chunks is to be summed."""
+
+    u: Tensor
+    dt: Tensor
+    bc: Tensor  # (q, parts, rows, 2 n)
+    rates: Tensor  # (q, chunks, n, d)
+    sums: Tensor  # (q, chunks, 2, d): of the skips, and of dt over all rows
+    initial: Tensor | None  # (q, sequences, n, d)
+
+
+def scan_forward(
+    inputs: ScanInputs,
+    z: Tensor | None,  # (rows, d), any row stride
+    out: Tensor,  # (rows, d), any row stride
+    tokens: Tokens,
+    *,
+    scale: float,
+    states: Tensor | None,  # (q, slots, n, d) float32, filled where given
+    ungated: Tensor | None,  # (rows, d), the sum before the gate, filled where states and z are given
+    initial: Tensor | None,  # (q, sequences, n, d) float32
+    want_final: bool,
+) -> Tensor | None:
+    """Fill `out` with scale times the sum of the directions, gated by silu(z); returns the final states if wanted."""
+    q, d, n = inputs.sizes
+    chunks = plan.cut(tokens, _forward_chunk(inputs, tokens), out.device)
+    final = out.new_empty(q, tokens.sequences, n, d, dtype=torch.float32) if want_final else None
+    entering = initial
+    if not chunks.one_each:
+        entering = _entering_states(inputs, inputs.u, tokens, chunks, initial, final, adjoint=False)
+    _forward(inputs, z, out, ungated, entering, final if chunks.one_each else None, states, None, tokens, chunks, scale)
+    return final
+
+
+def _forward_chunk(inputs: ScanInputs, tokens: Tokens) -> int | None:
+    """Rows a chunk of the forward scan, or None."""
+    q, d, _ = inputs.sizes
+    processors = plan.processors(inputs.u.device)
+    return plan.chunk_size(tokens, q * cdiv(d, 32), processors, plan.FORWARD_FEW, plan.CARRY_CHUNKS)
+
+
+def _forward(
+    inputs: ScanInputs,
+    z: Tensor | None,
+    out: Tensor | None,  # None: only final states and, in total, the sums of dt
+    ungated: Tensor | None,
+    entering: Tensor | None,
+    final: Tensor | None,
+    states: Tensor | None,
+    total: Tensor | None,
+    tokens: Tokens,
+    chunks: Chunks,
+    scale: float,
+) -> None:
+    """Launch the forward kernel for the device; what is None is not read or not written."""
+    q, d, n = inputs.sizes
+    device = inputs.u.device
+    unused = inputs.u if out is None else out  # may be written, where the gate's input is not wanted
+    skips = inputs.skips or (unused,)
+    states_only = out is None
+    tensors = (
+        inputs.u, inputs.dt, inputs.bc, *(unused if t is None else t for t in (z, out, ungated)),
+        inputs.rates, skips[0], skips[-1], *(unused if t is None else t for t in (entering, final, states)),
+    )  # fmt: skip
+    places = (
+        chunks.table if chunks.table is not None else unused, tokens.length, chunks.size, chunks.per_sequence,
+        cdiv(tokens.length, plan.INTERVAL), d,
+    )  # fmt: skip
+    strides = (
+        z.stride(0) if z is not None else d, out.stride(0) if out is not None else d,
+        tokens.rows * d, tokens.rows * 2 * n, chunks.total * n * d, tokens.slots() * n * d,
+    )  # fmt: skip
+    flags = {
+        "DIRECTIONS": q, "REVERSE": inputs.reverse, "PACKED": tokens.packed, "GATE": z is not None,
+        "SAVE": states is not None, "HAS_D": inputs.skips is not None and not states_only,
+        "HAS_H0": entering is not None, "STORE_FINAL": final is not None, "SCALE": scale, "N": n,
+        "INTERVAL": plan.INTERVAL,
+    }  # fmt: skip
+    if plan.tiled(device, n):
+        sizes = plan.tiled_forward(q * cdiv(d, 32) * chunks.total, plan.processors(device))
+        block = block_of(sizes.states_thread, sizes.channels_thread, sizes.warps, n)
+        layouts = forward_layouts(q, sizes.states_thread, sizes.channels_thread, sizes.warps, sizes.tile, n)
+        launch(tiled_scan_forward_kernel, (cdiv(d, block), chunks.total),
+            *tensors, total if total is not None else unused, *places, *strides, **flags, STATES_ONLY=states_only,
+            BLOCK=block, TILE=sizes.tile, STEP=sizes.step, **layouts, num_warps=q * sizes.warps, num_stages=1,
+        )  # fmt: skip
+    else:
+        sizes = plan.FORWARD[plan.target(device)]
+        launch(scan_forward_kernel, (cdiv(d, sizes.block), chunks.total),
+            *tensors, *places, d, *strides, **flags, BLOCK=sizes.block, AHEAD=sizes.ahead,
+            num_warps=sizes.warps, num_stages=1,
+        )  # fmt: skip
+
+
+def scan_backward(
+    inputs: ScanInputs,
+    dy: Tensor,  # (rows, d), gradient of the sum of the directions
+    tokens: Tokens,
+    *,
+    states: Tensor,  # (q, slots, n, d) from the forward
+    dfinal: Tensor | None,  # (q, sequences, n, d) float32
+    softplus: bool,
+    want_initial: bool,
+) -> ScanGradients:
+    """Gradients of one scan; that of dt is for the value before softplus where `softplus`."""
+    q, d, n = inputs.sizes
+    tiled = plan.tiled(dy.device, n)
+    by_tile, core = plan.TILED_BACKWARD, plan.BACKWARD[plan.target(dy.device)]
+    block = block_of(by_tile.states_thread, by_tile.channels_thread, by_tile.warps, n) if tiled else core.block
+    warps = by_tile.warps if tiled else core.warps
+    blocks, processors = cdiv(d, block), plan.processors(dy.device)
+    size = plan.chunk_size(tokens, q * blocks * warps, processors, plan.BACKWARD_FEW)
+    chunks = plan.cut(tokens, size, dy.device)
+    initial = dy.new_empty(q, tokens.sequences, n, d, dtype=torch.float32) if want_initial else None
+    adjoint = dfinal
+    if not chunks.one_each:
+        adjoint = _entering_states(inputs, dy, tokens, chunks, dfinal, initial, adjoint=True)
+    du, ddt = torch.empty_like(inputs.u), torch.empty_like(inputs.u)
+    dbc = dy.new_empty(q, blocks, tokens.rows, 2 * n, dtype=torch.float32)
+    drates = dy.new_empty(q, chunks.total, n, d, dtype=torch.float32)
+    sums = dy.new_empty(q, chunks.total, 2, d, dtype=torch.float32)
+    skips = inputs.skips or (dy,)
+    tensors = (
+        inputs.u, inputs.dt, inputs.bc, dy, inputs.rates, skips[0], skips[-1],
+        states, adjoint if adjoint is not None else dy,
+        du, ddt, dbc, drates, sums, initial if initial is not None else dy,
+        chunks.table if chunks.table is not None else dy, tokens.length, chunks.size, chunks.per_sequence,
+        cdiv(tokens.length, plan.INTERVAL),
+        d, tokens.rows * d, tokens.rows * 2 * n, chunks.total * n * d, tokens.slots() * n * d, tokens.rows * 2 * n,
+    )  # fmt: skip
+    flags = {
+        "REVERSE": inputs.reverse, "PACKED": tokens.packed, "HAS_D": inputs.skips is not None,
+        "HAS_ADJOINT": adjoint is not None, "STORE_DH0": want_initial and chunks.one_each, "SOFTPLUS": softplus,
+        "N": n, "BLOCK": block, "INTERVAL": plan.INTERVAL,
+    }  # fmt: skip
+    options = {"num_warps": warps, "num_stages": 1}
+    if tiled:
+        layouts = backward_layouts(by_tile.states_thread, by_tile.channels_thread, warps, n)
+        launch(
+            tiled_scan_backward_kernel,
+            (blocks, chunks.total, q),
+            *tensors,
+            **flags,
+            GROUP=by_tile.step,
+            **layouts,
+            **options,
+        )
+    else:
+        kept = cdiv(plan.INTERVAL, core.group) * n * block
+        scratch = dy.new_empty(q * chunks.total * blocks * kept, dtype=torch.float32)
+        launch(scan_backward_kernel, (blocks, chunks.total, q),
+            *tensors, scratch, kept, **flags, GROUP=core.group, **options,
+        )  # fmt: skip
+    return ScanGradients(du, ddt, dbc, drates, sums, initial)
+
+
+def _entering_states(
+    inputs: ScanInputs,
+    source: Tensor,  # u (q, rows, d), or dy (rows, d) when adjoint
+    tokens: Tokens,
+    chunks: Chunks,
+    initial: Tensor | None,
+    final: Tensor | None,
+    *,
+    adjoint: bool,
+) -> Tensor:
+    """(q, chunks, n, d): the state that enters every chunk, or the gradient that enters it from behind if adjoint."""
+    q, d, n = inputs.sizes
+    after = source.new_empty(q, chunks.total, n, d, dtype=torch.float32)
+    entering = torch.empty_like(after)
+    total = source.new_empty(q, chunks.total, d, dtype=torch.float32)
+    if plan.tiled(source.device, n) and not adjoint:
+        _forward(inputs, None, None, None, None, after, None, total, tokens, chunks, 1.0)
+    else:
+        sizes = plan.STATE[plan.target(source.device)]
+        launch(chunk_state_kernel, (cdiv(d, sizes.block), chunks.total, q),
+            source, inputs.dt, inputs.bc, inputs.rates, after, total,
+            chunks.table if chunks.table is not None else source, tokens.length, chunks.size, chunks.per_sequence,
+            d, d, 0 if adjoint else tokens.rows * d, tokens.rows * d, tokens.rows * 2 * n, chunks.total * n * d,
+            chunks.total * d,
+            REVERSE=inputs.reverse, ADJOINT=adjoint, PACKED=tokens.packed,
+            N=n, BLOCK=sizes.block, AHEAD=sizes.ahead, num_warps=sizes.warps, num_stages=1,
+        )  # fmt: skip
+    launch(carry_kernel, (cdiv(d, plan.CARRY_BLOCK), tokens.sequences, q * n),
+        after, total, inputs.rates, entering,
+        initial if initial is not None else after, final if final is not None else after,
+        chunks.sequence_table if chunks.sequence_table is not None else after, chunks.per_sequence,
+        d, chunks.total * n * d, chunks.total * d,
+        REVERSE=inputs.reverse != adjoint, PACKED=tokens.packed, HAS_INITIAL=initial is not None,
+        STORE_FINAL=final is not None,
+        N=n, BLOCK=plan.CARRY_BLOCK, CHUNKS=plan.CARRY_CHUNKS, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return entering
+
+
+def softplus(dt: Tensor, bias: Tensor | None, *, apply: bool) -> Tensor:
+    """In float32, softplus of dt + bias, or only their sum where not `apply`. dt is (rows, d), any row stride."""
+    rows, d = dt.shape
+    out = dt.new_empty(rows, d, dtype=torch.float32)
+    launch(softplus_forward_kernel, (cdiv(rows, TILE["ROWS"]), cdiv(d, TILE["BLOCK"])),
+        dt, bias if bias is not None else dt, out, rows, d, dt.stride(0),
+        HAS_BIAS=bias is not None, SOFTPLUS=apply, **TILE,
+    )  # fmt: skip
+    return out
+
+
+def gate_backward(dout: Tensor, z: Tensor | None, ungated: Tensor | None, dz: Tensor | None, *, scale: float) -> Tensor:
+    """Gradient (rows, d) of the sum before the gate; fills dz (rows, d), any row stride, where z is given."""
+    rows, d = dout.shape
+    dy = torch.empty_like(dout)
+    launch(gate_backward_kernel, (cdiv(rows, TILE["ROWS"]), cdiv(d, TILE["BLOCK"])),
+        dout, z if z is not None else dout, ungated if ungated is not None else dout, dy, dz if dz is not None else dy,
+        rows, d, z.stride(0) if z is not None else d, dz.stride(0) if dz is not None else d,
+        GATE=z is not None, SCALE=scale, **TILE,
+    )  # fmt: skip
+    return dy
