@@ -43,7 +43,7 @@ def python(folder, name, version):
 
 
 @pytest.mark.parametrize(
-    ("there", "taken"),
+    ("there", "chosen"),
     [
         ({"python3": (3, 13, 0)}, "python3"),
         ({"python3.14": (3, 14, 1), "python3": (3, 9, 2)}, "python3.14"),

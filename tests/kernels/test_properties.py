@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, inputs, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vim_kernels import ScanWeights, add_rms_norm, available_backends, bidirectional_scan, causal_conv1d, selective_scan
@@ -64,7 +64,7 @@ def compare(op, tensors, backend):
 
 
 @few
-@inputs(layouts(), st.integers(1, 33), st.integers(1, 17), st.booleans(), st.booleans(), strides)
+@given(layouts(), st.integers(1, 33), st.integers(1, 17), st.booleans(), st.booleans(), strides)
 def test_selective_scan(backend, layout, d, n, reverse, has_options, stride):
     b, l, cu = layout
     tokens = [tensor(i, b, l, size, stride=stride) for i, size in enumerate((d, d, n, n))]
@@ -83,7 +83,7 @@ def test_selective_scan(backend, layout, d, n, reverse, has_options, stride):
 
 
 @few
-@inputs(layouts(), st.integers(1, 33), st.integers(1, 17), st.integers(1, 5), taps, st.booleans(), strides)
+@given(layouts(), st.integers(1, 33), st.integers(1, 17), st.integers(1, 5), taps, st.booleans(), strides)
 def test_bidirectional_scan(backend, layout, d, n, r, taps, gated, stride):
     b, l, cu = layout
     xz = tensor(0, b, l, 2 * d if gated else d, stride=stride)
@@ -99,7 +99,7 @@ def test_bidirectional_scan(backend, layout, d, n, r, taps, gated, stride):
 
 
 @few
-@inputs(layouts(), st.integers(1, 40), taps, st.booleans(), st.booleans(), strides)
+@given(layouts(), st.integers(1, 40), taps, st.booleans(), st.booleans(), strides)
 def test_causal_conv1d(backend, layout, d, taps, reverse, silu, stride):
     b, l, cu = layout
 
@@ -112,7 +112,7 @@ def test_causal_conv1d(backend, layout, d, taps, reverse, silu, stride):
 
 
 @few
-@inputs(st.lists(st.integers(0, 9), min_size=1, max_size=3), st.integers(1, 40), st.booleans(), strides)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=3), st.integers(1, 40), st.booleans(), strides)
 def test_add_rms_norm(backend, leading, d, has_residual, stride):
     def op(name, inputs):
         x, weight, *residual = inputs

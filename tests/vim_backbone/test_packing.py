@@ -81,7 +81,7 @@ def test_compiles_without_a_graph_break():
 
 
 @pytest.mark.parametrize(
-    ("images", "told"),
+    ("images", "message"),
     [
         ([], "empty"),
         ([torch.zeros(1, 3, 32, 32)], r"\(1, 3, 32, 32\), it must be \(channels, h, w\)"),
