@@ -48,11 +48,12 @@ def restore_state(model: nn.Module, optimizer: Any, names: Iterable[str], read: 
     """Put the tensors of `whole_state` back, `read(name)` giving each. For all processes, each reading all tensors."""
     names = sorted(names)
     parameters = dict(model.named_parameters())
+    fused = bool(getattr(optimizer, "defaults", {}).get("fused"))  # such an optimizer counts its steps on the device
     if not _is_zero(optimizer):
         for name in names:
             parameter, _, key = name.rpartition("/")
             p, value = parameters[parameter], read(name)
-            optimizer.state[p][key] = value.to(p.device) if value.shape == p.shape else value
+            optimizer.state[p][key] = value.to(p.device) if fused or value.shape == p.shape else value
         return
     if not names:
         return
@@ -60,7 +61,10 @@ def restore_state(model: nn.Module, optimizer: Any, names: Iterable[str], read: 
     keys = sorted({name.rpartition("/")[2] for name in names} - scalars.keys())
     counts_in_ints = "CPUAdam" in type(optimizer.optimizer).__name__
     for flat in _flat_parts(optimizer):
-        fresh = {key: int(value) if counts_in_ints else value.clone() for key, value in scalars.items()}
+        fresh = {
+            key: int(value) if counts_in_ints else value.to(flat.device if fused else "cpu", copy=True)
+            for key, value in scalars.items()
+        }
         optimizer.optimizer.state[flat] = fresh | {key: torch.zeros_like(flat) for key in keys}
     _link_slices(optimizer)
     for name in names:
