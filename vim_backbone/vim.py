@@ -36,11 +36,14 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(b, c, h, w) -> (b, l, d_model), row by row."""
         if images.is_cuda and self.proj.stride == self.proj.kernel_size:
-            # one product over the patches: a fifth of cuDNN's time for this convolution in bfloat16 on an H200
-            size_h, size_w = self.proj.kernel_size
-            patches = images.unflatten(3, (-1, size_w)).unflatten(2, (-1, size_h)).permute(0, 2, 4, 1, 3, 5)
-            return F.linear(patches.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
+            return self.as_product(images)  # a fifth of cuDNN's time for this convolution in bfloat16 on an H200
         return self.proj(images).flatten(2).transpose(1, 2)
+
+    def as_product(self, images: Tensor) -> Tensor:
+        """The same for patches that do not overlap, as one product over them."""
+        size_h, size_w = self.proj.kernel_size
+        patches = images.unflatten(3, (-1, size_w)).unflatten(2, (-1, size_h)).permute(0, 2, 4, 1, 3, 5)
+        return F.linear(patches.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
 
 
 class VisionMamba(nn.Module):
