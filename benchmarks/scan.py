@@ -160,7 +160,10 @@ def one_launch(inputs: Inputs) -> Case:
     x, z = inputs.xz.detach().chunk(2, dim=-1)
     rows = plan.tokens_of(x, None)
     weights = [ScanWeights._make(None if t is None else t.detach() for t in w) for w in inputs.weights]
-    given = mixer.mixer_inputs(x, mixer.mixer_weights(x, *weights), rows, store_low=False).scan
+    ready = mixer.mixer_weights(x, *weights)
+    made = mixer.MixerInputs.empty(x, *ready.padded, low=False)
+    mixer.mixer_inputs(x, ready, rows, made)
+    given = made.scan(ready)
     out = x.new_empty(rows.rows, x.shape[2])
     states, ungated = mixer.bidirectional_scan_saved(x, z, weights[0], weights[1], None)
 
@@ -171,7 +174,7 @@ def one_launch(inputs: Inputs) -> Case:
         )  # fmt: skip
 
     def backward() -> object:
-        options = {"dfinal": None, "softplus": True, "want_initial": False}
+        options = {"dfinal": None, "softplus": True, "want_initial": False, "gate": recurrence.Gate(1.0)}
         return recurrence.scan_backward(given, gradient, rows, states=states, **options)
 
     forward(save=True)

@@ -133,6 +133,28 @@ def test_mixer(backend, length):
     compare(run_mixer, mixer_tensors(2, length, 32, 16, 12, 4), backend)
 
 
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
+@pytest.mark.parametrize("gated", [True, False])
+def test_inputs_of_the_scan_kept_or_made_again_give_the_same_bits(gated):
+    from vim_kernels.triton_backend import mixer
+
+    device = DEVICES["triton"]
+    tensors = {k: t.to(device, torch.float32) for k, t in mixer_tensors(2, 35, 32, 16, 12, 4).items()}
+    xz, dout = tensors["xz"].bfloat16(), draw(2, 35, 32).to(device, torch.bfloat16)
+    x, z = xz.chunk(2, dim=-1)
+    forward, backward = (ScanWeights(**{f: tensors[f"{q}.{f}"] for f in ScanWeights._fields}) for q in "fb")
+    found = []
+    for everything in (False, True):
+        given = (x, z if gated else None, forward, backward, None)
+        out, saved = mixer.bidirectional_scan_forward(*given, save=True, everything=everything)
+        assert [t.shape for t in saved] == [t.shape for t in mixer.bidirectional_scan_saved(*given, everything)]
+        dx, dz, df, db = mixer.bidirectional_scan_backward(dout, *given, saved)
+        found.append([t for t in (out, dx, dz, *df, *db) if t is not None])
+    assert len(found[0]) == 16 + gated
+    for again, kept in zip(*found, strict=True):
+        assert torch.equal(again, kept)
+
+
 @every_backend
 @pytest.mark.parametrize("length", list(BORDERS))
 def test_mixer_packed(backend, length):
