@@ -1,6 +1,8 @@
-# From a fresh clone, with Python 3.11 and make alone: `make pretrain` trains, `make test` tests. `make help` lists all.
+# From a fresh clone, with Python 3.11 to 3.14 and make alone: `make pretrain` trains, `make test` tests; see `make help`.
 
-PYTHON ?= python3.11
+PYTHONS := python3.11 python3.12 python3.13 python3.14 python3 python
+USABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
+PYTHON ?= $(shell for each in $(PYTHONS); do $$each -c '$(USABLE)' 2>/dev/null && echo $$each && break; done)
 BIN := .venv/bin
 ARGS ?=
 
@@ -12,6 +14,8 @@ help:  ## list the targets
 setup: .venv/done  ## make .venv with the exact versions of constraints.txt
 
 .venv/done: pyproject.toml constraints.txt
+	@$(or $(PYTHON),false) -c '$(USABLE)' 2>/dev/null || { \
+		echo "error: $(or $(PYTHON),there) is no Python of 3.11 to 3.14 with venv: make PYTHON=path/to/one" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch torchvision
@@ -23,7 +27,7 @@ pretrain: setup  ## pretrain a small Vim on built-in photographs: make pretrain 
 		pretrain/main.py --overwrite $(ARGS)
 
 test: setup  ## all tests that CI runs
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 $(ARGS)
 
 lint: setup  ## style, format and types
 	$(BIN)/ruff check .

@@ -135,13 +135,13 @@ def measure(cases: dict[str, Case], seconds: float) -> tuple[dict[str, list[floa
         case.run()
         case.run()
     times: dict[str, list[float]] = {name: [] for name in cases}
-    start, own, busy = time.perf_counter(), time.process_time(), busy_seconds()
+    start, cpu, busy = time.perf_counter(), time.process_time(), busy_seconds()
     while time.perf_counter() - start < seconds or len(times["vim"]) < 3:
         for name, case in cases.items():
             before = time.perf_counter()
             case.run()
             times[name].append(time.perf_counter() - before)
-    others = busy_seconds() - busy - (time.process_time() - own)
+    others = busy_seconds() - busy - (time.process_time() - cpu)
     return times, max(0.0, others) / (time.perf_counter() - start) / (psutil.cpu_count() or 1)
 
 

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from benchmarks.machine import clock, versions, write_csv
 from benchmarks.vit import blocks_of
-from finetune.classification.task import Classifier
+from finetune.classification.model import Classifier
 from finetune.detection.config import DetectionHead
-from finetune.detection.rcnn import Detector
+from finetune.detection.model import Detector
 from finetune.segmentation.config import SegmentationHead
-from finetune.segmentation.upernet import Segmenter
+from finetune.segmentation.model import Segmenter
 from vim_backbone import VimConfig, named_config
 
 CLASSES = {"classification": 1000, "segmentation": 150, "detection": 80}
@@ -86,9 +86,9 @@ def step(model: nn.Module, images: Tensor, targets: Any) -> float:
     """CPU seconds of a forward pass, with targets of a forward and a backward one."""
     start = time.process_time()
     with torch.set_grad_enabled(targets is not None):
-        found = model(images) if targets is None else model(images, targets)
+        outputs = model(images) if targets is None else model(images, targets)
         if targets is not None:
-            loss = torch.stack(list(found.values())).sum() if isinstance(found, dict) else found
+            loss = torch.stack(list(outputs.values())).sum() if isinstance(outputs, dict) else outputs
             loss.backward()
             model.zero_grad(set_to_none=True)
     return time.process_time() - start
@@ -109,8 +109,8 @@ def print_case(task: str, net: str, size: int, train: bool, options: argparse.Na
 def measured(task: str, net: str, size: int, kind: str) -> tuple[float, float, float]:
     """Seconds, megabytes and million parameters of a case."""
     command = [sys.executable, "-m", "benchmarks.finetune_step", *sys.argv[1:], "--case", task, net, str(size), kind]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    seconds, megabytes, millions = map(float, done.stdout.split()[-3:])
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    seconds, megabytes, millions = map(float, process.stdout.split()[-3:])
     return seconds, megabytes, millions
 
 

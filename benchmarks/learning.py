@@ -22,10 +22,11 @@ from safetensors.torch import load_file
 from benchmarks.machine import clock, versions, write_csv
 from benchmarks.vit import blocks_of
 from finetune.classification.config import ClassificationConfig
-from finetune.classification.task import run as classify
+from finetune.classification.task import ClassificationTask
 from finetune.sample_data import Sizes, digits
-from launch.cli import parse
-from launch.folder import CHECKPOINTS
+from finetune.train import finetune
+from launch.run.cli import parse
+from launch.run.folder import CHECKPOINTS
 from pretrain.config import PretrainConfig
 from pretrain.train import build_model, pretrain
 
@@ -104,8 +105,8 @@ class Seed:
             "--decoder.width=96", "--decoder.depth=1", "--data.flip=false", "--data.min_scale=0.6",
             f"--checkpoint_every={every}", f"--keep_every={every}", f"--picture_every={total}",
         ], "pretrain/main.py", "")  # fmt: skip
-        encoder = build_model(config).encoder  # the weights that the run starts with
-        found = {0: encoder.save_pretrained(self.work / "at-0")}
+        encoder = config.objective.encoder(build_model(config))  # the weights that the run starts with
+        backbones = {0: encoder.save_pretrained(self.work / "at-0")}
         with contextlib.redirect_stderr(io.StringIO()):
             folder = pretrain(config)
         for step in points[1:]:
@@ -113,8 +114,8 @@ class Seed:
             tensors = load_file(saved / "model.safetensors")
             encoder.load_state_dict({k[8:]: v for k, v in tensors.items() if k.startswith("encoder.")})
             done = int(saved.name[5:])
-            found[done] = encoder.save_pretrained(self.work / f"at-{done}")
-        return found
+            backbones[done] = encoder.save_pretrained(self.work / f"at-{done}")
+        return backbones
 
     def classify(self, backbone: Path, *how: str) -> float:
         """Top-1 on the validation pictures."""
@@ -124,20 +125,20 @@ class Seed:
             *QUIET, *PLAIN, "--model.global_pool=avg", "--pictures=1", f"--optim.half_rate={halved}", *how,
         ], "finetune/main.py", "")  # fmt: skip
         with contextlib.redirect_stderr(io.StringIO()):
-            folder = classify(config)
+            folder = finetune(ClassificationTask(config))
         (metrics,) = folder.glob("evaluations/step-*/metrics.json")
         return json.loads(metrics.read_text())["top1"]
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean and standard deviation over the seeds, of every score."""
-    found: dict[tuple[Any, ...], list[float]] = {}
+    scores_of: dict[tuple[Any, ...], list[float]] = {}
     for row in rows:
-        found.setdefault((row["net"], row["what"], row["labels"], row["step"]), []).append(row["top1"])
+        scores_of.setdefault((row["net"], row["what"], row["labels"], row["step"]), []).append(row["top1"])
     return [
         dict(zip(("net", "what", "labels", "step"), key, strict=True))
         | {"mean": mean(scores), "deviation": stdev(scores) if len(scores) > 1 else 0.0, "seeds": len(scores)}
-        for key, scores in found.items()
+        for key, scores in scores_of.items()
     ]
 
 

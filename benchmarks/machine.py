@@ -13,11 +13,13 @@ from typing import Any
 import psutil
 import torch
 
+from vim_kernels import available_backends
+
 PACKAGES = ("torch", "timm", "numba", "triton", "mamba_ssm")
 
 
 def clock(device: str) -> str:
-    """The device and its clock now."""
+    """The device and its clock now; of a CPU the instructions that PyTorch and the kernels use."""
     if device == "cuda":
         query = ["nvidia-smi", "--query-gpu=name,clocks.sm,clocks.max.sm", "--format=csv,noheader"]
         return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
@@ -25,16 +27,20 @@ def clock(device: str) -> str:
     lines = path.read_text().splitlines() if path.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     frequency = psutil.cpu_freq()
-    shown = f"{frequency.current / 1000:.2f} GHz" if frequency else "clock unknown"
-    isa = torch.backends.cpu.get_cpu_capability()
-    return f"{names[0] if names else platform.machine()} ({isa}), {shown}, {torch.get_num_threads()} threads"
+    speed = f"{frequency.current / 1000:.2f} GHz" if frequency else "clock unknown"
+    sets = f"PyTorch {torch.backends.cpu.get_cpu_capability()}"
+    if available_backends("cpu")["cpu"] is None:
+        from vim_kernels.cpu_backend.vector import instruction_set
+
+        sets += f", kernels {instruction_set()}"
+    return f"{names[0] if names else platform.machine()} ({sets}), {speed}, {torch.get_num_threads()} threads"
 
 
 def versions() -> str:
     """Of what is measured."""
     installed = {d.metadata["Name"] for d in metadata.distributions()}
-    found = [f"{name} {metadata.version(name)}" for name in PACKAGES if name in installed]
-    return ", ".join([*found, f"python {platform.python_version()}"])
+    names = [f"{name} {metadata.version(name)}" for name in PACKAGES if name in installed]
+    return ", ".join([*names, f"python {platform.python_version()}"])
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]], about: dict[str, str]) -> None:

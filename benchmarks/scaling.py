@@ -1,7 +1,7 @@
 """Strategies side by side on two CPU processes: speed, memory of each process beside the theory, checkpoints.
 
 `python -m benchmarks.scaling` prints tables. Memory is counted in tensors and allocations, so that it is exact on a
-busy machine; seconds are medians and shown as ratios too. The theory is launch/footprint.py.
+busy machine; seconds are medians and shown as ratios too. The theory is launch/planning/memory.py.
 """
 
 import argparse
@@ -19,15 +19,15 @@ from statistics import median
 import torch
 
 from benchmarks.machine import clock, versions
-from launch.checkpoint import TrainState, load_checkpoint, newest_valid, snapshot, write_snapshot
-from launch.config import RunConfig
-from launch.footprint import Task, footprint, peak, shares
-from launch.optim import OptimConfig, build_optimizer
+from launch.planning.memory import peak, shares
+from launch.run.config import RunConfig
+from launch.run.optim import OptimConfig, build_optimizer
+from launch.state.checkpoint import Checkpoint, TrainState, newest_valid, snapshot, write_snapshot
 from pretrain.config import PretrainConfig
+from pretrain.plan import planned_footprint
 from pretrain.train import build_model
 
 ROOT = Path(__file__).parents[1]
-STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 
 
 def trained(strategy: str, where: Path, options: argparse.Namespace) -> dict[str, float]:
@@ -40,39 +40,34 @@ def trained(strategy: str, where: Path, options: argparse.Namespace) -> dict[str
             str(ROOT / "benchmarks/scaling_worker.py"), f"--steps={options.steps}", f"--name={strategy}",
             f"--batch_size={options.batch_size}", "--trackers=[]", "--data.workers=1", f"--out={where}"]  # fmt: skip
     env = os.environ | {"OMP_NUM_THREADS": "1"} | ({"ACCELERATE_USE_CPU": "true"} if strategy == "ddp" else {})
-    done = subprocess.run(argv, check=False, env=env, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{strategy} failed:\n{done.stderr[-3000:]}")
-    found = [json.loads(path.read_text()) for path in (where / strategy).glob("process-*.json")]
-    return {key: max(each[key] for each in found) for key in found[0]}
+    process = subprocess.run(argv, check=False, env=env, capture_output=True, text=True)
+    if process.returncode:
+        raise SystemExit(f"{strategy} failed:\n{process.stderr[-3000:]}")
+    measured = [json.loads(path.read_text()) for path in (where / strategy).glob("process-*.json")]
+    return {key: max(each[key] for each in measured) for key in measured[0]}
 
 
 def strategies(where: Path, options: argparse.Namespace) -> list[dict[str, float]]:
     """Print a row for each strategy."""
     config = PretrainConfig()
-    task = Task(
-        config.model.architecture(),
-        config.mask.ratio,
-        config.decoder.width,
-        config.decoder.depth,
-        half=False,
-        gpu=False,
-    )
-    model = footprint(task)
+    architecture, dtype = config.model.architecture(), torch.float32
+    work = config.objective.work(architecture, dtype.itemsize, recompute=False)
+    model = planned_footprint(architecture, config.objective, work, dtype, backend="cpu")
     print(f"{model.parameters / 1e6:.2f} M parameters, {options.processes} processes, batch {options.batch_size}")
     print("| strategy | s / step | times ddp | held MB | theory | peak MB | plan.py | start s |\n|" + "---|" * 8)
     rows: list[dict[str, float]] = []
     for share in shares(model, options.processes):
-        found = trained(share.strategy, where, options)
-        rows.append(found)
+        measured = trained(share.strategy, where, options)
+        rows.append(measured)
         # between steps ZeRO-1 and -2 hold no gradients, and ZeRO-3 nothing whole
         between = {"ddp": share.held, "zero3": share.held - 4 * (model.outside + 2 * model.block)}
         held = between.get(share.strategy, share.parameters + share.optimizer)
         most = peak(model, share, options.batch_size // options.processes)
         print(
-            f"| {share.strategy} | {found['step_seconds']:.3f} | {found['step_seconds'] / rows[0]['step_seconds']:.2f} "
-            f"| {found['held'] / 1e6:.1f} | {held / 1e6:.1f} | {found['peak'] / 1e6:.1f} | {most / 1e6:.1f} "
-            f"| {found['start_seconds']:.1f} |",
+            f"| {share.strategy} | {measured['step_seconds']:.3f} "
+            f"| {measured['step_seconds'] / rows[0]['step_seconds']:.2f} "
+            f"| {measured['held'] / 1e6:.1f} | {held / 1e6:.1f} | {measured['peak'] / 1e6:.1f} | {most / 1e6:.1f} "
+            f"| {measured['start_seconds']:.1f} |",
             flush=True,
         )
     return rows
@@ -90,13 +85,13 @@ def checkpoint_costs(where: Path, step_seconds: float) -> None:
     size = 0.0
     for number in range(5):
         times = [time.perf_counter()]
-        taken = snapshot(state)
+        copied = snapshot(state)
         times.append(time.perf_counter())
-        path = write_snapshot(taken, where, keep=1)
+        path = write_snapshot(copied, where, keep=1)
         times.append(time.perf_counter())
         assert newest_valid(where)[0] == path
         times.append(time.perf_counter())
-        load_checkpoint(state, path)
+        Checkpoint(path).load(state)
         times.append(time.perf_counter())
         state.step = number + 1
         for part, begin, end in zip(parts, times, times[1:], strict=False):

@@ -19,13 +19,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.machine import peak_allocated
-from launch.cli import run
-from launch.training import Training
+from launch.run.cli import run
+from launch.run.training import Training
 from pretrain import main, train
 
 PROFILED_STEP = 3
 RANK = int(os.environ.get("RANK", "0"))
-found: dict[str, float] = {}
+measured: dict[str, float] = {}
 times: list[float] = []
 profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
 
@@ -41,10 +41,10 @@ def held() -> int:
 
 
 def checked(run, batch):
-    found.setdefault("start_seconds", time.time() - psutil.Process().create_time())
+    measured.setdefault("start_seconds", time.time() - psutil.Process().create_time())
     if run.training.state.step == PROFILED_STEP:
         gc.collect()
-        found["held"] = held()
+        measured["held"] = held()
         profiler.start()
     return original_checked(run, batch)
 
@@ -54,14 +54,14 @@ def update(self, rate, names):
     times.append(time.perf_counter())
     if self.state.step == PROFILED_STEP + 1:
         profiler.stop()
-        found["peak"] = found["held"] + peak_allocated(profiler)
+        measured["peak"] = measured["held"] + peak_allocated(profiler)
 
 
 def publish(run):
     pauses = [b - a for a, b in itertools.pairwise(times[PROFILED_STEP + 1 :])]
-    found["step_seconds"] = median(pauses)
+    measured["step_seconds"] = median(pauses)
     path = run.config.folder / f"process-{RANK}.json"
-    path.write_text(json.dumps(found))
+    path.write_text(json.dumps(measured))
     original_publish(run)
 
 

@@ -22,6 +22,7 @@ from torch._higher_order_ops.associative_scan import associative_scan  # has no 
 
 from benchmarks.machine import clock, copy_rate, exp_rate, graphed, read_csv, seconds, versions, write_csv
 from vim_kernels import ScanWeights, available_backends, bidirectional_scan, selective_scan
+from vim_kernels.dispatch.contract import BidirectionalScan
 
 try:
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # pyright: ignore[reportMissingImports]
@@ -160,22 +161,23 @@ def one_launch(inputs: Inputs) -> Case:
     x, z = inputs.xz.detach().chunk(2, dim=-1)
     rows = plan.tokens_of(x, None)
     weights = [ScanWeights._make(None if t is None else t.detach() for t in w) for w in inputs.weights]
-    ready = mixer.mixer_weights(x, *weights)
-    made = mixer.MixerInputs.empty(x, *ready.padded, low=False)
-    mixer.mixer_inputs(x, ready, rows, made)
-    given = made.scan(ready)
+    laid_out = mixer.mixer_weights(x, *weights)
+    made = mixer.MixerInputs.empty(x, *laid_out.padded, low=False)
+    mixer.mixer_inputs(x, laid_out, rows, made)
+    arguments = made.scan(laid_out)
     out = x.new_empty(rows.rows, x.shape[2])
-    states, ungated = mixer.bidirectional_scan_saved(x, z, weights[0], weights[1], None)
+    whole = BidirectionalScan(inputs.xz.detach(), *weights, cu_seqlens=None, gated=True)
+    states, ungated = mixer.bidirectional_scan_saved(whole)
 
     def forward(*, save: bool = False) -> None:
         recurrence.scan_forward(
-            given, tensors.flat(z), out, rows, scale=0.5, states=states if save else None,
+            arguments, tensors.flat(z), out, rows, scale=0.5, states=states if save else None,
             ungated=ungated.view_as(out) if save else None, initial=None, want_final=False,
         )  # fmt: skip
 
     def backward() -> object:
         options = {"dfinal": None, "softplus": True, "want_initial": False, "gate": recurrence.Gate(1.0)}
-        return recurrence.scan_backward(given, gradient, rows, states=states, **options)
+        return recurrence.scan_backward(arguments, gradient, rows, states=states, **options)
 
     forward(save=True)
     gradient = torch.randn_like(out)

@@ -18,10 +18,10 @@ import torch
 
 from benchmarks.machine import clock, versions
 from finetune.sample_data import KINDS, Sizes
-from finetune.sweeping import sweep as sweeping
+from finetune.sweeping import driver as sweeping
 from finetune.sweeping.config import RayConfig, SchedulerConfig, SweepConfig
+from finetune.sweeping.driver import resolve, sweep
 from finetune.sweeping.ledger import Entry, Ledger
-from finetune.sweeping.sweep import checked, sweep
 from vim_backbone import VimConfig, VisionMamba
 
 SLOTS = 2
@@ -42,7 +42,7 @@ def timed_sweep(config: SweepConfig) -> tuple[float, list[Entry]]:
         sweep(config)
     finally:
         sweeping.tune_trials = tune_trials
-    ledger = Ledger(config.folder, config.mode, config.metric, checked(config)[1])
+    ledger = Ledger(config.folder, config.mode, config.metric, resolve(config)[1])
     entries = ledger.entries()
     ledger.close()
     return seconds[0], entries
@@ -60,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser("benchmarks.sweep", description=__doc__)
     parser.add_argument("--trials", type=int, default=32)
     parser.add_argument("--steps", type=int, default=100, help="of each trial")
-    told = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         torch.manual_seed(0)
@@ -69,11 +69,11 @@ def main() -> None:
         ).save_pretrained(place / "backbone")
         KINDS["classification"][0](place / "data", Sizes(240, 60, 32, 0))
         config = SweepConfig(
-            task="classification", metric="loss", mode="min", searcher="random", trials=told.trials,
+            task="classification", metric="loss", mode="min", searcher="random", trials=options.trials,
             space={"optim.base_lr": {"loguniform": [1e-4, 0.3]}, "optim.weight_decay": {"loguniform": [1e-3, 0.3]}},
             fields={
                 "backbone": str(place / "backbone"), "data.source": str(place / "data"), "data.workers": 0,
-                "steps": told.steps, "evaluate_every": max(1, told.steps // 5), "batch_size": 8, "log_every": 1,
+                "steps": options.steps, "evaluate_every": max(1, options.steps // 5), "batch_size": 8, "log_every": 1,
                 "optim.warmup_steps": 5, "augment.auto_augment": None, "augment.mixup": 0, "augment.cutmix": 0,
                 "model.drop_path_rate": 0.0,
             },
@@ -84,20 +84,20 @@ def main() -> None:
         asha_wall, asha_entries = timed_sweep(asha)
 
         slot = SLOTS * wall
-        own = sum(e.evaluations[-1].seconds for e in entries)
+        in_trials = sum(e.evaluations[-1].seconds for e in entries)
         steps = sum(step_seconds(e) for e in entries)
         print(f"\n{clock('cpu')}; {versions()}; load {psutil.getloadavg()[0]:.1f}; {time.strftime('%Y-%m-%d')}\n")
-        print(f"| {told.trials} trials of {told.steps} steps on {SLOTS} slots | |\n|---|---|")
+        print(f"| {options.trials} trials of {options.steps} steps on {SLOTS} slots | |\n|---|---|")
         print(f"| slot time | {slot:.1f} s |")
-        print(f"| of it the trials' own | {own:.1f} s, {own / slot:.2f} |")
+        print(f"| of it the trials' own | {in_trials:.1f} s, {in_trials / slot:.2f} |")
         print(f"| of it training steps | {steps:.1f} s, {steps / slot:.2f} |")
-        print(f"| between trials, each | {(slot - own) / len(entries):.2f} s |")
+        print(f"| between trials, each | {(slot - in_trials) / len(entries):.2f} s |")
         print(f"| a trial's own, median | {median(e.evaluations[-1].seconds for e in entries):.2f} s |\n")
         print("| | steps taken | slot time | best loss |\n|---|---|---|---|")
-        for kind, seconds, found in (("all to the end", wall, entries), ("asha", asha_wall, asha_entries)):
-            taken = sum(e.evaluations[-1].step for e in found if e.evaluations)
-            best = min(e.score("loss") or 9.0 for e in found if e.state == "finished")
-            print(f"| {kind} | {taken} | {SLOTS * seconds:.1f} s | {best:.4f} |")
+        for kind, seconds, trials in (("all to the end", wall, entries), ("asha", asha_wall, asha_entries)):
+            steps_taken = sum(e.evaluations[-1].step for e in trials if e.evaluations)
+            best = min(e.score("loss") or 9.0 for e in trials if e.state == "finished")
+            print(f"| {kind} | {steps_taken} | {SLOTS * seconds:.1f} s | {best:.4f} |")
 
 
 if __name__ == "__main__":

@@ -40,5 +40,5 @@ def blocks_of(net: str) -> Iterator[None]:
     if net == "vim":
         yield
         return
-    with patch("vim_backbone.vim.Block", ViTBlock), patch("pretrain.mae.Block", ViTBlock):
+    with patch("vim_backbone.vim.Block", ViTBlock), patch("pretrain.mae.model.Block", ViTBlock):
         yield

@@ -1,4 +1,4 @@
-"""The published backbone of a run: found, read whole, and put into a model on any strategy."""
+"""The published backbone that a run starts from: found, read whole, and put into a model on any strategy."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +10,10 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from finetune.config import BackboneConfig, FinetuneOptim
-from launch.randomness import seed_of
-from launch.sharding import fill
+from launch.run.randomness import seed_of
+from launch.state.sharding import fill
 from vim_backbone import UserError, VimConfig, VisionMamba, from_pretrained
+from vim_backbone.errors import first_line
 from vim_backbone.folder import read_config
 
 
@@ -38,9 +39,9 @@ def find_backbone(name: str) -> Path:
     try:
         folder = Path(snapshot_download(name, allow_patterns=["config.json", "model.safetensors"]))
     except Exception as error:  # the Hub's client raises a dozen unrelated classes
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"backbone {name} is no folder here, and the Hub does not give it; without a network, give a folder ({why})"
+            f"backbone {name} is no folder here, and the Hub does not give it; without a network, give a folder "
+            f"({first_line(error)})"
         ) from error
     if not (folder / "config.json").is_file():
         raise UserError(
@@ -85,6 +86,6 @@ def layer_scales(model: nn.Module, backbone: VisionMamba, optim: FinetuneOptim) 
 
 def undecayed(model: nn.Module, backbone: VisionMamba) -> set[str]:
     """Names in the model of the backbone's parameters that take no weight decay."""
-    own = backbone.no_weight_decay()
-    kept = {id(p) for name, p in backbone.named_parameters() if name in own}
-    return {name for name, p in model.named_parameters() if id(p) in kept}
+    names = backbone.no_weight_decay()
+    parameters = {id(p) for name, p in backbone.named_parameters() if name in names}
+    return {name for name, p in model.named_parameters() if id(p) in parameters}

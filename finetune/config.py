@@ -1,12 +1,12 @@
-"""What every fine-tuning run can be told, whatever its task."""
+"""Fields of every fine-tuning run, whatever its task."""
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
-from launch.config import RunConfig
-from launch.optim import OptimConfig, learning_rate
-from vim_backbone.errors import require
+from launch.run.config import TrainingConfig
+from launch.run.optim import OptimConfig, learning_rate
+from vim_backbone.errors import UserError, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +54,11 @@ class FinetuneOptim(OptimConfig):
         """Learning rate of step 0 .. total_steps - 1."""
         if self.schedule == "cosine" or step < self.warmup_steps:
             return learning_rate(step, self, batch_size, total_steps)
-        peak = self.base_lr * batch_size / 256
+        peak = self.peak(batch_size)
         if self.schedule == "steps":
             return peak * 0.1 ** sum(step >= share * total_steps for share in self.milestones)
-        done = (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps)
-        return self.min_lr + (peak - self.min_lr) * (1 - done)
+        progress = (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps)
+        return self.min_lr + (peak - self.min_lr) * (1 - progress)
 
     def layer_scale(self, layer: int, depth: int) -> float:
         """Factor on the rate: layer 0 is the stem, 1 .. depth the blocks, depth + 1 the head, which has 1."""
@@ -67,22 +67,36 @@ class FinetuneOptim(OptimConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(RunConfig):
+class LabelledData:
+    """Labelled pictures; each task says in which layout."""
+
+    source: str = ""
+    """Where the data is."""
+    workers: int = 2
+    """Processes that read and augment pictures, for each training process."""
+    max_megapixels: float = 200.0
+    """Largest picture that is decoded, in millions of pixels."""
+
+    def __post_init__(self) -> None:
+        require(self.workers >= 0, "data.workers", self.workers, "it cannot be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TrainingConfig):
     """Fields that all tasks share."""
+
+    UNSTATED: ClassVar[tuple[int | None, float | None]] = (None, 10)
+
+    mode: str = "train"
+    """What the run does; only `train` takes steps."""
+    data: LabelledData
+    optim: FinetuneOptim = field(default_factory=FinetuneOptim)
 
     backbone: str = ""
     """Folder of a backbone, as pretraining publishes it, or the id of one on the Hugging Face Hub (OWNER/NAME)."""
     model: BackboneConfig = field(default_factory=BackboneConfig)
-    steps: int | None = None
-    """Optimiser steps; give this or epochs."""
     epochs: float | None = None
     """Passes over the training pictures; 10 when neither is given."""
-    batch_size: int = 32
-    """Pictures of one optimiser step, over all processes and accumulation steps."""
-    accumulation: int = 1
-    """Forward passes that one optimiser step gathers."""
-    ema_decay: float | None = None
-    """Averages the weights with this factor a step, such as 0.9999; the average is evaluated and published."""
     evaluate_every: int = 0
     """Steps between evaluations; 0 evaluates at the end only."""
     pictures: int = 8
@@ -91,16 +105,12 @@ class FinetuneConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(bool(self.backbone), "backbone", self.backbone, "give the folder of a backbone, or OWNER/NAME")
-        for name in ("batch_size", "accumulation", "pictures"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "it must be at least 1")
+        require(self.pictures >= 1, "pictures", self.pictures, "it must be at least 1")
         require(self.evaluate_every >= 0, "evaluate_every", self.evaluate_every, "it cannot be negative")
-        require(self.steps is None or self.epochs is None, "epochs", self.epochs, "give steps or epochs, not both")
-        require(self.steps is None or self.steps >= 1, "steps", self.steps, "it must be at least 1")
-        require(self.epochs is None or self.epochs > 0, "epochs", self.epochs, "it must be positive")
-        require(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "it must lie in (0, 1)")
         rate = self.model.drop_path_rate
         require(0 <= rate < 1, "model.drop_path_rate", rate, "it must lie in [0, 1)")
 
-    def total_steps(self, pictures: int) -> int:
-        """Optimiser steps of the run over so many training pictures."""
-        return self.steps or max(1, round((self.epochs or 10) * pictures / self.batch_size))
+    def require_trained(self) -> None:
+        """Raise UserError where a model is to be evaluated that no earlier run has trained."""
+        if self.mode == "evaluate" and not self.resume:
+            raise UserError("mode evaluate needs a trained run: add --resume and the run's --name")

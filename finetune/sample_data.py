@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from launch.cli import run
-from pretrain.images import photograph_paths, to_rgb
+from launch.data.images import to_rgb
+from launch.data.sources import photograph_paths
+from launch.run.cli import run
 from vim_backbone.errors import UserError, require
 
 SHAPES = ("circle", "square", "triangle")
@@ -27,7 +28,7 @@ BACKGROUND, FIRST_SHAPE = 1, 2
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Shape:
     """One shape in a picture."""
 
     kind: int
@@ -59,22 +60,22 @@ class Scenes:
             with Image.open(path) as image:
                 self.photographs.append(to_rgb(image, max_megapixels=200))
 
-    def draw(self, split: int, index: int, kinds: list[int] | None = None) -> tuple[Image.Image, list[Drawn]]:
+    def draw(self, split: int, index: int, kinds: list[int] | None = None) -> tuple[Image.Image, list[Shape]]:
         """A picture and its shapes, none over another: one to four of random kinds, or one of each of `kinds`."""
         rng = np.random.default_rng((self.seed, split, index))
         image = self._background(rng)
-        wanted = kinds if kinds is not None else rng.integers(len(SHAPES), size=rng.integers(1, 5)).tolist()
-        drawn: list[Drawn] = []
-        for kind in wanted:
+        of_kinds = kinds if kinds is not None else rng.integers(len(SHAPES), size=rng.integers(1, 5)).tolist()
+        shapes: list[Shape] = []
+        for kind in of_kinds:
             for _ in range(20):
                 shape = self._shape(rng, kind)
-                if not any((grown(shape.mask) & other.mask).any() for other in drawn):
-                    drawn.append(shape)
+                if not any((grown(shape.mask) & other.mask).any() for other in shapes):
+                    shapes.append(shape)
                     hue = (kind / len(SHAPES) + rng.uniform(-0.06, 0.06)) % 1
                     colour = tuple(int(255 * c) for c in colorsys.hsv_to_rgb(hue, rng.uniform(0.7, 1), 0.95))
                     ImageDraw.Draw(image).polygon(shape.polygon, fill=colour)
                     break
-        return image, drawn
+        return image, shapes
 
     def _background(self, rng: np.random.Generator) -> Image.Image:
         photograph = self.photographs[rng.integers(len(self.photographs))]
@@ -84,7 +85,7 @@ class Scenes:
             (self.size, self.size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)
         )
 
-    def _shape(self, rng: np.random.Generator, kind: int) -> Drawn:
+    def _shape(self, rng: np.random.Generator, kind: int) -> Shape:
         radius = rng.uniform(0.1, 0.24) * self.size
         x, y = rng.uniform(radius + 1, self.size - radius - 1, 2)
         corners = (32, 4, 3)[kind]
@@ -93,7 +94,7 @@ class Scenes:
         polygon = [(float(x + radius * np.cos(a)), float(y + radius * np.sin(a))) for a in angles]
         canvas = Image.new("1", (self.size, self.size))
         ImageDraw.Draw(canvas).polygon(polygon, fill=1)
-        return Drawn(kind, polygon, np.asarray(canvas))
+        return Shape(kind, polygon, np.asarray(canvas))
 
 
 def grown(mask: np.ndarray) -> np.ndarray:
@@ -138,18 +139,18 @@ def detection(folder: Path, sizes: Sizes) -> None:
         (folder / name).mkdir(exist_ok=True)
         images, annotations = [], []
         for index in range(count):
-            picture, drawn = scenes.draw(split, index)
+            picture, shapes = scenes.draw(split, index)
             file = f"{index:06d}.jpg"
             picture.save(folder / name / file, quality=90)
             images.append({"id": index + 1, "file_name": file, "height": sizes.size, "width": sizes.size})
-            for shape in drawn:
+            for shape in shapes:
                 annotations.append(coco_annotation(shape, index + 1, len(annotations) + 1))
         categories = [{"id": i, "name": s, "supercategory": "shape"} for i, s in zip(CATEGORY_IDS, SHAPES, strict=True)]
         content = {"images": images, "annotations": annotations, "categories": categories}
         (folder / f"annotations/instances_{name}.json").write_text(json.dumps(content), encoding="utf-8")
 
 
-def coco_annotation(shape: Drawn, image_id: int, number: int) -> dict[str, Any]:
+def coco_annotation(shape: Shape, image_id: int, number: int) -> dict[str, Any]:
     """One annotation of a COCO file."""
     rows, columns = np.nonzero(shape.mask)
     x, y = int(columns.min()), int(rows.min())
@@ -177,9 +178,9 @@ def segmentation(folder: Path, sizes: Sizes) -> None:
         for where in (images, maps):
             where.mkdir(parents=True, exist_ok=True)
         for index in range(count):
-            picture, drawn = scenes.draw(split, index)
+            picture, shapes = scenes.draw(split, index)
             labels = np.full((sizes.size, sizes.size), BACKGROUND, np.uint8)
-            for shape in drawn:
+            for shape in shapes:
                 labels[grown(shape.mask) & ~shape.mask] = 0  # a rim that counts for nothing
                 labels[shape.mask] = FIRST_SHAPE + shape.kind
             picture.save(images / f"{index:06d}.jpg", quality=90)
@@ -209,15 +210,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--val", type=int, help="pictures for validation")
     parser.add_argument("--size", type=int, help="side of the pictures in pixels")
     parser.add_argument("--seed", type=int, default=0, help="what is drawn")
-    told = parser.parse_args(argv)
-    draw, train, val, size = KINDS[told.kind]
-    sizes = Sizes(told.train or train, told.val or val, told.size or size, told.seed)
+    arguments = parser.parse_args(argv)
+    draw, train, val, size = KINDS[arguments.kind]
+    sizes = Sizes(arguments.train or train, arguments.val or val, arguments.size or size, arguments.seed)
     require(sizes.size >= 16, "--size", sizes.size, "shapes need 16 pixels or more")
-    if told.folder.exists() and any(told.folder.iterdir()):
-        raise UserError(f"{told.folder} is not empty: choose another folder")
-    told.folder.mkdir(parents=True, exist_ok=True)
-    draw(told.folder, sizes)
-    print(told.folder)  # noqa: T201 - the command's result
+    if arguments.folder.exists() and any(arguments.folder.iterdir()):
+        raise UserError(f"{arguments.folder} is not empty: choose another folder")
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    draw(arguments.folder, sizes)
+    print(arguments.folder)  # noqa: T201 - the command's result
 
 
 if __name__ == "__main__":

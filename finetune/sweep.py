@@ -10,10 +10,10 @@ if not __package__:  # started as a file: import from this checkout, never from 
 import os
 import sys
 
-from finetune.sweeping import OWN_TOKEN, TOKEN
+from finetune.sweeping import PRIVATE_TOKEN, TOKEN
 from finetune.sweeping.config import SweepConfig
-from finetune.sweeping.sweep import sweep, top
-from launch.cli import leave, parse, run
+from finetune.sweeping.driver import sweep, top_commands
+from launch.run.cli import leave, parse, run
 from vim_backbone.errors import UserError
 
 HELP = """usage: finetune/sweep.py SWEEP.yaml [--resume] [--top N] [--field VALUE ...]
@@ -33,9 +33,9 @@ def main(argv: list[str]) -> None:
     if argv[0].startswith("-"):
         raise UserError(f"the first argument is {argv[0]!r}, it must be the sweep's YAML file")
     config = parse(SweepConfig, [f"--config={argv[0]}", *argv[1:]], "finetune/sweep.py SWEEP.yaml", "Sweep.")
-    if config.ray.address is not None and OWN_TOKEN:
+    if config.ray.address is not None and PRIVATE_TOKEN:
         start_again_to_join(config.ray.address)
-    print("\n".join(top(config)) if config.top else sweep(config))  # noqa: T201 - the command's result
+    print("\n".join(top_commands(config)) if config.top else sweep(config))  # noqa: T201 - the command's result
 
 
 def start_again_to_join(address: str) -> None:

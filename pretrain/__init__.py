@@ -1,1 +1,1 @@
-"""Masked-image pretraining of Vim backbones: masks, the autoencoder, data, the training loop."""
+"""Self-supervised pretraining of Vim backbones: objectives, views of pictures, the training loop, the planner."""

@@ -1,15 +1,20 @@
-"""Everything that a pretraining run can be told."""
+"""The configuration of a pretraining run, its objective included."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from launch.config import RunConfig
-from launch.optim import OptimConfig
+from launch.run.config import TrainingConfig
+from launch.run.optim import OptimConfig
 from pretrain.data import DataConfig
-from pretrain.mae import DecoderConfig
-from pretrain.masking import MaskConfig
+from pretrain.mae.masking import MaskConfig
+from pretrain.mae.model import DecoderConfig
+from pretrain.mae.objective import MAE
+from pretrain.objective import Objective
 from vim_backbone import VimConfig, named_config
 from vim_backbone.errors import require
+
+OBJECTIVE = MAE
+"""What is learned. Its settings are fields of `PretrainConfig`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +58,10 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(RunConfig):
-    """Masked pretraining. As it stands: a small Vim on built-in photographs, minutes on two CPU cores."""
+class PretrainConfig(TrainingConfig):
+    """Pretraining. As it stands: a small Vim on built-in photographs, minutes on two CPU cores."""
+
+    UNSTATED: ClassVar[tuple[int | None, float | None]] = (120, None)
 
     name: str = "pretrain"
     """Name of the run; its folder is OUT/NAME."""
@@ -65,30 +72,15 @@ class PretrainConfig(RunConfig):
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(base_lr=8e-3, warmup_steps=20))
     steps: int | None = None
     """Optimiser steps; give this or epochs. 120 when neither is given."""
-    epochs: float | None = None
-    """Passes over the pictures."""
-    batch_size: int = 32
-    """Pictures of one optimiser step, over all processes and accumulation steps."""
-    accumulation: int = 1
-    """Forward passes that one optimiser step gathers."""
-    ema_decay: float | None = None
-    """Averages the weights with this factor a step, such as 0.9999, and publishes the average."""
     picture_every: int = 100
-    """Steps between pictures of reconstructions; one more is made at the end."""
+    """Steps between pictures of what was learned; one more is made at the end."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("batch_size", "accumulation", "picture_every"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "it must be at least 1")
-        require(self.steps is None or self.epochs is None, "epochs", self.epochs, "give steps or epochs, not both")
-        require(self.steps is None or self.steps >= 1, "steps", self.steps, "it must be at least 1")
-        require(self.epochs is None or self.epochs > 0, "epochs", self.epochs, "it must be positive")
-        require(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "it must lie in (0, 1)")
+        require(self.picture_every >= 1, "picture_every", self.picture_every, "it must be at least 1")
         self.model.architecture()
 
-    def total_steps(self, pictures: int | None) -> int:
-        """Optimiser steps of the run over a source of so many pictures (None: a stream)."""
-        if self.epochs is None:
-            return self.steps or 120
-        require(pictures is not None, "epochs", self.epochs, "a stream has no length, give steps instead")
-        return max(1, round(self.epochs * (pictures or 0) / self.batch_size))
+    @property
+    def objective(self) -> Objective:
+        """What is learned."""
+        return OBJECTIVE(mask=self.mask, decoder=self.decoder)

@@ -1,28 +1,23 @@
-"""Samples and batches: crop, flip and mask keyed by (seed, epoch, picture), in an order that any resume reproduces."""
+"""Views and batches: crop, flip and what the objective adds, keyed by (seed, epoch, picture), exact on resume."""
 
-import signal
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field
-from functools import cache, partial
-from typing import Any, Literal, NamedTuple, cast, overload
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from launch.accelerator import on_main
-from launch.randomness import generator, seed_of
-from pretrain.bad_pictures import reason
-from pretrain.images import ImageSource, StreamCells, check_size, open_cell, to_rgb
-from pretrain.masking import MaskConfig, draw_mask
-from vim_backbone.errors import UserError, require
-from vim_backbone.folder import IMAGENET_MEAN, IMAGENET_STD
-
-MAX_TRIES = 100
-"""Bad pictures in a row, after which a sample is given up and the run ends."""
+from launch.data.bad_pictures import MAX_TRIES, first_usable, reason
+from launch.data.images import check_size, to_rgb
+from launch.data.loading import loader_of
+from launch.data.order import BatchPlan, StepSampler
+from launch.data.sources import ImageSource, Source, StreamCells, open_cell
+from launch.run.randomness import generator, seed_of
+from vim_backbone.errors import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +58,8 @@ class Sample(NamedTuple):
 
     image: Tensor | None
     """(3, h, w) uint8; None where no picture could be used."""
-    mask: Tensor
-    """(l,) bool, True = hidden."""
+    extra: Tensor
+    """What the objective adds to it."""
     name: str
     """The picture it was cut from."""
     bad: list[tuple[str, str]]
@@ -77,8 +72,8 @@ class Batch:
 
     images: Tensor | list[Tensor] | None
     """(b, 3, h, w) uint8, or a list of (3, h, w) of native sizes; None where a sample had to be given up."""
-    masks: Tensor | list[Tensor]
-    """(b, l) bool, True = hidden, or a list of (l,)."""
+    extras: Tensor | list[Tensor]
+    """What the objective adds to each, stacked, or a list."""
     names: list[str]
     """Pictures the views were cut from."""
     bad: list[tuple[str, str]]
@@ -94,7 +89,8 @@ class View:
     grid: tuple[int, int]
     """Rows and columns of patches."""
     data: DataConfig
-    mask: MaskConfig
+    draw_extra: Callable[[tuple[int, int], torch.Generator], Tensor]
+    """What the objective adds to a view of so many rows and columns of patches (`Objective.draw`)."""
 
     @property
     def native(self) -> bool:
@@ -107,13 +103,13 @@ class View:
         return f"{'native sizes up to ' if self.native else ''}{self.img_size[0]} x {self.img_size[1]}"
 
     def draw(self, image: Image.Image, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """An opened picture -> a view of it (3, h, w) uint8, and its mask (l,) bool."""
+        """An opened picture -> a view of it (3, h, w) uint8, and what the objective adds to it."""
         if self.native:
             view = self.cut(image, rng)
             side = self.img_size[0] // self.grid[0]
-            return view, draw_mask((view.shape[1] // side, view.shape[2] // side), self.mask, rng)
-        mask = draw_mask(self.grid, self.mask, rng)  # first: the order of the draws is part of what a seed means
-        return self.cut(image, rng), mask
+            return view, self.draw_extra((view.shape[1] // side, view.shape[2] // side), rng)
+        extra = self.draw_extra(self.grid, rng)  # first: the order of the draws is part of what a seed means
+        return self.cut(image, rng), extra
 
     def cut(self, image: Image.Image, rng: torch.Generator) -> Tensor:
         """An opened picture -> random crop, resized and maybe mirrored, (3, h, w) uint8.
@@ -186,16 +182,16 @@ class Views(Dataset[Sample]):
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         """A bad picture is replaced by the next good one of the source."""
         epoch, index = item
-        bad: list[tuple[str, str]] = []
-        for attempt in range(min(MAX_TRIES, len(self.source))):
-            chosen = (index + attempt) % len(self.source)
-            try:
-                with self.source.open(chosen) as image:
-                    view, mask = self.view.draw(image, generator(self.seed, epoch, index))
-                return Sample(view, mask, self.source.name(chosen), bad)
-            except Exception as error:  # a decoder may raise anything on damaged data
-                bad.append((self.source.name(chosen), reason(error)))
-        return Sample(None, torch.empty(0), "", bad)
+
+        def read(candidate: int, attempt: int) -> tuple[Tensor, Tensor]:
+            del attempt  # what stands in is cut with the same draws
+            with self.source.open(candidate) as image:
+                return self.view.draw(image, generator(self.seed, epoch, index))
+
+        sample, number, bad = first_usable(self.source, index, read)
+        if sample is None:
+            return Sample(None, torch.empty(0), "", bad)
+        return Sample(*sample, self.source.name(number), bad)
 
 
 class StreamedViews(IterableDataset[Sample | None]):
@@ -206,7 +202,7 @@ class StreamedViews(IterableDataset[Sample | None]):
     """
 
     def __init__(
-        self, cells: StreamCells, view: View, seed: int, plan: "BatchPlan", skip: int, known_bad: frozenset[str]
+        self, cells: StreamCells, view: View, seed: int, plan: BatchPlan, skip: int, known_bad: frozenset[str]
     ) -> None:
         self.cells = cells
         self.view = view
@@ -232,74 +228,18 @@ class StreamedViews(IterableDataset[Sample | None]):
                 continue
             try:
                 with open_cell(cell) as image:
-                    view, mask = self.view.draw(image, generator(self.seed, rank, worker, used))
+                    view, extra = self.view.draw(image, generator(self.seed, rank, worker, used))
             except Exception as error:  # a decoder may raise anything on damaged data
                 bad.append((name, reason(error)))
                 if len(bad) >= MAX_TRIES:
                     yield Sample(None, torch.empty(0), "", bad)
                 continue
-            sample, used, bad = Sample(view, mask, name, bad), used + 1, []
+            sample, used, bad = Sample(view, extra, name, bad), used + 1, []
             yield sample
 
 
-class StepSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index): sample k of the run is the k-th of endless shuffled passes over the source.
-
-    Step s takes samples s * batch_size and on, whatever the number of processes; each process takes its share.
-    """
-
-    def __init__(self, count: int, seed: int, plan: "BatchPlan", start_batch: int, total_steps: int) -> None:
-        self.count = count
-        self.seed = seed
-        self.plan = plan
-        self.batches = range(start_batch, total_steps * plan.accumulation)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        plan = self.plan
-        epoch, order = -1, torch.empty(0, dtype=torch.int64)
-        for batch in self.batches:
-            first = (batch * plan.world + plan.rank) * plan.micro_batch
-            items = []
-            for position in range(first, first + plan.micro_batch):
-                if position // self.count != epoch:
-                    epoch = position // self.count
-                    order = torch.randperm(self.count, generator=generator(self.seed, epoch))
-                items.append((epoch, int(order[position % self.count])))
-            yield items
-
-
-@dataclass(frozen=True)
-class BatchPlan:
-    """How the images of one step are spread over processes and forward passes."""
-
-    batch_size: int
-    accumulation: int
-    world: int
-    rank: int
-    micro_batch: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        parts = self.world * self.accumulation
-        if self.batch_size % parts:
-            raise UserError(
-                f"batch_size {self.batch_size} does not divide into {self.world} processes x {self.accumulation} "
-                f"accumulation steps: use a multiple of {parts}"
-            )
-        object.__setattr__(self, "micro_batch", self.batch_size // parts)
-
-
-def plan_batches(accelerator: Accelerator, batch_size: int, accumulation: int) -> BatchPlan:
-    """The plan of this process. For all processes; a batch that does not divide is told once."""
-    world = accelerator.num_processes
-    on_main(accelerator, lambda: BatchPlan(batch_size, accumulation, world, rank=0))
-    return BatchPlan(batch_size, accumulation, world, accelerator.process_index)
-
-
 def build_loader(
-    source: Any,
+    source: Source,
     view: View,
     seed: int,
     plan: BatchPlan,
@@ -314,66 +254,28 @@ def build_loader(
     `known_bad` names the pictures that an earlier part of the run found to be bad.
     """
     workers = view.data.workers
-    options: dict[str, Any] = {
-        "num_workers": workers,
-        "collate_fn": partial(collate, native=view.native),
-        "pin_memory": torch.cuda.is_available(),
-        "worker_init_fn": leave_signals_to_the_trainer,
-        "persistent_workers": workers > 0,
-        "prefetch_factor": 4 if workers else None,
-        # workers draw nothing from it; without its own generator a loader would advance torch's global one
-        "generator": generator(seed),
-    }
+    loader = partial(
+        loader_of,
+        collate=partial(collate, native=view.native),
+        seed=seed,
+        workers=workers,
+        ahead=4,
+        persistent_workers=workers > 0,
+    )
     if isinstance(source, StreamCells):
         streamed = StreamedViews(source, view, seed, plan, start_batch, frozenset(known_bad))
-        return cast("Iterable[Batch | None]", DataLoader(streamed, batch_size=plan.micro_batch, **options))
+        return cast("Iterable[Batch | None]", loader(streamed, batch_size=plan.micro_batch))
     sampler = StepSampler(len(source), seed, plan, start_batch, total_steps)
-    return cast("Iterable[Batch | None]", DataLoader(Views(source, view, seed), batch_sampler=sampler, **options))
+    return cast("Iterable[Batch | None]", loader(Views(source, view, seed), batch_sampler=sampler))
 
 
 def collate(samples: list[Sample | None], native: bool) -> Batch | None:
     """Samples to a batch, of lists where their sizes differ; None for a batch that a resumed stream passes over."""
-    taken = [sample for sample in samples if sample is not None]
-    if not taken:
+    views = [sample for sample in samples if sample is not None]
+    if not views:
         return None
-    names, bad = [sample.name for sample in taken], [entry for sample in taken for entry in sample.bad]
-    images, masks = [sample.image for sample in taken if sample.image is not None], [sample.mask for sample in taken]
-    if len(images) < len(taken):
+    names, bad = [sample.name for sample in views], [entry for sample in views for entry in sample.bad]
+    images, extras = [sample.image for sample in views if sample.image is not None], [sample.extra for sample in views]
+    if len(images) < len(views):
         return Batch(None, [], names, bad)  # given up; the training process says so
-    return Batch(images, masks, names, bad) if native else Batch(torch.stack(images), torch.stack(masks), names, bad)
-
-
-def leave_signals_to_the_trainer(worker: int) -> None:
-    """Let Ctrl-C and SIGTERM reach only the training process, which stops its workers after it has saved."""
-    del worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-@overload
-def to_model(images: Tensor, device: torch.device) -> Tensor: ...
-@overload
-def to_model(images: list[Tensor], device: torch.device) -> list[Tensor]: ...
-@overload
-def to_model(images: Tensor | list[Tensor], device: torch.device) -> Tensor | list[Tensor]: ...
-
-
-def to_model(images: Tensor | list[Tensor], device: torch.device) -> Tensor | list[Tensor]:
-    """(b, 3, h, w) uint8, or a list -> float on the device, normalised with ImageNet's mean and deviation."""
-    if isinstance(images, list):
-        return [to_model(image, device) for image in images]
-    images = images.to(device, non_blocking=True).float().div_(255)
-    mean, std = _mean_and_deviation(device)
-    return (images - mean) / std
-
-
-def to_pixels(images: Tensor) -> Tensor:
-    """The inverse of `to_model`, in [0, 1]."""
-    mean, std = _mean_and_deviation(images.device)
-    return (images * std + mean).clamp(0, 1)
-
-
-@cache
-def _mean_and_deviation(device: torch.device) -> list[Tensor]:
-    """ImageNet's, (3, 1, 1) each. Kept: to send them to a GPU anew for every picture would make it wait each time."""
-    return [torch.tensor(v, device=device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD)]
+    return Batch(images, extras, names, bad) if native else Batch(torch.stack(images), torch.stack(extras), names, bad)

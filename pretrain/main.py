@@ -1,4 +1,4 @@
-"""Entry of masked pretraining: `accelerate launch pretrain/main.py [--config FILE.yaml] [--field VALUE ...]`."""
+"""Entry of pretraining: `accelerate launch pretrain/main.py [--config FILE.yaml] [--field VALUE ...]`."""
 
 if not __package__:  # started as a file: import from this checkout, never from the folder of this file
     import sys
@@ -9,11 +9,11 @@ if not __package__:  # started as a file: import from this checkout, never from 
 
 import os
 
-from launch.cli import leave, parse, run
+from launch.run.cli import leave, parse, run
 from pretrain.config import PretrainConfig
 from pretrain.train import pretrain
 
-DESCRIPTION = "Pretrain a Vision Mamba backbone on pictures by masked autoencoding, and publish it."
+DESCRIPTION = "Pretrain a Vision Mamba backbone on pictures, and publish it."
 
 
 def main(argv: list[str]) -> None:

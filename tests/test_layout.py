@@ -13,15 +13,15 @@ FOLDERS = {name: ROOT / ("kernels/vim_kernels" if name == "vim_kernels" else nam
 
 
 def imported(tree: ast.AST) -> list[tuple[int, str]]:
-    found = []
+    imports = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [(node.lineno, alias.name.split(".")[0]) for alias in node.names]
+            imports += [(node.lineno, alias.name.split(".")[0]) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            found.append((node.lineno, node.module.split(".")[0]))
+            imports.append((node.lineno, node.module.split(".")[0]))
         elif isinstance(node, ast.ImportFrom) and node.level:
-            found.append((node.lineno, "a relative import"))
-    return found
+            imports.append((node.lineno, "a relative import"))
+    return imports
 
 
 def backward_imports(layer: str, source: str) -> list[str]:
@@ -42,6 +42,19 @@ def test_imports_run_one_way(layer):
         assert late_imports(path.read_text()) == [], path
 
 
+ROOMS = ["state", "run", "data", "planning"]
+"""Of launch; each may import those before it."""
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_of_launch_import_one_way(room):
+    later = {f"launch.{name}" for name in ROOMS[ROOMS.index(room) + 1 :]}
+    for path in (ROOT / "launch" / room).glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                assert ".".join(node.module.split(".")[:2]) not in later, f"{path} imports {node.module}"
+
+
 def test_the_check_sees_violations():
     assert backward_imports("launch", "from pretrain.mae import x") == ["line 1: pretrain"]
     assert backward_imports("vim_kernels", "import vim_backbone.vim") == ["line 1: vim_backbone"]
@@ -56,11 +69,11 @@ def test_kernels_is_a_folder_and_no_package():
 
 def test_started_folders_shadow_nothing():
     """`python pretrain/main.py` puts pretrain/ on the path until the bootstrap replaces it; keep its names unique."""
-    taken = set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions())
-    taken -= {*LAYERS, "tests", "benchmarks"}
+    names = set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions())
+    names -= {*LAYERS, "tests", "benchmarks"}
     for folder in ("pretrain", "finetune"):
         for path in (ROOT / folder).glob("*.py"):
-            assert path.stem not in taken, path
+            assert path.stem not in names, path
 
 
 def test_files_stay_readable():

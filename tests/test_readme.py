@@ -1,7 +1,7 @@
 """Every command and every line of Python in the README and the docs runs."""
 
+import itertools
 import json
-import os
 import re
 import shlex
 import shutil
@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.launch.preloaded import Popen
+from tests.launch.real import environment
 from tests.vim_backbone import official
+from tests.waiting import LIMIT
 from vim_backbone import create_model
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +41,17 @@ def test_ci_runs_the_make_commands():
         assert line in ci
 
 
+def assert_runs(line, where):
+    """The command ends well. Python's programs are forked, as `accelerate launch` from its module."""
+    words = shlex.split(line)
+    settings = dict(word.split("=", 1) for word in itertools.takewhile(lambda word: "=" in word, words))
+    program, *argv = words[len(settings) :]
+    modules = {"python": [], "accelerate": ["-m", "accelerate.commands.accelerate_cli"]}
+    process = Popen([sys.executable, *modules[program], *argv], where, environment(**settings))
+    _, err = process.communicate(LIMIT)
+    assert process.returncode == 0, f"{line}\n{err}"
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, request):
     """A folder that looks like the checkout, with pictures and an official checkpoint of small size."""
@@ -52,7 +66,6 @@ def test_all_other_commands(place, picture_folder):
     (place / "path/to").mkdir(parents=True)
     (place / "path/to/pictures").symlink_to(picture_folder)
     torch.save(official.random_state(d=32, depth=2, patches=16, classes=5), place / "vim_t_midclstok_76p1acc.pth")
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     ran = 0
     for line in commands():
         if line in RUN_BY_CI | NOT_RUN or line.startswith("python -m benchmarks") or "finetune" in line:
@@ -63,10 +76,7 @@ def test_all_other_commands(place, picture_folder):
                 line = line.replace("--config_file", "--num_processes 2 --config_file")
             epochs = line.replace("--epochs 100", "--epochs 1") + f" {SMALL}"
             line = f"{epochs} --model.img_size=32 --epochs=1 --model.patch_size=8"
-        done = subprocess.run(
-            line, shell=True, cwd=place, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, f"{line}\n{done.stderr}"
+        assert_runs(line, place)
         ran += 1
     assert ran >= 5
 
@@ -79,7 +89,6 @@ def test_the_commands_of_fine_tuning(place):
         if not (place / f"runs/{name}/backbone").exists():
             (place / f"runs/{name}/backbone").symlink_to(place / "published")
     small = " --steps=1 --epochs=null --model.img_size=32 --evaluate_every=0 --batch_size=4 --data.workers=0"
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     ran = 0
     for line in (line for line in commands() if "finetune" in line and not line.startswith("python -m benchmarks")):
         if "finetune.sample_data" in line:
@@ -89,10 +98,7 @@ def test_the_commands_of_fine_tuning(place):
             line = re.sub(r"runs/\w+/backbone", "published", line) + small + " --trackers=[] --overwrite"
         if "finetune/sweep.py" in line and "--top" not in line and "--help" not in line:
             line += " --trials=2 --overwrite --ray.cpus=1 --fields=" + shlex.quote(json.dumps(SHORT_TRIALS))
-        done = subprocess.run(
-            line, shell=True, cwd=place, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, f"{line}\n{done.stderr}"
+        assert_runs(line, place)
         ran += 1
     assert ran >= 8
 

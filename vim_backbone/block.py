@@ -47,9 +47,9 @@ class Block(nn.Module):
         if residual is not None:
             h = drop_path(h, self.drop_path, self.training, cu_seqlens)
         normed, stream = self.norm(h, residual)
-        given = hand_over(normed, self.mixer)
+        normed_or_list = hand_over(normed, self.mixer)
         del h, residual, normed
-        return self.mixer(given, cu_seqlens), stream
+        return self.mixer(normed_or_list, cu_seqlens), stream
 
 
 def drop_path(h: Tensor, rate: float, training: bool, cu_seqlens: Tensor | None = None) -> Tensor:

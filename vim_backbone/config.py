@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from vim_backbone.errors import UserError, nearest
+from vim_backbone.tokens import TokenLayout
 
 SIZES: dict[str, dict[str, Any]] = {
     "vim_tiny": {"d_model": 192, "depth": 24},
@@ -27,8 +28,8 @@ class VimConfig:
     """Height and width in pixels that the position table is made for; the model takes other sizes too."""
     patch_size: int = 16
     """Side of a patch in pixels."""
-    stride: int | None = None
-    """Pixels from one patch to the next; None means patch_size, 8 gives overlapping patches."""
+    stride: int = 0
+    """Pixels from one patch to the next; 8 gives overlapping patches. Given as 0 or None: patch_size."""
     in_chans: int = 3
     """Channels of the picture."""
     num_classes: int = 1000
@@ -47,8 +48,8 @@ class VimConfig:
     """Taps of the causal convolution."""
     expand: int = 2
     """Inner channels per channel of the residual stream."""
-    dt_rank: int | None = None
-    """Rank of the time-step projection; None means d_model / 16, rounded up."""
+    dt_rank: int = 0
+    """Rank of the time-step projection. Given as 0 or None: d_model / 16, rounded up."""
     mixer_norm: bool = False
     """LayerNorm between scan and gate; removes the loss spikes of large models (FastVim)."""
     norm_eps: float = 1e-5
@@ -89,18 +90,22 @@ class VimConfig:
         """Channels inside the mixer."""
         return self.expand * self.d_model
 
+    @property
+    def num_special(self) -> int:
+        """Tokens that are no patches: class token and registers."""
+        return TokenLayout(self.class_token, self.num_registers).num_special
+
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of a picture. Raises UserError for a size the stride does not divide."""
-        stride = self.stride or self.patch_size
         for side, pixels in (("height", height), ("width", width)):
-            if pixels % stride or pixels < self.patch_size:
-                near = max(self.patch_size, round(pixels / stride) * stride)
-                near += -near % stride
+            if pixels % self.stride or pixels < self.patch_size:
+                near = max(self.patch_size, round(pixels / self.stride) * self.stride)
+                near += -near % self.stride
                 raise UserError(
-                    f"image {side} is {pixels} pixels: it must be a multiple of the stride {stride} "
+                    f"image {side} is {pixels} pixels: it must be a multiple of the stride {self.stride} "
                     f"and at least one patch ({self.patch_size}); the nearest is {near}"
                 )
-        return (height - self.patch_size) // stride + 1, (width - self.patch_size) // stride + 1
+        return (height - self.patch_size) // self.stride + 1, (width - self.patch_size) // self.stride + 1
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -109,10 +114,10 @@ class VimConfig:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "VimConfig":
         """From plain data. Raises UserError naming a field that does not exist or is missing."""
-        known = {f.name for f in fields(cls)}
+        names = {f.name for f in fields(cls)}
         for name in data:
-            if name not in known:
-                raise UserError(f"{name!r} is no field of a Vim backbone: {nearest(name, known)}")
+            if name not in names:
+                raise UserError(f"{name!r} is no field of a Vim backbone: {nearest(name, names)}")
         for name in ("d_model", "depth"):
             if name not in data:
                 raise UserError(f"the backbone's config lacks {name!r}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vim_backbone.config import VimConfig
-from vim_backbone.errors import UserError
+from vim_backbone.errors import UserError, first_line
 from vim_backbone.pretrained import load_state
 from vim_backbone.vim import VisionMamba
 
@@ -45,9 +45,9 @@ def read_checkpoint(path: Path, ema: bool) -> tuple[dict[str, Tensor], int | Non
     except IsADirectoryError:
         raise UserError(f"{path} is a folder: give the .pth file inside") from None
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path} is no checkpoint that can be read safely: {_first_line(error)}") from error
+        raise UserError(f"{path} is no checkpoint that can be read safely: {first_line(error)}") from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged or no PyTorch checkpoint: {_first_line(error)}") from error
+        raise UserError(f"{path} is damaged or no PyTorch checkpoint: {first_line(error)}") from error
     if not isinstance(data, dict):
         raise UserError(f"{path} holds a {type(data).__name__}, wanted a dict of tensors or a training checkpoint")
     side = None
@@ -111,10 +111,6 @@ def _stride_and_size(side: int, patch_size: int, img_size: int | None, path: Pat
             "give the right --img-size"
         )
     return stride, img_size
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def main(argv: list[str] | None = None) -> Any:

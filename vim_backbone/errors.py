@@ -20,3 +20,8 @@ def require(condition: bool, name: str, value: Any, remedy: str) -> None:
     """Raise UserError "NAME is VALUE: REMEDY" unless the condition holds."""
     if not condition:
         raise UserError(f"{name} is {value!r}: {remedy}")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of another package says, or its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

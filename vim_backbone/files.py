@@ -42,8 +42,8 @@ def write_text(path: Path, text: str) -> None:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write tensors as safetensors, atomically."""
-    ready = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda aside: save_file(ready, aside, metadata={"format": "pt"} | (metadata or {})))
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda aside: save_file(contiguous, aside, metadata={"format": "pt"} | (metadata or {})))
 
 
 def explain(error: OSError | SafetensorError) -> str:

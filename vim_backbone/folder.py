@@ -2,15 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from vim_backbone.config import VimConfig
 from vim_backbone.errors import UserError
 from vim_backbone.files import write_json, write_tensors, write_text
+from vim_backbone.preprocessing import IMAGENET_MEAN, IMAGENET_STD, preprocessor
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MODEL_TYPE = "vim"
 WEIGHTS = "model.safetensors"
 
@@ -61,22 +60,6 @@ def read_config(folder: Path) -> VimConfig:
     if not isinstance(data, dict) or data.get("model_type") != MODEL_TYPE:
         raise UserError(f"{path} describes no Vim backbone: its model_type is not {MODEL_TYPE!r}")
     return VimConfig.from_dict({k: v for k, v in data.items() if k not in ("model_type", "architectures")})
-
-
-def preprocessor(config: VimConfig, mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, Any]:
-    """preprocessor_config.json, in the keys that transformers reads."""
-    height, width = config.img_size
-    return {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "size": {"height": height, "width": width},
-        "resample": 3,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(mean),
-        "image_std": list(std),
-    }
 
 
 def model_card(config: VimConfig, name: str) -> str:

@@ -17,21 +17,21 @@ class Mixer(nn.Module):
 
     def __init__(self, config: VimConfig) -> None:
         super().__init__()
-        d, e, n = config.d_model, config.d_inner, config.d_state
-        r = config.dt_rank or 0  # never None after VimConfig has checked itself
-        self.in_proj = nn.Linear(d, 2 * e, bias=False)
-        self.conv1d = nn.Conv1d(e, e, config.d_conv, groups=e)
-        self.x_proj = nn.Linear(e, r + 2 * n, bias=False)
-        self.dt_proj = nn.Linear(r, e)
-        self.A_log = nn.Parameter(self.in_proj.weight.new_empty(e, n))
-        self.D = nn.Parameter(self.in_proj.weight.new_empty(e))
-        self.conv1d_b = nn.Conv1d(e, e, config.d_conv, groups=e)
-        self.x_proj_b = nn.Linear(e, r + 2 * n, bias=False)
-        self.dt_proj_b = nn.Linear(r, e)
-        self.A_b_log = nn.Parameter(self.in_proj.weight.new_empty(e, n))
-        self.D_b = nn.Parameter(self.in_proj.weight.new_empty(e))
-        self.out_proj = nn.Linear(e, d, bias=False)
-        self.scan_norm = nn.LayerNorm(e) if config.mixer_norm else None
+        d_model, d, n, r = config.d_model, config.d_inner, config.d_state, config.dt_rank
+        self.in_proj = nn.Linear(d_model, 2 * d, bias=False)
+        self.conv1d = nn.Conv1d(d, d, config.d_conv, groups=d)
+        self.x_proj = nn.Linear(d, r + 2 * n, bias=False)
+        self.dt_proj = nn.Linear(r, d)
+        self.A_log = nn.Parameter(self.in_proj.weight.new_empty(d, n))
+        self.D = nn.Parameter(self.in_proj.weight.new_empty(d))
+        self.conv1d_b = nn.Conv1d(d, d, config.d_conv, groups=d)
+        self.x_proj_b = nn.Linear(d, r + 2 * n, bias=False)
+        self.dt_proj_b = nn.Linear(r, d)
+        self.A_b_log = nn.Parameter(self.in_proj.weight.new_empty(d, n))
+        self.D_b = nn.Parameter(self.in_proj.weight.new_empty(d))
+        self.out_proj = nn.Linear(d, d_model, bias=False)
+        self.scan_norm = nn.LayerNorm(d) if config.mixer_norm else None
+        self.keep_inputs = False  # see `vim_kernels.bidirectional_scan`
 
     def forward(self, h: Given[Tensor], cu_seqlens: Tensor | None = None) -> Tensor:
         """(batch, length, d_model) -> the same; or (1, total, d_model), pictures packed with borders `cu_seqlens`."""
@@ -39,11 +39,15 @@ class Mixer(nn.Module):
         forward = _weights(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
         backward = _weights(self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
         if self.scan_norm is None:
-            kept = torch.is_grad_enabled() or hooked(self.in_proj)
-            y = bidirectional_scan(xz, forward, backward, cu_seqlens=cu_seqlens, overwrite=not kept)
+            keeps_xz = torch.is_grad_enabled() or hooked(self.in_proj)
+            y = bidirectional_scan(
+                xz, forward, backward, cu_seqlens=cu_seqlens, overwrite=not keeps_xz, keep_inputs=self.keep_inputs
+            )
         else:
             x, z = xz.chunk(2, dim=-1)
-            y = bidirectional_scan(x, forward, backward, gated=False, cu_seqlens=cu_seqlens)
+            y = bidirectional_scan(
+                x, forward, backward, gated=False, cu_seqlens=cu_seqlens, keep_inputs=self.keep_inputs
+            )
             y = self.scan_norm(y) * F.silu(z)
         return self.out_proj(y)
 

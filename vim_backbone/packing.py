@@ -1,6 +1,6 @@
 """Pictures of different sizes in one row of tokens, without padding: which token is whose.
 
-Shape letters: n pictures, l patches of all of them, t tokens of all of them, s special tokens of each, d width.
+Shapes: l patches of all pictures, total: tokens of all pictures, special: class token and registers of each.
 """
 
 from collections.abc import Sequence
@@ -31,14 +31,14 @@ class PackedLayout:
         self._places = torch.argsort(self._order)
         borders = [0, *accumulate(length + self.num_special for length in lengths)]
         self.cu_seqlens = torch.tensor(borders, dtype=torch.int32, device=device)
-        """(n + 1,) borders of the pictures in the row, as the ops take them."""
+        """(pictures + 1,) borders of the pictures in the row, as the ops take them."""
 
     def join(self, special: Tensor, patches: Tensor) -> Tensor:
-        """(n, s, d) and (1, l, d) -> (1, t, d) in scan order."""
+        """(pictures, special, d_model) and (1, l, d_model) -> (1, total, d_model) in scan order."""
         return torch.cat([special.flatten(0, 1), patches[0]]).index_select(0, self._order)[None]
 
     def split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The inverse of `join`: (1, t, d) -> (n, s, d), (1, l, d)."""
+        """The inverse of `join`: (1, total, d_model) -> (pictures, special, d_model), (1, l, d_model)."""
         pictures = len(self.cu_seqlens) - 1
         special, patches = tokens[0].index_select(0, self._places).tensor_split([pictures * self.num_special])
         return special.unflatten(0, (pictures, self.num_special)), patches[None]

@@ -21,7 +21,7 @@ def sincos_table(grid: tuple[int, int], d_model: int) -> Tensor:
 
 
 def resize_table(table: Tensor, layout: TokenLayout, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """(1, l + class, d) for the grid `old` -> the same for `new`: bicubic over patches, the class slot moved along.
+    """(1, l + class, d_model) for grid `old` -> the same for `new`: bicubic over patches, the class slot moved along.
 
     `layout` says where the class slot is; it must have no registers, which own no position.
     """

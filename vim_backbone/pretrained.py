@@ -46,24 +46,24 @@ def load_state(model: VisionMamba, state: dict[str, Tensor], saved: VimConfig, s
         state["pos_embed"] = resize_table(
             state["pos_embed"], model.position_layout, saved.grid(*saved.img_size), model.grid_size
         )
-    own = model.state_dict()
+    expected = model.state_dict()
     if saved.num_classes != model.num_classes:
         for name in ("head.weight", "head.bias"):
             state.pop(name, None)
-            if name in own:
-                state[name] = own[name]
-    check_names(own, state, source)
+            if name in expected:
+                state[name] = expected[name]
+    check_names(expected, state, source)
     model.load_state_dict(state)
 
 
-def check_names(own: dict[str, Tensor], state: dict[str, Tensor], source: Path) -> None:
+def check_names(expected: dict[str, Tensor], state: dict[str, Tensor], source: Path) -> None:
     """Raise UserError naming the first tensors of `state` that are missing, unknown or of another shape."""
-    for problem, names in (("lacks", own.keys() - state.keys()), ("has unknown", state.keys() - own.keys())):
+    for problem, names in (("lacks", expected.keys() - state.keys()), ("has unknown", state.keys() - expected.keys())):
         if names:
             some = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
             raise UserError(f"{source} {problem} {len(names)} tensor(s): {some}; is it of another architecture?")
     for name, tensor in state.items():
-        if tensor.shape != own[name].shape:
+        if tensor.shape != expected[name].shape:
             raise UserError(
-                f"{source}: {name} has shape {tuple(tensor.shape)}, the model wants {tuple(own[name].shape)}"
+                f"{source}: {name} has shape {tuple(tensor.shape)}, the model wants {tuple(expected[name].shape)}"
             )

@@ -1,7 +1,7 @@
 """Where the class token and the registers sit among the patch tokens: the only code that knows.
 
-Shape letters: b batch, l patch tokens (all, or the visible ones), s special tokens (class first, then registers),
-d width. The same rule serves any number of patch tokens, so a masked sequence and a whole one share one layout.
+Shapes: b batch, l patch tokens (all, or the visible ones), special: class token, then registers. The same
+rule serves any number of patch tokens, so a masked sequence and a whole one share one layout.
 """
 
 from dataclasses import dataclass
@@ -38,18 +38,18 @@ class TokenLayout:
             slots[token] = before[token] + ahead
         return slots
 
-    def join(self, special_bsd: Tensor, patches_bld: Tensor) -> Tensor:
-        """(b, s, d) and (b, l, d) -> (b, s + l, d) in scan order."""
-        slots = self.slots(patches_bld.shape[1])
-        pieces, taken = [], 0
+    def join(self, special: Tensor, patches: Tensor) -> Tensor:
+        """(b, special, d_model) and (b, l, d_model) -> (b, special + l, d_model) in scan order."""
+        slots = self.slots(patches.shape[1])
+        pieces, start = [], 0
         for ahead, token in enumerate(sorted(range(len(slots)), key=slots.__getitem__)):
             until = slots[token] - ahead
-            pieces += [patches_bld[:, taken:until], special_bsd[:, token : token + 1]]
-            taken = until
-        return torch.cat([*pieces, patches_bld[:, taken:]], dim=1)
+            pieces += [patches[:, start:until], special[:, token : token + 1]]
+            start = until
+        return torch.cat([*pieces, patches[:, start:]], dim=1)
 
     def split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The inverse of `join`: (b, s + l, d) -> (b, s, d), (b, l, d)."""
+        """The inverse of `join`: (b, special + l, d_model) -> (b, special, d_model), (b, l, d_model)."""
         total = tokens.shape[1]
         slots = self.slots(total - self.num_special)
         borders = [-1, *sorted(slots), total]

@@ -1,6 +1,6 @@
 """Vision Mamba: patches, positions, class token and registers, a stack of bidirectional blocks, a head.
 
-Shape letters: b batch, c h w picture, l patch tokens, s special tokens (class token, registers), d width.
+Shape letters: b batch, c h w picture, l patch tokens; special: number of class token and registers.
 """
 
 from collections.abc import Sequence
@@ -31,10 +31,10 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, config: VimConfig) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(config.in_chans, config.d_model, config.patch_size, config.stride or config.patch_size)
+        self.proj = nn.Conv2d(config.in_chans, config.d_model, config.patch_size, config.stride)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(b, c, h, w) -> (b, l, d), row by row."""
+        """(b, c, h, w) -> (b, l, d_model), row by row."""
         if images.is_cuda and self.proj.stride == self.proj.kernel_size:
             # one product over the patches: a fifth of cuDNN's time for this convolution in bfloat16 on an H200
             size_h, size_w = self.proj.kernel_size
@@ -54,8 +54,8 @@ class VisionMamba(nn.Module):
     def __init__(self, config: VimConfig) -> None:
         super().__init__()
         self.config = config
-        d = config.d_model
-        self.num_features = self.embed_dim = d
+        d_model = config.d_model
+        self.num_features = self.embed_dim = d_model
         self.num_classes = config.num_classes
         self.global_pool = config.global_pool
         self.layout = TokenLayout(config.class_token, config.num_registers)
@@ -64,18 +64,19 @@ class VisionMamba(nn.Module):
         self.grad_checkpointing = False
 
         self.patch_embed = PatchEmbed(config)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, d)) if config.class_token != "none" else None
-        self.register_tokens = nn.Parameter(torch.zeros(1, config.num_registers, d)) if config.num_registers else None
-        table = torch.zeros(1, self.grid_size[0] * self.grid_size[1] + self.position_layout.num_special, d)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, d_model)) if config.class_token != "none" else None
+        self.register_tokens = (
+            nn.Parameter(torch.zeros(1, config.num_registers, d_model)) if config.num_registers else None
+        )
+        table = torch.zeros(1, self.grid_size[0] * self.grid_size[1] + self.position_layout.num_special, d_model)
         self.pos_embed = nn.Parameter(table, requires_grad=config.position == "learned")
         # the official model shifts the linear schedule by one block; the full rate falls on the add before norm_f
         rates = [config.drop_path_rate * max(0, i - 1) / max(1, config.depth - 1) for i in range(config.depth)]
         self.layers = nn.ModuleList(Block(config, rate) for rate in rates)
-        self.norm_f = RMSNorm(d, config.norm_eps)
-        self.head = nn.Linear(d, config.num_classes) if config.num_classes else nn.Identity()
-        reduction = config.stride or config.patch_size
+        self.norm_f = RMSNorm(d_model, config.norm_eps)
+        self.head = nn.Linear(d_model, config.num_classes) if config.num_classes else nn.Identity()
         self.feature_info = [
-            {"num_chs": d, "reduction": reduction, "module": f"layers.{i}"} for i in range(config.depth)
+            {"num_chs": d_model, "reduction": config.stride, "module": f"layers.{i}"} for i in range(config.depth)
         ]
         self.init_weights()
 
@@ -102,7 +103,7 @@ class VisionMamba(nn.Module):
             nn.init.zeros_(self.head.bias)
 
     def forward(self, images: Images) -> Tensor:
-        """Pictures -> logits (b, num_classes), or pooled features (b, d) without a head."""
+        """Pictures -> logits (b, num_classes), or pooled features (b, d_model) without a head."""
         return self.forward_head(self.forward_features(images))
 
     @overload
@@ -113,30 +114,30 @@ class VisionMamba(nn.Module):
     def forward_features(self, images: Images) -> Tensor | list[Tensor]: ...
 
     def forward_features(self, images: Images) -> Tensor | list[Tensor]:
-        """(b, c, h, w) -> normed tokens (b, s + l, d): class token, registers, then patches row by row.
+        """(b, c, h, w) -> normed tokens (b, special + l, d_model): class token, registers, then patches row by row.
 
-        Of a list of pictures, the list of each one's (s + l, d).
+        Of a list of pictures, the list of each one's (special + l, d_model).
         """
         lengths = self.lengths(images)
         return _joined(*self.encode(self.embed(images), lengths), lengths)
 
     def forward_head(self, tokens: Tensor | list[Tensor], pre_logits: bool = False) -> Tensor:
-        """Tokens of `forward_features` -> pooled (b, d) when `pre_logits`, else through the classifier."""
+        """Tokens of `forward_features` -> pooled (b, d_model) when `pre_logits`, else through the classifier."""
         if isinstance(tokens, Tensor):
             pooled = tokens[:, 0] if self.global_pool == "token" else tokens[:, self.num_prefix_tokens :].mean(dim=1)
         else:
-            pooled = torch.cat([self.forward_head(own[None], pre_logits=True) for own in tokens])
+            pooled = torch.cat([self.forward_head(picture[None], pre_logits=True) for picture in tokens])
         return pooled if pre_logits else self.head(pooled)
 
     def embed_patches(self, images: Tensor) -> Tensor:
-        """(b, c, h, w) -> patch tokens with their positions (b, l, d)."""
+        """(b, c, h, w) -> patch tokens with their positions (b, l, d_model)."""
         grid = self.config.grid(*images.shape[-2:])
         if images.shape[1] != self.config.in_chans:
             raise UserError(f"pictures have {images.shape[1]} channels, the backbone wants {self.config.in_chans}")
         return self.patch_embed(images) + self._positions(grid)[1]
 
     def embed(self, images: Images) -> Tensor:
-        """Pictures -> patch tokens with their positions (b, l, d); of a list, one row (1, l, d)."""
+        """Pictures -> patch tokens with their positions (b, l, d_model); of a list, one row (1, l, d_model)."""
         if isinstance(images, Tensor):
             return self.embed_patches(images)
         return torch.cat([self.embed_patches(image[None]) for image in images], dim=1)
@@ -153,9 +154,11 @@ class VisionMamba(nn.Module):
         return [rows * columns for rows, columns in (self.config.grid(*image.shape[-2:]) for image in images)]
 
     def encode(self, patches: Tensor, lengths: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """Patch tokens in scan order, all or the visible ones -> normed special (b, s, d), normed patches (b, l, d).
+        """Patch tokens in scan order, all or the visible ones -> normed: special (b, special, d_model), patches
+        (b, l, d_model).
 
-        With `lengths`, one row (1, l, d) with so many patches of each picture -> (pictures, s, d), (1, l, d).
+        With `lengths`, one row (1, l, d_model) with so many patches of each picture -> (pictures, special, d_model) and
+        (1, l, d_model).
         """
         layout, cu_seqlens = layout_of(self.layout, lengths, patches.device)
         h = self._join_special(patches, layout, len(lengths or patches))
@@ -180,7 +183,7 @@ class VisionMamba(nn.Module):
         return layout.join(torch.cat(special, dim=1).to(patches.dtype).expand(pictures, -1, -1), patches)
 
     def _positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Positions of the class token (1, 0 or 1, d) and of the patches of `grid` (1, l, d)."""
+        """Positions of the class token (1, 0 or 1, d_model) and of the patches of `grid` (1, l, d_model)."""
         return self.position_layout.split(resize_table(self.pos_embed, self.position_layout, self.grid_size, grid))
 
     def _run(
@@ -208,7 +211,7 @@ class VisionMamba(nn.Module):
             return_prefix_tokens: give each as (patches, prefix tokens).
             norm: pass each through the final norm.
             stop_early: run no block after the last one taken.
-            output_fmt: "NCHW" (b, d, rows, columns) or "NLC" (b, l, d).
+            output_fmt: "NCHW" (b, d_model, rows, columns) or "NLC" (b, l, d_model).
             intermediates_only: leave out the final tokens.
 
         Returns:
@@ -216,27 +219,27 @@ class VisionMamba(nn.Module):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise UserError(f"output_fmt is {output_fmt!r}: choose NCHW or NLC")
-        taken = self._block_indices(indices)
-        last = max(taken) + 1 if stop_early and intermediates_only else len(self.layers)
+        chosen = self._block_indices(indices)
+        last = max(chosen) + 1 if stop_early and intermediates_only else len(self.layers)
         lengths = self.lengths(images)
         layout, cu_seqlens = layout_of(self.layout, lengths, images[0].device)
-        h, residual, found = self._join_special(self.embed(images), layout, len(images)), None, {}
+        h, residual, results = self._join_special(self.embed(images), layout, len(images)), None, {}
 
-        def asked(special: Tensor, patches: Tensor, image: Tensor) -> Any:
+        def intermediate(special: Tensor, patches: Tensor, image: Tensor) -> Any:
             if output_fmt == "NCHW":
                 patches = patches.transpose(-1, -2).unflatten(-1, self.config.grid(*image.shape[-2:]))
             return (patches, special) if return_prefix_tokens else patches
 
         for index, block in enumerate(self.layers[:last]):
             h, residual = self._run(block, h, residual, cu_seqlens)
-            if index in taken:
+            if index in chosen:
                 normed, stream = self.norm_f(h, residual)
                 special, patches = layout.split(normed if norm else stream.to(h.dtype))
                 if lengths is None:
-                    found[index] = asked(special, patches, images)  # pyright: ignore[reportArgumentType]
+                    results[index] = intermediate(special, patches, images)  # pyright: ignore[reportArgumentType]
                 else:
-                    found[index] = list(map(asked, special, patches[0].split(lengths), images))
-        intermediates = [found[index] for index in taken]
+                    results[index] = list(map(intermediate, special, patches[0].split(lengths), images))
+        intermediates = [results[index] for index in chosen]
         if intermediates_only:
             return intermediates
         h = drop_path(h, self.config.drop_path_rate, self.training, cu_seqlens)
@@ -246,23 +249,23 @@ class VisionMamba(nn.Module):
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop the blocks after the last one taken, and the norm or head; returns the indices taken."""
-        taken = self._block_indices(indices)
-        self.layers = self.layers[: max(taken) + 1]
+        chosen = self._block_indices(indices)
+        self.layers = self.layers[: max(chosen) + 1]
         if prune_norm:
             nn.init.ones_(self.norm_f.weight)
         if prune_head:
             self.reset_classifier(0)
-        return taken
+        return chosen
 
     def _block_indices(self, indices: int | Sequence[int] | None) -> list[int]:
         depth = len(self.layers)
         if indices is None:
             return list(range(depth))
-        wanted = list(range(depth - indices, depth)) if isinstance(indices, int) else list(indices)
-        for index in wanted:
+        positions = list(range(depth - indices, depth)) if isinstance(indices, int) else list(indices)
+        for index in positions:
             if not -depth <= index < depth or (isinstance(indices, int) and index < 0):
                 raise UserError(f"block index {index} is out of range: the model has {depth} blocks")
-        return [index % depth for index in wanted]
+        return [index % depth for index in positions]
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> Path:
         """Write this backbone as a folder that `vim_backbone.from_pretrained` reads; see `folder.save_pretrained`."""
@@ -291,9 +294,9 @@ class VisionMamba(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that decay would harm although they have two axes or more."""
-        own = {"cls_token", "register_tokens", "pos_embed"}
+        learned = {"cls_token", "register_tokens", "pos_embed"}
         ends = (".A_log", ".A_b_log", ".D", ".D_b")
-        return {name for name, _ in self.named_parameters() if name in own or name.endswith(ends)}
+        return {name for name, _ in self.named_parameters() if name in learned or name.endswith(ends)}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that sort parameters into stem and blocks, for layer-wise learning rates."""
@@ -311,4 +314,4 @@ def _joined(special: Tensor, patches: Tensor, lengths: list[int] | None) -> Tens
     """Special tokens before the patches; of each packed picture where there are `lengths`."""
     if lengths is None:
         return torch.cat([special, patches], dim=1)
-    return [torch.cat(own) for own in zip(special, patches[0].split(lengths), strict=True)]
+    return [torch.cat(pair) for pair in zip(special, patches[0].split(lengths), strict=True)]

@@ -1,14 +1,14 @@
-"""Everything that a classification run can be told."""
+"""Fields of a classification run."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from finetune.config import FinetuneConfig, FinetuneOptim
+from finetune.config import FinetuneConfig, LabelledData
 from vim_backbone.errors import require
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassificationData:
+class ClassificationData(LabelledData):
     """Pictures with one class each."""
 
     source: str = ""
@@ -25,16 +25,12 @@ class ClassificationData:
     """Label column of a data set; the first one of type ClassLabel when not given."""
     shots: int | None = None
     """Train on so many pictures of each class, chosen by the seed."""
-    workers: int = 2
-    """Processes that read and augment pictures, for each training process."""
-    max_megapixels: float = 200.0
-    """Largest picture that is decoded, in millions of pixels."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(bool(self.source), "data.source", self.source, "give a folder with train/CLASS/*, or hf:NAME")
         require(0 <= self.holdout < 1, "data.holdout", self.holdout, "it must lie in [0, 1)")
         require(self.shots is None or self.shots >= 1, "data.shots", self.shots, "it must be at least 1")
-        require(self.workers >= 0, "data.workers", self.workers, "it cannot be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +68,7 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
-    """Judging frozen features."""
+    """Evaluation of frozen features."""
 
     neighbours: int = 20
     """Nearest neighbours that vote, weighted by exp(cosine / temperature)."""
@@ -94,8 +90,7 @@ class ClassificationConfig(FinetuneConfig):
     name: str = "classification"
     """Name of the run; its folder is OUT/NAME."""
     mode: Literal["train", "evaluate", "linear", "knn"] = "train"
-    """train: fine-tune; evaluate: judge what is there; linear, knn: judge the frozen features."""
+    """train: fine-tune; evaluate: score what is there; linear, knn: score the frozen features."""
     data: ClassificationData
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
-    optim: FinetuneOptim = field(default_factory=FinetuneOptim)

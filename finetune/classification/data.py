@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from finetune.classification.config import ClassificationData
-from launch.randomness import seed_of
-from pretrain.images import SUFFIXES, ImageFiles, ImageSource, open_cell, to_rgb
+from launch.data.images import to_rgb
+from launch.data.sources import SUFFIXES, HubDataset, ImageFiles, ImageSource, load_split
+from launch.run.randomness import seed_of
 from vim_backbone.errors import UserError, nearest
 
 
@@ -47,26 +48,6 @@ class Picked:
     def open(self, index: int) -> Image.Image:
         """The picture, opened but not decoded."""
         return self.source.open(self.indices[index])
-
-
-class Cells:
-    """The image column of a map-style data set, undecoded."""
-
-    def __init__(self, data: Any, column: str, split: str) -> None:
-        self.data = data
-        self.column = column
-        self.split = split
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def name(self, index: int) -> str:
-        """Split and row."""
-        return f"{self.split} row {index}"
-
-    def open(self, index: int) -> Image.Image:
-        """The row's picture, opened but not decoded."""
-        return open_cell(self.data[index][self.column])
 
 
 class ClassSamples:
@@ -107,8 +88,8 @@ def open_labelled(data: ClassificationData, seed: int) -> tuple[Labelled, Labell
                 "data.holdout 0.1 to keep a tenth of each class"
             )
         order = shuffled_within_classes(train.labels, seed)
-        kept = {i for members in order for i in members[: max(1, round(len(members) * data.holdout))]}
-        both = [[i for i in range(len(train.labels)) if (i in kept) == wanted] for wanted in (False, True)]
+        held_out = {i for members in order for i in members[: max(1, round(len(members) * data.holdout))]}
+        both = [[i for i in range(len(train.labels)) if (i in held_out) == evaluated] for evaluated in (False, True)]
         train, val = train.pick(both[0]), train.pick(both[1])
     if data.shots is not None:
         order = shuffled_within_classes(train.labels, seed)
@@ -146,21 +127,21 @@ def read_class_folders(folder: Path, classes: list[str] | None) -> Labelled:
 
     Raises UserError for a class without pictures, and for classes that differ from those of training.
     """
-    found = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not found:
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not names:
         raise UserError(f"{folder} has no class folders: it needs one folder of pictures for each class")
-    if classes is not None and (strange := sorted(set(found) - set(classes))):
+    if classes is not None and (strange := sorted(set(names) - set(classes))):
         raise UserError(
             f"{folder} has class {strange[0]!r}, which the training folder lacks ({len(classes)} classes there, "
-            f"{len(found)} here): rename or remove it"
+            f"{len(names)} here): rename or remove it"
         )
-    classes = classes or found
+    classes = classes or names
     if len(classes) < 2:
         raise UserError(f"{folder} has one class, {classes[0]!r}: a classifier needs two or more folders")
     paths, labels = [], []
     for label, name in enumerate(classes):
         inside = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        if not inside and name in found:
+        if not inside and name in names:
             raise UserError(f"class folder {folder / name} has no pictures: fill it or remove it")
         paths += inside
         labels += [label] * len(inside)
@@ -182,11 +163,7 @@ def _from_datasets(data: ClassificationData) -> tuple[Labelled, Labelled | None]
 def read_dataset(data: ClassificationData, split: str) -> Labelled:
     """One split of what `datasets.load_dataset` loads. Raises UserError for what cannot be loaded or has no labels."""
     name = data.source[3:]
-    try:
-        loaded: Any = datasets.load_dataset(name, split=split)
-    except Exception as error:  # `datasets` raises a dozen unrelated classes for what users get wrong
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"datasets cannot load {name} (split {split!r}): {why}") from error
+    loaded = load_split(name, split)
     features = loaded.features
     image = data.image_column or next((k for k, f in features.items() if isinstance(f, datasets.Image)), None)
     label = data.label_column or next((k for k, f in features.items() if isinstance(f, datasets.ClassLabel)), None)
@@ -196,8 +173,7 @@ def read_dataset(data: ClassificationData, split: str) -> Labelled:
             raise UserError(f"{name} has no column {column!r} of type {kind.__name__}: set data.{field}; {hint}")
     assert image is not None
     labels = loaded[label]
-    pictures = loaded.select_columns([image]).cast_column(image, datasets.Image(decode=False))
     classes = list(features[label].names)
     if wrong := next((i for i, value in enumerate(labels) if not 0 <= value < len(classes)), None):
         raise UserError(f"{name} {split} row {wrong} has label {labels[wrong]}: it must be 0 .. {len(classes) - 1}")
-    return Labelled(Cells(pictures, image, split), list(labels), classes)
+    return Labelled(HubDataset(loaded, image, f"{split} "), list(labels), classes)

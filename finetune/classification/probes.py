@@ -1,13 +1,14 @@
-"""Judging frozen features: nearest neighbours, and a linear probe by logistic regression."""
+"""Evaluation of frozen features: nearest neighbours, and a linear probe by logistic regression."""
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from finetune.classification.judge import Counts, write_tables
-from finetune.loading import Samples, evaluation_batches
-from finetune.run import Report, Task
+from finetune.batches import evaluation_batches
+from finetune.classification.config import ClassificationConfig
+from finetune.classification.evaluate import Counts, write_tables
+from finetune.task import EvaluationResult, Samples, Task
 from vim_backbone import UserError
 
 HELD_OUT = 10
@@ -15,14 +16,14 @@ HELD_OUT = 10
 ITERATIONS = 300
 
 
-def probe(task: Task, model: nn.Module, accelerator: Accelerator) -> Report:
+def probe(task: Task[ClassificationConfig], model: nn.Module, accelerator: Accelerator) -> EvaluationResult:
     """Top-1 and top-5 of what the mode says, on features of the middle crop. For all processes."""
     config = task.config.probe
-    sizes = task.eval_batch_size(accelerator), task.workers
+    sizes = task.eval_batch_size(accelerator), task.config.data.workers
     bank, labels, bad = extract(task.train, model, accelerator, *sizes)
     queries, targets, more_bad = extract(task.val, model, accelerator, *sizes)
     if not accelerator.is_main_process:
-        return Report()
+        return EvaluationResult()
     classes = len(task.classes)
     extra = {}
     if task.config.mode == "knn":
@@ -34,7 +35,9 @@ def probe(task: Task, model: nn.Module, accelerator: Accelerator) -> Report:
         extra["penalty"] = penalty
     counts = Counts(classes, scores.device)
     counts.add(scores, targets)
-    return Report(counts.metrics() | extra, lambda folder: write_tables(folder, counts, task.classes), bad + more_bad)
+    return EvaluationResult(
+        counts.metrics() | extra, lambda folder: write_tables(folder, counts, task.classes), bad + more_bad
+    )
 
 
 def extract(
@@ -47,8 +50,8 @@ def extract(
     for batch in evaluation_batches(samples, accelerator, batch_size, workers):
         bad += batch.bad
         with accelerator.autocast():
-            found = model(batch.images.to(device))
-        features.append(found.float())
+            pooled = model(batch.images.to(device))
+        features.append(pooled.float())
         labels.append(batch.targets.to(device))
         numbers.append(torch.where(torch.tensor(batch.counted), torch.tensor(batch.numbers), -1).to(device))
     shares = [torch.cat(parts) for parts in (numbers, features, labels)]
@@ -83,12 +86,12 @@ def linear_probe(
     """Logits (queries, classes) of logistic regression on standardised features, and the penalty that was chosen."""
     mean, deviation = bank.mean(0), bank.std(0) + 1e-6
     bank, queries = (bank - mean) / deviation, (queries - mean) / deviation
-    held = torch.arange(len(bank), device=bank.device) % HELD_OUT == 0
+    held_out = torch.arange(len(bank), device=bank.device) % HELD_OUT == 0
     if len(penalties) > 1:
         hits = []
         for penalty in penalties:
-            weight, bias = logistic_regression(bank[~held], labels[~held], classes, penalty)
-            hits.append(int(((bank[held] @ weight.T + bias).argmax(1) == labels[held]).sum()))
+            weight, bias = logistic_regression(bank[~held_out], labels[~held_out], classes, penalty)
+            hits.append(int(((bank[held_out] @ weight.T + bias).argmax(1) == labels[held_out]).sum()))
         penalties = [penalties[max(range(len(hits)), key=lambda i: (hits[i], penalties[i]))]]
     weight, bias = logistic_regression(bank, labels, classes, penalties[0])
     return queries @ weight.T + bias, penalties[0]

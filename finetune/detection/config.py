@@ -1,14 +1,14 @@
-"""Everything that a detection run can be told."""
+"""Fields of a detection run."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from finetune.config import FinetuneConfig, FinetuneOptim
+from finetune.config import FinetuneConfig, FinetuneOptim, LabelledData
 from vim_backbone.errors import require
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectionData:
+class DetectionData(LabelledData):
     """Pictures with a COCO file for each split."""
 
     source: str = ""
@@ -17,14 +17,10 @@ class DetectionData:
     """Split to train on; train2017 for COCO."""
     val_split: str = "val"
     """Split to evaluate on; val2017 for COCO."""
-    workers: int = 2
-    """Processes that read and augment pictures, for each training process."""
-    max_megapixels: float = 200.0
-    """Largest picture that is decoded, in millions of pixels."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(bool(self.source), "data.source", self.source, "give a folder with annotations/instances_train.json")
-        require(self.workers >= 0, "data.workers", self.workers, "it cannot be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +68,7 @@ class DetectionHead:
 
 @dataclass(frozen=True, kw_only=True)
 class TestConfig:
-    """How a whole picture is judged."""
+    """How a whole picture is evaluated."""
 
     __test__ = False  # no test case, whatever pytest makes of its name
 
@@ -80,7 +76,7 @@ class TestConfig:
     """Sides of the squares that a picture is fitted into, as factors on model.img_size; several: multi-scale testing,
     the best of the detections that overlap."""
     flip: bool = False
-    """Judge the mirror image too."""
+    """Detect in the mirror image too."""
 
     def __post_init__(self) -> None:
         good = bool(self.scales) and all(0.1 <= scale <= 10 for scale in self.scales)
@@ -94,7 +90,7 @@ class DetectionConfig(FinetuneConfig):
     name: str = "detection"
     """Name of the run; its folder is OUT/NAME."""
     mode: Literal["train", "evaluate"] = "train"
-    """train: fine-tune and evaluate; evaluate: judge a trained run, with --resume."""
+    """train: fine-tune and evaluate; evaluate: score a trained run, with --resume."""
     data: DetectionData
     jitter: JitterConfig = field(default_factory=JitterConfig)
     head: DetectionHead = field(default_factory=DetectionHead)

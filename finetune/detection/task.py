@@ -1,7 +1,6 @@
-"""Detection as a task of the fine-tuning run, and its command."""
+"""Detection as a task: Mask R-CNN or Cascade Mask R-CNN; COCO's AP."""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,26 +8,29 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from finetune.backbone import find_backbone, read_backbone
-from finetune.detection.coco import TrainPictures, WholePictures, open_coco
-from finetune.detection.config import DetectionConfig, TestConfig
-from finetune.detection.judge import judge
-from finetune.detection.rcnn import Detector
-from finetune.detection.views import Views
-from finetune.loading import Batch
-from finetune.run import Observer, Report, Task, finetune
-from pretrain.data import to_model
-from vim_backbone import UserError, VimConfig
+from finetune.detection.config import DetectionConfig
+from finetune.detection.data import TrainPictures, WholePictures, open_coco
+from finetune.detection.evaluate import METRICS, evaluate
+from finetune.detection.model import Detector
+from finetune.detection.predict import DetectionPredictor
+from finetune.detection.tta import tta_of
+from finetune.task import EvaluationResult, LabelledBatch, Task
+from vim_backbone import UserError
+from vim_backbone.preprocessing import to_model
 
 
-class DetectionTask(Task):
+class DetectionTask(Task[DetectionConfig]):
     """Mask R-CNN or Cascade Mask R-CNN; COCO's AP."""
 
     name = "detection"
+    summary = "Boxes and masks of objects: Mask R-CNN, Cascade; COCO's AP."
+    config_class = DetectionConfig
+    metrics = METRICS
+    predictor = DetectionPredictor
 
     def __init__(self, config: DetectionConfig) -> None:
         self.config = config
-        if config.mode == "evaluate" and not config.resume:
-            raise UserError("mode evaluate needs a trained run: add --resume and the run's --name")
+        config.require_trained()
         train = open_coco(config.data, config.data.train_split, config.head.masks)
         self.split = open_coco(config.data, config.data.val_split, config.head.masks)
         self.classes = [category["name"] for category in train.categories]
@@ -41,23 +43,25 @@ class DetectionTask(Task):
         self.pretrained = read_backbone(find_backbone(config.backbone), config.model, config.seed, 0)
         size = self.pretrained.config.img_size
         self.train = TrainPictures(train, size, config.jitter, config.head.masks)
-        self.views = views_of(self.pretrained.config, config.test, config.head.detections)
-        self.val = WholePictures(self.split, self.views)
+        self.tta = tta_of(self.pretrained.config, config.test, config.head.detections)
+        self.val = WholePictures(self.split, self.tta)
         self.notes = [*train.notes, *self.split.notes]
 
     def new_model(self) -> Detector:
         """The detector with fresh weights."""
         return Detector(self.pretrained.config, self.config.head, len(self.classes))
 
-    def losses(self, model: nn.Module, batch: Batch, device: torch.device, key: tuple[int, ...]) -> dict[str, Tensor]:
+    def losses(
+        self, model: nn.Module, batch: LabelledBatch, device: torch.device, key: tuple[int, ...]
+    ) -> dict[str, Tensor]:
         """Of proposals, boxes and masks."""
         del key  # which proposals are sampled is drawn from the generator of the step
         targets = [{name: value.to(device) for name, value in target.items()} for target in batch.targets]
         return model(to_model(batch.images, device), targets)
 
-    def evaluate(self, model: nn.Module, accelerator: Accelerator) -> Report:
+    def evaluate(self, model: nn.Module, accelerator: Accelerator) -> EvaluationResult:
         """COCO's AP."""
-        return judge(self, self.split, self.views, model, accelerator)
+        return evaluate(self, self.split, self.tta, model, accelerator)
 
     def description(self) -> dict[str, Any]:
         """Classes, architecture, heads."""
@@ -68,20 +72,3 @@ class DetectionTask(Task):
             "head": asdict(self.config.head),
             "test": asdict(self.config.test),
         }
-
-
-def views_of(config: VimConfig, test: TestConfig, most: int) -> Views:
-    """How the config says that pictures are judged."""
-    stride = config.stride or config.patch_size
-
-    def side(length: int, scale: float) -> int:
-        return max(config.patch_size, round(scale * length / stride) * stride)
-
-    height, width = config.img_size
-    squares = [(side(height, scale), side(width, scale)) for scale in test.scales]
-    return Views(squares, test.flip, most)
-
-
-def run(config: DetectionConfig, observe: Observer | None = None) -> Path:
-    """Train or judge; returns the run's folder."""
-    return finetune(DetectionTask(config), observe)

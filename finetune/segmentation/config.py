@@ -1,14 +1,14 @@
-"""Everything that a segmentation run can be told."""
+"""Fields of a segmentation run."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from finetune.config import FinetuneConfig, FinetuneOptim
+from finetune.config import FinetuneConfig, FinetuneOptim, LabelledData
 from vim_backbone.errors import require
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentationData:
+class SegmentationData(LabelledData):
     """Pictures, and a map of labels for each."""
 
     source: str = ""
@@ -25,14 +25,10 @@ class SegmentationData:
     """Number of classes; null: as many as objectInfo*.txt (ADE20K) or classes.txt (a name a line) in the source has."""
     zero_is_ignored: bool = True
     """Label 0 counts for nothing and class k has label k + 1, as in ADE20K; false: class k has label k."""
-    workers: int = 2
-    """Processes that read and augment pictures, for each training process."""
-    max_megapixels: float = 200.0
-    """Largest picture that is decoded, in millions of pixels."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(bool(self.source), "data.source", self.source, "give a folder with images/ and annotations/")
-        require(self.workers >= 0, "data.workers", self.workers, "it cannot be negative")
         few = self.num_classes is not None and not 2 <= self.num_classes <= 254
         require(not few, "data.num_classes", self.num_classes, "it must be 2 to 254")
 
@@ -101,7 +97,7 @@ class SegmentationConfig(FinetuneConfig):
     name: str = "segmentation"
     """Name of the run; its folder is OUT/NAME."""
     mode: Literal["train", "evaluate"] = "train"
-    """train: fine-tune and evaluate; evaluate: judge a trained run, with --resume."""
+    """train: fine-tune and evaluate; evaluate: score a trained run, with --resume."""
     data: SegmentationData
     crop: CropConfig = field(default_factory=CropConfig)
     head: SegmentationHead = field(default_factory=SegmentationHead)

@@ -13,7 +13,8 @@ from torch.utils.data import default_collate
 from torchvision.transforms import v2
 
 from finetune.segmentation.config import CropConfig, SegmentationData
-from pretrain.images import BadPictureError, check_size, files_below, to_rgb
+from launch.data.images import BadPictureError, check_size, to_rgb
+from launch.data.sources import files_below
 from vim_backbone.errors import UserError
 
 IGNORED = 255
@@ -68,13 +69,13 @@ def class_names(data: SegmentationData) -> list[str]:
     if not root.is_dir():
         raise UserError(f"data.source {root} does not exist: give a folder with {data.images}/ and {data.maps}/")
     names: list[str] = []
-    told = [*sorted(root.glob("objectInfo*.txt")), *root.glob("classes.txt")]
-    if told:
-        lines = [line for line in told[0].read_text(encoding="utf-8").splitlines() if line.strip()]
-        table = told[0].name.startswith("objectInfo")
+    lists = [*sorted(root.glob("objectInfo*.txt")), *root.glob("classes.txt")]
+    if lists:
+        lines = [line for line in lists[0].read_text(encoding="utf-8").splitlines() if line.strip()]
+        table = lists[0].name.startswith("objectInfo")
         names = [line.split("\t")[-1].split(",")[0].strip() for line in lines[int(table) :]]
         if data.num_classes not in (None, len(names)):
-            raise UserError(f"data.num_classes is {data.num_classes}, but {told[0]} names {len(names)} classes")
+            raise UserError(f"data.num_classes is {data.num_classes}, but {lists[0]} names {len(names)} classes")
     elif data.num_classes:
         names = [f"class {k}" for k in range(data.num_classes)]
     if not names:
@@ -104,10 +105,11 @@ def open_pairs(data: SegmentationData, split: str, classes: int) -> tuple[Pairs,
     if len(unlike) > len(pairs):
         file, path, sizes = unlike[0]
         raise UserError(f"{path} is {sizes[1]} pixels, its picture {file.name} {sizes[0]}; {len(unlike)} maps are so")
-    found = Pairs([a for a, _, _ in pairs], [b for _, b, _ in pairs], data, classes)
-    _check_labels(found)
+    usable = Pairs([a for a, _, _ in pairs], [b for _, b, _ in pairs], data, classes)
+    _check_labels(usable)
     names = ", ".join(file.name for file, _, _ in unlike[:5])
-    return found, [f"{len(unlike)} pairs of {split} skipped, picture and map differ in size: {names}"] if unlike else []
+    line = f"{len(unlike)} pairs of {split} skipped, picture and map differ in size: {names}"
+    return usable, [line] if unlike else []
 
 
 def _size(path: Path) -> tuple[int, int] | None:
@@ -214,8 +216,8 @@ class WholePictures:
     def draw(self, index: int) -> tuple[Tensor, Tensor]:
         """(3, h, w) uint8 and (H, W) uint8."""
         image, labels = self.pairs.image(index), self.pairs.labels(index)
-        if (found := labels.shape[::-1]) != image.size:
-            raise BadPictureError(f"{self.pairs.maps[index]} is {found} pixels, its picture {image.size}")
+        if (size := labels.shape[::-1]) != image.size:
+            raise BadPictureError(f"{self.pairs.maps[index]} is {size} pixels, its picture {image.size}")
         return to_test_size(image, self.size), torch.from_numpy(labels)
 
     def collate(self, samples: list[tuple[Any, Any]]) -> tuple[Any, Any]:

@@ -1,7 +1,6 @@
-"""Segmentation as a task of the fine-tuning run, and its command."""
+"""Segmentation as a task: UperNet, trained on crops, evaluated on whole pictures."""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,25 +8,28 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from finetune.backbone import find_backbone, read_backbone
-from finetune.loading import Batch
-from finetune.run import Observer, Report, Task, finetune
-from finetune.segmentation.config import SegmentationConfig, TestConfig
+from finetune.segmentation.config import SegmentationConfig
 from finetune.segmentation.data import TrainCrops, WholePictures, class_names, open_pairs
-from finetune.segmentation.judge import judge
-from finetune.segmentation.upernet import Segmenter, Windows, feature_layers
-from pretrain.data import to_model
-from vim_backbone import UserError, VimConfig
+from finetune.segmentation.evaluate import METRICS, evaluate
+from finetune.segmentation.model import Segmenter, feature_layers
+from finetune.segmentation.predict import SegmentationPredictor
+from finetune.segmentation.windows import windows_of
+from finetune.task import EvaluationResult, LabelledBatch, Task
+from vim_backbone.preprocessing import to_model
 
 
-class SegmentationTask(Task):
-    """UperNet, trained on crops, judged on whole pictures."""
+class SegmentationTask(Task[SegmentationConfig]):
+    """UperNet; mIoU."""
 
     name = "segmentation"
+    summary = "A class for each pixel: UperNet; mIoU."
+    config_class = SegmentationConfig
+    metrics = METRICS
+    predictor = SegmentationPredictor
 
     def __init__(self, config: SegmentationConfig) -> None:
         self.config = config
-        if config.mode == "evaluate" and not config.resume:
-            raise UserError("mode evaluate needs a trained run: add --resume and the run's --name")
+        config.require_trained()
         self.classes = class_names(config.data)
         train, notes = open_pairs(config.data, config.data.train_split, len(self.classes))
         val, more = open_pairs(config.data, config.data.val_split, len(self.classes))
@@ -42,14 +44,16 @@ class SegmentationTask(Task):
         """The segmenter with fresh weights."""
         return Segmenter(self.pretrained.config, self.config.head, len(self.classes))
 
-    def losses(self, model: nn.Module, batch: Batch, device: torch.device, key: tuple[int, ...]) -> dict[str, Tensor]:
+    def losses(
+        self, model: nn.Module, batch: LabelledBatch, device: torch.device, key: tuple[int, ...]
+    ) -> dict[str, Tensor]:
         """Cross-entropy of both heads."""
         del key  # dropout draws from the generator of the step
         return model(to_model(batch.images, device), batch.targets.to(device).long())
 
-    def evaluate(self, model: nn.Module, accelerator: Accelerator) -> Report:
+    def evaluate(self, model: nn.Module, accelerator: Accelerator) -> EvaluationResult:
         """MIoU, mAcc, aAcc."""
-        return judge(self, model, accelerator, windows_of(self.pretrained.config, self.config.test))
+        return evaluate(self, model, accelerator, windows_of(self.pretrained.config, self.config.test))
 
     def description(self) -> dict[str, Any]:
         """Classes, architecture, and how pictures are segmented."""
@@ -60,15 +64,3 @@ class SegmentationTask(Task):
             "test": asdict(self.config.test),
             "zero_is_ignored": self.config.data.zero_is_ignored,
         }
-
-
-def windows_of(config: VimConfig, test: TestConfig) -> Windows:
-    """How the config says that pictures are segmented."""
-    height, width = config.img_size
-    step = (max(1, int(height * test.stride)), max(1, int(width * test.stride))) if test.mode == "slide" else (0, 0)
-    return Windows((height, width), step, config.stride or config.patch_size, config.patch_size, test.flip)
-
-
-def run(config: SegmentationConfig, observe: Observer | None = None) -> Path:
-    """Train or judge; returns the run's folder."""
-    return finetune(SegmentationTask(config), observe)

@@ -18,12 +18,12 @@ SETTINGS = {
 }
 os.environ.update({key: value for key, value in SETTINGS.items() if key not in os.environ})
 TOKEN = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-OWN_TOKEN = not (
+PRIVATE_TOKEN = not (
     "ray" in sys.modules
     or any(name in os.environ for name in (*TOKEN, "RAY_ADDRESS"))
     or (Path.home() / ".ray/auth_token").exists()
 )
-"""Whether this process obeys a token of its own, which no cluster knows."""
-if OWN_TOKEN:
+"""Whether this process obeys a token made for it alone, which no cluster knows."""
+if PRIVATE_TOKEN:
     # without one, any user of this machine could have a Ray on it run code
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}

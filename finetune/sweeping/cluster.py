@@ -23,7 +23,7 @@ OBJECT_STORE = 200 * 2**20
 
 
 @contextmanager
-def running(config: RayConfig, each: ResourceConfig) -> Iterator[None]:
+def ray_session(config: RayConfig, resources: ResourceConfig) -> Iterator[None]:
     """Ray inside the block, with this checkout's code on every node.
 
     Raises UserError where the address does not answer, or a trial fits on no node.
@@ -50,7 +50,7 @@ def running(config: RayConfig, each: ResourceConfig) -> Iterator[None]:
         _join(address, config.wait_seconds, options)
     try:
         if not config.autoscaling:
-            _refuse_what_never_fits(each)
+            _refuse_what_never_fits(resources)
         yield
     finally:
         ray.shutdown()
@@ -90,23 +90,24 @@ def _join(address: str, seconds: float, options: dict[str, Any]) -> None:
         raise UserError(f"ray.address {address}: {' '.join(str(outcome[0]).split())[:300]}") from outcome[0]
 
 
-def _refuse_what_never_fits(each: ResourceConfig) -> None:
+def _refuse_what_never_fits(resources: ResourceConfig) -> None:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    need = {"CPU": each.cpus, "GPU": each.gpus}
+    need = {"CPU": resources.cpus, "GPU": resources.gpus}
     places = sum(
         min([int(node.get(name, 0) / amount + 1e-9) for name, amount in need.items() if amount], default=0)
         for node in nodes
     )
-    if places < each.workers:
+    if places < resources.workers:
         has = ", ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
         raise UserError(
-            f"resources: a trial takes {each.workers} x ({each.cpus:g} CPUs and {each.gpus:g} GPUs), which never fits; "
+            f"resources: a trial takes {resources.workers} x ({resources.cpus:g} CPUs and {resources.gpus:g} GPUs), "
+            "which never fits; "
             f"the {'nodes have' if len(nodes) > 1 else 'node has'} {has}"
         )
 
 
-def slots(each: ResourceConfig) -> int:
+def slots(resources: ResourceConfig) -> int:
     """Trials that have room at a time, now."""
     total = ray.cluster_resources()
-    need = {"CPU": each.cpus * each.workers, "GPU": each.gpus * each.workers}
+    need = {"CPU": resources.cpus * resources.workers, "GPU": resources.gpus * resources.workers}
     return max(1, min(int(total.get(name, 0) / amount + 1e-9) for name, amount in need.items() if amount))

@@ -1,9 +1,10 @@
-"""Everything that a sweep can be told."""
+"""Fields of a sweep."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from finetune.registry import TASKS
 from vim_backbone.errors import UserError, nearest, require
 
 
@@ -64,8 +65,8 @@ class RayConfig:
 class SweepConfig:
     """A sweep: many fine-tuning runs of one task, over a space of their fields."""
 
-    task: Literal["classification", "detection", "segmentation"]
-    """What is fine-tuned."""
+    task: str
+    """What is fine-tuned: a task of finetune/main.py."""
     base: str | None = None
     """YAML file for finetune/main.py that every trial starts from."""
     fields: dict[str, Any] = field(default_factory=dict)
@@ -112,9 +113,11 @@ class SweepConfig:
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise UserError(f"name is {self.name!r}: it must be a plain folder name")
         require(bool(self.space), "space", self.space, "give at least one field to search over")
-        known = METRICS[self.task]
-        if self.metric not in known:
-            raise UserError(f"metric is {self.metric!r}: {self.task} reports no such; {nearest(self.metric, known)}")
+        if self.task not in TASKS:
+            raise UserError(f"task is {self.task!r}: there is no such task; {nearest(self.task, TASKS)}")
+        metrics = TASKS[self.task].metrics
+        if self.metric not in metrics:
+            raise UserError(f"metric is {self.metric!r}: {self.task} reports no such; {nearest(self.metric, metrics)}")
         for name in ("trials", "concurrent"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "it must be at least 1")
@@ -126,12 +129,3 @@ class SweepConfig:
     def folder(self) -> Path:
         """The sweep's folder."""
         return Path(self.out) / self.name
-
-
-COCO = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
-METRICS = {
-    "classification": ("top1", "top5", "loss"),
-    "detection": tuple(f"{kind}_{name}" for kind in ("box", "mask") for name in COCO),
-    "segmentation": ("mIoU", "mAcc", "aAcc"),
-}
-"""Task -> what its evaluations report; a test runs them and compares."""

@@ -18,8 +18,8 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from finetune.sweeping.space import Dimension, combinations, decoded
-from launch.randomness import seed_of
+from finetune.sweeping.space import Dimension, combinations, decode
+from launch.run.randomness import seed_of
 from vim_backbone.errors import UserError
 
 JOURNAL = "study.jsonl"
@@ -33,7 +33,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class TrialEvaluation:
     """One evaluation of one trial."""
 
     step: int
@@ -41,7 +41,7 @@ class Evaluated:
     """Share of the trial's training that was done, in percent."""
     metrics: dict[str, float]
     seconds: float
-    """Time the trial had trained and judged for, since it was last started."""
+    """Time the trial had trained and evaluated for, since it was last started."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Entry:
     """waiting, running, finished, stopped early or failed."""
     fields: dict[str, Any]
     """Values of the space's fields; under population-based training the latest."""
-    evaluations: list[Evaluated]
+    evaluations: list[TrialEvaluation]
     checkpoint: str | None
     """Newest checkpoint that is whole: a path or URL."""
     stopped: bool
@@ -78,7 +78,7 @@ class Ledger:
         self.path = folder / JOURNAL
         self.metric = metric
         self.space = space
-        self._lock = _locked(folder / ".lock")
+        self._lock = _lock(folder / ".lock")
         _drop_half_line(self.path)
         # the lock above is what keeps others out; Optuna's own is of use to many writers alone
         storage = JournalStorage(JournalFileBackend(str(self.path)))
@@ -123,27 +123,27 @@ class Ledger:
         if searcher == "tpe":
             sampler = TPESampler(seed=key, constant_liar=True)
         fixed = combinations(self.space)
-        if chosen := fixed[number % len(fixed)]:
+        if combination := fixed[number % len(fixed)]:
             places = {d.field: d.values for d in self.space}
             labels = {d.field: d.distribution for d in self.space}
-            choices = {f: getattr(labels[f], "choices")[places[f].index(v)] for f, v in chosen.items()}  # noqa: B009
+            choices = {f: getattr(labels[f], "choices")[places[f].index(v)] for f, v in combination.items()}  # noqa: B009
             with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
                 sampler = PartialFixedSampler(choices, sampler)
         self.study.sampler = sampler
         return self.study.ask({d.field: d.distribution for d in self.space}).number
 
-    def note(self, number: int, evaluated: Evaluated, fields: dict[str, Any], stopped: bool) -> None:
+    def note(self, number: int, evaluation: TrialEvaluation, fields: dict[str, Any], stopped: bool) -> None:
         """Write down an evaluation, and the fields that population-based training has given the trial since."""
         trial = self._trial(number)
         if fields != self.entry(number).fields:
             trial.set_user_attr("fields", fields)
         if stopped:
             trial.set_user_attr("stopped", True)
-        score = evaluated.metrics.get(self.metric, math.nan)
-        if math.isfinite(score) and evaluated.step not in self._frozen(number).intermediate_values:
-            trial.report(score, evaluated.step)
-        row = {"percent": evaluated.percent, "seconds": evaluated.seconds, "metrics": evaluated.metrics}
-        trial.set_user_attr(f"{EVALUATION}{evaluated.step:08d}", row)
+        score = evaluation.metrics.get(self.metric, math.nan)
+        if math.isfinite(score) and evaluation.step not in self._frozen(number).intermediate_values:
+            trial.report(score, evaluation.step)
+        row = {"percent": evaluation.percent, "seconds": evaluation.seconds, "metrics": evaluation.metrics}
+        trial.set_user_attr(f"{EVALUATION}{evaluation.step:08d}", row)
 
     def keep(self, number: int, checkpoint: str) -> None:
         """Write down where the trial's newest checkpoint is."""
@@ -178,20 +178,20 @@ class Ledger:
 
 
 def _entry(trial: FrozenTrial, space: list[Dimension]) -> Entry:
-    told = trial.user_attrs
+    attributes = trial.user_attrs
     evaluations = [
-        Evaluated(int(key.removeprefix(EVALUATION)), row["percent"], row["metrics"], row["seconds"])
-        for key, row in sorted(told.items())
+        TrialEvaluation(int(key.removeprefix(EVALUATION)), row["percent"], row["metrics"], row["seconds"])
+        for key, row in sorted(attributes.items())
         if key.startswith(EVALUATION)
     ]
-    drawn = decoded(space, trial.params)
+    fields = attributes.get("fields", decode(space, trial.params))
     return Entry(
-        trial.number, STATES[trial.state], told.get("fields", drawn), evaluations, told.get("checkpoint"),
-        bool(told.get("stopped")), told.get("error"), "fields" in told,
+        trial.number, STATES[trial.state], fields, evaluations, attributes.get("checkpoint"),
+        bool(attributes.get("stopped")), attributes.get("error"), "fields" in attributes,
     )  # fmt: skip
 
 
-def _locked(path: Path) -> int:
+def _lock(path: Path) -> int:
     handle = os.open(path, os.O_CREAT | os.O_RDWR)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -23,8 +23,8 @@ class Progress:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._live = Live(console=self.console, auto_refresh=False) if sys.stderr.isatty() else None
         self._ledger: Ledger | None = None
-        self._drawn = 0.0
-        self._told: dict[int, str] = {}
+        self._last_draw = 0.0
+        self._states: dict[int, str] = {}
 
     def __getstate__(self) -> dict[str, object]:
         """Nothing, as of the ledger."""
@@ -52,16 +52,16 @@ class Progress:
         entries = ledger.entries()
         over = sum(entry.state not in ("waiting", "running") for entry in entries)
         for entry in entries:
-            if self._told.get(entry.number) != entry.state and entry.state not in ("waiting", "running"):
+            if self._states.get(entry.number) != entry.state and entry.state not in ("waiting", "running"):
                 self.say(f"{over}/{self.trials}  {line_of(entry, self.metric)}")
-            self._told[entry.number] = entry.state
+            self._states[entry.number] = entry.state
 
     def tick(self, now: bool = False) -> None:
         """Draw the table, if it is time to."""
-        if self._live is None or self._ledger is None or not (now or time.monotonic() - self._drawn > SECONDS):
+        if self._live is None or self._ledger is None or not (now or time.monotonic() - self._last_draw > SECONDS):
             return
         self._live.update(table(self._ledger, self.metric, self.trials), refresh=True)
-        self._drawn = time.monotonic()
+        self._last_draw = time.monotonic()
 
 
 def table(ledger: Ledger, metric: str, trials: int) -> Table:
@@ -69,17 +69,17 @@ def table(ledger: Ledger, metric: str, trials: int) -> Table:
     entries = ledger.entries()
     best = ledger.best(1)
     title = f"{sum(e.state not in ('waiting', 'running') for e in entries)} of {trials} trials are over"
-    shown = Table(title=title + (f"; best {metric} {best[0].score(metric):.4f}" if best else ""))
+    grid = Table(title=title + (f"; best {metric} {best[0].score(metric):.4f}" if best else ""))
     fields = [d.field for d in ledger.space]
     for heading in ("trial", "state", "done", metric, *fields):
-        shown.add_column(heading)
+        grid.add_column(heading)
     running = [e for e in entries if e.state == "running"]
     others = ledger.best(ROWS) + [e for e in reversed(entries) if e.state in ("stopped early", "failed")]
     for entry in (running + others)[:ROWS]:
         percent = entry.evaluations[-1].percent if entry.evaluations else 0
         values = [short(entry.fields.get(field)) for field in fields]
-        shown.add_row(str(entry.number), entry.state, f"{percent:.0f} %", score_of(entry, metric), *values)
-    return shown
+        grid.add_row(str(entry.number), entry.state, f"{percent:.0f} %", score_of(entry, metric), *values)
+    return grid
 
 
 def line_of(entry: Entry, metric: str) -> str:

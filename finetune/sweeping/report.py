@@ -1,4 +1,4 @@
-"""What a sweep found: results.csv, a picture, report.html, the best model, and commands that repeat the best trials."""
+"""The results of a sweep: results.csv, a picture, report.html, the best model, commands that repeat the best trials."""
 
 import base64
 import csv
@@ -37,15 +37,15 @@ def write_report(config: SweepConfig, ledger: Ledger) -> list[str]:
     entries = ledger.entries()
     write_results(config.folder / RESULTS, entries, ledger)
     lines = [f"{sum(e.state == state for e in entries)} {state}" for state in ("finished", "stopped early", "failed")]
-    said = [f"{', '.join(lines)} of {config.trials} trials; the record is {config.folder / RESULTS}"]
-    drawn = draw(config, ledger)
+    summary = [f"{', '.join(lines)} of {config.trials} trials; the record is {config.folder / RESULTS}"]
+    picture = draw(config, ledger)
     if best := ledger.best(1):
-        said.append(publish_best(config, best[0]))
+        summary.append(publish_best(config, best[0]))
     else:
-        said.append("no trial has come to its end, so that there is no best model")
-    write_html(config, ledger, drawn)
-    said.append(f"report: {config.folder / REPORT}")
-    return said
+        summary.append("no trial has come to its end, so that there is no best model")
+    write_html(config, ledger, picture)
+    summary.append(f"report: {config.folder / REPORT}")
+    return summary
 
 
 def write_results(path: Path, entries: list[Entry], ledger: Ledger) -> None:
@@ -59,8 +59,8 @@ def write_results(path: Path, entries: list[Entry], ledger: Ledger) -> None:
             last = e.evaluations[-1] if e.evaluations else None
             reached = [last.step, last.percent, round(last.seconds, 3)] if last else ["", "", ""]
             values = [last.metrics.get(name, "") if last else "" for name in metrics]
-            told = [e.fields.get(name, "") for name in fields]
-            table.writerow([e.number, e.state, *reached, *values, *told, e.checkpoint or "", e.error or ""])
+            settings = [e.fields.get(name, "") for name in fields]
+            table.writerow([e.number, e.state, *reached, *values, *settings, e.checkpoint or "", e.error or ""])
 
 
 def draw(config: SweepConfig, ledger: Ledger) -> Path | None:
@@ -150,15 +150,15 @@ def importances(ledger: Ledger) -> dict[str, float] | None:
 
     Trials that were stopped early count by their last score: those that came to their end are too alike to tell.
     """
-    judged = optuna.create_study(direction=ledger.study.direction)
+    scored = optuna.create_study(direction=ledger.study.direction)
     for trial, entry in zip(ledger.study.get_trials(deepcopy=False), ledger.entries(), strict=True):
         if entry.state in ("finished", "stopped early"):
             value = entry.score(ledger.metric)
-            judged.add_trial(create_trial(params=trial.params, distributions=trial.distributions, value=value))
-    trials = judged.get_trials(deepcopy=False)
+            scored.add_trial(create_trial(params=trial.params, distributions=trial.distributions, value=value))
+    trials = scored.get_trials(deepcopy=False)
     if len(trials) < FEWEST or len({trial.value for trial in trials}) == 1:
         return None
-    shares = get_param_importances(judged, evaluator=FanovaImportanceEvaluator(seed=0))
+    shares = get_param_importances(scored, evaluator=FanovaImportanceEvaluator(seed=0))
     return {name: float(share) for name, share in shares.items()}
 
 
@@ -190,19 +190,21 @@ def publish_best(config: SweepConfig, best: Entry) -> str:
     write_text(aside / "fields.yaml", yaml.safe_dump(best.fields, sort_keys=False))
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
-    told = "  ".join(f"{name} {short(value)}" for name, value in best.fields.items())
-    return f"best: trial {best.number}, {config.metric} {score_of(best, config.metric)}, {told}; published in {folder}"
+    values = "  ".join(f"{name} {short(value)}" for name, value in best.fields.items())
+    return (
+        f"best: trial {best.number}, {config.metric} {score_of(best, config.metric)}, {values}; published in {folder}"
+    )
 
 
 def command(config: SweepConfig, entry: Entry) -> str:
     """The command that repeats a trial outside of Ray."""
-    each = config.resources
-    launch = f"accelerate launch --num_processes {each.workers}" if each.workers > 1 else "accelerate launch"
-    if not each.gpus:  # sums on CPU depend on the number of threads, which Ray sets to a trial's cores
-        launch = f"OMP_NUM_THREADS={max(1, int(each.cpus))} {launch}"
+    resources = config.resources
+    launch = f"accelerate launch --num_processes {resources.workers}" if resources.workers > 1 else "accelerate launch"
+    if not resources.gpus:  # sums on CPU depend on the number of threads, which Ray sets to a trial's cores
+        launch = f"OMP_NUM_THREADS={max(1, int(resources.cpus))} {launch}"
     base = [f"--config={config.base}"] if config.base else []
-    told = [*base, "--trackers=[]", *arguments(config.fields | entry.fields), f"--name={config.name}-{entry.number}"]
-    return f"{launch} finetune/main.py {config.task} " + " ".join(shlex.quote(word) for word in told)
+    argv = [*base, "--trackers=[]", *arguments(config.fields | entry.fields), f"--name={config.name}-{entry.number}"]
+    return f"{launch} finetune/main.py {config.task} " + " ".join(shlex.quote(word) for word in argv)
 
 
 def top_lines(config: SweepConfig, ledger: Ledger) -> list[str]:
@@ -227,14 +229,14 @@ def write_html(config: SweepConfig, ledger: Ledger, picture: Path | None) -> Non
         cells = "".join(f"<td>{html.escape(str(value))}</td>" for value in (e.number, e.state, *values))
         rows.append(f"<tr>{cells}</tr>")
     data = base64.b64encode(picture.read_bytes()).decode() if picture else ""
-    shown = f'<p><img alt="scores and fields" src="data:image/png;base64,{data}"></p>' if picture else ""
+    image = f'<p><img alt="scores and fields" src="data:image/png;base64,{data}"></p>' if picture else ""
     commands = html.escape("\n".join(command(config, e) for e in finished[:3]))
     title = html.escape(f"{config.name}: {config.task}, {config.metric}")
     page = (
         f'<!doctype html><meta charset="utf-8"><title>{title}</title>'
         "<style>body{font-family:sans-serif;margin:2em}img{max-width:100%}table{border-collapse:collapse}"
         "td,th{border-bottom:1px solid #ccc;padding:.2em .7em;text-align:left}pre{white-space:pre-wrap}</style>"
-        f"<h1>{title}</h1>{shown}<h2>The best again, without Ray</h2><pre>{commands}</pre>"
+        f"<h1>{title}</h1>{image}<h2>The best again, without Ray</h2><pre>{commands}</pre>"
         f"<h2>Trials</h2><table><tr>{head}</tr>{''.join(rows)}</table>\n"
     )
     write_text(config.folder / REPORT, page)

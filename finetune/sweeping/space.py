@@ -56,7 +56,7 @@ def read_space(space: dict[str, Any], types: dict[str, str]) -> list[Dimension]:
 
     Raises UserError naming the field that does not exist, or whose space is empty or malformed.
     """
-    return [_dimension(field, told, types) for field, told in space.items()]
+    return [_dimension(field, spec, types) for field, spec in space.items()]
 
 
 def combinations(dimensions: Iterable[Dimension]) -> list[dict[str, Any]]:
@@ -65,18 +65,18 @@ def combinations(dimensions: Iterable[Dimension]) -> list[dict[str, Any]]:
     return [dict(zip((d.field for d in grids), c, strict=True)) for c in itertools.product(*(d.values for d in grids))]
 
 
-def decoded(dimensions: Iterable[Dimension], params: dict[str, Any]) -> dict[str, Any]:
+def decode(dimensions: Iterable[Dimension], params: dict[str, Any]) -> dict[str, Any]:
     """What Optuna drew, as field -> value."""
     listed = {d.field for d in dimensions if d.listed}
     return {field: json.loads(value) if field in listed else value for field, value in params.items()}
 
 
-def _dimension(field: str, told: Any, types: dict[str, str]) -> Dimension:
+def _dimension(field: str, spec: Any, types: dict[str, str]) -> Dimension:
     if field not in types:
         raise UserError(f"space.{field}: no such field; {nearest(field, types)}")
-    if not isinstance(told, dict) or len(told) != 1 or next(iter(told)) not in KINDS:
-        raise UserError(f"space.{field} is {told!r}: it must be one of " + ", ".join(f"{{{k}: [...]}}" for k in KINDS))
-    kind, values = next(iter(told.items()))
+    if not isinstance(spec, dict) or len(spec) != 1 or next(iter(spec)) not in KINDS:
+        raise UserError(f"space.{field} is {spec!r}: it must be one of " + ", ".join(f"{{{k}: [...]}}" for k in KINDS))
+    kind, values = next(iter(spec.items()))
     if not isinstance(values, list) or not values:
         raise UserError(f"space.{field}: {kind} is {values!r}, an empty space: give a list of values")
     if kind in ("choice", "grid"):

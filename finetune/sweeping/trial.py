@@ -1,4 +1,4 @@
-"""One trial, in a worker of Ray: the run of finetune/main.py, which tells Ray Tune of each evaluation."""
+"""One trial, in a worker of Ray: the run of finetune/main.py, which reports each evaluation to Ray Tune."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import ray.train
 import torch.distributed as dist
@@ -18,14 +18,14 @@ from ray import tune
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from finetune.main import TASKS
-from finetune.run import Evaluation
-from launch.cli import parse
+from finetune.registry import TASKS
+from finetune.train import Evaluation, finetune
+from launch.run.cli import parse
 from vim_backbone.errors import UserError
 
-Report = Callable[[dict[str, Any], Path | None], None]
+Reporter = Callable[[dict[str, Any], Path | None], None]
 """Called with metrics and the folder to keep."""
-CONTROLLED = ["--name=run", "--resume=auto", "--checkpoint_every=1000000000", "--keep_checkpoints=1"]
+SET_BY_SWEEP = ["--name=run", "--resume=auto", "--checkpoint_every=1000000000", "--keep_checkpoints=1"]
 """Fields of a trial that are the sweep's matter; the run's folder lies in a scratch folder of the node."""
 
 
@@ -34,36 +34,56 @@ def arguments(fields: dict[str, Any]) -> list[str]:
     return [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in fields.items()]
 
 
-def run_trial(told: dict[str, Any]) -> None:
-    """A trial of one process, to be called by Ray Tune in the trial's folder.
+class SweepSpec(TypedDict):
+    """What is the same for all trials of a sweep, as plain data that Ray sends to a worker."""
 
-    `told` has task, base (the text of the YAML file), common and fields (dotted field -> value, the same in all trials
-    and this one's), paths (folder as the sweep names it -> absolute), and start (path or URL of the checkpoint to go on
-    from, or None).
-    """
+    task: str
+    base: str
+    """Text of the YAML file that each trial starts from."""
+    common: dict[str, Any]
+    """Dotted field -> value."""
+    paths: dict[str, str]
+    """Folder as the sweep names it -> absolute."""
+    resources: dict[str, Any]
+    """Of one trial: cpus, gpus, workers."""
+    storage: str
+    """Path or URL of the checkpoints."""
+
+
+class TrialSpec(SweepSpec):
+    """What a worker needs to know of one trial."""
+
+    fields: dict[str, Any]
+    """Dotted field -> value, of this trial alone."""
+    start: str | None
+    """Path or URL of the checkpoint to go on from."""
+
+
+def run_trial(spec: TrialSpec) -> None:
+    """A trial of one process, to be called by Ray Tune in the trial's folder."""
 
     def report(metrics: dict[str, Any], folder: Path | None) -> None:
         tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(str(folder)) if folder else None)
 
-    _run(told, tune.get_checkpoint(), Path.cwd(), report)
+    _run(spec, tune.get_checkpoint(), Path.cwd(), report)
 
 
-def run_trial_on_workers(told: dict[str, Any]) -> None:
+def run_trial_on_workers(spec: TrialSpec) -> None:
     """A trial of several processes: Ray Train starts them, and passes their reports to Ray Tune."""
     context = tune.get_context()
-    each = told["resources"]
+    resources = spec["resources"]
     trainer = TorchTrainer(
         _run_worker,
-        train_loop_config=told | {"scratch": f"vim-sweep-{context.get_trial_id()}"},
-        torch_config=TorchConfig(backend="nccl" if each["gpus"] else "gloo"),
+        train_loop_config={**spec, "scratch": f"vim-sweep-{context.get_trial_id()}"},
+        torch_config=TorchConfig(backend="nccl" if resources["gpus"] else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=each["workers"],
-            use_gpu=each["gpus"] > 0,
-            resources_per_worker={"CPU": each["cpus"]} | ({"GPU": each["gpus"]} if each["gpus"] else {}),
+            num_workers=resources["workers"],
+            use_gpu=resources["gpus"] > 0,
+            resources_per_worker={"CPU": resources["cpus"]} | ({"GPU": resources["gpus"]} if resources["gpus"] else {}),
         ),
         run_config=ray.train.RunConfig(
             name=f"{context.get_trial_id()}-workers",
-            storage_path=told["storage"],
+            storage_path=spec["storage"],
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             callbacks=[TuneReportCallback()],
         ),
@@ -71,28 +91,28 @@ def run_trial_on_workers(told: dict[str, Any]) -> None:
     trainer.fit()
 
 
-def _run_worker(told: dict[str, Any]) -> None:
-    os.environ.setdefault("ACCELERATE_USE_CPU", "false" if told["resources"]["gpus"] else "true")
+def _run_worker(spec: Any) -> None:
+    os.environ.setdefault("ACCELERATE_USE_CPU", "false" if spec["resources"]["gpus"] else "true")
     rank = ray.train.get_context().get_world_rank()
 
     def report(metrics: dict[str, Any], folder: Path | None) -> None:
-        kept = ray.train.Checkpoint.from_directory(str(folder)) if folder and rank == 0 else None
-        ray.train.report(metrics, checkpoint=kept)
+        checkpoint = ray.train.Checkpoint.from_directory(str(folder)) if folder and rank == 0 else None
+        ray.train.report(metrics, checkpoint=checkpoint)
 
     # the same path for all processes of a node, because each reads the checkpoint
-    work = Path(tempfile.gettempdir()) / told["scratch"]
-    _run(told, ray.train.get_checkpoint(), work, report)
+    work = Path(tempfile.gettempdir()) / spec["scratch"]
+    _run(spec, ray.train.get_checkpoint(), work, report)
 
 
-def _run(told: dict[str, Any], checkpoint: Any, work: Path, report: Report) -> None:
+def _run(spec: TrialSpec, checkpoint: Any, work: Path, report: Reporter) -> None:
     """Build the config as finetune/main.py does, and run it."""
-    config_class, start, _ = TASKS[told["task"]]
-    if checkpoint is None and told["start"]:
-        checkpoint = tune.Checkpoint(told["start"])
+    task = TASKS[spec["task"]]
+    if checkpoint is None and spec["start"]:
+        checkpoint = tune.Checkpoint(spec["start"])
     if os.environ.get("LOCAL_RANK", "0") == "0":
         shutil.rmtree(work / "run", ignore_errors=True)
         work.mkdir(parents=True, exist_ok=True)
-        (work / "base.yaml").write_text(told["base"], encoding="utf-8")
+        (work / "base.yaml").write_text(spec["base"], encoding="utf-8")
         if checkpoint is not None:
             checkpoint.to_directory(str(work / "run"))
     if dist.is_initialized():
@@ -106,22 +126,22 @@ def _run(told: dict[str, Any], checkpoint: Any, work: Path, report: Report) -> N
         nonlocal waited
         percent = 100 * evaluation.step / evaluation.total_steps if evaluation.total_steps else 100.0
         seconds = time.monotonic() - began - waited
-        told_now = {"step": evaluation.step, "percent": percent, "seconds": seconds, "metrics": evaluation.metrics}
+        progress = {"step": evaluation.step, "percent": percent, "seconds": seconds, "metrics": evaluation.metrics}
         before = time.monotonic()
-        report(evaluation.metrics | told_now, work / "run")
+        report(evaluation.metrics | progress, work / "run")
         waited += time.monotonic() - before
 
     try:
-        paths, named = told["paths"], told["common"] | told["fields"]
-        fields = {name: fetched(paths.get(v, v) if isinstance(v, str) else v) for name, v in named.items()}
-        base = [f"--config={work / 'base.yaml'}"] if told["base"] else []
-        argv = [*base, "--trackers=[]", *arguments(fields), *CONTROLLED, f"--out={work}"]
-        start(parse(config_class, argv, "trial", ""), observe)
-    except UserError as error:  # would fail again: told, and not tried again
+        paths, settings = spec["paths"], spec["common"] | spec["fields"]
+        fields = {name: fetch(paths.get(v, v) if isinstance(v, str) else v) for name, v in settings.items()}
+        base = [f"--config={work / 'base.yaml'}"] if spec["base"] else []
+        argv = [*base, "--trackers=[]", *arguments(fields), *SET_BY_SWEEP, f"--out={work}"]
+        finetune(task(parse(task.config_class, argv, "trial", "")), observe)
+    except UserError as error:  # would fail again: reported, and not tried again
         report({"failed": str(error), "metrics": {}}, None)
 
 
-def fetched(value: Any) -> Any:
+def fetch(value: Any) -> Any:
     """A value of a config; a URL of data or of a backbone is copied to this node first, once, and gives the copy."""
     if not isinstance(value, str) or "://" not in value:
         return value

@@ -20,13 +20,13 @@ from ray.tune.schedulers import (
 )
 from ray.tune.search import Searcher
 
-from finetune.run import FIXED_ON_RESUME
 from finetune.sweeping.cluster import slots
 from finetune.sweeping.config import SweepConfig
-from finetune.sweeping.ledger import Evaluated, Ledger
+from finetune.sweeping.ledger import Ledger, TrialEvaluation
 from finetune.sweeping.progress import Progress
 from finetune.sweeping.space import Dimension
-from finetune.sweeping.trial import run_trial, run_trial_on_workers
+from finetune.sweeping.trial import SweepSpec, run_trial, run_trial_on_workers
+from finetune.train import FIXED_ON_RESUME
 from vim_backbone.errors import UserError
 from vim_backbone.files import write_text
 
@@ -34,7 +34,7 @@ TIME = "percent"
 
 
 @dataclass(eq=False)
-class Remembered:
+class PastTrial:
     """What the schedulers look at in a trial that is over."""
 
     trial_id: str
@@ -45,19 +45,19 @@ class Population(PopulationBasedTraining):
     """Population-based training of the ledger's trials."""
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Ray refuses searchers here, because they are not told of fields that change; the ledger is."""
+        """Ray refuses searchers here, because they learn nothing of fields that change; the ledger does."""
         super().on_trial_add(SimpleNamespace(search_alg=None), trial)  # pyright: ignore[reportArgumentType]
 
 
 class LedgerSearcher(Searcher):
     """Hands out the trials that are to go on, then new ones, until there are enough."""
 
-    def __init__(self, ledger: Ledger, config: SweepConfig, trials: int, told: dict[str, Any]) -> None:
+    def __init__(self, ledger: Ledger, config: SweepConfig, trials: int, spec: SweepSpec) -> None:
         super().__init__(metric=config.metric, mode=config.mode)
         self.ledger = ledger
         self.config = config
         self.trials = trials
-        self.told = told
+        self.spec = spec
         self.numbers: dict[str, int] = {}
         """Ray's id of a trial -> its number in the ledger."""
         self.unfinished = [e.number for e in ledger.entries() if e.state in ("waiting", "running")]
@@ -67,7 +67,7 @@ class LedgerSearcher(Searcher):
         return True
 
     def suggest(self, trial_id: str) -> Any:
-        """What the trial's worker is told."""
+        """The trial's `TrialSpec`."""
         if self.unfinished:
             number = self.unfinished.pop(0)
         elif len(self.ledger.entries()) < self.trials:
@@ -76,7 +76,7 @@ class LedgerSearcher(Searcher):
             return Searcher.FINISHED
         self.numbers[trial_id] = number
         entry = self.ledger.entry(number)
-        return self.told | {"fields": entry.fields, "start": entry.checkpoint}
+        return {**self.spec, "fields": entry.fields, "start": entry.checkpoint}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Nothing: the recorder notes it."""
@@ -91,7 +91,7 @@ class LedgerSearcher(Searcher):
 
 
 class Recorder(tune.Callback):
-    """Writes down what Ray Tune tells, at once, and shows it."""
+    """Writes down what Ray Tune reports, at once, and shows it."""
 
     def __init__(self, ledger: Ledger, numbers: dict[str, int], progress: Progress) -> None:
         self.ledger = ledger
@@ -106,8 +106,8 @@ class Recorder(tune.Callback):
         number = self.numbers[trial.trial_id]
         if result.get("failed"):
             return
-        evaluated = Evaluated(result["step"], result[TIME], result["metrics"], result["seconds"])
-        self.ledger.note(number, evaluated, trial.config["fields"], stopped=bool(result.get("done")))
+        evaluation = TrialEvaluation(result["step"], result[TIME], result["metrics"], result["seconds"])
+        self.ledger.note(number, evaluation, trial.config["fields"], stopped=bool(result.get("done")))
         if "checkpoint_path" in result:  # Ray Train has stored it
             self.ledger.keep(number, result["checkpoint_path"])
         self.progress.show(self.ledger)
@@ -143,34 +143,39 @@ class Recorder(tune.Callback):
         self.progress.tick()
 
 
-def tune_trials(config: SweepConfig, ledger: Ledger, inputs: dict[str, Any], storage: str, progress: Progress) -> None:
+def tune_trials(
+    config: SweepConfig, ledger: Ledger, base: str, paths: dict[str, str], storage: str, progress: Progress
+) -> None:
     """Run trials until there are as many as asked for, or the time is up.
 
     Args:
         config: the sweep.
         ledger: where they come from and what becomes of them.
-        inputs: base, the text of the YAML file that each starts from, and paths, folders as named -> absolute.
+        base: text of the YAML file that each starts from.
+        paths: folder as the sweep names it -> absolute.
         storage: path or URL of the checkpoints.
         progress: the table.
     """
-    each = config.resources
-    told = {"task": config.task, "common": config.fields, "resources": asdict(each), "storage": storage} | inputs
+    resources = config.resources
+    spec = SweepSpec(
+        task=config.task, base=base, common=config.fields, paths=paths, resources=asdict(resources), storage=storage
+    )
     session = f"session-{len(ledger.study.user_attrs.get('sessions', []))}"
     ledger.study.set_user_attr("sessions", [*ledger.study.user_attrs.get("sessions", []), session])
     trials = config.trials or 0
-    searcher = LedgerSearcher(ledger, config, trials, told)
-    left = trials - sum(e.state not in ("waiting", "running") for e in ledger.entries())
+    searcher = LedgerSearcher(ledger, config, trials, spec)
+    remaining = trials - sum(e.state not in ("waiting", "running") for e in ledger.entries())
     scheduler = build_scheduler(config, ledger.space)
-    remind(scheduler, ledger)
-    several = each.workers > 1
+    replay(scheduler, ledger)
+    several = resources.workers > 1
     # a trial of several processes only waits for them, which takes no core, but Ray wants something to be taken
-    alone: dict[str, float] = {"cpu": each.cpus, "gpu": each.gpus}
+    alone: dict[str, float] = {"cpu": resources.cpus, "gpu": resources.gpus}
     bundle: dict[str, float] = {"memory": 2**20} if several else alone
-    at_a_time = config.concurrent or (slots(each) if several else None)
+    at_a_time = config.concurrent or (slots(resources) if several else None)
     tuner = tune.Tuner(
         tune.with_resources(run_trial_on_workers if several else run_trial, bundle),
         tune_config=tune.TuneConfig(
-            search_alg=searcher, scheduler=scheduler, num_samples=left,
+            search_alg=searcher, scheduler=scheduler, num_samples=remaining,
             max_concurrent_trials=at_a_time, reuse_actors=not several,
             time_budget_s=config.hours * 3600 if config.hours else None,
             trial_dirname_creator=lambda trial: f"{searcher.numbers[trial.trial_id]:05d}",
@@ -188,39 +193,39 @@ def tune_trials(config: SweepConfig, ledger: Ledger, inputs: dict[str, Any], sto
 
 def build_scheduler(config: SweepConfig, space: list[Dimension]) -> TrialScheduler:
     """The scheduler of Ray Tune. Raises UserError where population-based training has nothing to change."""
-    told = config.scheduler
+    rule = config.scheduler
     common: dict[str, Any] = {"time_attr": TIME, "metric": config.metric, "mode": config.mode}
-    if told.kind == "asha":
-        rungs: dict[str, Any] = {"grace_period": told.grace, "reduction_factor": told.reduction}
+    if rule.kind == "asha":
+        rungs: dict[str, Any] = {"grace_period": rule.grace, "reduction_factor": rule.reduction}
         return ASHAScheduler(**common, max_t=100, **rungs)
-    if told.kind == "median":
-        return MedianStoppingRule(**common, grace_period=told.grace, min_samples_required=2)
-    if told.kind == "pbt":
+    if rule.kind == "median":
+        return MedianStoppingRule(**common, grace_period=rule.grace, min_samples_required=2)
+    if rule.kind == "pbt":
         mutable = {d.field: d.mutations for d in space if not d.field.startswith(FIXED_ON_RESUME)}
         if not mutable:
             fixed = ", ".join(FIXED_ON_RESUME)
             raise UserError(f"scheduler.kind is 'pbt': no field of the space can change in a running trial ({fixed}*)")
         return Population(
-            **common, perturbation_interval=told.grace, hyperparam_mutations={"fields": mutable}, require_attrs=False
+            **common, perturbation_interval=rule.grace, hyperparam_mutations={"fields": mutable}, require_attrs=False
         )
     return FIFOScheduler()
 
 
-def remind(scheduler: TrialScheduler, ledger: Ledger) -> None:
-    """Tell a scheduler what trials that are over had reached, so that it judges after a resume as before.
+def replay(scheduler: TrialScheduler, ledger: Ledger) -> None:
+    """Report again to a scheduler what trials that are over had reached, so that it decides after a resume as before.
 
     Those that go on are left out, because they come back under another id: they take their place at the next rung.
     """
     if not isinstance(scheduler, (ASHAScheduler, MedianStoppingRule)):
         return
-    # asked by the two for nothing but the trials that run
+    # the two read nothing of it but the trials that run
     controller: Any = SimpleNamespace(get_trials=list, get_live_trials=set, trial_executor=None)
     over = [e for e in ledger.entries() if e.state in ("finished", "stopped early")]
     for entry in over:
-        trial: Any = Remembered(f"ledger-{entry.number}")
+        trial: Any = PastTrial(f"ledger-{entry.number}")
         scheduler.on_trial_add(controller, trial)
-        for evaluated in entry.evaluations:
-            scheduler.on_trial_result(controller, trial, evaluated.metrics | {TIME: evaluated.percent})
+        for evaluation in entry.evaluations:
+            scheduler.on_trial_result(controller, trial, evaluation.metrics | {TIME: evaluation.percent})
 
 
 def location(checkpoint: Any) -> str:
@@ -247,5 +252,5 @@ def why_it_died(trial: Any, whole: Path) -> str:
     if error is None or isinstance(error, RayActorError):
         return "its process died: killed, out of memory, or its node was lost"
     write_text(whole, str(error))
-    named = re.findall(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*", str(error), re.MULTILINE)
-    return f"{(named or str(error).strip().splitlines())[-1][:300]}; the whole error is in {whole}"
+    errors = re.findall(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*", str(error), re.MULTILINE)
+    return f"{(errors or str(error).strip().splitlines())[-1][:300]}; the whole error is in {whole}"

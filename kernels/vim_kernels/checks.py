@@ -14,14 +14,14 @@ def check_float(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} has dtype {tensor.dtype}, wanted one of {[str(t)[6:] for t in FLOATS]}")
 
 
-def check_shape(name: str, shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> None:
+def check_shape(name: str, shape: tuple[int, ...], expected: tuple[int | None, ...]) -> None:
     """Raise ValueError unless the shape matches; None stands for any size."""
-    if shape == wanted:
+    if shape == expected:
         return
     got = tuple(shape)
-    if len(got) != len(wanted) or any(w is not None and g != w for g, w in zip(got, wanted, strict=True)):
-        shown = ", ".join("any" if w is None else str(w) for w in wanted) + ("," if len(wanted) == 1 else "")
-        raise ValueError(f"{name} has shape {got}, wanted ({shown})")
+    if len(got) != len(expected) or any(w is not None and g != w for g, w in zip(got, expected, strict=True)):
+        sizes = ", ".join("any" if w is None else str(w) for w in expected) + ("," if len(expected) == 1 else "")
+        raise ValueError(f"{name} has shape {got}, wanted ({sizes})")
 
 
 def check_same_device(anchor: Tensor, **tensors: Tensor | None) -> None:

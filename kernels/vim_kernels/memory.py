@@ -1,8 +1,13 @@
-"""How much memory a forward pass without gradients may take, where less of it costs time."""
+"""Memory of the ops: how much a forward pass may take without gradients, and what it keeps with them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+
+import torch
+
+from vim_kernels.dispatch.choice import function
+from vim_kernels.dispatch.contract import BidirectionalScan, ScanWeights
 
 _is_tight: ContextVar[bool] = ContextVar("vim_kernels_less_memory", default=False)
 
@@ -24,3 +29,22 @@ def less_memory() -> Iterator[None]:
 def is_tight() -> bool:
     """Whether memory counts more than time."""
     return _is_tight.get()
+
+
+def saved_bytes(backend: str, *, d_inner: int, d_state: int, dt_rank: int, dtype: torch.dtype) -> float:
+    """Bytes a token that a gated `bidirectional_scan` of long sequences keeps for its backward pass.
+
+    The fast backend itself says so, on the meta device. Raises RuntimeError where it cannot be imported.
+    """
+    try:
+        saved_of = function(backend, "mixer", "bidirectional_scan_saved")
+    except ImportError as error:
+        raise RuntimeError(f"backend {backend!r} cannot be imported: {error}") from error
+    tokens = 1 << 16
+    with torch.device("meta"):
+        xz = torch.empty(1, tokens, 2 * d_inner, dtype=dtype)
+        channels, states = torch.empty(d_inner), torch.empty(d_inner, d_state)
+        x_proj, dt_proj = torch.empty(dt_rank + 2 * d_state, d_inner), torch.empty(d_inner, dt_rank)
+        weights = ScanWeights(torch.empty(d_inner, 4), channels, x_proj, dt_proj, channels, states, channels)
+        saved = saved_of(BidirectionalScan(xz, weights, weights, None, gated=True))
+        return sum(tensor.nbytes for tensor in saved) / tokens

@@ -4,15 +4,15 @@ Tokens are channel-last, `(batch, length, channels)`; packed rows are `(1, total
 """
 
 import functools
-from contextlib import nullcontext
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from vim_kernels.arguments import ScanWeights
 from vim_kernels.checks import check_cu_seqlens, check_float, check_same_device, check_shape
-from vim_kernels.dispatch import choice as backends
+from vim_kernels.dispatch.call import call
+from vim_kernels.dispatch.choice import choose
+from vim_kernels.dispatch.contract import AddRmsNorm, BidirectionalScan, CausalConv1d, ScanWeights, SelectiveScan
 
 
 @overload
@@ -90,10 +90,8 @@ def selective_scan(
     check_same_device(
         x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, cu_seqlens=cu_seqlens, initial_state=initial_state
     )
-    y, state = backends.resolve(backend, x.device).selective_scan(
-        x, dt, A, B, C, D, z, dt_bias,
-        dt_softplus=dt_softplus, reverse=reverse, cu_seqlens=cu_seqlens, initial_state=initial_state,
-    )  # fmt: skip
+    arguments = SelectiveScan(x, dt, A, B, C, D, z, dt_bias, cu_seqlens, initial_state, dt_softplus, reverse)
+    y, state = call(choose(backend, x.device), arguments)
     return (y, state) if return_final_state else y
 
 
@@ -105,6 +103,7 @@ def bidirectional_scan(
     gated: bool = True,
     cu_seqlens: Tensor | None = None,
     overwrite: bool = False,
+    keep_inputs: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Everything of a Vim mixer between in_proj and out_proj (Vim, arXiv 2401.09417, algorithm 1).
@@ -119,6 +118,8 @@ def bidirectional_scan(
         cu_seqlens: int32 (images + 1,) borders of packed images; convolution and state restart at each.
         overwrite: xz is not needed any more: without gradients the result may take the memory of its first half. What
             xz holds afterwards is undefined.
+        keep_inputs: keep what convolutions and projections make of xz for the backward pass, which makes it again
+            otherwise: faster, and more memory. Only the Triton backend heeds it.
 
     Returns:
         (batch, length, d_inner) in the dtype of xz; contiguous unless `overwrite`.
@@ -137,11 +138,14 @@ def bidirectional_scan(
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, xz)
         check_same_device(xz, cu_seqlens=cu_seqlens)
-    module = backends.resolve(backend, xz.device)
-    off = torch.autocast(xz.device.type, enabled=False) if torch.is_autocast_enabled(xz.device.type) else nullcontext()
-    with off:
-        options = {"gated": gated, "cu_seqlens": cu_seqlens, "overwrite": overwrite}
-        return module.bidirectional_scan(xz, forward, backward, **options)
+    arguments, name = (
+        BidirectionalScan(xz.contiguous(), forward, backward, cu_seqlens, gated, keep_inputs),
+        choose(backend, xz.device),
+    )
+    if torch.is_autocast_enabled(xz.device.type):
+        with torch.autocast(xz.device.type, enabled=False):
+            return call(name, arguments, overwrite=overwrite)
+    return call(name, arguments, overwrite=overwrite)
 
 
 def _check_mixer_shapes(gated: bool, xz: tuple[int, ...], *weights: Any) -> None:
@@ -153,8 +157,8 @@ def _check_mixer_shapes(gated: bool, xz: tuple[int, ...], *weights: Any) -> None
     check_shape("xz", xz, (None, None, 2 * d if gated else d))
     for name, shapes in zip(("forward", "backward"), two, strict=True):
         check_shape(f"{name}.dt_proj", shapes["dt_proj"], (d, None))
-        wanted = {"conv_weight": (d, None), "x_proj": (shapes["dt_proj"][1] + 2 * n, d), "A_log": (d, n)}
-        for field, shape in (wanted | dict.fromkeys(("conv_bias", "dt_bias", "D"), (d,))).items():
+        expected = {"conv_weight": (d, None), "x_proj": (shapes["dt_proj"][1] + 2 * n, d), "A_log": (d, n)}
+        for field, shape in (expected | dict.fromkeys(("conv_bias", "dt_bias", "D"), (d,))).items():
             if shapes[field] is not None:
                 check_shape(f"{name}.{field}", shapes[field], shape)
 
@@ -192,8 +196,7 @@ def causal_conv1d(
         raise ValueError(f"activation must be 'silu' or None, got {activation!r}")
     check_cu_seqlens(cu_seqlens, x)
     check_same_device(x, weight=weight, bias=bias, cu_seqlens=cu_seqlens)
-    module = backends.resolve(backend, x.device)
-    return module.causal_conv1d(x, weight, bias, activation=activation, reverse=reverse, cu_seqlens=cu_seqlens)
+    return call(choose(backend, x.device), CausalConv1d(x, weight, bias, cu_seqlens, activation, reverse))
 
 
 def add_rms_norm(
@@ -214,4 +217,4 @@ def add_rms_norm(
     if residual is not None:
         check_shape("residual", residual.shape, tuple(x.shape))
     check_same_device(x, weight=weight, residual=residual)
-    return backends.resolve(backend, x.device).add_rms_norm(x, residual, weight, eps)
+    return call(choose(backend, x.device), AddRmsNorm(x, residual, weight, eps))

@@ -18,16 +18,16 @@ def backbone(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def drawn(tmp_path_factory):
+def sample_data(tmp_path_factory):
     """Kind -> the folder of a small drawn data set."""
-    made = {}
+    folders = {}
 
     def make(kind):
-        if kind not in made:
+        if kind not in folders:
             folder = tmp_path_factory.mktemp("drawn") / kind
             KINDS[kind][0](folder, Sizes(24, 9, 32, 0))
-            made[kind] = folder
-        return made[kind]
+            folders[kind] = folder
+        return folders[kind]
 
     return make
 

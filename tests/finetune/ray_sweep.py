@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +14,11 @@ import psutil
 import yaml
 
 from finetune.sweeping.config import SweepConfig
+from finetune.sweeping.driver import resolve
 from finetune.sweeping.ledger import Entry, Ledger
-from finetune.sweeping.sweep import checked
-from launch.cli import parse
+from launch.run.cli import parse
 from tests.launch.real import ROOT
+from tests.waiting import LIMIT
 
 SMALL = {"batch_size": 4, "data.workers": 0, "pictures": 1, "log_every": 1}
 TASK_FIELDS = {
@@ -35,24 +35,24 @@ def cluster(nodes: int = 2):
     from ray.cluster_utils import Cluster
 
     options = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
-    made = Cluster(initialize_head=True, head_node_args=options)
+    instance = Cluster(initialize_head=True, head_node_args=options)
     try:
         for _ in range(nodes - 1):
-            made.add_node(num_cpus=1, object_store_memory=100 * 2**20)
-        made.wait_for_nodes()
-        yield made
+            instance.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+        instance.wait_for_nodes()
+        yield instance
     finally:
-        made.shutdown()
+        instance.shutdown()
 
 
-def config_of(where: Path, task: str, backbone: Path, source: Path, **told) -> SweepConfig:
+def config_of(where: Path, task: str, backbone: Path, source: Path, **more) -> SweepConfig:
     """A small sweep in the folder `where`."""
     fields = SMALL | TASK_FIELDS[task] | {"backbone": str(backbone), "data.source": str(source)}
-    fields = {name: value for name, value in (fields | told.pop("fields", {})).items() if name not in told["space"]}
+    fields = {name: value for name, value in (fields | more.pop("fields", {})).items() if name not in more["space"]}
     base = {"task": task, "out": str(where / "runs"), "fields": fields, "retries": 2}
     path = where / "sweep.yaml"
     where.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(base | told))
+    path.write_text(yaml.safe_dump(base | more))
     return parse(SweepConfig, [f"--config={path}"], "", "")
 
 
@@ -67,9 +67,9 @@ def driver(config: SweepConfig, *argv: str, **environment: str) -> subprocess.Po
     )  # fmt: skip
 
 
-def finished(process: subprocess.Popen, timeout: float = 400) -> str:
+def finished(process: subprocess.Popen) -> str:
     try:
-        printed, _ = process.communicate(timeout=timeout)
+        printed, _ = process.communicate(timeout=LIMIT)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -79,7 +79,7 @@ def finished(process: subprocess.Popen, timeout: float = 400) -> str:
 
 def entries(config: SweepConfig) -> list[Entry]:
     """What the record says, read as another process would."""
-    ledger = Ledger(config.folder, config.mode, config.metric, checked(config)[1])
+    ledger = Ledger(config.folder, config.mode, config.metric, resolve(config)[1])
     try:
         return ledger.entries()
     finally:
@@ -94,25 +94,17 @@ def rows(config: SweepConfig) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def kept(config: SweepConfig) -> list[tuple[int, str]]:
+def checkpoints(config: SweepConfig) -> list[tuple[int, str]]:
     """(trial's id, checkpoint) of each checkpoint in the record."""
-    found = [(row["trial_id"], row["user_attr"]) for row in rows(config) if "trial_id" in row and "user_attr" in row]
-    return [(trial, attr["checkpoint"]) for trial, attr in found if "checkpoint" in attr]
+    pairs = [(row["trial_id"], row["user_attr"]) for row in rows(config) if "trial_id" in row and "user_attr" in row]
+    return [(trial, attr["checkpoint"]) for trial, attr in pairs if "checkpoint" in attr]
 
 
 def repeated(config: SweepConfig) -> int:
     """Evaluations that the record has had more than once: what was lost between them and their checkpoint."""
-    found = [(row["trial_id"], name) for row in rows(config) if "trial_id" in row for name in row.get("user_attr", ())]
-    evaluations = [pair for pair in found if pair[1].startswith("evaluation-")]
+    pairs = [(row["trial_id"], name) for row in rows(config) if "trial_id" in row for name in row.get("user_attr", ())]
+    evaluations = [pair for pair in pairs if pair[1].startswith("evaluation-")]
     return len(evaluations) - len(set(evaluations))
-
-
-def wait(condition: Callable[[], object], what: str, seconds: float = 240) -> None:
-    for _ in range(int(seconds / 0.1)):
-        if condition():
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"waited {seconds} s for {what}")
 
 
 @contextmanager

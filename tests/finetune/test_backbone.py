@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from finetune.backbone import find_backbone, layer_scales, read_backbone
-from finetune.classification.task import Classifier
+from finetune.classification.model import Classifier
 from finetune.config import BackboneConfig, FinetuneOptim
-from launch.optim import build_optimizer, set_learning_rate
+from launch.run.optim import build_optimizer, set_learning_rate
 from vim_backbone import UserError, VimConfig, VisionMamba, from_pretrained
 
 
@@ -19,12 +19,12 @@ def classifier(depth):
 
 def by_layer(scales):
     """Stem, each block, final norm, head -> the one scale that all its parameters have."""
-    found = {}
+    by_key = {}
     for name, scale in scales.items():
         parts = name.removeprefix("backbone.").split(".")
         key = int(parts[1]) if parts[0] == "layers" else {"norm_f": "norm", "head": "head"}.get(parts[0], "stem")
-        assert found.setdefault(key, scale) == scale, name
-    return found
+        assert by_key.setdefault(key, scale) == scale, name
+    return by_key
 
 
 def test_half_rate_layer_decay():
@@ -75,13 +75,13 @@ def test_schedules(schedule, rates):
 
 def test_another_size_and_stride_go_through_the_positions(backbone):
     config = BackboneConfig(img_size=(32, 48), stride=4, drop_path_rate=0.3, global_pool="avg")
-    taken = read_backbone(backbone, config, seed=0, num_classes=7)
-    model = VisionMamba(taken.config)
-    taken.put_into(model)
+    loaded = read_backbone(backbone, config, seed=0, num_classes=7)
+    model = VisionMamba(loaded.config)
+    loaded.put_into(model)
     assert model.grid_size == (7, 11)
     expected = from_pretrained(backbone, img_size=(32, 48), stride=4).state_dict()
     torch.testing.assert_close({k: v for k, v in model.state_dict().items() if not k.startswith("head")}, expected)
-    assert (taken.config.drop_path_rate, taken.config.global_pool) == (0.3, "avg")
+    assert (loaded.config.drop_path_rate, loaded.config.global_pool) == (0.3, "avg")
     assert model(torch.rand(2, 3, 32, 48)).shape == (2, 7)
 
 
@@ -104,17 +104,17 @@ def test_a_backbone_that_is_not_there(tmp_path, monkeypatch):
 
 
 def test_a_backbone_on_the_hub(backbone, tmp_path, monkeypatch):
-    asked = []
+    names = []
 
     def download(name, allow_patterns):
-        asked.append(name)
+        names.append(name)
         for pattern in allow_patterns:
             shutil.copy(backbone / pattern, tmp_path)
         return str(tmp_path)
 
     monkeypatch.setattr("finetune.backbone.snapshot_download", download)
     tensors = read_backbone(find_backbone("someone/vim"), BackboneConfig(), seed=0, num_classes=0).tensors
-    assert asked == ["someone/vim"]
+    assert names == ["someone/vim"]
     torch.testing.assert_close(tensors, from_pretrained(backbone).state_dict(), rtol=0, atol=0)
     monkeypatch.setattr("finetune.backbone.snapshot_download", lambda name, **_: str(tmp_path / name))
     with pytest.raises(UserError, match=r"someone/official on the Hub has no config.json: the official weights go thr"):

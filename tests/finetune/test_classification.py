@@ -1,4 +1,4 @@
-"""Whole runs of classification: that they learn, resume, judge, and refuse what cannot be done."""
+"""Whole runs of classification: that they learn, resume, evaluate, and refuse what cannot be done."""
 
 import csv
 import json
@@ -11,12 +11,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from finetune.classification.config import AugmentConfig, ClassificationConfig
-from finetune.classification.task import ClassificationTask, run, training_transform
+from finetune.classification.task import ClassificationTask
+from finetune.classification.transforms import training_transform
 from finetune.main import main
 from finetune.sample_data import Sizes
 from finetune.sample_data import classification as draw
-from launch.cli import parse
-from launch.metrics import read_metrics
+from finetune.train import finetune
+from launch.run.cli import parse
+from tests.rows import read_metrics
 from tests.vim_backbone import official
 from vim_backbone import UserError, VimConfig, VisionMamba, from_pretrained
 from vim_backbone.convert import convert
@@ -26,12 +28,20 @@ PLAIN = ["--augment.auto_augment=null", "--augment.mixup=0", "--augment.cutmix=0
          "--augment.color_jitter=0", "--augment.min_scale=0.5", "--model.drop_path_rate=0"]  # fmt: skip
 
 
+def run(config):
+    return finetune(ClassificationTask(config))
+
+
 @pytest.fixture
-def config(backbone, drawn, tmp_path):
+def config(backbone, sample_data, tmp_path):
     def make(*argv):
-        data = [] if any(a.startswith("--data.source") for a in argv) else [f"--data.source={drawn('classification')}"]
-        own = [*SMALL, f"--backbone={backbone}", f"--out={tmp_path}", *data, *argv]
-        return parse(ClassificationConfig, own, "finetune/main.py", "")
+        data = (
+            []
+            if any(a.startswith("--data.source") for a in argv)
+            else [f"--data.source={sample_data('classification')}"]
+        )
+        options = [*SMALL, f"--backbone={backbone}", f"--out={tmp_path}", *data, *argv]
+        return parse(ClassificationConfig, options, "finetune/main.py", "")
 
     return make
 
@@ -44,9 +54,9 @@ def losses(folder):
 
 def test_what_a_run_leaves_behind(config):
     folder = run(config("--steps=2", "--evaluate_every=1", "--trackers=[tensorboard]", "--ema_decay=0.5"))
-    judged = [row for row in read_metrics(folder / "metrics.jsonl") if "val_top1" in row]
-    assert [row["step"] for row in judged] == [1, 2]
-    assert judged[0]["val_samples"] == 9
+    evaluations = [row for row in read_metrics(folder / "metrics.jsonl") if "val_top1" in row]
+    assert [row["step"] for row in evaluations] == [1, 2]
+    assert evaluations[0]["val_samples"] == 9
     where = folder / "evaluations/step-00000002"
     assert {p.name for p in where.iterdir()} == {
         "classes.csv", "confusion.csv", "confusion.png", "metrics.json", "predictions.png",
@@ -110,7 +120,7 @@ def test_a_frozen_backbone_stays_as_it_was(config, backbone):
 
 
 @pytest.mark.parametrize("mode", ["linear", "knn"])
-def test_probes_of_frozen_features(config, mode, drawn):
+def test_probes_of_frozen_features(config, mode, sample_data):
     folder = run(config(f"--mode={mode}", "--probe.neighbours=3"))
     metrics = json.loads((folder / "evaluations/step-00000000/metrics.json").read_text())
     assert metrics["samples"] == 9
@@ -118,27 +128,27 @@ def test_probes_of_frozen_features(config, mode, drawn):
     assert not (folder / "model").exists()
 
 
-def test_few_shots_and_hold_out(config, drawn):
+def test_few_shots_and_hold_out(config, sample_data):
     task = ClassificationTask(config("--data.shots=2"))
     assert [task.train.data.labels.count(k) for k in range(3)] == [2, 2, 2]
     assert len(task.val) == 9
     other = ClassificationTask(config("--data.shots=2", "--seed=1"))
     assert [task.train.name(i) for i in range(6)] != [other.train.name(i) for i in range(6)]
-    held = ClassificationTask(config(f"--data.source={drawn('classification')}/train", "--data.holdout=0.25"))
+    held = ClassificationTask(config(f"--data.source={sample_data('classification')}/train", "--data.holdout=0.25"))
     train, val = ({samples.name(i) for i in range(len(samples))} for samples in (held.train, held.val))
     assert (len(train), len(val), len(train & val)) == (18, 6, 0)
     assert [held.val.data.labels.count(k) for k in range(3)] == [2, 2, 2]
 
 
 @pytest.fixture
-def hub_data(drawn, tmp_path, monkeypatch):
+def hub_data(sample_data, tmp_path, monkeypatch):
     """A data set as the Hub holds them: parquet files of encoded pictures and class labels; no split "val"."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     features = datasets.Features(
         photo=datasets.Image(), kind=datasets.ClassLabel(names=["triangle", "circle", "square"])
     )
     for split, name in (("train", "train"), ("val", "test")):
-        files = sorted((drawn("classification") / split).rglob("*.jpg"))
+        files = sorted((sample_data("classification") / split).rglob("*.jpg"))
         columns = {"photo": [{"bytes": file.read_bytes(), "path": None} for file in files],
                    "kind": [file.parent.name for file in files]}  # fmt: skip
         data = datasets.Dataset.from_dict(columns, features=features)
@@ -165,8 +175,8 @@ def test_longer_sequences_and_higher_resolution(config):
     assert (published.grid_size, published.config.img_size) == ((11, 9), (48, 40))
 
 
-def test_unreadable_pictures_are_skipped_counted_and_named(config, drawn, tmp_path):
-    shutil.copytree(drawn("classification"), tmp_path / "data")
+def test_unreadable_pictures_are_skipped_counted_and_named(config, sample_data, tmp_path):
+    shutil.copytree(sample_data("classification"), tmp_path / "data")
     (tmp_path / "data/train/circle/00000.jpg").write_bytes(b"broken")
     (tmp_path / "data/val/circle/00000.jpg").write_bytes(b"broken")
     folder = run(config(f"--data.source={tmp_path}/data", "--steps=6", *PLAIN))
@@ -233,18 +243,18 @@ def test_a_backbone_of_another_width_is_refused_on_resume(config, backbone, tmp_
     assert "\n" not in str(caught.value)
 
 
-def test_official_weights_are_judged_as_the_official_model_does_and_fine_tuned(config, drawn, tmp_path):
+def test_official_weights_score_as_the_official_model_does_and_are_fine_tuned(config, sample_data, tmp_path):
     state = official.random_state(d=32, depth=2, patches=16, patch=8, classes=3)
     torch.save({"model": state}, tmp_path / "official.pth")
     folder = convert(tmp_path / "official.pth", tmp_path / "converted")
     options = (f"--backbone={folder}", "--augment.crop_pct=1", *PLAIN)
-    judged = run(config("--mode=evaluate", "--name=judged", *options))
-    found = json.loads((judged / "evaluations/step-00000000/metrics.json").read_text())
+    official_run = run(config("--mode=evaluate", "--name=official", *options))
+    scores = json.loads((official_run / "evaluations/step-00000000/metrics.json").read_text())
     samples = ClassificationTask(config(*options)).val
     images, targets = samples.collate([samples.draw(i) for i in range(len(samples))])
     logits = official.forward(state, images, stride=8)
-    assert found["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item(), rel=1e-4)
-    assert found["top1"] == pytest.approx((logits.argmax(1) == targets).float().mean().item())
+    assert scores["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item(), rel=1e-4)
+    assert scores["top1"] == pytest.approx((logits.argmax(1) == targets).float().mean().item())
     tuned = run(config("--steps=1", "--name=tuned", *options))
     after = load_file(tuned / "backbone/model.safetensors")
     assert after.keys() == state.keys()

@@ -12,15 +12,16 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load_file
 
-from finetune.detection.coco import TrainPictures, open_coco
 from finetune.detection.config import DetectionConfig, DetectionData, JitterConfig
-from finetune.detection.judge import evaluate, to_coco
-from finetune.detection.rcnn import SimpleFeaturePyramid, scale_gradient
-from finetune.detection.task import run
-from finetune.detection.views import Views, enlarged, fit, mirrored, with_pasted_masks
-from launch.cli import parse
-from launch.metrics import read_metrics
-from launch.randomness import seeded
+from finetune.detection.data import TrainPictures, open_coco
+from finetune.detection.evaluate import average_precision, to_coco
+from finetune.detection.model import SimpleFeaturePyramid, scale_gradient
+from finetune.detection.task import DetectionTask
+from finetune.detection.tta import TestTimeAugmentation, enlarged, fit, mirrored, with_pasted_masks
+from finetune.train import finetune
+from launch.run.cli import parse
+from launch.run.randomness import seeded
+from tests.rows import read_metrics
 from vim_backbone import UserError
 
 SMALL = ["--batch_size=2", "--log_every=1", "--data.workers=0", "--trackers=[]", "--pictures=2", "--head.channels=16",
@@ -30,12 +31,16 @@ SMALL = ["--batch_size=2", "--log_every=1", "--data.workers=0", "--trackers=[]",
 ANNOTATIONS = "annotations/instances_train.json"
 
 
+def run(config):
+    return finetune(DetectionTask(config))
+
+
 @pytest.fixture
-def config(backbone, drawn, tmp_path):
+def config(backbone, sample_data, tmp_path):
     def make(*argv):
-        data = [] if any(a.startswith("--data.source") for a in argv) else [f"--data.source={drawn('detection')}"]
-        own = [*SMALL, f"--backbone={backbone}", f"--out={tmp_path}", *data, *argv]
-        return parse(DetectionConfig, own, "finetune/main.py", "")
+        data = [] if any(a.startswith("--data.source") for a in argv) else [f"--data.source={sample_data('detection')}"]
+        options = [*SMALL, f"--backbone={backbone}", f"--out={tmp_path}", *data, *argv]
+        return parse(DetectionConfig, options, "finetune/main.py", "")
 
     return make
 
@@ -43,7 +48,7 @@ def config(backbone, drawn, tmp_path):
 def guesses(truth, seed):
     """Detections near the truth, and some anywhere, with random scores and RLE masks of their boxes."""
     rng = np.random.default_rng(seed)
-    found = []
+    rows = []
     for image in truth["images"]:
         boxes = [a["bbox"] for a in truth["annotations"] if a["image_id"] == image["id"]] * 2
         boxes += [[*rng.uniform(0, 20, 2), *rng.uniform(2, 12, 2)] for _ in range(3)]
@@ -53,53 +58,54 @@ def guesses(truth, seed):
         for mask, (left, top, right, below) in zip(masks, corners.clamp(min=0).round().int().tolist(), strict=True):
             mask[top:below, left:right] = 1
         labels, scores = torch.from_numpy(rng.integers(1, 4, len(boxes))), torch.from_numpy(rng.random(len(boxes)))
-        found += to_coco({"boxes": corners, "labels": labels, "scores": scores, "masks": masks}, image["id"], [1, 4, 9])
-    return found
+        rows += to_coco({"boxes": corners, "labels": labels, "scores": scores, "masks": masks}, image["id"], [1, 4, 9])
+    return rows
 
 
 @pytest.mark.parametrize("kind", ["box", "mask"])
-def test_ap_is_that_of_pycocotools(drawn, kind, tmp_path):
-    truth = open_coco(DetectionData(source=str(drawn("detection"))), "train", masks=True).ground_truth()
+def test_ap_is_that_of_pycocotools(sample_data, kind, tmp_path):
+    truth = open_coco(DetectionData(source=str(sample_data("detection"))), "train", masks=True).ground_truth()
     truth["annotations"][0]["iscrowd"] = 1
     mask = truth["annotations"][0]["segmentation"]
     if isinstance(mask, list):  # crowds are RLE
         truth["annotations"][0]["segmentation"] = {"size": [32, 32], "counts": [100, 200, 724]}
     results = guesses(truth, 0)
-    stats, by_class = evaluate(truth, results, kind)
+    stats, by_class = average_precision(truth, results, kind)
     peer = COCO()
     peer.dataset = json.loads(json.dumps(truth))
     peer.createIndex()
     rows = [{k: v for k, v in row.items() if kind == "mask" or k != "segmentation"} for row in results]
-    judged = COCOeval(peer, peer.loadRes(rows), "segm" if kind == "mask" else "bbox")
-    judged.evaluate()
-    judged.accumulate()
-    judged.summarize()
-    assert list(stats.values()) == pytest.approx(judged.stats[:6].tolist(), abs=1e-9)
+    peer_scores = COCOeval(peer, peer.loadRes(rows), "segm" if kind == "mask" else "bbox")
+    peer_scores.evaluate()
+    peer_scores.accumulate()
+    peer_scores.summarize()
+    assert list(stats.values()) == pytest.approx(peer_scores.stats[:6].tolist(), abs=1e-9)
     assert 0.02 < stats["AP50"] < 0.95
     assert np.mean(by_class) == pytest.approx(stats["AP"], abs=1e-9)
 
 
-def test_no_detection_at_all_is_ap_0(drawn):
-    truth = open_coco(DetectionData(source=str(drawn("detection"))), "train", masks=True).ground_truth()
-    assert evaluate(truth, [], "box") == (dict.fromkeys(evaluate(truth, guesses(truth, 0), "box")[0], 0.0), [0.0] * 3)
+def test_no_detection_at_all_is_ap_0(sample_data):
+    truth = open_coco(DetectionData(source=str(sample_data("detection"))), "train", masks=True).ground_truth()
+    stats, _ = average_precision(truth, guesses(truth, 0), "box")
+    assert average_precision(truth, [], "box") == (dict.fromkeys(stats, 0.0), [0.0] * 3)
 
 
-def test_jitter_moves_boxes_and_masks_with_the_picture(drawn):
-    split = open_coco(DetectionData(source=str(drawn("detection"))), "train", masks=True)
+def test_jitter_moves_boxes_and_masks_with_the_picture(sample_data):
+    split = open_coco(DetectionData(source=str(sample_data("detection"))), "train", masks=True)
     pictures = TrainPictures(split, (40, 40), JitterConfig(scale=(0.5, 2.0)), masks=True)
-    seen = 0
+    objects = 0
     for index in range(len(pictures)):
         with seeded(0, index):
             picture, target = pictures.draw(index)
         assert picture.shape == (3, 40, 40)
         for box, label, mask in zip(target["boxes"], target["labels"], target["masks"], strict=True):
             rows, columns = mask.nonzero(as_tuple=True)
-            found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-            assert box.tolist() == [int(value) for value in found]
+            corners = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            assert box.tolist() == [int(value) for value in corners]
             if mask.sum() > 30:
                 assert picture.float()[:, mask.bool()].mean(1).argmax() == label - 1  # red, green, blue
-                seen += 1
-    assert seen > 10
+                objects += 1
+    assert objects > 10
 
 
 def test_a_fitted_picture_and_back():
@@ -110,34 +116,34 @@ def test_a_fitted_picture_and_back():
     masks = torch.ones(1, 1, 28, 28)
     box = torch.tensor([[8.0, 4.0, 16.0, 12.0]])
     raw = {"boxes": box, "labels": torch.ones(1), "scores": torch.ones(1), "masks": masks}
-    found = with_pasted_masks(enlarged(raw, sizes), (30, 60))
-    assert found["boxes"].tolist() == [[15.0, 7.5, 30.0, 22.5]]
-    assert found["masks"].shape == (1, 30, 60)
-    assert found["masks"].sum() == pytest.approx(15 * 15, rel=0.15)
+    detections = with_pasted_masks(enlarged(raw, sizes), (30, 60))
+    assert detections["boxes"].tolist() == [[15.0, 7.5, 30.0, 22.5]]
+    assert detections["masks"].shape == (1, 30, 60)
+    assert detections["masks"].sum() == pytest.approx(15 * 15, rel=0.15)
 
 
 def test_several_scales_and_mirror_images_find_one_object_once():
     """A detector that sees white pixels, and is the surer the larger the picture."""
 
     def detector(images, sizes):
-        found = []
+        detections = []
         for image, (height, width) in zip(images, sizes, strict=True):
             rows, columns = (image[:, :height, :width].amin(0) > 0).nonzero(as_tuple=True)
             box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
             half = (torch.arange(28) < 14).float().expand(1, 1, 28, 28)  # the left half of what it is shown
-            found.append({"boxes": torch.tensor([box]).float(), "labels": torch.tensor([2]),
+            detections.append({"boxes": torch.tensor([box]).float(), "labels": torch.tensor([2]),
                           "scores": torch.tensor([width / 100]), "masks": half})  # fmt: skip
-        return found
+        return detections
 
     picture = Image.new("RGB", (60, 30))
     picture.paste("white", (6, 9, 21, 24))
-    views = Views([(32, 32), (64, 64)], flip=True, most=100)
-    fitted = views.fit(picture)
-    batches, sizes = [(pixels[None] == 255).float() for pixels, _ in fitted], [[own] for _, own in fitted]
-    (found,) = views.detect(detector, batches, sizes)
-    assert found["scores"].tolist() == pytest.approx([0.64])
-    assert found["labels"].tolist() == [2]
-    torch.testing.assert_close(found["boxes"], torch.tensor([[6.0, 9.0, 21.0, 24.0]]), rtol=0, atol=1)
+    tta = TestTimeAugmentation([(32, 32), (64, 64)], flip=True, most=100)
+    fitted = tta.fit(picture)
+    batches, sizes = [(pixels[None] == 255).float() for pixels, _ in fitted], [[size] for _, size in fitted]
+    (detections,) = tta.detect(detector, batches, sizes)
+    assert detections["scores"].tolist() == pytest.approx([0.64])
+    assert detections["labels"].tolist() == [2]
+    torch.testing.assert_close(detections["boxes"], torch.tensor([[6.0, 9.0, 21.0, 24.0]]), rtol=0, atol=1)
     back = mirrored(detector(batches[1].flip(-1), [(32, 64)])[0], 64)
     torch.testing.assert_close(back["boxes"], detector(batches[1], [(32, 64)])[0]["boxes"])
     assert back["masks"][0, 0, 0, 14:].all(), "the left half of a mirror image is the right half of the picture"
@@ -154,7 +160,7 @@ def test_the_pyramid_has_five_levels():
 
 
 @pytest.mark.parametrize("cascade", [False, True])
-def test_runs_learn_resume_exactly_and_judge(config, cascade, tmp_path):
+def test_runs_learn_resume_exactly_and_evaluate(config, cascade, tmp_path):
     options = ["--steps=24", "--checkpoint_every=22", f"--head.cascade={str(cascade).lower()}", "--batch_size=4",
                *(["--test.scales=[0.75,1.5]", "--test.flip=true"] if cascade else [])]  # fmt: skip
     whole = run(config(*options))
@@ -176,11 +182,11 @@ def test_runs_learn_resume_exactly_and_judge(config, cascade, tmp_path):
 
 
 @pytest.fixture
-def spoiled(drawn, tmp_path):
+def spoiled(sample_data, tmp_path):
     """(change the COCO file of a copy of the data) -> the copy."""
 
     def spoil(change):
-        folder = shutil.copytree(drawn("detection"), tmp_path / "data")
+        folder = shutil.copytree(sample_data("detection"), tmp_path / "data")
         content = json.loads((folder / ANNOTATIONS).read_text())
         content = change(content) or content
         (folder / ANNOTATIONS).write_text(json.dumps(content))

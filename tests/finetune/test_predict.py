@@ -1,6 +1,7 @@
 """Predictions of a finished run: the same as its evaluation's, whatever the batch; JSON and pictures for each task."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from pycocotools import mask as coco_mask
 
 from finetune.main import main as finetune
 from finetune.predict import main
+from finetune.registry import TASKS
 from vim_backbone import UserError
 
 SMALL = ["--steps=2", "--batch_size=4", "--data.workers=0", "--trackers=[]", "--pictures=1"]
@@ -21,32 +23,39 @@ PICTURES = {"classification": "val", "segmentation": "images/validation", "detec
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, backbone, drawn):
+def finished(tmp_path_factory, backbone, sample_data):
     """Task -> a finished run."""
-    made = {}
+    runs = {}
 
     def run(task):
-        if task not in made:
+        if task not in runs:
             out = tmp_path_factory.mktemp("runs")
             finetune(
-                [task, *SMALL, *MORE[task], f"--backbone={backbone}", f"--data.source={drawn(task)}", f"--out={out}"]
+                [
+                    task,
+                    *SMALL,
+                    *MORE[task],
+                    f"--backbone={backbone}",
+                    f"--data.source={sample_data(task)}",
+                    f"--out={out}",
+                ]
             )
-            made[task] = out / task
-        return made[task]
+            runs[task] = out / task
+        return runs[task]
 
     return run
 
 
 @pytest.mark.parametrize("task", MORE)
-def test_json_and_pictures(task, finished, drawn, tmp_path, capsys):
-    pictures = drawn(task) / PICTURES[task]
-    found = {}
+def test_json_and_pictures(task, finished, sample_data, tmp_path, capsys):
+    pictures = sample_data(task) / PICTURES[task]
+    predictions = {}
     for batch_size in ("1", "4"):
         main([str(finished(task)), str(pictures), "--out", str(tmp_path / batch_size), "--batch_size", batch_size])
-        found[batch_size] = json.loads((tmp_path / batch_size / "predictions.json").read_text())
+        predictions[batch_size] = json.loads((tmp_path / batch_size / "predictions.json").read_text())
     assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "4")
-    assert len(found["1"]) == 9
-    for one, four in zip(found["1"], found["4"], strict=True):
+    assert len(predictions["1"]) == 9
+    for one, four in zip(predictions["1"], predictions["4"], strict=True):
         with Image.open(tmp_path / "1" / one["drawing"]) as image:
             assert image.width > 100
         if task == "classification":
@@ -63,6 +72,20 @@ def test_json_and_pictures(task, finished, drawn, tmp_path, capsys):
             assert len(one["objects"]) == len(four["objects"])
             for entry in one["objects"][:3]:
                 assert coco_mask.decode(entry["segmentation"]).shape == (32, 32)
+
+
+@pytest.mark.parametrize("task", MORE)
+def test_the_scores_of_an_evaluation_are_those_that_the_task_names(task, finished):
+    (path,) = finished(task).glob("evaluations/*/metrics.json")
+    assert json.loads(path.read_text()).keys() == {*TASKS[task].metrics, "samples"}
+
+
+def test_a_model_of_an_unknown_task(finished, sample_data, tmp_path):
+    run = shutil.copytree(finished("classification"), tmp_path / "run")
+    content = json.loads((run / "model/config.json").read_text())
+    (run / "model/config.json").write_text(json.dumps(content | {"task": "clasification"}))
+    with pytest.raises(UserError, match="model of the task 'clasification', which is unknown; did you mean 'classif"):
+        main([str(run), str(sample_data("classification") / "val")])
 
 
 def test_pictures_that_cannot_be_read(finished, tmp_path, capsys):

@@ -13,24 +13,32 @@ from sklearn.metrics import jaccard_score
 
 from finetune.segmentation.config import CropConfig, SegmentationConfig, SegmentationData
 from finetune.segmentation.data import IGNORED, PhotometricDistort, TrainCrops, class_names, open_pairs
-from finetune.segmentation.judge import confusion_of, scores
-from finetune.segmentation.task import run
-from finetune.segmentation.upernet import Windows, feature_layers, pixel_loss, starts
-from launch.cli import parse
-from launch.metrics import read_metrics
-from launch.randomness import seeded
+from finetune.segmentation.evaluate import confusion_of, scores
+from finetune.segmentation.model import feature_layers, pixel_loss
+from finetune.segmentation.task import SegmentationTask
+from finetune.segmentation.windows import Windows, starts
+from finetune.train import finetune
+from launch.run.cli import parse
+from launch.run.randomness import seeded
+from tests.rows import read_metrics
 from vim_backbone import UserError
 
 SMALL = ["--batch_size=4", "--log_every=1", "--data.workers=0", "--trackers=[]", "--pictures=2", "--head.channels=16",
          "--head.auxiliary_channels=16", "--optim.base_lr=0.05", "--model.drop_path_rate=0"]  # fmt: skip
 
 
+def run(config):
+    return finetune(SegmentationTask(config))
+
+
 @pytest.fixture
-def config(backbone, drawn, tmp_path):
+def config(backbone, sample_data, tmp_path):
     def make(*argv):
-        data = [] if any(a.startswith("--data.source") for a in argv) else [f"--data.source={drawn('segmentation')}"]
-        own = [*SMALL, f"--backbone={backbone}", f"--out={tmp_path}", *data, *argv]
-        return parse(SegmentationConfig, own, "finetune/main.py", "")
+        data = (
+            [] if any(a.startswith("--data.source") for a in argv) else [f"--data.source={sample_data('segmentation')}"]
+        )
+        options = [*SMALL, f"--backbone={backbone}", f"--out={tmp_path}", *data, *argv]
+        return parse(SegmentationConfig, options, "finetune/main.py", "")
 
     return make
 
@@ -39,16 +47,16 @@ def counted_directly(predicted, target, classes):
     """IoU and accuracy of each class by loops over pixels, and the share of right pixels."""
     iou, accuracy, right, total = [], [], 0, 0
     for k in range(classes):
-        both = either = own = 0
+        both = either = labelled = 0
         for p, t in zip(predicted.flatten().tolist(), target.flatten().tolist(), strict=True):
             if t != IGNORED:
                 both += p == k and t == k
                 either += p == k or t == k
-                own += t == k
+                labelled += t == k
         right += both
-        total += own
+        total += labelled
         iou += [both / either] if either else []
-        accuracy += [both / own] if own else []
+        accuracy += [both / labelled] if labelled else []
     return {"mIoU": np.mean(iou), "mAcc": np.mean(accuracy), "aAcc": right / total}
 
 
@@ -58,11 +66,11 @@ def test_scores_equal_a_direct_count(seed):
     predicted = torch.from_numpy(rng.integers(0, 6, (40, 31)))
     target = torch.from_numpy(rng.choice([0, 1, 2, 3, 5, IGNORED], (40, 31)))  # class 4 is predicted and never true
     parts = [confusion_of(predicted[rows], target[rows], 7) for rows in (slice(0, 7), slice(7, 8), slice(8, 40))]
-    found = scores(torch.stack(parts).sum(0))
-    assert found == pytest.approx(counted_directly(predicted, target, 7), abs=1e-9)
+    ours = scores(torch.stack(parts).sum(0))
+    assert ours == pytest.approx(counted_directly(predicted, target, 7), abs=1e-9)
     counted = target != IGNORED
     peer = jaccard_score(target[counted], predicted[counted], average="macro")
-    assert found["mIoU"] == pytest.approx(peer, abs=1e-9)
+    assert ours["mIoU"] == pytest.approx(peer, abs=1e-9)
 
 
 def test_windows_cover_every_pixel_and_average():
@@ -84,17 +92,17 @@ def test_windows_cover_every_pixel_and_average():
 
 @pytest.mark.parametrize(("step", "flip"), [((10, 10), False), ((10, 7), True), ((0, 0), True)])
 def test_passes_are_counted_as_they_are_taken(step, flip):
-    taken = []
+    sizes = []
 
     def model(images):
-        taken.append(images.shape)
+        sizes.append(images.shape)
         return images
 
     windows, image = Windows((16, 16), step, 8, 8, flip), torch.zeros(1, 3, 50, 12)
     windows.logits(model, image)
-    assert windows.passes(50, 12) == len(taken)
+    assert windows.passes(50, 12) == len(sizes)
     windows.idle(model, image, 3)
-    assert len(taken) == windows.passes(50, 12) + 3
+    assert len(sizes) == windows.passes(50, 12) + 3
 
 
 def test_the_loss_leaves_ignored_pixels_out():
@@ -113,8 +121,8 @@ def test_layers_as_in_the_recipe():
         feature_layers([1, 2, 3, 3], 4)
 
 
-def test_crops_move_picture_and_map_together(drawn):
-    data = SegmentationData(source=str(drawn("segmentation")))
+def test_crops_move_picture_and_map_together(sample_data):
+    data = SegmentationData(source=str(sample_data("segmentation")))
     pairs, notes = open_pairs(data, "training", len(class_names(data)))
     assert (len(pairs), notes) == (24, [])
     whole = np.asarray(Image.open(pairs.maps[0]))
@@ -138,13 +146,13 @@ def test_crops_move_picture_and_map_together(drawn):
 def test_photometric_distortion_keeps_the_hue():
     """A class may be known by its colour, so that channels must not be exchanged, as torchvision does for half."""
     picture = torch.tensor([150, 60, 80], dtype=torch.uint8).view(3, 1, 1).expand(3, 4, 4)
-    distort, seen = PhotometricDistort(), set()
+    distort, outcomes = PhotometricDistort(), set()
     for seed in range(60):
         with seeded(seed):
             pixel = distort(picture)[:, 0, 0].tolist()
         assert max(pixel) == pixel[0]
-        seen.add(tuple(pixel))
-    assert len(seen) > 30
+        outcomes.add(tuple(pixel))
+    assert len(outcomes) > 30
 
 
 def test_what_a_run_leaves_behind(config):
@@ -182,9 +190,9 @@ def test_it_learns_and_resumes_exactly(config, tmp_path):
 
 
 @pytest.fixture
-def spoiled(drawn, tmp_path):
+def spoiled(sample_data, tmp_path):
     """A copy of the drawn data, to be spoiled."""
-    return shutil.copytree(drawn("segmentation"), tmp_path / "data")
+    return shutil.copytree(sample_data("segmentation"), tmp_path / "data")
 
 
 def rewrite(path, change):

@@ -1,7 +1,6 @@
 """Real Accelerate with two processes: DDP, ZeRO-2 and ZeRO-3 train and judge as one process does."""
 
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -10,8 +9,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from launch.metrics import read_metrics
-from tests.launch.real import CONFIGS, ROOT, environment, extra, finish, free_port
+from tests.launch.preloaded import Popen
+from tests.launch.real import ACCELERATE, CONFIGS, ROOT, environment, extra, finish, free_port
+from tests.rows import read_metrics
 
 pytestmark = pytest.mark.slow
 SMALL = ["--batch_size=4", "--log_every=1", "--data.workers=0", "--trackers=[]", "--steps=2", "--checkpoint_every=1",
@@ -21,14 +21,11 @@ PLAIN = ["--augment.mixup=0", "--augment.cutmix=0"]
 
 def run(where, strategy, task, *argv):
     command = [str(ROOT / "finetune/main.py"), task, *SMALL, *argv]
-    launcher = ["-m", "accelerate.commands.launch", "--quiet", "--num_processes=2",
+    launcher = [*ACCELERATE, "--quiet", "--num_processes=2",
                 f"--main_process_port={free_port()}", f"--config_file={CONFIGS / strategy}.yaml"]  # fmt: skip
     where.mkdir(exist_ok=True)
-    process = subprocess.Popen(
-        [sys.executable, *([] if strategy == "one" else launcher), *command], cwd=where, text=True,
-        start_new_session=True, env=environment(**extra(strategy)), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    code, printed = finish(process)
+    whole = [*([sys.executable] if strategy == "one" else launcher), *command]
+    code, printed = finish(Popen(whole, where, environment(**extra(strategy))))
     assert code == 0, printed[-6000:]
     assert printed.strip().splitlines()
     return where / f"runs/{task}"
@@ -43,8 +40,8 @@ def same_model(ours, theirs):
     torch.testing.assert_close(*tensors, rtol=2e-3, atol=3e-5)
 
 
-def test_zero_2_trains_judges_and_goes_on_as_one_process(tmp_path, backbone, drawn):
-    data = ("classification", f"--backbone={backbone}", f"--data.source={drawn('classification')}", *PLAIN)
+def test_zero_2_trains_judges_and_goes_on_as_one_process(tmp_path, backbone, sample_data):
+    data = ("classification", f"--backbone={backbone}", f"--data.source={sample_data('classification')}", *PLAIN)
     one, two = run(tmp_path / "one", "one", *data), run(tmp_path / "two", "zero2", *data)
     shutil.rmtree(two / "checkpoints/step-00000002")
     run(tmp_path / "two", "zero2", *data, "--resume")
@@ -64,8 +61,8 @@ def wide(folder):
             Image.fromarray(np.concatenate([pixels] * 3, axis=1)).save(file)
 
 
-def test_zero_3_segments_although_processes_have_other_numbers_of_windows(tmp_path, backbone, drawn):
-    folder = shutil.copytree(drawn("segmentation"), tmp_path / "data")
+def test_zero_3_segments_although_processes_have_other_numbers_of_windows(tmp_path, backbone, sample_data):
+    folder = shutil.copytree(sample_data("segmentation"), tmp_path / "data")
     wide(folder)
     head = ("--head.channels=16", "--head.auxiliary_channels=16", "--head.dropout=0", "--test.flip=true")
     data = ("segmentation", f"--backbone={backbone}", f"--data.source={folder}", *head)
@@ -77,10 +74,10 @@ def test_zero_3_segments_although_processes_have_other_numbers_of_windows(tmp_pa
         assert rows(two, key) == pytest.approx(rows(one, key), abs=1e-3)
 
 
-def test_detection_is_the_same_under_ddp_and_zero_3(tmp_path, backbone, drawn):
+def test_detection_is_the_same_under_ddp_and_zero_3(tmp_path, backbone, sample_data):
     """Which proposals are sampled depends on the process, so that losses are not those of one process."""
     head = ("--head.channels=16", "--head.box_width=32", "--head.proposals=50", "--head.samples=16")
-    data = ("detection", f"--backbone={backbone}", f"--data.source={drawn('detection')}", *head)
+    data = ("detection", f"--backbone={backbone}", f"--data.source={sample_data('detection')}", *head)
     ddp, zero = (run(tmp_path / strategy, strategy, *data) for strategy in ("ddp", "zero3"))
     assert rows(zero, "val_samples") == rows(ddp, "val_samples") == [9, 9]
     for key in ("loss", "loss_mask", "val_box_AP", "val_mask_AP"):

@@ -10,23 +10,24 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from finetune.sweeping.cluster import running
-from finetune.sweeping.config import METRICS, RayConfig, ResourceConfig
-from finetune.sweeping.sweep import sweep, top
-from launch.signals import Stopped
+from finetune.registry import TASKS
+from finetune.sweeping.cluster import ray_session
+from finetune.sweeping.config import RayConfig, ResourceConfig
+from finetune.sweeping.driver import sweep, top_commands
+from launch.run.signals import Stopped
 from tests.finetune.ray_sweep import (
     SMALL,
+    checkpoints,
     cluster,
     config_of,
     entries,
-    kept,
     meanwhile,
     repeated,
     steps_of,
     trial_workers,
-    wait,
 )
 from tests.launch.real import ROOT, environment, free_port
+from tests.waiting import wait_for
 from vim_backbone.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -36,18 +37,20 @@ RUN = {"steps": 4, "evaluate_every": 1}
 
 @pytest.fixture(scope="module")
 def nodes(plain_kernels):
-    with cluster() as made:
-        yield made
+    with cluster() as started:
+        yield started
 
 
 @pytest.fixture
-def told(nodes, tmp_path, backbone, drawn):
+def make_sweep(nodes, tmp_path, backbone, sample_data):
     """Makes a sweep of a task on the cluster."""
 
     def make(task="classification", **more):
         metric = {"classification": "top1", "detection": "box_AP", "segmentation": "mIoU"}[task]
         common = {"ray": {"address": nodes.address}, "metric": metric, "space": SPACE, "fields": RUN, "trials": 2}
-        return config_of(tmp_path, task, backbone, drawn(task), **(common | {"scheduler": {"kind": "none"}} | more))
+        return config_of(
+            tmp_path, task, backbone, sample_data(task), **(common | {"scheduler": {"kind": "none"}} | more)
+        )
 
     return make
 
@@ -55,20 +58,24 @@ def told(nodes, tmp_path, backbone, drawn):
 def shipped(task, backbone):
     """What the example of the task says, with two names of one small backbone; to be run for a few steps."""
     example = yaml.safe_load((ROOT / f"finetune/sweeps/{task}.yaml").read_text())
-    kept = {name: value for name, value in example["fields"].items() if name != "data.source"}
+    fields = {name: value for name, value in example["fields"].items() if name != "data.source"}
     space = example["space"] | {"backbone": {"choice": [str(backbone), f"file://{backbone}"]}}
     small = {"epochs": None, "evaluate_every": 1, "optim.warmup_steps": 1}
-    return {"base": str(ROOT / example["base"]), "metric": example["metric"], "space": space}, kept | SMALL | small
+    return {
+        "base": str(ROOT / example["base"]),
+        "metric": example["metric"],
+        "space": space,
+    }, fields | SMALL | small
 
 
-def test_classification_with_a_trial_killed_on_purpose(told, backbone, tmp_path):
+def test_classification_with_a_trial_killed_on_purpose(make_sweep, backbone, tmp_path):
     """The trial goes on from its checkpoint, and the best can be repeated outside of Ray to the last bit."""
     example, fields = shipped("classification", backbone)
-    config = told(**example, trials=3, fields=fields | {"steps": 8})
+    config = make_sweep(**example, trials=3, fields=fields | {"steps": 8})
     killed = []
 
     def kill():
-        wait(lambda: len(kept(config)) >= 3, "checkpoints")
+        wait_for(lambda: len(checkpoints(config)) >= 3, "checkpoints")
         worker = trial_workers()[0]
         killed.append(worker.pid)
         os.kill(worker.pid, signal.SIGKILL)
@@ -76,15 +83,15 @@ def test_classification_with_a_trial_killed_on_purpose(told, backbone, tmp_path)
     with meanwhile(kill):
         folder = sweep(config)
     assert killed
-    found = entries(config)
-    assert [e.state for e in found] == ["finished"] * 3
-    assert [steps_of(e) for e in found] == [list(range(1, 9))] * 3
+    trials = entries(config)
+    assert [e.state for e in trials] == ["finished"] * 3
+    assert [steps_of(e) for e in trials] == [list(range(1, 9))] * 3
     assert repeated(config) <= 1, "the trial went on from its checkpoint"
-    assert set(METRICS["classification"]) <= set(found[0].evaluations[-1].metrics)
+    assert set(TASKS["classification"].metrics) <= set(trials[0].evaluations[-1].metrics)
     assert (folder / "report.html").read_text().count("data:image/png;base64,") == 1
 
-    best = max(found, key=lambda e: (e.score("top1"), -e.number))
-    comment, command = top(replace(config, top=1))
+    best = max(trials, key=lambda e: (e.score("top1"), -e.number))
+    comment, command = top_commands(replace(config, top=1))
     assert f"trial {best.number}" in comment
     assert "accelerate launch finetune/main.py classification" in command
     outside = command.replace("accelerate launch finetune", f"{sys.executable} {ROOT}/finetune")
@@ -97,24 +104,24 @@ def test_classification_with_a_trial_killed_on_purpose(told, backbone, tmp_path)
 
 
 @pytest.mark.parametrize("task", ["detection", "segmentation"])
-def test_the_other_tasks(task, told, backbone):
+def test_the_other_tasks(task, make_sweep, backbone):
     example, fields = shipped(task, backbone)
-    config = told(task, **example, fields=fields | {"steps": 2})
+    config = make_sweep(task, **example, fields=fields | {"steps": 2})
     folder = sweep(config)
-    found = entries(config)
-    assert [e.state for e in found] == ["finished"] * 2
-    assert set(METRICS[task]) <= set(found[0].evaluations[-1].metrics)
+    trials = entries(config)
+    assert [e.state for e in trials] == ["finished"] * 2
+    assert set(TASKS[task].metrics) <= set(trials[0].evaluations[-1].metrics)
     assert (folder / "best/model/config.json").exists()
 
 
-def test_a_node_is_lost(told, nodes):
+def test_a_node_is_lost(make_sweep, nodes):
     """Trials of a lost node go on elsewhere from their checkpoints; the sweep ends as if nothing had been."""
-    config = told(fields={"steps": 8, "evaluate_every": 1}, trials=3)
+    config = make_sweep(fields={"steps": 8, "evaluate_every": 1}, trials=3)
     node = nodes.add_node(num_cpus=1, object_store_memory=100 * 2**20)
     nodes.wait_for_nodes()
 
     def lose():
-        wait(lambda: len({trial for trial, _ in kept(config)}) == 3, "a checkpoint of each trial")
+        wait_for(lambda: len({trial for trial, _ in checkpoints(config)}) == 3, "a checkpoint of each trial")
         nodes.remove_node(node, allow_graceful=False)
 
     with meanwhile(lose):
@@ -124,24 +131,24 @@ def test_a_node_is_lost(told, nodes):
     assert repeated(config) <= 1, "what ran on the node went on from its checkpoint"
 
 
-def test_population_based_training_clones_and_changes(told):
+def test_population_based_training_clones_and_changes(make_sweep):
     space = SPACE | {"optim.weight_decay": {"loguniform": [1e-3, 1]}}
-    config = told(
+    config = make_sweep(
         space=space, trials=4, searcher="random", metric="loss", mode="min",
         fields={"steps": 5, "evaluate_every": 1}, scheduler={"kind": "pbt", "grace": 20},
     )  # fmt: skip
     sweep(config)
-    found = entries(config)
-    assert [e.state for e in found] == ["finished"] * 4
-    changed = [e for e in found if e.changed]
+    trials = entries(config)
+    assert [e.state for e in trials] == ["finished"] * 4
+    changed = [e for e in trials if e.changed]
     assert changed, "the worst took over from the best"
-    rates = {e.fields["model.drop_path_rate"] for e in found}
+    rates = {e.fields["model.drop_path_rate"] for e in trials}
     assert len(rates) < 4, "a field that cannot change in a running trial is the donor's"
 
 
-def test_asha_stops_what_is_worse_and_frees_its_place(told):
+def test_asha_stops_what_is_worse_and_frees_its_place(make_sweep):
     """The rates are so that the order is known: nothing can be learned at a rate of 1e-9."""
-    config = told(
+    config = make_sweep(
         space={"optim.base_lr": {"grid": [0.3, 1e-9, 2e-9]}}, trials=3, concurrent=1, metric="loss", mode="min",
         searcher="grid", scheduler={"kind": "asha", "grace": 25, "reduction": 2},
     )  # fmt: skip
@@ -150,11 +157,11 @@ def test_asha_stops_what_is_worse_and_frees_its_place(told):
     assert [len(e.evaluations) for e in entries(config)] == [4, 1, 1]
 
 
-def test_one_bad_config_does_not_stop_the_sweep(told, tmp_path):
+def test_one_bad_config_does_not_stop_the_sweep(make_sweep, tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/config.json").write_text("{}")
-    good = told().fields["backbone"]
-    config = told(
+    good = make_sweep().fields["backbone"]
+    config = make_sweep(
         space={"backbone": {"grid": [good, str(tmp_path / "broken")]}}, searcher="grid", trials=None,
         fields={"steps": 1} | {"optim.base_lr": 0.01},
     )  # fmt: skip
@@ -164,10 +171,10 @@ def test_one_bad_config_does_not_stop_the_sweep(told, tmp_path):
     assert "config.json" in second.error
 
 
-def test_two_workers_train_one_trial_as_one_process_does(told):
+def test_two_workers_train_one_trial_as_one_process_does(make_sweep):
     fields = {"steps": 2, "evaluate_every": 1}
-    alone = told(fields=fields, trials=1, name="alone")
-    several = told(fields=fields, trials=1, name="several", resources={"workers": 2})
+    alone = make_sweep(fields=fields, trials=1, name="alone")
+    several = make_sweep(fields=fields, trials=1, name="several", resources={"workers": 2})
     sweep(alone)
     sweep(several)
     (one,), (two,) = entries(alone), entries(several)
@@ -178,8 +185,8 @@ def test_two_workers_train_one_trial_as_one_process_does(told):
         assert ours.metrics["loss"] == pytest.approx(theirs.metrics["loss"], rel=1e-4)
 
 
-def test_what_the_time_did_not_suffice_for_is_left_for_resume(told):
-    config = told(fields={"steps": 1}, trials=1)
+def test_what_the_time_did_not_suffice_for_is_left_for_resume(make_sweep):
+    config = make_sweep(fields={"steps": 1}, trials=1)
     with pytest.raises(Stopped, match="1 of 1 trials are left"):
         sweep(replace(config, hours=1e-7))
     sweep(replace(config, resume=True))
@@ -189,18 +196,18 @@ def test_what_the_time_did_not_suffice_for_is_left_for_resume(told):
 def test_what_never_fits_is_said_at_once(nodes):
     config = RayConfig(address=nodes.address)
     for each in (ResourceConfig(cpus=2), ResourceConfig(gpus=1), ResourceConfig(workers=9)):
-        with pytest.raises(UserError, match="never fits"), running(config, each):
+        with pytest.raises(UserError, match="never fits"), ray_session(config, each):
             pass
 
 
 def test_an_address_that_does_not_answer():
     with (
         pytest.raises(UserError, match="does not answer"),
-        running(RayConfig(address=f"127.0.0.1:{free_port()}", wait_seconds=2), ResourceConfig()),
+        ray_session(RayConfig(address=f"127.0.0.1:{free_port()}", wait_seconds=2), ResourceConfig()),
     ):
         pass
     with (
         pytest.raises(UserError, match="it must be HOST:PORT or auto"),
-        running(RayConfig(address="somewhere"), ResourceConfig()),
+        ray_session(RayConfig(address="somewhere"), ResourceConfig()),
     ):
         pass

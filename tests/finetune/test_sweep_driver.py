@@ -9,11 +9,13 @@ import psutil
 import pytest
 from accelerate.state import AcceleratorState
 
-from finetune.classification import task as classification
 from finetune.classification.config import ClassificationConfig
+from finetune.classification.task import ClassificationTask
 from finetune.sweeping.trial import arguments
-from launch.cli import parse
-from tests.finetune.ray_sweep import config_of, driver, entries, finished, kept, repeated, steps_of, wait
+from finetune.train import finetune
+from launch.run.cli import parse
+from tests.finetune.ray_sweep import checkpoints, config_of, driver, entries, finished, repeated, steps_of
+from tests.waiting import LIMIT, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("plain_kernels")]
 STEPS = 12
@@ -22,43 +24,44 @@ SPACE = {"optim.base_lr": {"loguniform": [1e-3, 1e-1]}}
 
 def listening(root: int) -> set[str]:
     """Addresses that the process and all below it listen on."""
-    found = set()
+    addresses = set()
     for process in [psutil.Process(root), *psutil.Process(root).children(recursive=True)]:
         try:
-            found |= {c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+            addresses |= {c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
         except psutil.Error:
             continue
-    return found
+    return addresses
 
 
 def outside(config, fields, where):
     """Metrics by step of the same run without Ray."""
-    told = []
+    scores = []
     AcceleratorState._reset_state(reset_partial_state=True)
     argv = arguments(config.fields | fields | {"out": str(where), "name": "alone", "trackers": []})
-    classification.run(parse(ClassificationConfig, argv, "", ""), lambda e: told.append((e.step, e.metrics)))
-    return told
+    task = ClassificationTask(parse(ClassificationConfig, argv, "", ""))
+    finetune(task, lambda e: scores.append((e.step, e.metrics)))
+    return scores
 
 
 def midway(config):
     """Whether the record has a trial with all of its evaluations, and one with a few and their checkpoints."""
-    counts = Counter(trial for trial, _ in kept(config)).values()
+    counts = Counter(trial for trial, _ in checkpoints(config)).values()
     return STEPS in counts and any(2 <= count <= STEPS - 3 for count in counts)
 
 
-def test_a_killed_driver_goes_on_with_nothing_lost_or_run_twice(tmp_path, backbone, drawn):
+def test_a_killed_driver_goes_on_with_nothing_lost_or_run_twice(tmp_path, backbone, sample_data):
     config = config_of(
-        tmp_path, "classification", backbone, drawn("classification"), space=SPACE, metric="top1", trials=4,
+        tmp_path, "classification", backbone, sample_data("classification"), space=SPACE, metric="top1", trials=4,
         fields={"steps": STEPS, "evaluate_every": 1}, scheduler={"kind": "none"}, ray={"cpus": 2},
     )  # fmt: skip
     first = driver(config)
-    wait(lambda: kept(config), "a checkpoint")
+    wait_for(lambda: checkpoints(config), "a checkpoint", first)
     below = psutil.Process(first.pid).children(recursive=True)
     assert {ip.removeprefix("::ffff:") for ip in listening(first.pid)} == {"127.0.0.1"}
-    wait(lambda: midway(config), "one trial that is over and one that is in its midst")
+    wait_for(lambda: midway(config), "one trial that is over and one that is in its midst", first)
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
-    psutil.wait_procs(below, timeout=60)
+    psutil.wait_procs(below, timeout=LIMIT)
     before = (config.folder / "study.jsonl").read_text()
     was = entries(config)
     assert any(e.state == "finished" for e in was)
@@ -67,30 +70,30 @@ def test_a_killed_driver_goes_on_with_nothing_lost_or_run_twice(tmp_path, backbo
     printed = finished(driver(config, "--resume"))
     assert "4 finished, 0 stopped early, 0 failed of 4 trials" in printed
     assert (config.folder / "study.jsonl").read_text().startswith(before[: before.rindex("\n")])
-    found = entries(config)
-    assert [steps_of(e) for e in found] == [list(range(1, STEPS + 1))] * 4
+    after = entries(config)
+    assert [steps_of(e) for e in after] == [list(range(1, STEPS + 1))] * 4
     assert repeated(config) <= 2, "the two that ran went on from their checkpoints"
-    for old, new in zip(was, found, strict=False):
+    for old, new in zip(was, after, strict=False):
         assert new.fields == old.fields
         # the last evaluation of a trial that ran may have been without its checkpoint
         settled = old.evaluations[:-1] if old.state == "running" else old.evaluations
         assert new.evaluations[: len(settled)] == settled, "what was evaluated was not run again"
-    for entry in found:
+    for entry in after:
         alone = outside(config, entry.fields, tmp_path / f"alone-{entry.number}")
         assert [(e.step, e.metrics) for e in entry.evaluations] == alone
         shutil.rmtree(tmp_path / f"alone-{entry.number}")
     assert (config.folder / "best/model/model.safetensors").exists()
 
 
-def test_sigterm_stops_the_sweep_for_resume(tmp_path, backbone, drawn):
+def test_sigterm_stops_the_sweep_for_resume(tmp_path, backbone, sample_data):
     config = config_of(
-        tmp_path, "classification", backbone, drawn("classification"), space=SPACE, metric="top1", trials=1,
+        tmp_path, "classification", backbone, sample_data("classification"), space=SPACE, metric="top1", trials=1,
         fields={"steps": 10000, "evaluate_every": 1}, scheduler={"kind": "none"}, ray={"cpus": 1},
     )  # fmt: skip
     process = driver(config)
-    wait(lambda: kept(config), "a checkpoint")
+    wait_for(lambda: checkpoints(config), "a checkpoint", process)
     process.terminate()
-    printed, _ = process.communicate(timeout=120)
+    printed, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 130
     assert printed.rstrip().endswith("1 of 1 trials are left: the same command with --resume goes on")
     assert entries(config)[0].state == "running"

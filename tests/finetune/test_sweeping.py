@@ -14,21 +14,21 @@ from rich.console import Console
 
 from finetune.sweep import main
 from finetune.sweeping.config import ResourceConfig, SchedulerConfig, SweepConfig
-from finetune.sweeping.ledger import Evaluated, Ledger
+from finetune.sweeping.driver import check_storage, open_folder, resolve
+from finetune.sweeping.ledger import Ledger, TrialEvaluation
 from finetune.sweeping.progress import table
 from finetune.sweeping.report import command, importances, write_results
 from finetune.sweeping.space import combinations, read_space
-from finetune.sweeping.sweep import checked, open_folder, writable
-from finetune.sweeping.tuning import build_scheduler, remind
+from finetune.sweeping.tuning import build_scheduler, replay
 from tests.launch.real import ROOT
 from vim_backbone.errors import UserError
 
 TYPES = {"lr": "a number", "size": "a whole number or null", "mode": "text", "betas": "[a number, a number]"}
 
 
-def drawn(tmp_path, told, count, searcher="random", seed=0):
+def draws(tmp_path, spec, count, searcher="random", seed=0):
     tmp_path.mkdir(exist_ok=True)
-    ledger = Ledger(tmp_path, "max", "top1", read_space(told, TYPES))
+    ledger = Ledger(tmp_path, "max", "top1", read_space(spec, TYPES))
     for _ in range(count):
         ledger.draw(searcher, seed)
     fields = [entry.fields for entry in ledger.entries()]
@@ -37,8 +37,8 @@ def drawn(tmp_path, told, count, searcher="random", seed=0):
 
 
 def test_draws_are_spread_as_the_space_says(tmp_path):
-    told = {"lr": {"loguniform": ["1e-4", 1e-2]}, "size": {"uniform": [1, 4]}, "mode": {"choice": ["a", "b"]}}
-    fields = drawn(tmp_path, told, 300)
+    spec = {"lr": {"loguniform": ["1e-4", 1e-2]}, "size": {"uniform": [1, 4]}, "mode": {"choice": ["a", "b"]}}
+    fields = draws(tmp_path, spec, 300)
     logs = np.log10([f["lr"] for f in fields])
     assert logs.min() >= -4
     assert logs.max() <= -2
@@ -51,17 +51,17 @@ def test_draws_are_spread_as_the_space_says(tmp_path):
 
 
 def test_draws_depend_on_seed_and_number_alone(tmp_path):
-    told = {"lr": {"uniform": [0, 1]}, "betas": {"choice": [[0.9, 0.99], [0.9, 0.95]]}}
-    whole = drawn(tmp_path / "whole", told, 6)
-    drawn(tmp_path / "parts", told, 2)
-    assert drawn(tmp_path / "parts", told, 4) == whole, "as after a resume"
-    assert drawn(tmp_path / "other", told, 6, seed=1) != whole
+    spec = {"lr": {"uniform": [0, 1]}, "betas": {"choice": [[0.9, 0.99], [0.9, 0.95]]}}
+    whole = draws(tmp_path / "whole", spec, 6)
+    draws(tmp_path / "parts", spec, 2)
+    assert draws(tmp_path / "parts", spec, 4) == whole, "as after a resume"
+    assert draws(tmp_path / "other", spec, 6, seed=1) != whole
     assert all(f["betas"] in ([0.9, 0.99], [0.9, 0.95]) for f in whole)
 
 
 def test_a_grid_is_gone_through_once(tmp_path):
-    told = {"mode": {"grid": ["a", "b"]}, "size": {"grid": [1, 2, None]}}
-    fields = drawn(tmp_path, told, 6)
+    spec = {"mode": {"grid": ["a", "b"]}, "size": {"grid": [1, 2, None]}}
+    fields = draws(tmp_path, spec, 6)
     assert sorted(map(str, fields)) == sorted(str({"mode": m, "size": s}) for m in "ab" for s in (1, 2, None))
 
 
@@ -72,7 +72,7 @@ def test_the_searcher_learns(tmp_path):
     for _ in range(40):
         number = ledger.draw("tpe", 0)
         value = (ledger.entry(number).fields["lr"] - 0.3) ** 2
-        ledger.note(number, Evaluated(1, 100, {"loss": value}, 1), ledger.entry(number).fields, stopped=False)
+        ledger.note(number, TrialEvaluation(1, 100, {"loss": value}, 1), ledger.entry(number).fields, stopped=False)
         ledger.finish(number)
     last = [entry.fields["lr"] for entry in ledger.entries()[-20:]]
     assert np.median(np.abs(np.array(last) - 0.3)) < 0.12, "by chance it is about 0.2 to 0.25"
@@ -82,13 +82,14 @@ def test_the_searcher_learns(tmp_path):
 
 @pytest.fixture
 def ledger(tmp_path):
-    made = Ledger(tmp_path, "max", "top1", read_space({"lr": {"uniform": [0, 1]}}, TYPES))
-    yield made
-    made.close()
+    record = Ledger(tmp_path, "max", "top1", read_space({"lr": {"uniform": [0, 1]}}, TYPES))
+    yield record
+    record.close()
 
 
 def evaluated(ledger, number, step, score, stopped=False, total=4):
-    ledger.note(number, Evaluated(step, 100 * step / total, {"top1": score}, 1.0), ledger.entry(number).fields, stopped)
+    evaluation = TrialEvaluation(step, 100 * step / total, {"top1": score}, 1.0)
+    ledger.note(number, evaluation, ledger.entry(number).fields, stopped)
     ledger.keep(number, f"checkpoint-{step}")
 
 
@@ -108,17 +109,18 @@ def test_the_record_outlives_the_process(ledger):
     ledger.fail(2, "no memory")
     with open(ledger.path, "a") as file:
         file.write('{"op_code": 5, "work')  # half a line
-    found = again(ledger)
-    states = [entry.state for entry in found.entries()]
+    reopened = again(ledger)
+    states = [entry.state for entry in reopened.entries()]
     assert states == ["finished", "stopped early", "failed", "running"]
-    assert [e.checkpoint for e in found.entries()] == ["checkpoint-4", "checkpoint-2", "checkpoint-1", "checkpoint-1"]
-    assert found.entry(2).error == "no memory"
-    assert [(e.step, e.metrics) for e in found.entry(0).evaluations] == [(1, {"top1": 0.0}), (4, {"top1": 0.7})]
-    assert found.study.get_trials()[1].state == TrialState.PRUNED
-    evaluated(found, 3, 4, 0.9)
-    found.finish(3)
-    assert [e.number for e in found.best(5)] == [3, 0]
-    found.close()
+    numbers = [e.checkpoint for e in reopened.entries()]
+    assert numbers == ["checkpoint-4", "checkpoint-2", "checkpoint-1", "checkpoint-1"]
+    assert reopened.entry(2).error == "no memory"
+    assert [(e.step, e.metrics) for e in reopened.entry(0).evaluations] == [(1, {"top1": 0.0}), (4, {"top1": 0.7})]
+    assert reopened.study.get_trials()[1].state == TrialState.PRUNED
+    evaluated(reopened, 3, 4, 0.9)
+    reopened.finish(3)
+    assert [e.number for e in reopened.best(5)] == [3, 0]
+    reopened.close()
 
 
 def test_nothing_in_the_record_is_a_pickle(ledger):
@@ -142,7 +144,7 @@ def test_a_score_that_is_no_number_is_a_failure(ledger):
     assert ledger.best(1) == []
 
 
-def test_a_resumed_scheduler_judges_as_before(ledger):
+def test_a_resumed_scheduler_decides_as_before(ledger):
     """ASHA at rung 50: after 0.9 and 0.8 are over, 0.1 stops; without the memory of them it would go on."""
     config = sweep_config(scheduler=SchedulerConfig(kind="asha", grace=50, reduction=2))
     for number, score in enumerate((0.9, 0.8)):
@@ -151,10 +153,10 @@ def test_a_resumed_scheduler_judges_as_before(ledger):
         evaluated(ledger, number, 4, score)
         ledger.finish(number)
     new = type("Trial", (), {"trial_id": "new"})()
-    for reminded, decision in ((True, "STOP"), (False, "CONTINUE")):
+    for replayed, decision in ((True, "STOP"), (False, "CONTINUE")):
         scheduler = build_scheduler(config, ledger.space)
-        if reminded:
-            remind(scheduler, ledger)
+        if replayed:
+            replay(scheduler, ledger)
         scheduler.on_trial_add(None, new)
         assert scheduler.on_trial_result(None, new, {"percent": 50, "top1": 0.1}) == decision
 
@@ -175,8 +177,8 @@ def test_the_table_shows_what_runs_and_the_best(ledger):
 
 
 def test_importance_finds_the_field_that_matters(tmp_path):
-    told = {"lr": {"uniform": [0, 1]}, "size": {"uniform": [1, 100]}}
-    ledger = Ledger(tmp_path, "max", "top1", read_space(told, TYPES))
+    spec = {"lr": {"uniform": [0, 1]}, "size": {"uniform": [1, 100]}}
+    ledger = Ledger(tmp_path, "max", "top1", read_space(spec, TYPES))
     assert importances(ledger) is None
     for number in range(40):
         ledger.draw("random", 0)
@@ -205,13 +207,13 @@ def test_the_command_of_a_trial_is_read_back_exactly(ledger):
     import shlex
 
     from finetune.classification.config import ClassificationConfig
-    from launch.cli import parse
+    from launch.run.cli import parse
 
     entry = replace(
         ledger.entry(ledger.draw("random", 0)), fields={"optim.base_lr": 1e-5 / 3, "model.img_size": [32, 48]}
     )
-    told = {"backbone": "a folder/b", "data.source": "c", "augment.auto_augment": None}
-    words = shlex.split(command(sweep_config(fields=told), entry))
+    spec = {"backbone": "a folder/b", "data.source": "c", "augment.auto_augment": None}
+    words = shlex.split(command(sweep_config(fields=spec), entry))
     assert words[:5] == ["OMP_NUM_THREADS=1", "accelerate", "launch", "finetune/main.py", "classification"]
     config = parse(ClassificationConfig, words[5:], "", "")
     assert (config.optim.base_lr, tuple(config.model.img_size)) == (1e-5 / 3, (32, 48))
@@ -221,20 +223,20 @@ def test_the_command_of_a_trial_is_read_back_exactly(ledger):
 SPACE = {"optim.base_lr": {"loguniform": [1e-4, 1e-2]}}
 
 
-def sweep_config(**told):
-    return SweepConfig(**{"task": "classification", "metric": "top1", "space": SPACE, "trials": 2} | told)
+def sweep_config(**spec):
+    return SweepConfig(**{"task": "classification", "metric": "top1", "space": SPACE, "trials": 2} | spec)
 
 
-def both(**told):
+def both(**spec):
     """What a sweep's config refuses, and what is refused when it is looked into."""
-    return checked(sweep_config(**told))
+    return resolve(sweep_config(**spec))
 
 
 FIELDS = {"backbone": "OWNER/NAME", "data.source": "hf:NAME"}
 
 
 @pytest.mark.parametrize(
-    ("told", "line"),
+    ("spec", "line"),
     [
         ({"space": {"optim.base_lrr": {"uniform": [0, 1]}}}, r"space\.optim\.base_lrr.*did you mean 'optim\.base_lr'"),
         ({"fields": {"epoch": 3}}, r"fields\.epoch.*did you mean 'epochs'"),
@@ -257,6 +259,7 @@ FIELDS = {"backbone": "OWNER/NAME", "data.source": "hf:NAME"}
             r"fields\.data\.source is 'nowhere': there is no such folder",
         ),
         ({"fields": {"data.source": "hf:NAME"}, "space": {"backbone": {"choice": ["./no"]}}}, r"'\./no': there is no"),
+        ({"task": "clasification"}, "task is 'clasification': there is no such task; did you mean 'classification'"),
         ({"metric": "acc"}, "metric is 'acc': classification reports no such"),
         ({"metric": "mIoU"}, "metric is 'mIoU': classification reports no such"),
         ({"trials": None}, "trials is None: say how many"),
@@ -272,9 +275,9 @@ FIELDS = {"backbone": "OWNER/NAME", "data.source": "hf:NAME"}
         ),
     ],
 )
-def test_what_cannot_work_is_one_line(told, line):
+def test_what_cannot_work_is_one_line(spec, line):
     with pytest.raises(UserError, match=line) as raised:
-        both(**told)
+        both(**spec)
     assert "\n" not in str(raised.value)
 
 
@@ -310,10 +313,10 @@ def test_a_folder_is_not_overwritten_or_mixed_up(tmp_path):
 def test_storage_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"storage .*file/x cannot be written"):
-        writable(str(tmp_path / "file/x"))
+        check_storage(str(tmp_path / "file/x"))
     with pytest.raises(UserError, match="storage nosuch://bucket cannot be written"):
-        writable("nosuch://bucket")
-    assert writable(f"file://{tmp_path}/there") == f"file://{tmp_path}/there"
+        check_storage("nosuch://bucket")
+    assert check_storage(f"file://{tmp_path}/there") == f"file://{tmp_path}/there"
 
 
 def test_help_teaches_and_the_command_refuses_in_one_line(capsys):
@@ -330,7 +333,7 @@ def test_help_teaches_and_the_command_refuses_in_one_line(capsys):
 @pytest.mark.parametrize("task", ["classification", "detection", "segmentation"])
 def test_the_shipped_sweeps_read(task, monkeypatch, tmp_path, backbone):
     """Every field of their spaces exists and every value is one that the task takes."""
-    from launch.cli import parse
+    from launch.run.cli import parse
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "finetune").symlink_to(ROOT / "finetune")
@@ -340,7 +343,7 @@ def test_the_shipped_sweeps_read(task, monkeypatch, tmp_path, backbone):
     for run in ("pretrain", "short"):
         (tmp_path / f"runs/{run}/backbone").symlink_to(backbone)
     config = parse(SweepConfig, [f"--config=finetune/sweeps/{task}.yaml"], "", "")
-    _, space, _ = checked(config)
+    _, space, _ = resolve(config)
     names = {d.field for d in space}
     assert {"optim.base_lr", "optim.layer_decay", "model.drop_path_rate", "optim.weight_decay"} <= names
     assert {"model.img_size", "backbone"} <= names

@@ -49,8 +49,8 @@ def compare(op, tensors, backend, dtype=torch.float32, value=VALUE, gradient=GRA
     for name, tensor in fast.items():
         if tensor is not None:
             assert tensor.grad.dtype == tensor.dtype
-            wanted = exact[name].grad  # None where the reference never touches it: no tokens
-            assert_close(tensor.grad, torch.zeros_like(tensor) if wanted is None else wanted, gradient, name)
+            expected = exact[name].grad  # None where the reference never touches it: no tokens
+            assert_close(tensor.grad, torch.zeros_like(tensor) if expected is None else expected, gradient, name)
 
 
 LOW = {"x", "dt", "B", "C", "z", "xz"}
@@ -58,7 +58,7 @@ LOW = {"x", "dt", "B", "C", "z", "xz"}
 
 
 def scan_tensors(b, l, d, n, *, options=True, states=0):
-    given = {
+    inputs = {
         "x": draw(b, l, d),
         "dt": draw(b, l, d, seed=1),
         "A": -draw(d, n, seed=2).exp(),
@@ -67,8 +67,8 @@ def scan_tensors(b, l, d, n, *, options=True, states=0):
     }
     names = ("D", "z", "dt_bias")
     shapes = ((d,), (b, l, d), (d,))
-    given |= {k: draw(*s, seed=5 + i) if options else None for i, (k, s) in enumerate(zip(names, shapes, strict=True))}
-    return given | {"h0": draw(states, d, n, seed=9) if states else None}
+    inputs |= {k: draw(*s, seed=5 + i) if options else None for i, (k, s) in enumerate(zip(names, shapes, strict=True))}
+    return inputs | {"h0": draw(states, d, n, seed=9) if states else None}
 
 
 def beside(cu_seqlens, x):
@@ -133,25 +133,19 @@ def test_mixer(backend, length):
     compare(run_mixer, mixer_tensors(2, length, 32, 16, 12, 4), backend)
 
 
-@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
+@every_backend
 @pytest.mark.parametrize("gated", [True, False])
-def test_inputs_of_the_scan_kept_or_made_again_give_the_same_bits(gated):
-    from vim_kernels.triton_backend import mixer
-
-    device = DEVICES["triton"]
-    tensors = {k: t.to(device, torch.float32) for k, t in mixer_tensors(2, 35, 32, 16, 12, 4).items()}
-    xz, dout = tensors["xz"].bfloat16(), draw(2, 35, 32).to(device, torch.bfloat16)
-    x, z = xz.chunk(2, dim=-1)
-    forward, backward = (ScanWeights(**{f: tensors[f"{q}.{f}"] for f in ScanWeights._fields}) for q in "fb")
-    found = []
-    for everything in (False, True):
-        given = (x, z if gated else None, forward, backward, None)
-        out, saved = mixer.bidirectional_scan_forward(*given, save=True, everything=everything)
-        assert [t.shape for t in saved] == [t.shape for t in mixer.bidirectional_scan_saved(*given, everything)]
-        dx, dz, df, db = mixer.bidirectional_scan_backward(dout, *given, saved)
-        found.append([t for t in (out, dx, dz, *df, *db) if t is not None])
-    assert len(found[0]) == 16 + gated
-    for again, kept in zip(*found, strict=True):
+def test_inputs_of_the_scan_kept_or_made_again_give_the_same_bits(backend, gated):
+    tensors = mixer_tensors(2, 35, 32, 16, 12, 4, gated=gated)
+    dy = draw(2, 35, 32).to(DEVICES[backend], torch.bfloat16)
+    results = []
+    for keep_inputs in (False, True):
+        own = {k: t.to(DEVICES[backend], torch.float32).requires_grad_() for k, t in tensors.items()}
+        forward, backward = (ScanWeights(**{f: own[f"{q}.{f}"] for f in ScanWeights._fields}) for q in "fb")
+        xz = own["xz"].detach().bfloat16().requires_grad_()
+        y = bidirectional_scan(xz, forward, backward, gated=gated, keep_inputs=keep_inputs, backend=backend)
+        results.append([y, *torch.autograd.grad(y, (xz, *forward, *backward), dy)])
+    for again, kept in zip(*results, strict=True):
         assert torch.equal(again, kept)
 
 
@@ -227,20 +221,20 @@ def test_empty_inputs(backend):
 def test_bad_dt_stays_in_its_packed_image(backend, bad, reverse):
     borders = [0, 40, 75, 110]
     cu = torch.tensor(borders, dtype=torch.int32, device=DEVICES[backend])
-    given = {k: None if t is None else t.float().to(cu.device) for k, t in scan_tensors(1, 110, 32, 16).items()}
-    given.pop("h0")
-    clean = selective_scan(**given, dt_softplus=True, reverse=reverse, cu_seqlens=cu, backend=backend)
-    given["dt"][0, 50, 3] = bad
-    given = {k: t.requires_grad_() for k, t in given.items()}
-    y = selective_scan(**given, dt_softplus=True, reverse=reverse, cu_seqlens=cu, backend=backend)
-    seen = slice(40, 51) if reverse else slice(50, 75)
-    assert not torch.isfinite(y[0, seen, 3]).any()
+    inputs = {k: None if t is None else t.float().to(cu.device) for k, t in scan_tensors(1, 110, 32, 16).items()}
+    inputs.pop("h0")
+    clean = selective_scan(**inputs, dt_softplus=True, reverse=reverse, cu_seqlens=cu, backend=backend)
+    inputs["dt"][0, 50, 3] = bad
+    inputs = {k: t.requires_grad_() for k, t in inputs.items()}
+    y = selective_scan(**inputs, dt_softplus=True, reverse=reverse, cu_seqlens=cu, backend=backend)
+    affected = slice(40, 51) if reverse else slice(50, 75)
+    assert not torch.isfinite(y[0, affected, 3]).any()
     for start, stop in itertools.pairwise(borders):
         if start != 40:
             assert torch.equal(y[0, start:stop], clean[0, start:stop])
     y.sum().backward()
     for start, stop in ((0, 40), (75, 110)):
-        assert torch.isfinite(given["x"].grad[0, start:stop]).all()
+        assert torch.isfinite(inputs["x"].grad[0, start:stop]).all()
 
 
 @pytest.mark.parametrize("backend", ["triton"])
@@ -263,12 +257,12 @@ def test_triton_in_chunks(backend, length, packed, monkeypatch):
 
 @pytest.mark.parametrize("backend", ["triton"])
 def test_triton_gives_the_same_bits_every_time(backend):
-    given = {
+    inputs = {
         k: None if t is None else t.float().to(DEVICES[backend]) for k, t in mixer_tensors(2, 35, 40, 16, 3, 4).items()
     }
 
     def run():
-        leaves = {k: None if t is None else t.clone().requires_grad_() for k, t in given.items()}
+        leaves = {k: None if t is None else t.clone().requires_grad_() for k, t in inputs.items()}
         (out,) = run_mixer(leaves, backend)
         out.square().sum().backward()
         return [out, *(t.grad for t in leaves.values() if t is not None)]

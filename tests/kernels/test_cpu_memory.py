@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import LIMIT
+
 pytest.importorskip("numba", reason="the CPU kernels are Numba's")
 
 pytestmark = [
@@ -65,5 +67,7 @@ print(sum(same))
 def test_what_another_thread_allocates_changes_nothing():
     root = Path(__file__).parents[2]
     environment = os.environ | {"MALLOC_ARENA_MAX": "1", "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}"}
-    ran = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=300)
+    ran = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=LIMIT
+    )
     assert (ran.returncode, ran.stdout.strip()) == (0, "60"), ran.stderr[-2000:]

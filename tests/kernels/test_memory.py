@@ -38,11 +38,11 @@ def test_overwriting_gives_the_same_bits(backend, gated):
         pytest.skip(reason)
     xz, two = draw(3, 21, 2 * D if gated else D), (weights(), weights())
     want = bidirectional_scan(xz, *two, gated=gated, backend=backend)
-    given = xz.clone()
+    inputs = xz.clone()
     with torch.no_grad():
-        got = bidirectional_scan(given, *two, gated=gated, overwrite=True, backend=backend)
+        got = bidirectional_scan(inputs, *two, gated=gated, overwrite=True, backend=backend)
     assert torch.equal(got, want)
-    assert (got.data_ptr() == given.data_ptr()) == (backend == "triton")
+    assert (got.data_ptr() == inputs.data_ptr()) == (backend == "triton")
 
 
 def test_overwriting_waits_until_nothing_is_differentiated():
@@ -55,10 +55,10 @@ def test_overwriting_waits_until_nothing_is_differentiated():
 def test_slices_of_a_batch_give_the_same_numbers(monkeypatch):
     xz, two = draw(3, 21, 2 * D), (weights(), weights())
     whole = bidirectional_scan(xz, *two, backend="triton")
-    seen = []
-    monkeypatch.setattr(plan, "slices", lambda *given: seen.append(given) or 2)
+    calls = []
+    monkeypatch.setattr(plan, "slices", lambda *inputs: calls.append(inputs) or 2)
     torch.testing.assert_close(bidirectional_scan(xz, *two, backend="triton"), whole, rtol=1e-5, atol=1e-6)
-    assert seen
+    assert calls
 
 
 @pytest.mark.parametrize(
@@ -85,11 +85,11 @@ def peak(model, pixels):
     with torch.no_grad(), use_backend("triton"):
         if DEVICE == "cuda":
             model(images)  # the workspaces of libraries stay
-            asked = "requested_bytes.all."  # what is allocated is rounded up, by as much as a megabyte a tensor
-            idle = torch.cuda.memory_stats()[asked + "current"]
+            requested = "requested_bytes.all."  # what is allocated is rounded up, by as much as a megabyte a tensor
+            idle = torch.cuda.memory_stats()[requested + "current"]
             torch.cuda.reset_peak_memory_stats()
             model(images)
-            most = torch.cuda.memory_stats()[asked + "peak"] - idle
+            most = torch.cuda.memory_stats()[requested + "peak"] - idle
         else:
             with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
                 model(images)
@@ -113,10 +113,10 @@ def test_hooks_see_whole_values():
     """Memory of what a hook may have kept is not used again."""
     torch.manual_seed(0)
     model = VisionMamba(named_config("vim_tiny", d_model=16, depth=2, img_size=(32, 32))).to(DEVICE)
-    images, kept = torch.randn(1, 3, 32, 32, device=DEVICE), []
+    images, outputs = torch.randn(1, 3, 32, 32, device=DEVICE), []
 
-    def keep(module: nn.Module, given: tuple, out: torch.Tensor) -> None:
-        kept.extend((t, t.clone()) for t in (*given, *(out if isinstance(out, tuple) else [out])) if t is not None)
+    def keep(module: nn.Module, inputs: tuple, out: torch.Tensor) -> None:
+        outputs.extend((t, t.clone()) for t in (*inputs, *(out if isinstance(out, tuple) else [out])) if t is not None)
 
     with torch.no_grad(), use_backend("triton"):
         plain = model(images)
@@ -124,8 +124,8 @@ def test_hooks_see_whole_values():
             if isinstance(module, (nn.Linear, Block)):
                 module.register_forward_hook(keep)
         assert torch.equal(model(images), plain)
-    assert len(kept) > 8
-    assert all(torch.equal(tensor, then) for tensor, then in kept)
+    assert len(outputs) > 8
+    assert all(torch.equal(tensor, then) for tensor, then in outputs)
 
 
 def test_a_model_traced_without_gradients_gives_the_same():

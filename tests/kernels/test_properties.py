@@ -46,14 +46,14 @@ strides = st.sampled_from(["contiguous", "transposed", "stepped", "half"])
 def compare(op, tensors, backend):
     """Outputs and gradients of op(backend, tensors), float32, against the float64 reference."""
     exact = [t.detach().double().requires_grad_() for t in tensors]
-    found, wanted = op(backend, tensors), op("reference", exact)
-    seeds = [torch.randn(w.shape, generator=torch.Generator().manual_seed(9)) for w in wanted]
-    got = torch.autograd.grad(found, tensors, seeds, allow_unused=True)
+    actual, expected = op(backend, tensors), op("reference", exact)
+    seeds = [torch.randn(w.shape, generator=torch.Generator().manual_seed(9)) for w in expected]
+    got = torch.autograd.grad(actual, tensors, seeds, allow_unused=True)
     want = torch.autograd.grad(
-        [w for w in wanted if w.requires_grad], exact,
-        [s.to(w.dtype) for s, w in zip(seeds, wanted, strict=True) if w.requires_grad], allow_unused=True,
+        [w for w in expected if w.requires_grad], exact,
+        [s.to(w.dtype) for s, w in zip(seeds, expected, strict=True) if w.requires_grad], allow_unused=True,
     )  # fmt: skip
-    for g, w in zip(found, wanted, strict=True):
+    for g, w in zip(actual, expected, strict=True):
         assert (g - w).norm() <= VALUE * w.norm()
     largest = max((w.norm() for w in want if w is not None), default=0.0)  # a sum of one channel may cancel
     for g, w in zip(got, want, strict=True):
@@ -71,8 +71,8 @@ def test_selective_scan(backend, layout, d, n, reverse, has_options, stride):
     options = [tensor(5, d), tensor(6, b, l, d, stride=stride), tensor(7, d)] if has_options else []
     state = [tensor(8, b if cu is None else len(cu) - 1, d, n)] if has_options else []
 
-    def op(name, given):
-        x, dt, B, C, A, *rest = given
+    def op(name, inputs):
+        x, dt, B, C, A, *rest = inputs
         h0 = rest[3] if has_options else None
         return selective_scan(
             x, dt, -A.exp(), B, C, *rest[:3], dt_softplus=True, reverse=reverse, cu_seqlens=cu, initial_state=h0,
@@ -90,8 +90,8 @@ def test_bidirectional_scan(backend, layout, d, n, r, taps, gated, stride):
     shapes = [(d, taps), (d,), (r + 2 * n, d), (d, r), (d,), (d, n), (d,)] * 2
     weights = [tensor(1 + i, *shape, stride=stride) for i, shape in enumerate(shapes)]
 
-    def op(name, given):
-        xz, *weights = given
+    def op(name, inputs):
+        xz, *weights = inputs
         two = (ScanWeights(*(0.5 * w for w in weights[k : k + 7])) for k in (0, 7))
         return (bidirectional_scan(xz, *two, gated=gated, cu_seqlens=cu, backend=name),)
 
@@ -103,9 +103,9 @@ def test_bidirectional_scan(backend, layout, d, n, r, taps, gated, stride):
 def test_causal_conv1d(backend, layout, d, taps, reverse, silu, stride):
     b, l, cu = layout
 
-    def op(name, given):
+    def op(name, inputs):
         options = {"reverse": reverse, "cu_seqlens": cu, "backend": name}
-        return (causal_conv1d(*given, "silu" if silu else None, **options),)
+        return (causal_conv1d(*inputs, "silu" if silu else None, **options),)
 
     tensors = [tensor(0, b, l, d, stride=stride), tensor(1, d, taps, stride=stride), tensor(2, d)]
     compare(op, tensors, backend)
@@ -114,8 +114,8 @@ def test_causal_conv1d(backend, layout, d, taps, reverse, silu, stride):
 @few
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=3), st.integers(1, 40), st.booleans(), strides)
 def test_add_rms_norm(backend, leading, d, has_residual, stride):
-    def op(name, given):
-        x, weight, *residual = given
+    def op(name, inputs):
+        x, weight, *residual = inputs
         return add_rms_norm(x, residual[0] if residual else None, weight, backend=name)
 
     tensors = [tensor(0, *leading, d, stride=stride), tensor(1, d)]

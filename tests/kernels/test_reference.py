@@ -120,8 +120,8 @@ def test_mixer_core_equals_a_loop(length, packed, gated):
     xz = draw(1, length, 2 * d)
     borders = BORDERS[length] if packed else [0, length]
     cu = torch.tensor(borders, dtype=torch.int32) if packed else None
-    given = xz if gated else xz[..., :d]
-    y = bidirectional_scan(given, forward, backward, gated=gated, cu_seqlens=cu, backend="reference")
+    inputs = xz if gated else xz[..., :d]
+    y = bidirectional_scan(inputs, forward, backward, gated=gated, cu_seqlens=cu, backend="reference")
     for start, stop in itertools.pairwise(borders):
         x, z = xz[0, start:stop, :d], xz[0, start:stop, d:]
         want = oracle.mixer_core(x, z if gated else None, forward, backward)

@@ -32,10 +32,12 @@ def compiled(request):
 
 def test_nothing_spills_and_registers_leave_room(compiled):
     assert len(compiled) >= 17
-    for found in compiled:
-        assert found["spills"] <= SPILLS.get(found["kernel"], 0), found
-        both_at_once = found["kernel"] == "tiled_scan_forward_kernel" and found["flags"]["DIRECTIONS"] == 2
-        assert found["registers"] <= (TILED_REGISTERS if both_at_once else REGISTERS.get(found["kernel"], 255)), found
+    for report in compiled:
+        assert report["spills"] <= SPILLS.get(report["kernel"], 0), report
+        both_at_once = report["kernel"] == "tiled_scan_forward_kernel" and report["flags"]["DIRECTIONS"] == 2
+        assert report["registers"] <= (TILED_REGISTERS if both_at_once else REGISTERS.get(report["kernel"], 255)), (
+            report
+        )
 
 
 def test_core_forward_loops_neither_shuffle_nor_wait(compiled):
@@ -54,44 +56,44 @@ def tiled(compiled, kernel):
     """What became of a Gluon kernel, in all its configurations."""
     if "gfx" in compiled[0]["target"]:
         pytest.skip("Gluon kernels are for NVIDIA")
-    found = [c for c in compiled if c["kernel"] == kernel]
-    assert found
-    return found
+    report = [c for c in compiled if c["kernel"] == kernel]
+    assert report
+    return report
 
 
 def test_tiled_forward_loop_does_not_shuffle(compiled):
     """The loop over tiles, all of it unrolled: its barriers do not grow with the tokens."""
-    for found in tiled(compiled, "tiled_scan_forward_kernel"):
-        flags, loop = found["flags"], found["loops"][0]
+    for report in tiled(compiled, "tiled_scan_forward_kernel"):
+        flags, loop = report["flags"], report["loops"][0]
         exponentials = flags["TILE"] * flags["states_thread"] * flags["channels_thread"]
-        assert loop["MUFU"] >= exponentials, found
-        assert "SHFL" not in loop, found
-        assert loop.get("BAR", 0) <= 3, found
-        assert sum(loop.values()) <= 13 * exponentials, found
+        assert loop["MUFU"] >= exponentials, report
+        assert "SHFL" not in loop, report
+        assert loop.get("BAR", 0) <= 3, report
+        assert sum(loop.values()) <= 13 * exponentials, report
 
 
 def test_tiled_backward_loops_do_not_shuffle(compiled):
     """Two loops of four tokens: states computed again, tokens walked back. Sums go through shared memory."""
-    for found in tiled(compiled, "tiled_scan_backward_kernel"):
-        flags, (again, back, *_) = found["flags"], found["loops"]
+    for report in tiled(compiled, "tiled_scan_backward_kernel"):
+        flags, (again, back, *_) = report["flags"], report["loops"]
         elements = flags["GROUP"] * flags["states_thread"] * flags["channels_thread"]
-        assert again["MUFU"] == elements, found
-        assert elements < back["MUFU"] <= 1.1 * elements, found
-        assert "SHFL" not in again | back, found
-        assert back["BAR"] <= 2, found
-        assert sum(again.values()) <= 5 * elements, found
-        assert sum(back.values()) <= 19 * elements, found
+        assert again["MUFU"] == elements, report
+        assert elements < back["MUFU"] <= 1.1 * elements, report
+        assert "SHFL" not in again | back, report
+        assert back["BAR"] <= 2, report
+        assert sum(again.values()) <= 5 * elements, report
+        assert sum(back.values()) <= 19 * elements, report
 
 
 def test_backward_of_the_convolution_reads_every_row_once(compiled):
     """Its loop over blocks of rows has two ways, one for blocks with a border of sequences in them."""
     if "gfx" in compiled[0]["target"]:
         pytest.skip("the loops are read off NVIDIA's machine code")
-    (found,) = (c for c in compiled if c["kernel"] == "conv_backward_kernel")
-    flags, loop = found["flags"], found["loops"][-1]
-    seen = flags["STEPS"] + 2 * (flags["WIDTH"] - 1)
+    (report,) = (c for c in compiled if c["kernel"] == "conv_backward_kernel")
+    flags, loop = report["flags"], report["loops"][-1]
+    rows = flags["STEPS"] + 2 * (flags["WIDTH"] - 1)
     gradients = flags["DIRECTIONS"] * (flags["STEPS"] + flags["WIDTH"] - 1)
-    assert loop["LDG"] <= 2 * (seen + gradients) + seen + 2, found  # and the sequences of the rows, of both ends
-    assert not {"SHFL", "BAR"} & loop.keys(), found
+    assert loop["LDG"] <= 2 * (rows + gradients) + rows + 2, report  # and the sequences of the rows, of both ends
+    assert not {"SHFL", "BAR"} & loop.keys(), report
     elements = loop["MUFU"] // (2 * 2 * gradients) * flags["STEPS"]  # a thread; two instructions a sigmoid
-    assert sum(loop.values()) <= 2 * 100 * elements, found
+    assert sum(loop.values()) <= 2 * 100 * elements, report

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path[:1] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "kernels")]
 
-from launch.cli import leave, run
+from launch.run.cli import leave, run
 from pretrain import main, train
 
 RANK = int(os.environ.get("RANK", "0"))

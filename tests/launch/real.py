@@ -1,19 +1,30 @@
 """Starts real runs in processes of their own, as a user does, on two CPU processes with gloo."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
-from launch.metrics import read_metrics
+import pytest
+
+from tests.launch.preloaded import Popen
+from tests.rows import read_metrics
+from tests.waiting import LIMIT
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "launch/accelerate"
 SMALL = ["--model.img_size=32", "--model.depth=2", "--decoder.width=32", "--decoder.depth=1", "--batch_size=8",
          "--optim.warmup_steps=1", "--log_every=1", "--data.workers=0", "--trackers=[]", "--name=run"]  # fmt: skip
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
+ACCELERATE = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch")
+PROGRAMS = Path(sys.executable).parent
+NO_COMPILER = shutil.which(os.environ.get("CXX", "c++")) is None
+needs_compiler = pytest.mark.skipif(
+    NO_COMPILER, reason="DeepSpeed compiles the optimizer that it offloads, and there is no C++ compiler"
+)
 
 
 def free_port() -> int:
@@ -24,7 +35,9 @@ def free_port() -> int:
 
 def environment(**more: str) -> dict[str, str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHONPATH", "ACCELERATE", "TORCHELASTIC"))}
-    return clean | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | more
+    path = f"{PROGRAMS}:{os.environ['PATH']}"  # as after `source .venv/bin/activate`
+    waits = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": f"{LIMIT:.0f}"}
+    return clean | waits | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": path} | more
 
 
 def command(strategy: str, *argv: str, script: Path | None = None, launcher: tuple[str, ...] = ()) -> list[str]:
@@ -32,7 +45,7 @@ def command(strategy: str, *argv: str, script: Path | None = None, launcher: tup
     run = [str(script or ROOT / "pretrain/main.py"), *SMALL, *argv]
     if strategy == "one":
         return [sys.executable, *run]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes=2",
+    launch = [*ACCELERATE, "--quiet", "--num_processes=2",
               f"--main_process_port={free_port()}", f"--config_file={CONFIGS / strategy}.yaml", *launcher]  # fmt: skip
     return [*launch, *run]
 
@@ -41,19 +54,16 @@ def extra(strategy: str) -> dict[str, str]:
     return {"ACCELERATE_USE_CPU": "true"} if strategy == "ddp" else {}
 
 
-def start(where: Path, strategy: str, *argv: str, env: dict[str, str] | None = None, **options) -> subprocess.Popen:
+def start(where: Path, strategy: str, *argv: str, env: dict[str, str] | None = None, **options) -> Popen:
     where.mkdir(parents=True, exist_ok=True)
     environ = environment(**(extra(strategy) | (env or {})))
-    return subprocess.Popen(
-        command(strategy, *argv, **options), cwd=where, env=environ, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    return Popen(command(strategy, *argv, **options), where, environ)
 
 
-def finish(process: subprocess.Popen, timeout: float = 400) -> tuple[int, str]:
+def finish(process: subprocess.Popen | Popen) -> tuple[int, str]:
     """Exit code and all that was printed; nothing of it is left running."""
     try:
-        out, err = process.communicate(timeout=timeout)
+        out, err = process.communicate(timeout=LIMIT)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -68,3 +78,9 @@ def run(where: Path, strategy: str, *argv: str, **options) -> Path:
 
 def losses(folder: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in read_metrics(folder / "metrics.jsonl")}
+
+
+def rows_written(folder: Path) -> int:
+    """Rows of metrics of a run that may be going on."""
+    path = folder / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0

@@ -5,12 +5,12 @@ import importlib.machinery
 import pytest
 import torch
 
-from launch import accelerator
-from launch.accelerator import ToldError, refuse_what_is_missing
+from launch.run import accelerator
+from launch.run.accelerator import SilentError, refuse_what_is_missing
 from vim_backbone import UserError
 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "LOCAL_RANK": "0"}
-ASKED = ("ACCELERATE_USE_CPU", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "CUDA_VISIBLE_DEVICES",
+VARIABLES = ("ACCELERATE_USE_CPU", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "CUDA_VISIBLE_DEVICES",
          "LOCAL_RANK", "LOCAL_WORLD_SIZE", "RANK", "CXX")  # fmt: skip
 
 
@@ -19,7 +19,7 @@ def machine(monkeypatch):
     """A machine with so many GPUs, with DeepSpeed, NCCL and a compiler but for what is `absent`."""
 
     def make(env, gpus, absent=()):
-        for name in ASKED:
+        for name in VARIABLES:
             monkeypatch.delenv(name, raising=False)
         for name, value in env.items():
             monkeypatch.setenv(name, value)
@@ -38,8 +38,6 @@ def machine(monkeypatch):
     [
         (DEEPSPEED, 2, ["deepspeed"], "DeepSpeed, which is not installed: pip install deepspeed"),
         (DEEPSPEED | {"ACCELERATE_USE_CPU": "true"}, 0, [], "makes Accelerate run DDP in place of DeepSpeed"),
-        (DEEPSPEED, 0, ["c++"], r"install a C\+\+ compiler and ninja"),
-        (DEEPSPEED, 0, ["ninja"], r"install a C\+\+ compiler and ninja"),
         ({"ACCELERATE_USE_FSDP": "true"}, 0, [], "does not run FSDP on CPU: use launch/accelerate/zero3.yaml"),
         ({"CUDA_VISIBLE_DEVICES": "0"}, 0, [], "asks for GPU 0 but PyTorch finds none"),
         ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3"}, 2, [], r"3 processes were started .* it has 2 GPU\(s\)"),
@@ -52,19 +50,32 @@ def test_what_is_not_there_gets_one_line_from_one_process(env, gpus, absent, wor
         refuse_what_is_missing()
     assert "\n" not in str(caught.value)
     machine(env | {"RANK": "1"}, gpus, absent)
-    with pytest.raises(ToldError):
+    with pytest.raises(SilentError):
         refuse_what_is_missing()
 
 
 @pytest.mark.parametrize(
-    ("env", "gpus"),
+    ("env", "gpus", "absent"),
     [
-        ({}, 0),
-        ({"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "0", "LOCAL_WORLD_SIZE": "3"}, 2),
-        (DEEPSPEED | {"LOCAL_WORLD_SIZE": "2"}, 2),
-        (DEEPSPEED, 0),
+        ({}, 0, []),
+        ({"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "0", "LOCAL_WORLD_SIZE": "3"}, 2, []),
+        (DEEPSPEED | {"LOCAL_WORLD_SIZE": "2"}, 2, []),
+        (DEEPSPEED, 0, ["c++", "ninja"]),
     ],
 )
-def test_what_is_there_is_let_through(env, gpus, machine):
-    machine(env, gpus)
+def test_what_is_there_is_let_through(env, gpus, absent, machine):
+    machine(env, gpus, absent)
     refuse_what_is_missing()
+
+
+@pytest.mark.parametrize("absent", ["c++", "ninja"])
+def test_offloading_alone_needs_a_compiler(absent, machine):
+    machine(DEEPSPEED, 2, [absent])
+    offloaded = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    assert "install a C++ compiler and ninja" in (accelerator._missing_for_offloading(offloaded) or "")
+    offloads_parameters = {
+        "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "none"}, "offload_param": {"device": "cpu"}}
+    }
+    assert accelerator._missing_for_offloading(offloads_parameters) is None
+    machine(DEEPSPEED, 2)
+    assert accelerator._missing_for_offloading(offloaded) is None

@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from launch.cli import parse, run
-from launch.config import differences, field_types, write_config
-from launch.signals import Stopped
+from launch.run.cli import parse, run
+from launch.run.config import differences, field_types, write_config
+from launch.run.signals import Stopped
 from pretrain.config import PretrainConfig
 from vim_backbone import UserError
 
@@ -65,11 +65,11 @@ def test_a_misspelt_field_in_a_file(tmp_path):
 def test_every_field_is_explained(capsys):
     with pytest.raises(SystemExit):
         parsed("--help")
-    shown = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for name in field_types(PretrainConfig):
-        assert f"--{name}" in shown
-    assert "in pixels" in shown
-    assert shown.count("(type:") == len(field_types(PretrainConfig))
+        assert f"--{name}" in printed
+    assert "in pixels" in printed
+    assert printed.count("(type:") == len(field_types(PretrainConfig))
 
 
 def test_exit_codes(capsys):

@@ -4,13 +4,13 @@ import json
 import os
 import re
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
-from launch.checkpoint import checkpoints
-from tests.launch.real import finish, losses, run, start
+from launch.state.checkpoint import checkpoints
+from tests.launch.real import finish, losses, rows_written, run, start
+from tests.waiting import patience, wait_for
 
 pytestmark = pytest.mark.slow
 FAULTY = Path(__file__).parent / "faulty.py"
@@ -36,15 +36,17 @@ def test_a_killed_process_is_started_again_and_the_run_is_the_same(rank, whole, 
     assert code == 0, printed[-4000:]
     assert "from step 2" in printed
     assert losses(tmp_path / "runs/run") == pytest.approx(whole, rel=2e-6)
-    seen = {}
+    samples = {}
     for path in tmp_path.glob("ids-*"):
         for line in path.read_text().splitlines():
             step, names = json.loads(line)
-            seen.setdefault((path.name, step), set()).add(tuple(names))
-    assert all(len(versions) == 1 for versions in seen.values())  # a step done again has the same samples
-    drawn = [name for (_, _), (names,) in sorted(seen.items(), key=lambda item: item[0][1]) for name in names]
+            samples.setdefault((path.name, step), set()).add(tuple(names))
+    assert all(len(versions) == 1 for versions in samples.values())  # a step done again has the same samples
+    names_in_order = [
+        name for (_, _), (names,) in sorted(samples.items(), key=lambda item: item[0][1]) for name in names
+    ]
     # steps of 8 cross the borders of epochs of 12 photographs; 48 samples are four whole passes
-    assert {drawn.count(name) for name in drawn} == {4}
+    assert {names_in_order.count(name) for name in names_in_order} == {4}
 
 
 def test_a_lost_data_loading_process_costs_nothing(whole, tmp_path):
@@ -54,17 +56,9 @@ def test_a_lost_data_loading_process_costs_nothing(whole, tmp_path):
     assert losses(tmp_path / "runs/run") == whole
 
 
-def wait_for_step(folder, step):
-    for _ in range(900):
-        if (folder / "metrics.jsonl").exists() and len((folder / "metrics.jsonl").read_text().splitlines()) >= step:
-            return
-        time.sleep(0.1)
-    raise AssertionError("the run never got there")
-
-
 def test_preemption_saves_and_the_next_command_goes_on(tmp_path):
     process = start(tmp_path, "zero3", "--steps=4000")
-    wait_for_step(tmp_path / "runs/run", 2)
+    wait_for(lambda: rows_written(tmp_path / "runs/run") >= 2, "two steps", process)
     os.kill(process.pid, signal.SIGTERM)
     code, printed = finish(process)
     assert code != 0
@@ -77,7 +71,7 @@ def test_preemption_saves_and_the_next_command_goes_on(tmp_path):
 
 @pytest.mark.parametrize("fault", ["hang", "stop"])
 def test_a_hanging_process_is_named(fault, tmp_path):
-    code, printed = finish(faulty(tmp_path, "ddp", f"{fault}@3:1", "--hang_seconds=8"))
+    code, printed = finish(faulty(tmp_path, "ddp", f"{fault}@3:1", f"--hang_seconds={patience(8)}"))
     assert code != 0
     line = next(line for line in printed.splitlines() if line.startswith("error: step 3 hangs"))
     assert "process 1" in line.split(";")[1], line
@@ -97,9 +91,9 @@ def test_a_spike_is_not_taken(tmp_path):
     assert code == 0, printed[-3000:]
     (row,) = [json.loads(line) for line in (tmp_path / "runs/run/bad_steps.jsonl").read_text().splitlines()]
     assert (row["step"], row["action"], len(row["samples"])) == (18, "skip", 8)
-    seen = losses(tmp_path / "runs/run")
-    assert seen[18] > 3 * seen[17]
-    assert seen[19] < 2 * seen[17]
+    samples = losses(tmp_path / "runs/run")
+    assert samples[18] > 3 * samples[17]
+    assert samples[19] < 2 * samples[17]
 
 
 def test_a_bad_step_can_end_the_run(tmp_path):

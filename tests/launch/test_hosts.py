@@ -4,15 +4,15 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.launch.real import CONFIGS, SMALL, environment, finish, free_port, losses, run
+from tests.waiting import patience, wait_for
 
 pytestmark = pytest.mark.slow
-OPTIONS = ("--steps=4", "--checkpoint_every=2", "--hang_seconds=8")
+OPTIONS = ("--steps=4", "--checkpoint_every=2")
 FAULTY = Path(__file__).parent / "faulty.py"
 HOSTS = ("10.213.77.1", "10.213.77.2")
 
@@ -56,7 +56,7 @@ def launch(hosts, where, *argv):
             ["ip", "netns", "exec", host, sys.executable, "-m", "accelerate.commands.launch", "--quiet",
              f"--config_file={CONFIGS / 'zero2.yaml'}", "--num_machines=2", "--num_processes=2",
              f"--machine_rank={rank}", f"--main_process_ip={HOSTS[0]}", f"--main_process_port={port}",
-             str(FAULTY), *SMALL, *OPTIONS, *argv],
+             str(FAULTY), *SMALL, *OPTIONS, f"--hang_seconds={patience(8)}", *argv],
             cwd=where, env=env | {"FAULTS": "wait@3:-1"}, text=True, start_new_session=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
@@ -67,12 +67,10 @@ def launch(hosts, where, *argv):
 def test_a_cut_link_ends_the_run_which_goes_on_later(hosts, tmp_path):
     processes = launch(hosts, tmp_path)
     folder = tmp_path / "runs/run"
-    while not (folder / "checkpoints/step-00000002").exists():
-        assert all(process.poll() is None for process in processes), [finish(p) for p in processes]
-        time.sleep(0.1)
+    wait_for((folder / "checkpoints/step-00000002").exists, "a checkpoint", *processes)
     ip("-n", hosts[0], "link", "set", "cable", "down")
     (folder / "go").touch()
-    ended = [finish(process, timeout=100) for process in processes]
+    ended = [finish(process) for process in processes]
     assert all(code != 0 for code, _ in ended)
     lines = [[line for line in printed.splitlines() if line.startswith("error:")] for _, printed in ended]
     assert "process 1 has not been heard of" in lines[0][0], lines

@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from tests.launch.real import ROOT, environment, free_port
+from tests.waiting import LIMIT
 
 FILES = ROOT / "launch/ray"
 HAS_RAY = shutil.which("ray", path=Path(sys.executable).parent)
@@ -32,21 +33,21 @@ def test_the_cluster_file_is_what_ray_up_takes():
     ray = importlib.util.find_spec("ray")  # not imported: the first import fixes Ray's settings for the process
     if ray is None:
         pytest.skip("Ray is not installed")
-    told = yaml.safe_load((FILES / "cluster.yaml").read_text())
-    jsonschema.validate(told, json.loads((Path(ray.origin).parent / "autoscaler/ray-schema.json").read_text()))
-    assert told["head_node_type"] in told["available_node_types"]
-    workers = [kind for name, kind in told["available_node_types"].items() if name != told["head_node_type"]]
+    cluster = yaml.safe_load((FILES / "cluster.yaml").read_text())
+    jsonschema.validate(cluster, json.loads((Path(ray.origin).parent / "autoscaler/ray-schema.json").read_text()))
+    assert cluster["head_node_type"] in cluster["available_node_types"]
+    workers = [kind for name, kind in cluster["available_node_types"].items() if name != cluster["head_node_type"]]
     assert all(kind["min_workers"] == 0 < kind["max_workers"] for kind in workers), "it grows, and shrinks to nothing"
-    for command in told["head_start_ray_commands"] + told["worker_start_ray_commands"]:
+    for command in cluster["head_start_ray_commands"] + cluster["worker_start_ray_commands"]:
         if "ray start" in command:
             assert "RAY_AUTH_MODE=token" in command
             assert "--disable-usage-stats" in command
 
 
 def test_the_ray_job_has_the_shape_of_one():
-    told = yaml.safe_load((FILES / "rayjob.yaml").read_text())
-    assert (told["apiVersion"], told["kind"]) == ("ray.io/v1", "RayJob")
-    spec = told["spec"]["rayClusterSpec"]
+    job = yaml.safe_load((FILES / "rayjob.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    spec = job["spec"]["rayClusterSpec"]
     groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
     for group in groups:
         pod = group["template"]["spec"]
@@ -54,7 +55,7 @@ def test_the_ray_job_has_the_shape_of_one():
         assert mounted <= {volume["name"] for volume in pod["volumes"]}
         assert all(isinstance(value, str) for value in group["rayStartParams"].values()), "KubeRay takes text alone"
     assert spec["enableInTreeAutoscaling"] is True
-    assert "--resume auto" in told["spec"]["entrypoint"]
+    assert "--resume auto" in job["spec"]["entrypoint"]
 
 
 @pytest.mark.parametrize("name", ["cluster.yaml", "rayjob.yaml", "sweep.sbatch"])
@@ -102,19 +103,19 @@ def test_the_slurm_job_starts_ray_stops_requeues_and_goes_on(tmp_path):
             script, cwd=tmp_path, env=env | {"PORT": str(free_port())}, stderr=subprocess.PIPE, text=True,
             start_new_session=True,
         )  # fmt: skip
-        left = []
+        children = []
         try:
-            for _ in range(1200):
+            for _ in range(int(LIMIT / 0.1)):
                 with contextlib.suppress(psutil.Error):
-                    left = psutil.Process(job.pid).children(recursive=True) or left
+                    children = psutil.Process(job.pid).children(recursive=True) or children
                 if (tmp_path / "joined").exists() or job.poll() is not None:
                     break
                 time.sleep(0.1)
             if turn == 0:
                 job.send_signal(signal.SIGUSR1)
-            job.wait(timeout=120)
+            job.wait(timeout=LIMIT)
         finally:
-            for process in left:  # SLURM ends what a job leaves behind: Ray's head
+            for process in children:  # SLURM ends what a job leaves behind: Ray's head
                 with contextlib.suppress(psutil.Error):
                     process.kill()
         assert job.returncode == 0, job.stderr.read()[-3000:]

@@ -5,13 +5,13 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from launch.checkpoint import checkpoints
-from tests.launch.real import CONFIGS, ROOT, SMALL, environment, free_port
+from launch.state.checkpoint import checkpoints
+from tests.launch.real import CONFIGS, ROOT, SMALL, environment, free_port, rows_written
+from tests.waiting import LIMIT, wait_for
 
 pytestmark = pytest.mark.slow
 TOOLS = {
@@ -40,20 +40,16 @@ def test_the_job_saves_requeues_and_goes_on(tmp_path):
     for name in ("pretrain", "launch", "vim_backbone", "kernels"):
         (tmp_path / name).symlink_to(ROOT / name)
     job = submit(tmp_path, "--steps=4000")
-    rows = tmp_path / "runs/run/metrics.jsonl"
-    for _ in range(2400):
-        if rows.exists() and len(rows.read_text().splitlines()) > 1:
-            break
-        time.sleep(0.1)
+    wait_for(lambda: rows_written(tmp_path / "runs/run") > 1, "two steps", job)
     job.send_signal(signal.SIGUSR1)
-    _, printed = job.communicate(timeout=300)
+    _, printed = job.communicate(timeout=LIMIT)
     assert job.returncode == 0, printed[-3000:]
     assert (tmp_path / "requeued").read_text().split() == ["requeue", "42"]
     assert "stopped by SIGUSR1" in printed
     done = int(checkpoints(tmp_path / "runs/run/checkpoints")[-1].name[5:])
     (tmp_path / "requeued").unlink()
     job = submit(tmp_path, f"--steps={done + 1}")
-    _, printed = job.communicate(timeout=300)
+    _, printed = job.communicate(timeout=LIMIT)
     assert job.returncode == 0, printed[-3000:]
     assert f"from step {done}" in printed
     assert not (tmp_path / "requeued").exists()

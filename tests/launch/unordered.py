@@ -14,7 +14,7 @@ if os.environ.get("PYTHONHASHSEED") != seed:
 
 sys.path[:1] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "kernels")]
 
-from launch.cli import leave, run
+from launch.run.cli import leave, run
 from pretrain import main
 
 if __name__ == "__main__":

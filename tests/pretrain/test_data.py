@@ -10,27 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from launch.randomness import generator
-from pretrain.bad_pictures import BadPictures
-from pretrain.data import (
-    BatchPlan,
-    DataConfig,
-    StepSampler,
-    View,
-    Views,
-    build_loader,
-    native_size,
-    random_crop,
-    to_model,
-    to_pixels,
-)
-from pretrain.images import open_source
-from pretrain.masking import MaskConfig
+from launch.data.bad_pictures import BadPictures
+from launch.data.order import BatchPlan
+from launch.data.sources import open_source
+from launch.run.randomness import generator
+from pretrain.data import DataConfig, View, Views, build_loader, native_size, random_crop
+from pretrain.mae.masking import MaskConfig
+from pretrain.mae.objective import MAE
 from vim_backbone import UserError
 
 
 def view(**changes):
-    return View((32, 48), (4, 6), DataConfig(**({"workers": 0} | changes)), MaskConfig())
+    return View((32, 48), (4, 6), DataConfig(**({"workers": 0} | changes)), MAE().draw)
 
 
 def folder_source(folder):
@@ -45,7 +36,7 @@ def draw(source, *, workers=0, start=0, stop=4, batch=6, accumulation=1, world=1
 
 
 def same(a, b):
-    return torch.equal(a.images, b.images) and torch.equal(a.masks, b.masks) and a.names == b.names
+    return torch.equal(a.images, b.images) and torch.equal(a.extras, b.extras) and a.names == b.names
 
 
 def test_workers_and_restarts_change_nothing(picture_folder):
@@ -66,39 +57,7 @@ def test_processes_and_accumulation_split_the_same_batches(picture_folder, world
     for step in range(4):
         pieces = [parts[rank][step * accumulation + a] for a in range(accumulation) for rank in range(world)]
         assert torch.equal(torch.cat([p.images for p in pieces]), whole[step].images)
-        assert torch.equal(torch.cat([p.masks for p in pieces]), whole[step].masks)
-
-
-@given(
-    count=st.integers(1, 40),
-    micro=st.integers(1, 5),
-    world=st.integers(1, 3),
-    accumulation=st.integers(1, 3),
-    start=st.integers(0, 6),
-)
-def test_an_epoch_has_every_picture_once(count, micro, world, accumulation, start):
-    batch = micro * world * accumulation
-    steps = -(-3 * count // batch) + start
-    order = [[] for _ in range(steps)]
-    for step in range(start):
-        for rank in range(world):
-            sampler = iter(
-                StepSampler(count, 5, BatchPlan(batch, accumulation, world, rank), step * accumulation, step + 1)
-            )
-            order[step] += [(a, rank, items) for a, items in enumerate(sampler)]
-    for rank in range(world):  # resumed: one sampler from `start` on
-        plan = BatchPlan(batch, accumulation, world, rank)
-        for index, items in enumerate(StepSampler(count, 5, plan, start * accumulation, steps)):
-            order[start + index // accumulation].append((index % accumulation, rank, items))
-    drawn = [item for step in order for _, _, items in sorted(step) for item in items]
-    for epoch in range(len(drawn) // count):
-        passed = drawn[epoch * count : (epoch + 1) * count]
-        assert sorted(passed) == [(epoch, i) for i in range(count)]
-
-
-def test_epochs_are_shuffled_differently():
-    drawn = [item for items in StepSampler(50, 5, BatchPlan(50, 1, 1, 0), 0, 2) for item in items]
-    assert [i for _, i in drawn[:50]] != [i for _, i in drawn[50:]]
+        assert torch.equal(torch.cat([p.extras for p in pieces]), whole[step].extras)
 
 
 @given(width=st.integers(1, 3000), height=st.integers(1, 3000), key=st.integers(0, 10**6))
@@ -120,14 +79,6 @@ def test_reduced_jpeg_decoding_gives_the_same_view(photo):
         reduced = view().cut(Image.open(io.BytesIO(jpeg.getvalue())), generator(key)).float()
         whole = view().cut(Image.open(io.BytesIO(jpeg.getvalue())).convert("RGB"), generator(key)).float()
         assert (reduced - whole).abs().mean().item() < 2.0
-
-
-def test_normalisation_is_undone():
-    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8, generator=generator(0))
-    model_input = to_model(images, torch.device("cpu"))
-    red = (images[0, 0, 0, 0].item() / 255 - 0.485) / 0.229
-    assert model_input[0, 0, 0, 0].item() == pytest.approx(red, rel=1e-5)
-    torch.testing.assert_close(to_pixels(model_input), images.float() / 255, atol=1e-6, rtol=0)
 
 
 @pytest.fixture
@@ -182,11 +133,6 @@ def test_a_folder_of_nothing_but_bad_pictures(tmp_path):
         BadPictures(tmp_path / "bad.txt", 3, 1.0).add(batch)
 
 
-def test_a_batch_that_does_not_divide():
-    with pytest.raises(UserError, match="batch_size 10 does not divide into 2 processes x 3"):
-        BatchPlan(10, 3, 2, 0)
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_resumed_stream_goes_on_where_it_was(tmp_path, picture_folder, workers, monkeypatch):
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
@@ -230,10 +176,10 @@ def test_native_views_keep_the_shape_of_the_crop(picture_folder):
     again = list(build_loader(source, view(sizes="native", workers=2), 3, BatchPlan(6, 1, 1, 0), 1, 4))
     for batch, same_batch in zip(loaded[1:], again, strict=True):
         assert all(map(torch.equal, batch.images, same_batch.images))
-        assert all(map(torch.equal, batch.masks, same_batch.masks))
+        assert all(map(torch.equal, batch.extras, same_batch.extras))
     shapes = {tuple(image.shape) for batch in loaded for image in batch.images}
     assert len(shapes) > 3
     assert all(h * w <= 32 * 48 for _, h, w in shapes)
-    for image, mask in zip(loaded[0].images, loaded[0].masks, strict=True):
+    for image, mask in zip(loaded[0].images, loaded[0].extras, strict=True):
         assert len(mask) == image.shape[1] * image.shape[2] // 64
         assert mask.sum() == MaskConfig().num_masked(len(mask))

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from launch.randomness import generator
-from pretrain.mae import DecoderConfig, MaskedAutoencoder, patchify, select, split_patches, unpatchify
-from pretrain.masking import MaskConfig, draw_mask
+from launch.run.randomness import generator
+from pretrain.mae.masking import MaskConfig, draw_mask
+from pretrain.mae.model import DecoderConfig, MaskedAutoencoder, patchify, select, split_patches, unpatchify
 from vim_backbone import UserError, VimConfig, VisionMamba
 
 GRID = (4, 6)
@@ -36,8 +36,8 @@ def test_visible_patches_stay_in_scan_order():
     _, masks = inputs()
     visible, hidden, _ = split_patches(masks)
     assert (visible.shape, hidden.shape) == ((2, 6), (2, 18))
-    for seen, unseen, mask in zip(visible, hidden, masks, strict=True):
-        assert seen.tolist() == torch.nonzero(~mask).flatten().tolist()
+    for calls, unseen, mask in zip(visible, hidden, masks, strict=True):
+        assert calls.tolist() == torch.nonzero(~mask).flatten().tolist()
         assert unseen.tolist() == torch.nonzero(mask).flatten().tolist()
 
 
@@ -78,11 +78,11 @@ def test_the_encoder_scans_the_visible_patches_with_the_published_layout():
     model = autoencoder(num_registers=2)
     images, masks = inputs()
     visible, hidden, _ = split_patches(masks)
-    seen = []
-    model.encoder.layers[0].register_forward_hook(lambda module, given, out: seen.append(given[0]))
+    calls = []
+    model.encoder.layers[0].register_forward_hook(lambda module, arguments, out: calls.append(arguments[0]))
     model(images, visible, hidden)
     patches = select(model.encoder.embed_patches(images), visible)
-    special, tokens = model.encoder.layout.split(seen[0])
+    special, tokens = model.encoder.layout.split(calls[0])
     torch.testing.assert_close(tokens, patches)
     assert model.encoder.layout.slots(6) == [4, 2, 6]  # class token before patch 3; registers before patches 2 and 4
     position = model.encoder.position_layout.split(model.encoder.pos_embed)[0]
@@ -144,7 +144,7 @@ def test_packed_pictures_are_as_if_alone():
     loss = model(images, *split_patches(masks))
     loss.backward()
     packed = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    made = model.reconstruct(images, *split_patches(masks)).pixels
+    rebuilt = model.reconstruct(images, *split_patches(masks)).pixels
     model.zero_grad()
     alone = torch.stack([model(i[None], *split_patches(m[None])) for i, m in zip(images, masks, strict=True)])
     alone.mean().backward()
@@ -153,5 +153,5 @@ def test_packed_pictures_are_as_if_alone():
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(packed[name], parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
-    for pixels, image, mask in zip(made, images, masks, strict=True):
+    for pixels, image, mask in zip(rebuilt, images, masks, strict=True):
         torch.testing.assert_close(pixels, model.reconstruct(image[None], *split_patches(mask[None])).pixels[0])

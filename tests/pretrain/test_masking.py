@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.randomness import generator
-from pretrain.masking import MaskConfig, draw_mask
+from launch.run.randomness import generator
+from pretrain.mae.masking import MaskConfig, draw_mask
 from vim_backbone import UserError
 
 

@@ -1,12 +1,10 @@
 """Whole runs: what they leave behind, that they learn, and that stopping anywhere changes nothing."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,11 +12,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from launch.cli import parse
-from launch.metrics import read_metrics
-from launch.signals import Stopped, StopRequest
+from launch.run.cli import parse
+from launch.run.signals import Stopped, StopRequest
 from pretrain.config import PretrainConfig
 from pretrain.train import build_model, pretrain
+from tests.launch.preloaded import Popen
+from tests.launch.real import ACCELERATE, NO_COMPILER, environment, rows_written
+from tests.rows import read_metrics
+from tests.waiting import LIMIT, wait_for
 from vim_backbone import UserError, from_pretrained
 
 ROOT = Path(__file__).parents[2]
@@ -84,8 +85,8 @@ def test_the_published_backbone_is_the_one_that_was_trained(tmp_path):
 
 def test_it_learns(tmp_path):
     folder = pretrain(config(tmp_path, "--steps=60", "--optim.base_lr=0.02", "--batch_size=16"))
-    seen = [loss for loss, _, _ in losses(folder).values()]
-    assert sum(seen[-5:]) / 5 < 0.8 * sum(seen[:3]) / 3
+    curve = [loss for loss, _, _ in losses(folder).values()]
+    assert sum(curve[-5:]) / 5 < 0.8 * sum(curve[:3]) / 3
 
 
 @pytest.mark.parametrize(
@@ -162,29 +163,24 @@ def test_bad_pictures_among_good_ones_are_named_in_the_run(tmp_path, picture_fol
 
 
 def command(*argv, launcher=()):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *launcher]
-    return [*launch, str(ROOT / "pretrain/main.py"), *SMALL, *argv]
-
-
-def environment():
-    return {k: v for k, v in os.environ.items() if not k.startswith(("PYTHONPATH", "ACCELERATE"))}
+    return [*ACCELERATE, "--quiet", *launcher, str(ROOT / "pretrain/main.py"), *SMALL, *argv]
 
 
 @pytest.mark.slow
 def test_the_command_prints_the_folder_last(tmp_path):
-    done = subprocess.run(
-        command("--steps=2"), cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().splitlines()[-1] == "runs/pretrain"
-    assert "step 2/2" in done.stderr
+    process = Popen(command("--steps=2"), tmp_path, environment())
+    out, err = process.communicate(LIMIT)
+    assert process.returncode == 0, err
+    assert out.strip().splitlines()[-1] == "runs/pretrain"
+    assert "step 2/2" in err
     assert (tmp_path / "runs/pretrain/backbone/model.safetensors").exists()
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(NO_COMPILER, reason="torch.compile makes C++ of the model, and there is no C++ compiler")
 def test_the_compiled_model_follows_the_same_curve(tmp_path):
     argv = command("--steps=3", launcher=("--dynamo_backend=inductor", "--dynamo_mode=reduce-overhead"))
-    environ = environment() | {"TORCH_LOGS": "graph_breaks"}
+    environ = environment(TORCH_LOGS="graph_breaks")
     done = subprocess.run(argv, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "graph break" not in done.stderr.lower()
@@ -203,19 +199,16 @@ def test_native_sizes_are_not_compiled(tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_real_command(tmp_path, number):
     argv = [sys.executable, str(ROOT / "pretrain/main.py"), *SMALL, "--steps=2000", "--data.workers=1"]
-    process = subprocess.Popen(argv, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
-    metrics = tmp_path / "runs/pretrain/metrics.jsonl"
-    for _ in range(600):
-        if metrics.exists() and len(metrics.read_text().splitlines()) >= 3:
-            break
-        time.sleep(0.1)
+    process = Popen(argv, tmp_path, environment())
+    folder = tmp_path / "runs/pretrain"
+    wait_for(lambda: rows_written(folder) >= 3, "three steps", process)
     process.send_signal(number)
-    _, printed = process.communicate(timeout=60)
+    _, printed = process.communicate(timeout=LIMIT)
     assert process.returncode == 128 + number, printed
     assert f"stopped by {number.name} at step" in printed
     assert "Traceback" not in printed
-    saved = json.loads(next((tmp_path / "runs/pretrain/checkpoints").glob("*/state.json")).read_text())
-    assert saved["step"] == len(metrics.read_text().splitlines())
+    saved = json.loads(next((folder / "checkpoints").glob("*/state.json")).read_text())
+    assert saved["step"] == rows_written(folder)
 
 
 @pytest.mark.slow
@@ -237,7 +230,7 @@ def test_a_full_disk_for_real(tmp_path):
         "import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     argv = [sys.executable, "-c", limited, str(ROOT / "pretrain/main.py"), *SMALL, "--steps=2"]
-    environ = environment() | {"NUMBA_CACHE_DIR": str(tmp_path / "cache"), "VIM_KERNELS_BACKEND": "reference"}
+    environ = environment(NUMBA_CACHE_DIR=str(tmp_path / "cache"), VIM_KERNELS_BACKEND="reference")
     done = subprocess.run(argv, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     assert "checkpoint at step 2 not saved" in done.stderr

@@ -15,8 +15,8 @@ def pictures(sizes=SIZES, channels=3):
     return [torch.randn(channels, *size, generator=generator) for size in sizes]
 
 
-def close(got, wanted):
-    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+def close(got, expected):
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("class_token", "registers"), LAYOUTS)
@@ -26,10 +26,10 @@ def test_each_picture_as_if_alone(class_token, registers, mixer_norm):
     model = small(class_token=class_token, num_registers=registers, mixer_norm=mixer_norm, global_pool=pool)
     images = pictures()
     tokens = model.forward_features(images)
-    assert [len(own) for own in tokens] == [16 + model.num_prefix_tokens, 10 + model.num_prefix_tokens,
+    assert [len(part) for part in tokens] == [16 + model.num_prefix_tokens, 10 + model.num_prefix_tokens,
                                             1 + model.num_prefix_tokens, 21 + model.num_prefix_tokens]  # fmt: skip
-    for own, image in zip(tokens, images, strict=True):
-        close(own, model.forward_features(image[None])[0])
+    for part, image in zip(tokens, images, strict=True):
+        close(part, model.forward_features(image[None])[0])
     close(model(images), torch.cat([model(image[None]) for image in images]))
 
 
@@ -68,10 +68,10 @@ def test_stochastic_depth_takes_whole_pictures():
     torch.manual_seed(0)
     borders = torch.tensor([0, 3, 4, 40, 41, 60], dtype=torch.int32)
     dropped = drop_path(torch.ones(1, 60, 2), 0.5, True, borders)
-    kept = [set(own.flatten().tolist()) for own in dropped[0].split(borders.diff().tolist())]
-    assert all(values in ({0.0}, {2.0}) for values in kept)
-    assert {0.0} in kept
-    assert {2.0} in kept
+    surviving = [set(part.flatten().tolist()) for part in dropped[0].split(borders.diff().tolist())]
+    assert all(values in ({0.0}, {2.0}) for values in surviving)
+    assert {0.0} in surviving
+    assert {2.0} in surviving
 
 
 def test_compiles_without_a_graph_break():
@@ -81,7 +81,7 @@ def test_compiles_without_a_graph_break():
 
 
 @pytest.mark.parametrize(
-    ("images", "told"),
+    ("images", "message"),
     [
         ([], "empty"),
         ([torch.zeros(1, 3, 32, 32)], r"\(1, 3, 32, 32\), it must be \(channels, h, w\)"),
@@ -89,6 +89,6 @@ def test_compiles_without_a_graph_break():
         ([torch.zeros(3, 32, 30)], "30"),
     ],
 )
-def test_what_cannot_be_packed(images, told):
-    with pytest.raises(UserError, match=told):
+def test_what_cannot_be_packed(images, message):
+    with pytest.raises(UserError, match=message):
         small()(images)

@@ -188,12 +188,12 @@ def test_mixer_norm_normalises_between_scan_and_gate():
     model = small(mixer_norm=True, depth=1)
     mixer = model.layers[0].mixer
     h = torch.randn(1, 9, 32, generator=torch.Generator().manual_seed(3))
-    seen = {}
-    mixer.scan_norm.register_forward_hook(lambda module, given, out: seen.update(y=out))
+    outputs = {}
+    mixer.scan_norm.register_forward_hook(lambda module, inputs, out: outputs.update(y=out))
     out = mixer(h)
     gate = F.silu(mixer.in_proj(h)[..., 64:])
-    torch.testing.assert_close(out, mixer.out_proj(seen["y"] * gate))
-    torch.testing.assert_close(seen["y"].mean(-1), torch.zeros(1, 9), atol=1e-5, rtol=0)
+    torch.testing.assert_close(out, mixer.out_proj(outputs["y"] * gate))
+    torch.testing.assert_close(outputs["y"].mean(-1), torch.zeros(1, 9), atol=1e-5, rtol=0)
 
 
 def test_initial_time_steps_lie_in_their_range():
@@ -228,3 +228,13 @@ def test_unknown_names_get_a_hint():
         create_model("vim_tny")
     with pytest.raises(UserError, match="'strid' is no field of a Vim backbone: did you mean 'stride'"):
         create_model("vim_tiny", strid=8)
+
+
+@pytest.mark.parametrize("left_open", [0, None])
+def test_a_config_holds_numbers_where_a_file_leaves_them_open(left_open):
+    """As the papers have them: patches that do not overlap, and a rank of a sixteenth of the width, rounded up."""
+    config = VimConfig.from_dict(
+        {"d_model": 200, "depth": 1, "patch_size": 14, "stride": left_open, "dt_rank": left_open}
+    )
+    assert (config.stride, config.dt_rank) == (14, 13)
+    assert config.to_dict()["stride"] == 14

@@ -10,26 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vim_kernels.arguments import ScanWeights
 from vim_kernels.cpu_backend.conv_backward import conv_backward, conv_backward_vectors
 from vim_kernels.cpu_backend.conv_forward import conv_forward
 from vim_kernels.cpu_backend.plan import Plan, plan_for, tile_bound
 from vim_kernels.cpu_backend.records import CONV, SCAN, SCAN_GRADIENT
 from vim_kernels.cpu_backend.scan_backward import backward_vectors, scan_backward
 from vim_kernels.cpu_backend.scan_forward import forward_vectors, scan_forward
-from vim_kernels.cpu_backend.tensors import address, fresh, kernel_dtype, records, token_rows, unblocked
+from vim_kernels.cpu_backend.tensors import address, fresh, kernel_dtype, records, token_rows, unblocked, whole
 from vim_kernels.cpu_backend.vector import LANES
-from vim_kernels.cpu_backend.weight_layout import DirectionWeights, direction_weights, whole
+from vim_kernels.cpu_backend.weight_layout import DirectionWeights, direction_weights
+from vim_kernels.dispatch.contract import BidirectionalScan, ScanWeights
 
 
-def bidirectional_scan_saved(
-    x: Tensor, z: Tensor | None, forward: ScanWeights, backward: ScanWeights, cu_seqlens: Tensor | None
-) -> list[Tensor]:
+def bidirectional_scan_saved(arguments: BidirectionalScan) -> list[Tensor]:
     """Empty [projections, states] of the forward direction, then of the backward one, float32."""
-    del z
+    x, _ = arguments.halves()
+    cu_seqlens = arguments.cu_seqlens
     tokens, channels, tiles = x.shape[0] * x.shape[1], whole(x.shape[-1]), tile_bound(x, cu_seqlens)
     saved = []
-    for weights in (forward, backward):
+    for weights in (arguments.forward, arguments.backward):
         states = weights.A_log.shape[1]
         saved.append(x.new_empty(tokens, whole(weights.x_proj.shape[0]), dtype=torch.float32))
         saved.append(x.new_empty(tiles, channels * states, dtype=torch.float32))
@@ -37,17 +36,13 @@ def bidirectional_scan_saved(
 
 
 def bidirectional_scan_forward(
-    x: Tensor,
-    z: Tensor | None,
-    forward: ScanWeights,
-    backward: ScanWeights,
-    cu_seqlens: Tensor | None,
-    save: bool,
-    overwrite: bool = False,
+    arguments: BidirectionalScan, save: bool, overwrite: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
-    """See `vim_kernels.dispatch.contract.FastBackend`."""
+    """See `vim_kernels.dispatch.contract`."""
     del overwrite
-    saved = bidirectional_scan_saved(x, z, forward, backward, cu_seqlens) if save else []
+    _, forward, backward, cu_seqlens, *_ = arguments
+    x, z = arguments.halves()
+    saved = bidirectional_scan_saved(arguments) if save else []
     dtype = kernel_dtype(x, z)
     rows, gate = token_rows(x, dtype), None if z is None else token_rows(z, dtype)
     plan = plan_for(rows, cu_seqlens)
@@ -59,24 +54,18 @@ def bidirectional_scan_forward(
     first, last = _scan_fields(rows, gate, two, us, projections)
     first |= {"gate": 0, "out": partial.data_ptr(), "scale": 1.0}
     last |= {"partial": partial.data_ptr(), "out": out.data_ptr(), "out_bf16": dtype == torch.bfloat16}
-    for fields, projection, kept, states in zip((first, last), projections, saved[::2], saved[1::2], strict=False):
-        kept.copy_(projection)
+    for fields, projection, copy, states in zip((first, last), projections, saved[::2], saved[1::2], strict=False):
+        copy.copy_(projection)
         fields["checkpoints"] = states.data_ptr()
     scratch = plan.scratch(forward_vectors(two[0].states, plan.widest))
     scan_forward(records(SCAN, first, last), plan.borders, plan.chunks, plan.tasks, plan.task_starts, scratch)
     return out.view(rows.shape)[..., : x.shape[-1]].to(x.dtype).contiguous(), saved
 
 
-def bidirectional_scan_backward(
-    dout: Tensor,
-    x: Tensor,
-    z: Tensor | None,
-    forward: ScanWeights,
-    backward: ScanWeights,
-    cu_seqlens: Tensor | None,
-    saved: list[Tensor],
-) -> tuple[Tensor, Tensor | None, ScanWeights, ScanWeights]:
-    """See `vim_kernels.dispatch.contract.FastBackend`."""
+def bidirectional_scan_backward(arguments: BidirectionalScan, dout: Tensor, saved: list[Tensor]) -> BidirectionalScan:
+    """See `vim_kernels.dispatch.contract`."""
+    _, forward, backward, cu_seqlens, *_ = arguments
+    x, z = arguments.halves()
     dtype = kernel_dtype(x, z)
     rows, gate = token_rows(x, dtype), None if z is None else token_rows(z, dtype)
     dout_rows = token_rows(dout, dtype)
@@ -93,26 +82,25 @@ def bidirectional_scan_backward(
     fields[1]["partial"] = partial.data_ptr()
     for one, states in zip(fields, saved[1::2], strict=True):
         one["checkpoints"] = states.data_ptr()
-    gradients, kept = _gradient_fields(dout_rows, two, plan)
+    gradients, buffers = _gradient_fields(dout_rows, two, plan)
     gradients[0]["y_out"] = partial.data_ptr()
     gradients[1] |= {"dgate": address(dz), "dgate_stride": halves * d}
     directions, gradients = records(SCAN, *fields), records(SCAN_GRADIENT, *gradients)
     scratch = plan.scratch(backward_vectors(two[0].states, plan.widest))
     scan_backward(directions, gradients, plan.borders, plan.chunks, plan.tasks, plan.task_starts, scratch)
-    found = []
-    for weights, (du, ddt, dbc, dweights), u, projection, given in zip(
-        two, kept, us, projections, (forward, backward), strict=True
+    partials = []
+    for weights, (du, ddt, dbc, dweights), u, projection, parameters in zip(
+        two, buffers, us, projections, (forward, backward), strict=True
     ):
-        found.append(_projection_gradients(weights, given, u, projection, du, ddt, dbc, dweights.sum(0)))
-    conv = _conv_gradients(rows, two, [du for du, *_ in kept], dx, plan)
+        partials.append(_projection_gradients(weights, parameters, u, projection, du, ddt, dbc, dweights.sum(0)))
+    conv = _conv_gradients(rows, two, [du for du, *_ in buffers], dx, plan)
     dforward, dbackward = (
-        _like(given, partial._replace(conv_weight=weight, conv_bias=bias))
-        for given, partial, (weight, bias) in zip((forward, backward), found, conv, strict=True)
+        _like(parameters, partial._replace(conv_weight=weight, conv_bias=bias))
+        for parameters, partial, (weight, bias) in zip((forward, backward), partials, conv, strict=True)
     )
-    if d != x.shape[-1] or dtype != x.dtype:
-        dx = dx[..., : x.shape[-1]].to(x.dtype).contiguous()
-        dz = None if dz is None else dz[..., : x.shape[-1]].to(x.dtype).contiguous()
-    return dx, dz, dforward, dbackward
+    if d != x.shape[-1]:
+        dxz = torch.cat([half[..., : x.shape[-1]] for half in (dx, dz) if half is not None], dim=-1)
+    return arguments._replace(xz=dxz.to(x.dtype), forward=dforward, backward=dbackward)
 
 
 def _convolve(rows: Tensor, two: list[DirectionWeights], plan: Plan) -> list[Tensor]:
@@ -162,12 +150,12 @@ def _gradient_fields(
     dout: Tensor, two: list[DirectionWeights], plan: Plan
 ) -> tuple[list[dict[str, int]], list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
     """SCAN_GRADIENT records, and what they point to: du, ddt, dB | dC by group, dA | dskip | ddt_bias."""
-    channels, fields, kept = dout.shape[-1], [], []
+    channels, fields, buffers = dout.shape[-1], [], []
     for weights in two:
         du, ddt = torch.empty(plan.tokens, channels), torch.empty(plan.tokens, channels)
         dbc = torch.empty(plan.groups, plan.tokens, 2 * weights.states)
         dweights = torch.empty(plan.sequences, (weights.states + 2) * channels)
-        kept.append((du, ddt, dbc, dweights))
+        buffers.append((du, ddt, dbc, dweights))
         fields.append(
             {
                 "dout": address(dout), "dout_stride": dout.stride(1), "du": address(du), "ddt": address(ddt),
@@ -175,12 +163,12 @@ def _gradient_fields(
                 "dbc_group_stride": plan.tokens * 2 * weights.states, "dweights": address(dweights),
             }
         )  # fmt: skip
-    return fields, kept
+    return fields, buffers
 
 
 def _projection_gradients(
     weights: DirectionWeights,
-    given: ScanWeights,
+    parameters: ScanWeights,
     u: Tensor,
     projection: Tensor,
     du: Tensor,
@@ -201,14 +189,14 @@ def _projection_gradients(
         du += dprojection @ weights.x_proj
     dA = unblocked(dweights[: states * channels].view(-1, states, LANES), channels)
     dskip, dbias = dweights[states * channels :].view(2, channels)
-    size = len(given.D)
+    size = len(parameters.D)
     return ScanWeights(
-        conv_weight=given.conv_weight,
+        conv_weight=parameters.conv_weight,
         conv_bias=None,
         x_proj=(dprojection.t() @ u)[: rank + 2 * states, :size],
         dt_proj=(ddt_work.t() @ projection[:, :rank].to(work))[:size],
         dt_bias=dbias[:size],
-        A_log=dA[:size] * -torch.exp(given.A_log.detach().float()),
+        A_log=dA[:size] * -torch.exp(parameters.A_log.detach().float()),
         D=dskip[:size],
     )
 
@@ -219,11 +207,11 @@ def _conv_gradients(
     """Fills dx; returns each direction's (weight, bias) gradients, (channels, taps) and (channels,)."""
     channels, bf16 = rows.shape[-1], rows.dtype == torch.bfloat16
     partial = torch.empty(dx.shape) if bf16 else dx
-    fields, kept = [], []
+    fields, buffers = [], []
     for k, (weights, du) in enumerate(zip(two, dus, strict=True)):
         target = dx if k else partial
         dweights = torch.empty(plan.sequences, weights.taps + 1, channels)
-        kept.append(dweights)
+        buffers.append(dweights)
         fields.append(
             _conv_fields(
                 rows, weights, k, dout=address(du), dout_stride=channels, dx=address(target),
@@ -233,10 +221,10 @@ def _conv_gradients(
         )  # fmt: skip
     scratch = plan.scratch(conv_backward_vectors(two[0].taps))
     conv_backward(records(CONV, *fields), plan.borders, plan.tasks, plan.task_starts, scratch)
-    totals = [dweights.sum(0) for dweights in kept]
+    totals = [dweights.sum(0) for dweights in buffers]
     return [(total[:-1].t(), total[-1]) for total in totals]
 
 
-def _like(given: ScanWeights, found: ScanWeights) -> ScanWeights:
-    """Gradients in the shapes and dtypes of the weights given, None for a None."""
-    return ScanWeights(*(fresh(gradient, weight) for weight, gradient in zip(given, found, strict=True)))  # pyright: ignore
+def _like(parameters: ScanWeights, partials: ScanWeights) -> ScanWeights:
+    """Gradients in the shapes and dtypes of the parameters, None for a None."""
+    return ScanWeights(*(fresh(gradient, weight) for weight, gradient in zip(parameters, partials, strict=True)))  # pyright: ignore

@@ -3,20 +3,22 @@
 import torch
 from torch import Tensor
 
-from vim_kernels import torch_backend
 from vim_kernels.cpu_backend.norm_backward import norm_backward
 from vim_kernels.cpu_backend.norm_forward import norm_forward
 from vim_kernels.cpu_backend.plan import thread_count
 from vim_kernels.cpu_backend.records import NORM
 from vim_kernels.cpu_backend.tensors import address, float_rows, kernel_dtype, record
 from vim_kernels.cpu_backend.vector import LANES
+from vim_kernels.dispatch.contract import AddRmsNorm
+from vim_kernels.torch_backend import norm as in_torch
 
 
-def add_rms_norm_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """See `vim_kernels.dispatch.contract.FastBackend`."""
+def add_rms_norm_forward(arguments: AddRmsNorm) -> tuple[Tensor, Tensor]:
+    """See `vim_kernels.dispatch.contract`."""
+    x, residual, weight, eps = arguments
     channels = x.shape[-1]
     if channels % LANES or not x.numel():
-        return torch_backend.add_rms_norm_forward(x, residual, weight, eps)
+        return in_torch.add_rms_norm_forward(arguments)
     dtype = kernel_dtype(x)
     rows = x.detach().to(dtype).contiguous()
     stream = None if residual is None else float_rows(residual)
@@ -30,13 +32,12 @@ def add_rms_norm_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps
     return normed.to(x.dtype), total
 
 
-def add_rms_norm_backward(
-    dnormed: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """See `vim_kernels.dispatch.contract.FastBackend`."""
+def add_rms_norm_backward(arguments: AddRmsNorm, dnormed: Tensor, dtotal: Tensor | None) -> AddRmsNorm:
+    """See `vim_kernels.dispatch.contract`."""
+    total, _, weight, eps = arguments
     channels = total.shape[-1]
     if channels % LANES or not total.numel():
-        return torch_backend.add_rms_norm_backward(dnormed, dtotal, total, weight, eps)
+        return in_torch.add_rms_norm_backward(arguments, dnormed, dtotal)
     dtype = kernel_dtype(dnormed)
     rows, stream, scale = dnormed.to(dtype), float_rows(total), float_rows(weight)
     dstream = None if dtotal is None else float_rows(dtotal)
@@ -48,4 +49,4 @@ def add_rms_norm_backward(
         dsum=address(dsum), dweight=address(dweight), eps=eps,
     )  # fmt: skip
     norm_backward(d, workers)
-    return dsum, dweight.sum(0).to(weight.dtype)
+    return AddRmsNorm(dsum, None, dweight.sum(0).to(weight.dtype), eps)

@@ -57,11 +57,11 @@ def plan_for(x: Tensor, cu_seqlens: Tensor | None) -> Plan:
 
 def thread_count() -> int:
     """PyTorch's number of threads, which Numba is told too."""
-    wanted = torch.get_num_threads()
-    workers = min(wanted, config.NUMBA_NUM_THREADS)  # pyright: ignore[reportAttributeAccessIssue]
+    threads = torch.get_num_threads()
+    workers = min(threads, config.NUMBA_NUM_THREADS)  # pyright: ignore[reportAttributeAccessIssue]
     numba.set_num_threads(workers)
-    if torch.get_num_threads() != wanted:  # Numba, when it starts its threads, changes OpenMP's number for all
-        torch.set_num_threads(wanted)
+    if torch.get_num_threads() != threads:  # Numba, when it starts its threads, changes OpenMP's number for all
+        torch.set_num_threads(threads)
     return workers
 
 
@@ -81,11 +81,11 @@ def _plan_batch(batch: int, length: int, blocks: int, workers: int) -> Plan:
 def _plan(borders: tuple[int, ...], blocks: int, workers: int) -> Plan:
     lengths = np.diff(borders)
     tiles = (lengths + TILE - 1) // TILE
-    groups, owners = _deal(lengths, blocks, workers)
+    groups, shares = _deal(lengths, blocks, workers)
     tasks = [
         (sequence, blocks * group // groups, blocks * (group + 1) // groups, group)
-        for owned in owners
-        for sequence, group in owned
+        for items in shares
+        for sequence, group in items
     ]
     pieces = _cut(borders, workers)
     return Plan(
@@ -97,14 +97,14 @@ def _plan(borders: tuple[int, ...], blocks: int, workers: int) -> Plan:
         borders=np.array(borders, np.int64),
         chunks=(np.cumsum(tiles) - tiles).astype(np.int64),
         tasks=np.array(tasks, np.int64).reshape(-1, 4),
-        task_starts=_starts(owners),
-        pieces=np.array([piece for owned in pieces for piece in owned], np.int64).reshape(-1, 3),
+        task_starts=_starts(shares),
+        pieces=np.array([piece for items in pieces for piece in items], np.int64).reshape(-1, 3),
         piece_starts=_starts(pieces),
     )
 
 
-def _starts(owned: list[list]) -> np.ndarray:
-    return np.cumsum([0, *map(len, owned)]).astype(np.int64)
+def _starts(items: list[list]) -> np.ndarray:
+    return np.cumsum([0, *map(len, items)]).astype(np.int64)
 
 
 def _deal(lengths: np.ndarray, blocks: int, workers: int) -> tuple[int, list[list[tuple[int, int]]]]:
@@ -120,13 +120,13 @@ def _deal(lengths: np.ndarray, blocks: int, workers: int) -> tuple[int, list[lis
             ((int(length) * size, s, g) for s, length in enumerate(lengths) for g, size in enumerate(sizes)),
             key=lambda item: (-item[0], item[1], item[2]),
         )
-        loads, owners = [0] * workers, [[] for _ in range(workers)]
+        loads, shares = [0] * workers, [[] for _ in range(workers)]
         for cost, sequence, group in items:
             least = min(range(workers), key=loads.__getitem__)
             loads[least] += cost
-            owners[least].append((sequence, group))
+            shares[least].append((sequence, group))
         if max(loads) < best[0]:
-            best = (max(loads), groups, owners)
+            best = (max(loads), groups, shares)
         if max(loads) <= TOLERATED_IMBALANCE * ideal:
             break
     return best[1], best[2]

@@ -21,27 +21,17 @@ from vim_kernels.cpu_backend.tensors import (
     token_rows,
     unblocked,
     vector_or_zeros,
+    whole,
 )
 from vim_kernels.cpu_backend.vector import LANES
+from vim_kernels.dispatch.contract import SelectiveScan
 
 
 class _Call:
     """The inputs of one scan laid out for the kernels; it keeps alive what the record points to."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        dt_bias: Tensor | None,
-        dt_softplus: bool,
-        reverse: bool,
-        cu_seqlens: Tensor | None,
-    ) -> None:
+    def __init__(self, arguments: SelectiveScan) -> None:
+        x, dt, A, B, C, D, z, dt_bias, cu_seqlens, _, dt_softplus, reverse = arguments
         self.dtype = kernel_dtype(x, z)
         self.x = token_rows(x, self.dtype)
         self.gate = None if z is None else token_rows(z, self.dtype)
@@ -65,32 +55,17 @@ class _Call:
         return torch.empty(self.plan.sequences, self.channels // LANES, self.states, LANES)
 
 
-def selective_scan_saved(x: Tensor, A: Tensor, cu_seqlens: Tensor | None, initial_state: Tensor | None) -> list[Tensor]:
+def selective_scan_saved(arguments: SelectiveScan) -> list[Tensor]:
     """Empty [states once a tile], float32."""
-    del initial_state
-    channels = (A.shape[0] + LANES - 1) // LANES * LANES
-    return [x.new_empty(tile_bound(x, cu_seqlens), channels * A.shape[1], dtype=torch.float32)]
+    x, (size, states) = arguments.x, arguments.A.shape
+    return [x.new_empty(tile_bound(x, arguments.cu_seqlens), whole(size) * states, dtype=torch.float32)]
 
 
-def selective_scan_forward(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    *,
-    dt_softplus: bool,
-    reverse: bool,
-    cu_seqlens: Tensor | None,
-    initial_state: Tensor | None,
-    save: bool,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """See `vim_kernels.dispatch.contract.FastBackend`."""
-    call = _Call(x, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse, cu_seqlens)
-    saved = selective_scan_saved(x, A, cu_seqlens, initial_state) if save else []
+def selective_scan_forward(arguments: SelectiveScan, save: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """See `vim_kernels.dispatch.contract`."""
+    x, initial_state = arguments.x, arguments.initial_state
+    call = _Call(arguments)
+    saved = selective_scan_saved(arguments) if save else []
     out = torch.empty(call.x.shape, dtype=call.dtype)
     initial = None if initial_state is None else blocked(initial_state)
     final = call.empty_states()
@@ -106,25 +81,11 @@ def selective_scan_forward(
 
 
 def selective_scan_backward(
-    dy: Tensor,
-    dfinal_state: Tensor | None,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    *,
-    dt_softplus: bool,
-    reverse: bool,
-    cu_seqlens: Tensor | None,
-    initial_state: Tensor | None,
-    saved: list[Tensor],
-) -> tuple[Tensor | None, ...]:
-    """See `vim_kernels.dispatch.contract.FastBackend`."""
-    call = _Call(x, dt, A, B, C, D, z, dt_bias, dt_softplus, reverse, cu_seqlens)
+    arguments: SelectiveScan, dy: Tensor, dfinal_state: Tensor | None, saved: list[Tensor]
+) -> SelectiveScan:
+    """See `vim_kernels.dispatch.contract`."""
+    x, dt, A, B, C, D, z, dt_bias, _, initial_state, _, _ = arguments
+    call = _Call(arguments)
     plan, d, n = call.plan, call.channels, call.states
     dout = token_rows(dy, call.dtype)
     du, ddt = torch.empty(call.x.shape), torch.empty(call.x.shape)
@@ -145,6 +106,14 @@ def selective_scan_backward(
     total = dweights.sum(0)
     dA = unblocked(total[: n * d].view(-1, n, LANES), d)
     dskip, dbias = total[n * d :].view(2, d)
-    found = (du, ddt, dA, dB, dC, dskip, dz, dbias, unblocked(dinitial, x.shape[-1]))
-    given = (x, dt, A, B, C, D, z, dt_bias, initial_state)
-    return tuple(fresh(gradient, tensor) for gradient, tensor in zip(found, given, strict=True))
+    return arguments._replace(
+        x=fresh(du, x),
+        dt=fresh(ddt, dt),
+        A=fresh(dA, A),
+        B=fresh(dB, B),
+        C=fresh(dC, C),
+        D=fresh(dskip, D),
+        z=fresh(dz, z),
+        dt_bias=fresh(dbias, dt_bias),
+        initial_state=fresh(unblocked(dinitial, x.shape[-1]), initial_state),
+    )

@@ -33,12 +33,17 @@ def kernel_dtype(*tokens: Tensor | None) -> torch.dtype:
     return torch.bfloat16 if all(t is None or t.dtype == torch.bfloat16 for t in tokens) else torch.float32
 
 
+def whole(size: int) -> int:
+    """The size filled up to whole vectors."""
+    return (size + LANES - 1) // LANES * LANES
+
+
 def padded(tensor: Tensor, dim: int = -1) -> Tensor:
     """The tensor with `dim` filled up with zeros to whole vectors; Vim's widths need no filling."""
-    missing = -tensor.shape[dim] % LANES
-    if not missing:
+    padding = -tensor.shape[dim] % LANES
+    if not padding:
         return tensor
-    return F.pad(tensor, [0, 0] * (-dim - 1) + [0, missing])
+    return F.pad(tensor, [0, 0] * (-dim - 1) + [0, padding])
 
 
 def token_rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -74,9 +79,9 @@ def unblocked(states: Tensor, channels: int) -> Tensor:
     return states.transpose(-1, -2).flatten(-3, -2)[..., :channels, :].contiguous()
 
 
-def fresh(gradient: Tensor | None, given: Tensor | None) -> Tensor | None:
-    """The gradient without its filling, in the shape and dtype of what was given, in memory of its own."""
-    if gradient is None or given is None:
+def fresh(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
+    """The gradient without its filling, in the shape and dtype of `like`, in memory of its own."""
+    if gradient is None or like is None:
         return None
-    inside = gradient[tuple(slice(size) for size in given.shape)]
-    return torch.empty(given.shape, dtype=given.dtype).copy_(inside)
+    inside = gradient[tuple(slice(size) for size in like.shape)]
+    return torch.empty(like.shape, dtype=like.dtype).copy_(inside)

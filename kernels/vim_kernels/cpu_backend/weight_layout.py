@@ -8,11 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vim_kernels.arguments import ScanWeights
 from vim_kernels.cpu_backend.records import WEIGHTS
-from vim_kernels.cpu_backend.tensors import address, float_rows, padded, records
-from vim_kernels.cpu_backend.vector import LANES
+from vim_kernels.cpu_backend.tensors import address, float_rows, padded, records, whole
 from vim_kernels.cpu_backend.weight_layout_kernel import lay_out_weights
+from vim_kernels.dispatch.contract import ScanWeights
 
 
 class DirectionWeights(NamedTuple):
@@ -38,32 +37,27 @@ class DirectionWeights(NamedTuple):
 def direction_weights(forward: ScanWeights, backward: ScanWeights, x: Tensor) -> list[DirectionWeights]:
     """Lay out the weights of both directions for tokens x, already filled up."""
     channels, is_float = x.shape[-1], x.dtype == torch.float32
-    laid_out, rows, alive = [], [], []
+    laid_out, rows, contiguous = [], [], []
     for weights in (forward, backward):
-        given = ScanWeights(*(t if t is None else float_rows(t) for t in weights))  # pyright: ignore[reportArgumentType]
-        alive.append(given)
-        taps, rank, states = given.conv_weight.shape[1], given.dt_proj.shape[1], given.A_log.shape[1]
-        columns = whole(len(given.x_proj))
+        source = ScanWeights(*(t if t is None else float_rows(t) for t in weights))  # pyright: ignore[reportArgumentType]
+        contiguous.append(source)
+        taps, rank, states = source.conv_weight.shape[1], source.dt_proj.shape[1], source.A_log.shape[1]
+        columns = whole(len(source.x_proj))
         vectors = [taps, 1, rank, 1, 1, states, columns if is_float else 0]
         parts = x.new_empty(sum(vectors), channels, dtype=torch.float32).split(vectors)
         projection = parts[-1] if is_float else _x_proj(weights.x_proj, x.dtype)
         laid_out.append(DirectionWeights._make((*parts[:-1], projection, taps, rank, states)))
         rows.append(
             {
-                "size": len(given.D), "channels": channels, "taps": taps, "rank": rank, "states": states,
-                "columns": vectors[-1], "x_proj_rows": len(given.x_proj), "conv_weight": address(given.conv_weight),
-                "conv_bias": address(given.conv_bias), "dt_proj": address(given.dt_proj),
-                "dt_bias": address(given.dt_bias), "skip": address(given.D), "A_log": address(given.A_log),
-                "x_proj": address(given.x_proj), "target": address(parts[0]),
+                "size": len(source.D), "channels": channels, "taps": taps, "rank": rank, "states": states,
+                "columns": vectors[-1], "x_proj_rows": len(source.x_proj), "conv_weight": address(source.conv_weight),
+                "conv_bias": address(source.conv_bias), "dt_proj": address(source.dt_proj),
+                "dt_bias": address(source.dt_bias), "skip": address(source.D), "A_log": address(source.A_log),
+                "x_proj": address(source.x_proj), "target": address(parts[0]),
             }
         )  # fmt: skip
     lay_out_weights(records(WEIGHTS, *rows))
     return laid_out
-
-
-def whole(size: int) -> int:
-    """The size filled up to whole vectors."""
-    return (size + LANES - 1) // LANES * LANES
 
 
 def _x_proj(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,160 +1,225 @@
-"""What a fast backend is: a module of plain tensor functions without autograd, and where to find each."""
+"""The contract between the public ops and the backends: every op's arguments, written once, and what a backend is.
 
-import functools
-import importlib
-from typing import Protocol, cast
+Letters of axes, the same in all files of `vim_kernels`: b batch, l tokens, d inner channels (d_inner), n states
+(d_state), r rank of dt (dt_rank), w taps of the convolution (d_conv), s sequences (b, or the images of a packed row).
+
+A backend is a package with `unavailable(device)`, which says why it cannot run there or returns None, and a module for
+every room that `OPS` names. A room has plain functions of tensors, without autograd, for each of its ops:
+
+    <op>_forward(arguments, save) -> (*outputs, saved)    and, for an op that saves nothing,
+    <op>_forward(arguments) -> the output, or a tuple of them
+    <op>_saved(arguments) -> empty tensors that the forward fills for the backward
+    <op>_backward(arguments, *gradients of the outputs, saved) -> arguments with gradients in the place of the tensors
+
+Inputs are never written, but for xz where `bidirectional_scan_forward(arguments, save, overwrite=True)` allows it; all
+scratch is allocated inside. Tensors may differ in float dtype (no float64). The gradient of the first output is always
+given, those of the others may be None; all are contiguous and like the outputs. Gradients come back contiguous,
+unaliased, in the shape and dtype of their tensors; None where the tensor is None; for a `Constant` anything. What
+`<op>_saved` allocates depends on the shapes of the arguments only, since fake kernels call it too; a forward that does
+not save returns [] in its place. The backward of `add_rms_norm` is that of the sum alone: its x is residual + x in
+float32, its residual None.
+"""
+
+import types
+from collections.abc import Sequence
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
-from vim_kernels.arguments import ScanWeights
+Constant = Annotated[Tensor, "without a gradient"]
+"""As cu_seqlens, whose gradient nobody asks for."""
 
-FAST_MODULES: dict[str, str] = {
-    "triton": "vim_kernels.triton_backend",
-    "cpu": "vim_kernels.cpu_backend",
-    "torch": "vim_kernels.torch_backend",
+
+class ScanWeights(NamedTuple):
+    """Parameters of one scan direction of a Vim mixer."""
+
+    conv_weight: Tensor
+    """(d, w) depthwise taps; the last one meets the token itself."""
+    conv_bias: Tensor | None
+    """(d,)"""
+    x_proj: Tensor
+    """(r + 2 n, d), rows in the order dt low rank, B, C."""
+    dt_proj: Tensor
+    """(d, r)"""
+    dt_bias: Tensor
+    """(d,), added before softplus."""
+    A_log: Tensor
+    """(d, n); A = -exp(A_log)."""
+    D: Tensor
+    """(d,) skip."""
+
+
+class SelectiveScan(NamedTuple):
+    """Arguments of `selective_scan`: `vim_kernels.ops.selective_scan` explains them."""
+
+    x: Tensor  # (b, l, d), as dt and z
+    dt: Tensor
+    A: Tensor  # (d, n)
+    B: Tensor  # (b, l, n), as C
+    C: Tensor
+    D: Tensor | None  # (d,), as dt_bias
+    z: Tensor | None
+    dt_bias: Tensor | None
+    cu_seqlens: Constant | None  # (s + 1,)
+    initial_state: Tensor | None  # (s, d, n)
+    dt_softplus: bool
+    reverse: bool
+
+    def outputs(self) -> tuple[Tensor, Tensor]:
+        """Empty y like x, and final state (s, d, n) float32."""
+        sequences = self.x.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+        return self.x.new_empty(self.x.shape), self.x.new_empty((sequences, *self.A.shape), dtype=torch.float32)
+
+
+class BidirectionalScan(NamedTuple):
+    """Arguments of `bidirectional_scan`: `vim_kernels.ops.bidirectional_scan` explains them."""
+
+    xz: Tensor  # (b, l, 2 d) contiguous, x and z side by side; (b, l, d), x alone, where not gated
+    forward: ScanWeights
+    backward: ScanWeights
+    cu_seqlens: Constant | None
+    gated: bool
+    keep_inputs: bool = False
+
+    def outputs(self) -> tuple[Tensor]:
+        """Empty y (b, l, d) like x."""
+        x, _ = self.halves()
+        return (x.new_empty(x.shape),)
+
+    def halves(self) -> tuple[Tensor, Tensor | None]:
+        """Views x and z of xz, or xz itself and None."""
+        if not self.gated:
+            return self.xz, None
+        x, z = self.xz.chunk(2, dim=-1)
+        return x, z
+
+
+class CausalConv1d(NamedTuple):
+    """Arguments of `causal_conv1d`: `vim_kernels.ops.causal_conv1d` explains them."""
+
+    x: Tensor  # (b, l, d)
+    weight: Tensor  # (d, w)
+    bias: Tensor | None  # (d,)
+    cu_seqlens: Constant | None
+    activation: str | None  # "silu"
+    reverse: bool
+
+    def outputs(self) -> tuple[Tensor]:
+        """Empty y like x."""
+        return (self.x.new_empty(self.x.shape),)
+
+
+class AddRmsNorm(NamedTuple):
+    """Arguments of `add_rms_norm`: `vim_kernels.ops.add_rms_norm` explains them."""
+
+    x: Tensor  # (..., d)
+    residual: Tensor | None  # the same
+    weight: Tensor  # (d,)
+    eps: float
+
+    def outputs(self) -> tuple[Tensor, Tensor]:
+        """Empty normed like x, and residual + x in float32: never an alias of x."""
+        return self.x.new_empty(self.x.shape), self.x.new_empty(self.x.shape, dtype=torch.float32)
+
+
+class OpSpec(NamedTuple):
+    """What `dispatch` has to know of an op."""
+
+    name: str
+    room: str
+    """Module of every backend that computes it."""
+    arguments: Any
+    """Named tuple: tensors and named tuples of tensors first, then options."""
+    outputs: tuple[str, ...]
+    saves: bool = True
+    """Whether its forward can leave tensors for its backward."""
+
+
+OPS = {
+    spec.name: spec
+    for spec in (
+        OpSpec("selective_scan", "scan", SelectiveScan, ("y", "final_state")),
+        OpSpec("bidirectional_scan", "mixer", BidirectionalScan, ("y",)),
+        OpSpec("causal_conv1d", "conv", CausalConv1d, ("y",), saves=False),
+        OpSpec("add_rms_norm", "norm", AddRmsNorm, ("normed", "total"), saves=False),
+    )
 }
-"""Fast backend name -> module that implements `FastBackend`."""
 
 
-class FastBackend(Protocol):
-    """Plain tensor functions, no autograd. All scratch is allocated inside; inputs are never written,
-    but for the x of `bidirectional_scan_forward` where that is allowed.
+class Place(NamedTuple):
+    """Where the value of a field is among the flat ones."""
 
-    Tensors may differ in float dtype (no float64); incoming gradients are contiguous and like the outputs. Gradients
-    come back contiguous, unaliased, in the shape and dtype of their inputs, None where the input is None.
-    `*_saved` allocates what the forward fills for the backward; fake kernels call it too, so its shapes depend on
-    the shapes of its arguments only. A forward that does not save returns [].
-    """
+    start: int
+    stop: int
+    bundle: Any
+    """The named tuple that the values make, or None for a single one."""
+    absent: tuple[None, ...]
+    """The values of a tuple that is None; () where it cannot be."""
 
-    def unavailable(self, device: torch.device) -> str | None:
-        """Why the backend cannot run on `device`, or None."""
-        ...
-
-    def bidirectional_scan_saved(
-        self, x: Tensor, z: Tensor | None, forward: ScanWeights, backward: ScanWeights, cu_seqlens: Tensor | None
-    ) -> list[Tensor]:
-        """Empty tensors that the forward fills for the backward."""
-        ...
-
-    def bidirectional_scan_forward(
-        self,
-        x: Tensor,  # (b, l, d), row stride 2 d when z is given: halves of one contiguous tensor
-        z: Tensor | None,
-        forward: ScanWeights,
-        backward: ScanWeights,
-        cu_seqlens: Tensor | None,
-        save: bool,
-        overwrite: bool = False,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Output (b, l, d) in the dtype of x, and what was saved.
-
-        Where `overwrite`, x may be written, and the output may be x itself.
-        """
-        ...
-
-    def bidirectional_scan_backward(
-        self,
-        dout: Tensor,
-        x: Tensor,
-        z: Tensor | None,
-        forward: ScanWeights,
-        backward: ScanWeights,
-        cu_seqlens: Tensor | None,
-        saved: list[Tensor],
-    ) -> tuple[Tensor, Tensor | None, ScanWeights, ScanWeights]:
-        """Gradients (dx, dz, forward, backward); dx and dz as halves of one (b, l, 2 d) buffer save a copy."""
-        ...
-
-    def selective_scan_saved(
-        self, x: Tensor, A: Tensor, cu_seqlens: Tensor | None, initial_state: Tensor | None
-    ) -> list[Tensor]:
-        """Empty tensors that the forward fills for the backward."""
-        ...
-
-    def selective_scan_forward(
-        self,
-        x: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        dt_bias: Tensor | None,
-        *,
-        dt_softplus: bool,
-        reverse: bool,
-        cu_seqlens: Tensor | None,
-        initial_state: Tensor | None,
-        save: bool,
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Output like x, final state (s, d, n) float32, and what was saved."""
-        ...
-
-    def selective_scan_backward(
-        self,
-        dy: Tensor,
-        dfinal_state: Tensor | None,
-        x: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        dt_bias: Tensor | None,
-        *,
-        dt_softplus: bool,
-        reverse: bool,
-        cu_seqlens: Tensor | None,
-        initial_state: Tensor | None,
-        saved: list[Tensor],
-    ) -> tuple[Tensor | None, ...]:
-        """Gradients of x, dt, A, B, C, D, z, dt_bias, initial_state."""
-        ...
-
-    def causal_conv1d_forward(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        *,
-        activation: str | None,
-        reverse: bool,
-        cu_seqlens: Tensor | None,
-    ) -> Tensor:
-        """(b, l, d) like x."""
-        ...
-
-    def causal_conv1d_backward(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        *,
-        activation: str | None,
-        reverse: bool,
-        cu_seqlens: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Gradients of x, weight, bias."""
-        ...
-
-    def add_rms_norm_forward(
-        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        """Normed like x; residual + x, float32, never an alias of x. Leading shape is free."""
-        ...
-
-    def add_rms_norm_backward(
-        self, dnormed: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients of the sum (float32; of x and of residual alike) and of weight."""
-        ...
+    def of(self, flat: Sequence[Any]) -> Any:
+        """The named tuple among the flat values of all fields."""
+        values = flat[self.start : self.stop]
+        return None if self.absent and values[0] is None else self.bundle(*values)
 
 
-@functools.cache
-def fast_module(name: str) -> FastBackend:
-    """The plain functions of fast backend `name`."""
-    return cast(FastBackend, importlib.import_module(FAST_MODULES[name]))
+class Layout:
+    """A named tuple of arguments, which may have others in it, as single values one after the other."""
+
+    def __init__(self, kind: Any) -> None:
+        self.kind = kind
+        self.places: list[Place] = []
+        for hint in get_type_hints(kind).values():
+            bundle, is_optional = _bundle(hint)
+            start = self.places[-1].stop if self.places else 0
+            width = len(bundle._fields) if bundle else 1
+            self.places.append(Place(start, start + width, bundle, (None,) * width if is_optional else ()))
+        self.is_flat = not any(place.bundle for place in self.places)
+
+    def flatten(self, arguments: Any) -> Sequence[Any]:
+        """Single values, in order: those of a tuple within in its place, or as many Nones where it is None."""
+        if self.is_flat:
+            return arguments
+        values = zip(arguments, self.places, strict=True)
+        return [leaf for value, at in values for leaf in ((value,) if at.bundle is None else value or at.absent)]
+
+    def unflatten(self, flat: Sequence[Any]) -> Any:
+        """The inverse of `flatten`."""
+        if self.is_flat:
+            return self.kind(*flat)
+        return self.kind(*[flat[at.start] if at.bundle is None else at.of(flat) for at in self.places])
+
+
+def _bundle(hint: Any) -> tuple[Any, bool]:
+    """The named tuple of an annotation or None, and whether the value may be None."""
+    choices = get_args(hint) if get_origin(hint) in (types.UnionType, Union) else (hint,)
+    return next((c for c in choices if hasattr(c, "_fields")), None), types.NoneType in choices
+
+
+class Leaf(NamedTuple):
+    """A single value among the arguments of an op."""
+
+    name: str
+    kind: Any
+    """Type, as PyTorch reads it to make the schema of an op."""
+    is_tensor: bool
+    has_gradient: bool
+
+
+def leaf(name: str, kind: Any, *, is_constant: bool = False) -> Leaf:
+    """`is_constant`: a tensor without a gradient."""
+    is_tensor = kind is Tensor or Tensor in get_args(kind)
+    return Leaf(name, kind, is_tensor, is_tensor and not is_constant)
+
+
+def leaves(kind: Any) -> list[Leaf]:
+    """What `Layout.flatten` makes of a named tuple; the fields of one within carry its name, as `forward_D`."""
+    result, marked = [], get_type_hints(kind, include_extras=True)
+    for name, hint in get_type_hints(kind).items():
+        bundle, is_optional = _bundle(hint)
+        if bundle is None:
+            result.append(leaf(name, hint, is_constant=marked[name] != hint))
+        for part in leaves(bundle) if bundle else ():
+            plain = part.kind | None if is_optional else part.kind
+            result.append(part._replace(name=f"{name}_{part.name}", kind=plain))
+    return result

@@ -4,40 +4,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vim_kernels.dispatch.contract import CausalConv1d
 from vim_kernels.torch_backend.recurrence import pieces
 from vim_kernels.torch_backend.tensors import copy_like, silu_slope
 
 
-def causal_conv1d_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    activation: str | None,
-    reverse: bool,
-    cu_seqlens: Tensor | None,
-) -> Tensor:
-    """See `vim_kernels.dispatch.contract.FastBackend`."""
+def causal_conv1d_forward(arguments: CausalConv1d) -> Tensor:
+    """See `vim_kernels.dispatch.contract`."""
+    x, weight, bias, cu_seqlens, activation, reverse = arguments
     pre = pre_activation(x.float(), weight, bias, reverse, cu_seqlens)
     return (F.silu(pre) if activation == "silu" else pre).to(x.dtype)
 
 
-def causal_conv1d_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    activation: str | None,
-    reverse: bool,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See `vim_kernels.dispatch.contract.FastBackend`."""
-    found = conv_gradients(dy.float(), x.float(), weight, bias, activation == "silu", reverse, cu_seqlens)
-    dx, dweight, dbias = (copy_like(g, t) for g, t in zip(found, (x, weight, bias), strict=True))
-    assert dx is not None
-    assert dweight is not None
-    return dx, dweight, dbias
+def causal_conv1d_backward(arguments: CausalConv1d, dy: Tensor) -> CausalConv1d:
+    """See `vim_kernels.dispatch.contract`."""
+    x, weight, bias, cu_seqlens, activation, reverse = arguments
+    dx, dweight, dbias = conv_gradients(dy.float(), x.float(), weight, bias, activation == "silu", reverse, cu_seqlens)
+    return arguments._replace(x=copy_like(dx, x), weight=copy_like(dweight, weight), bias=copy_like(dbias, bias))
 
 
 def pre_activation(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, cu_seqlens: Tensor | None) -> Tensor:

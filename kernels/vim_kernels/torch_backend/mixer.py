@@ -4,32 +4,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vim_kernels.arguments import ScanWeights
+from vim_kernels.dispatch.contract import BidirectionalScan, ScanWeights
 from vim_kernels.torch_backend.conv import conv_gradients, pre_activation
 from vim_kernels.torch_backend.recurrence import empty_tile_states, scan_gradients, scan_tiles
 from vim_kernels.torch_backend.tensors import copy_like, silu_slope
 
 
-def bidirectional_scan_saved(
-    x: Tensor, z: Tensor | None, forward: ScanWeights, backward: ScanWeights, cu_seqlens: Tensor | None
-) -> list[Tensor]:
+def bidirectional_scan_saved(arguments: BidirectionalScan) -> list[Tensor]:
     """Empty tile states of both directions, float32: d n / 8 bytes per token."""
-    del z
-    return [empty_tile_states(x, weights.A_log, cu_seqlens) for weights in (forward, backward)]
+    x, _ = arguments.halves()
+    two = (arguments.forward, arguments.backward)
+    return [empty_tile_states(x, weights.A_log, arguments.cu_seqlens) for weights in two]
 
 
 def bidirectional_scan_forward(
-    x: Tensor,
-    z: Tensor | None,
-    forward: ScanWeights,
-    backward: ScanWeights,
-    cu_seqlens: Tensor | None,
-    save: bool,
-    overwrite: bool = False,
+    arguments: BidirectionalScan, save: bool, overwrite: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
-    """See `vim_kernels.dispatch.contract.FastBackend`."""
+    """See `vim_kernels.dispatch.contract`."""
     del overwrite
-    saved = bidirectional_scan_saved(x, z, forward, backward, cu_seqlens) if save else []
+    _, forward, backward, cu_seqlens, *_ = arguments
+    x, z = arguments.halves()
+    saved = bidirectional_scan_saved(arguments) if save else []
     total = torch.zeros_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
     for reverse, weights in enumerate((forward, backward)):
         u, low, B, C, raw = _project(x, weights, bool(reverse), cu_seqlens)
@@ -42,16 +37,10 @@ def bidirectional_scan_forward(
     return (total / 2).to(x.dtype), saved
 
 
-def bidirectional_scan_backward(
-    dout: Tensor,
-    x: Tensor,
-    z: Tensor | None,
-    forward: ScanWeights,
-    backward: ScanWeights,
-    cu_seqlens: Tensor | None,
-    saved: list[Tensor],
-) -> tuple[Tensor, Tensor | None, ScanWeights, ScanWeights]:
-    """See `vim_kernels.dispatch.contract.FastBackend`."""
+def bidirectional_scan_backward(arguments: BidirectionalScan, dout: Tensor, saved: list[Tensor]) -> BidirectionalScan:
+    """See `vim_kernels.dispatch.contract`."""
+    _, forward, backward, cu_seqlens, *_ = arguments
+    x, z = arguments.halves()
     dout = dout.float() / 2
     dscan = dout if z is None else dout * F.silu(z.float())
     total, dx, dweights = torch.zeros_like(dscan), torch.zeros_like(dscan), []
@@ -70,7 +59,7 @@ def bidirectional_scan_backward(
             du, x.float(), weights.conv_weight, weights.conv_bias, True, bool(reverse), cu_seqlens
         )
         dx += dpiece
-        found = ScanWeights(
+        gradients = ScanWeights(
             conv_weight=dconv,
             conv_bias=dbias,
             x_proj=dprojection.flatten(0, 1).t() @ u.flatten(0, 1),
@@ -79,9 +68,11 @@ def bidirectional_scan_backward(
             A_log=dA * A,
             D=(dscan * u).sum((0, 1)),
         )
-        dweights.append(ScanWeights(*(copy_like(g, w) for g, w in zip(found, weights, strict=True))))  # pyright: ignore
-    dz = None if z is None else (dout * total * silu_slope(z.float())).to(x.dtype)
-    return dx.to(x.dtype), dz, *dweights
+        dweights.append(ScanWeights(*(copy_like(g, w) for g, w in zip(gradients, weights, strict=True))))  # pyright: ignore
+    dxz = dx.to(x.dtype)
+    if z is not None:
+        dxz = torch.cat([dxz, (dout * total * silu_slope(z.float())).to(x.dtype)], dim=-1)
+    return arguments._replace(xz=dxz, forward=dweights[0], backward=dweights[1])
 
 
 def _project(

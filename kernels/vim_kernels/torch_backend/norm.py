@@ -3,18 +3,20 @@
 import torch
 from torch import Tensor
 
+from vim_kernels.dispatch.contract import AddRmsNorm
 
-def add_rms_norm_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """See `vim_kernels.dispatch.contract.FastBackend`."""
+
+def add_rms_norm_forward(arguments: AddRmsNorm) -> tuple[Tensor, Tensor]:
+    """See `vim_kernels.dispatch.contract`."""
+    x, residual, weight, eps = arguments
     total = x.float().clone() if residual is None else x.float() + residual
     rstd = torch.rsqrt(total.square().mean(-1, keepdim=True) + eps)
     return (total * rstd * weight.float()).to(x.dtype), total.contiguous()
 
 
-def add_rms_norm_backward(
-    dnormed: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """See `vim_kernels.dispatch.contract.FastBackend`."""
+def add_rms_norm_backward(arguments: AddRmsNorm, dnormed: Tensor, dtotal: Tensor | None) -> AddRmsNorm:
+    """See `vim_kernels.dispatch.contract`."""
+    total, _, weight, eps = arguments
     dnormed = dnormed.float()
     rstd = torch.rsqrt(total.square().mean(-1, keepdim=True) + eps)
     scaled = total * rstd
@@ -22,4 +24,4 @@ def add_rms_norm_backward(
     dsum = rstd * (pull - scaled * (pull * scaled).mean(-1, keepdim=True))
     if dtotal is not None:
         dsum += dtotal
-    return dsum, (dnormed * scaled).flatten(0, -2).sum(0).to(weight.dtype)
+    return AddRmsNorm(dsum, None, (dnormed * scaled).flatten(0, -2).sum(0).to(weight.dtype), eps)

@@ -4,34 +4,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vim_kernels.dispatch.contract import SelectiveScan
 from vim_kernels.torch_backend.recurrence import empty_tile_states, scan_gradients, scan_tiles
 from vim_kernels.torch_backend.tensors import copy_like, silu_slope
 
 
-def selective_scan_saved(x: Tensor, A: Tensor, cu_seqlens: Tensor | None, initial_state: Tensor | None) -> list[Tensor]:
+def selective_scan_saved(arguments: SelectiveScan) -> list[Tensor]:
     """Empty [states at the start of every tile], float32: d n / 16 bytes per token."""
-    del initial_state
-    return [empty_tile_states(x, A, cu_seqlens)]
+    return [empty_tile_states(arguments.x, arguments.A, arguments.cu_seqlens)]
 
 
-def selective_scan_forward(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    *,
-    dt_softplus: bool,
-    reverse: bool,
-    cu_seqlens: Tensor | None,
-    initial_state: Tensor | None,
-    save: bool,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """See `vim_kernels.dispatch.contract.FastBackend`."""
-    saved = selective_scan_saved(x, A, cu_seqlens, initial_state) if save else []
+def selective_scan_forward(arguments: SelectiveScan, save: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """See `vim_kernels.dispatch.contract`."""
+    x, dt, A, B, C, D, z, dt_bias, cu_seqlens, initial_state, dt_softplus, reverse = arguments
+    saved = selective_scan_saved(arguments) if save else []
     u, raw, A, B, C = (t.float() for t in (x, dt, A, B, C))
     step = _step_size(raw, dt_bias, dt_softplus)
     y, final = scan_tiles(u, step, A, B, C, reverse, cu_seqlens, initial_state, saved[0] if save else None)
@@ -43,24 +29,10 @@ def selective_scan_forward(
 
 
 def selective_scan_backward(
-    dy: Tensor,
-    dfinal_state: Tensor | None,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    *,
-    dt_softplus: bool,
-    reverse: bool,
-    cu_seqlens: Tensor | None,
-    initial_state: Tensor | None,
-    saved: list[Tensor],
-) -> tuple[Tensor | None, ...]:
-    """See `vim_kernels.dispatch.contract.FastBackend`."""
+    arguments: SelectiveScan, dy: Tensor, dfinal_state: Tensor | None, saved: list[Tensor]
+) -> SelectiveScan:
+    """See `vim_kernels.dispatch.contract`."""
+    x, dt, A, B, C, D, z, dt_bias, cu_seqlens, initial_state, dt_softplus, reverse = arguments
     u, raw, dy = x.float(), dt.float(), dy.float()
     step = _step_size(raw, dt_bias, dt_softplus)
     dscan = dy if z is None else dy * F.silu(z.float())
@@ -75,9 +47,17 @@ def selective_scan_backward(
     if z is not None:
         dz = dy * y * silu_slope(z.float())
     ddt = dstep * torch.sigmoid(raw if dt_bias is None else raw + dt_bias) if dt_softplus else dstep
-    found = (du, ddt, dA, dB, dC, dD, dz, ddt.sum((0, 1)), dinitial)
-    given = (x, dt, A, B, C, D, z, dt_bias, initial_state)
-    return tuple(copy_like(gradient, tensor) for gradient, tensor in zip(found, given, strict=True))
+    return arguments._replace(
+        x=copy_like(du, x),
+        dt=copy_like(ddt, dt),
+        A=copy_like(dA, A),
+        B=copy_like(dB, B),
+        C=copy_like(dC, C),
+        D=copy_like(dD, D),
+        z=copy_like(dz, z),
+        dt_bias=copy_like(ddt.sum((0, 1)), dt_bias),
+        initial_state=copy_like(dinitial, initial_state),
+    )
 
 
 def _step_size(raw: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:

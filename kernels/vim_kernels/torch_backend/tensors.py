@@ -10,8 +10,8 @@ def silu_slope(x: Tensor) -> Tensor:
     return s * (1 + x * (1 - s))
 
 
-def copy_like(gradient: Tensor | None, given: Tensor | None) -> Tensor | None:
-    """The gradient in the shape and dtype of what was given, in memory of its own; None if either is."""
-    if gradient is None or given is None:
+def copy_like(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
+    """The gradient in the shape and dtype of `like`, in memory of its own; None if either is."""
+    if gradient is None or like is None:
         return None
-    return torch.empty(given.shape, dtype=given.dtype, device=given.device).copy_(gradient)
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device).copy_(gradient)

@@ -1,6 +1,6 @@
 """Fast backend on Triton: NVIDIA and AMD devices, and CPU tensors under TRITON_INTERPRET=1 for tests.
 
-Implements `vim_kernels.dispatch.contract.FastBackend`.
+Implements `vim_kernels.dispatch.contract`.
 """
 
 import torch
@@ -8,29 +8,19 @@ import torch
 try:
     import triton
 
-    from vim_kernels.triton_backend.conv import causal_conv1d_backward as causal_conv1d_backward
-    from vim_kernels.triton_backend.conv import causal_conv1d_forward as causal_conv1d_forward
-    from vim_kernels.triton_backend.mixer import bidirectional_scan_backward as bidirectional_scan_backward
-    from vim_kernels.triton_backend.mixer import bidirectional_scan_forward as bidirectional_scan_forward
-    from vim_kernels.triton_backend.mixer import bidirectional_scan_saved as bidirectional_scan_saved
-    from vim_kernels.triton_backend.norm import add_rms_norm_backward as add_rms_norm_backward
-    from vim_kernels.triton_backend.norm import add_rms_norm_forward as add_rms_norm_forward
-    from vim_kernels.triton_backend.scan import selective_scan_backward as selective_scan_backward
-    from vim_kernels.triton_backend.scan import selective_scan_forward as selective_scan_forward
-    from vim_kernels.triton_backend.scan import selective_scan_saved as selective_scan_saved
     from vim_kernels.triton_backend.scan_forward import scan_forward_kernel
 
-    _missing = None
+    _import_error = None
     _interpreted = not isinstance(scan_forward_kernel, triton.JITFunction)
 except ImportError as error:
-    _missing = f"triton cannot be imported ({error}): pip install triton"
+    _import_error = f"triton cannot be imported ({error}): pip install triton"
     _interpreted = False
 
 
 def unavailable(device: torch.device) -> str | None:
     """Why the backend cannot run on `device`, or None."""
-    if _missing:
-        return _missing
+    if _import_error:
+        return _import_error
     if device.type == "cpu":
         return None if _interpreted else "Triton runs on CPU tensors only with TRITON_INTERPRET=1, for tests"
     if device.type != "cuda":

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from vim_kernels.dispatch.contract import CausalConv1d
 from vim_kernels.triton_backend import plan
 from vim_kernels.triton_backend.conv_backward import conv_backward_kernel
 from vim_kernels.triton_backend.conv_forward import conv_forward_kernel
@@ -11,10 +12,9 @@ from vim_kernels.triton_backend.plan import SUMMING_PROGRAMS, TILE, tokens_of
 from vim_kernels.triton_backend.tensors import copy_like, flat
 
 
-def causal_conv1d_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str | None, reverse: bool, cu_seqlens: Tensor | None
-) -> Tensor:
-    """(b, l, d) like x."""
+def causal_conv1d_forward(arguments: CausalConv1d) -> Tensor:
+    """See `vim_kernels.dispatch.contract`."""
+    x, weight, bias, cu_seqlens, activation, reverse = arguments
     out = x.new_empty(x.shape)
     if x.numel() == 0:
         return out
@@ -28,24 +28,18 @@ def causal_conv1d_forward(
     return out
 
 
-def causal_conv1d_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    activation: str | None,
-    reverse: bool,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of x, weight, bias."""
+def causal_conv1d_backward(arguments: CausalConv1d, dy: Tensor) -> CausalConv1d:
+    """See `vim_kernels.dispatch.contract`."""
+    x, weight, bias, cu_seqlens, activation, reverse = arguments
     if x.numel() == 0:
-        return torch.zeros_like(x), torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
+        dbias = None if bias is None else torch.zeros_like(bias)
+        return arguments._replace(x=torch.zeros_like(x), weight=torch.zeros_like(weight), bias=dbias)
     dx = x.new_empty(x.shape)
     biases = (bias.contiguous(),) if bias is not None else None
     dtaps = conv_backward(dy[None], x, (weight,), biases, dx, cu_seqlens, reverse=reverse, silu=activation == "silu")
     dtaps = dtaps[0].sum(0)
-    return dx, copy_like(dtaps[:-1].t(), weight), None if bias is None else copy_like(dtaps[-1], bias)
+    dbias = None if bias is None else copy_like(dtaps[-1], bias)
+    return arguments._replace(x=dx, weight=copy_like(dtaps[:-1].t(), weight), bias=dbias)
 
 
 def conv_backward(

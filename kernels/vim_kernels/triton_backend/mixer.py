@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vim_kernels.arguments import ScanWeights
+from vim_kernels.dispatch.contract import BidirectionalScan, ScanWeights
 from vim_kernels.triton_backend import plan
 from vim_kernels.triton_backend.conv import conv_backward
 from vim_kernels.triton_backend.conv_forward import mixer_conv_forward_kernel
@@ -60,59 +60,46 @@ class MixerInputs(NamedTuple):
         return ScanInputs(self.u, self.dt, self.bc, weights.rates, weights.skips, False)
 
 
-def bidirectional_scan_saved(
-    x: Tensor,
-    z: Tensor | None,
-    forward: ScanWeights,
-    backward: ScanWeights,
-    cu_seqlens: Tensor | None,
-    everything: bool = False,
-) -> list[Tensor]:
-    """[states (2, slots, n, d), the sum before the gate (b, l, d) if gated, `MixerInputs` if everything].
+def bidirectional_scan_saved(arguments: BidirectionalScan) -> list[Tensor]:
+    """[states (2, slots, n, d), the sum before the gate (b, l, d) if gated, `MixerInputs` if keep_inputs].
 
-    With n = 16 and 16-bit tokens 6 bytes a token and channel: 4 for the states, 2 for the sum; 8 more for everything.
+    With n = 16 and 16-bit tokens 6 bytes a token and channel: 4 for the states, 2 for the sum; 8 more for the inputs.
     """
-    del backward
-    d, n = forward.A_log.shape
-    tokens = tokens_of(x, cu_seqlens)
+    x, z = arguments.halves()
+    d, n = arguments.forward.A_log.shape
+    tokens = tokens_of(x, arguments.cu_seqlens)
     saved = [x.new_empty(2, tokens.slots(), _padded(n), d, dtype=plan.states_dtype(x))]
     if z is not None:
         saved.append(x.new_empty(x.shape))
-    if everything:
-        saved += [
-            t for t in MixerInputs.empty(x, _padded(n), _padded(forward.dt_proj.shape[1]), low=True) if t is not None
-        ]
+    if arguments.keep_inputs:
+        inputs = MixerInputs.empty(x, _padded(n), _padded(arguments.forward.dt_proj.shape[1]), low=True)
+        saved += [t for t in inputs if t is not None]
     return saved
 
 
 def bidirectional_scan_forward(
-    x: Tensor,
-    z: Tensor | None,
-    forward: ScanWeights,
-    backward: ScanWeights,
-    cu_seqlens: Tensor | None,
-    save: bool,
-    overwrite: bool = False,
-    everything: bool = False,
+    arguments: BidirectionalScan, save: bool, overwrite: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
     """Output (b, l, d) in the dtype of x, in its memory if overwrite, and what was saved.
 
-    With `everything` the backward need not make the scan's inputs again. Without `save` a large batch goes slice by
-    slice: the slices share the memory of what the scan reads.
+    Without `save` a large batch goes slice by slice: the slices share the memory of what the scan reads.
     """
+    _, forward, backward, cu_seqlens, *_ = arguments
+    x, z = arguments.halves()
     out = x if overwrite else x.new_empty(x.shape)
-    saved = bidirectional_scan_saved(x, z, forward, backward, cu_seqlens, everything) if save else []
+    saved = bidirectional_scan_saved(arguments) if save else []
+    keeps_inputs = save and arguments.keep_inputs
     if x.numel() == 0:
         return out, saved
-    ready = mixer_weights(x, forward, backward)
+    laid_out = mixer_weights(x, forward, backward)
     slices = 1 if save else plan.slices(tokens_of(x, cu_seqlens), x.shape[2], plan.processors(x.device))
     zs = [None] * slices if z is None else z.tensor_split(slices)
     for x_part, z_part, out_part in zip(x.tensor_split(slices), zs, out.tensor_split(slices), strict=True):
         tokens = tokens_of(x_part, cu_seqlens)
-        inputs = MixerInputs(*saved[-4:]) if everything else MixerInputs.empty(x_part, *ready.padded, low=False)
-        mixer_inputs(x_part, ready, tokens, inputs)
+        inputs = MixerInputs(*saved[-4:]) if keeps_inputs else MixerInputs.empty(x_part, *laid_out.padded, low=False)
+        mixer_inputs(x_part, laid_out, tokens, inputs)
         scan_forward(
-            inputs.scan(ready),
+            inputs.scan(laid_out),
             None if z_part is None else flat(z_part),
             flat(out_part),
             tokens,
@@ -125,37 +112,34 @@ def bidirectional_scan_forward(
     return out, saved
 
 
-def bidirectional_scan_backward(
-    dout: Tensor,
-    x: Tensor,
-    z: Tensor | None,
-    forward: ScanWeights,
-    backward: ScanWeights,
-    cu_seqlens: Tensor | None,
-    saved: list[Tensor],
-) -> tuple[Tensor, Tensor | None, ScanWeights, ScanWeights]:
-    """Gradients (dx, dz, forward, backward); dx and dz are halves of one (b, l, 2 d) buffer."""
+def bidirectional_scan_backward(arguments: BidirectionalScan, dout: Tensor, saved: list[Tensor]) -> BidirectionalScan:
+    """See `vim_kernels.dispatch.contract`."""
+    _, forward, backward, cu_seqlens, *_ = arguments
+    x, z = arguments.halves()
     b, l, d = x.shape
     dxz = x.new_empty(b, l, d if z is None else 2 * d)
     dx, dz = dxz[..., :d], None if z is None else dxz[..., d:]
     if x.numel() == 0:
-        return dx, dz, _zeros(forward), _zeros(backward)
+        return arguments._replace(xz=dxz, forward=_zeros(forward), backward=_zeros(backward))
     tokens = tokens_of(x, cu_seqlens)
-    ready = mixer_weights(x, forward, backward)
-    inputs = MixerInputs(*saved[-4:]) if len(saved) > 2 else MixerInputs.empty(x, *ready.padded, low=True)
-    if len(saved) <= 2:
-        mixer_inputs(x, ready, tokens, inputs)
+    laid_out = mixer_weights(x, forward, backward)
+    if arguments.keep_inputs:
+        inputs = MixerInputs(*saved[-4:])
+    else:
+        inputs = MixerInputs.empty(x, *laid_out.padded, low=True)
+        mixer_inputs(x, laid_out, tokens, inputs)
     gate = Gate(0.5)
     if z is not None and dz is not None:
         gate = Gate(0.5, flat(z), flat(saved[1]), flat(dz))
-    found = scan_backward(
-        inputs.scan(ready), flat(dout), tokens,
+    grads = scan_backward(
+        inputs.scan(laid_out), flat(dout), tokens,
         gate=gate, states=saved[0], dfinal=None, softplus=True, want_initial=False,
     )  # fmt: skip
-    dprojections = projections_backward(found, inputs, ready)
+    dprojections = projections_backward(grads, inputs, laid_out)
     taps, biases = (forward.conv_weight, backward.conv_weight), _conv_biases(forward, backward)
-    dtaps = conv_backward(found.u, x, taps, biases, dx, cu_seqlens, reverse=False, silu=True)
-    return dx, dz, *_gradients(forward, backward, dprojections, found, dtaps, ready)
+    dtaps = conv_backward(grads.u, x, taps, biases, dx, cu_seqlens, reverse=False, silu=True)
+    dforward, dbackward = _gradients(forward, backward, dprojections, grads, dtaps, laid_out)
+    return arguments._replace(xz=dxz, forward=dforward, backward=dbackward)
 
 
 def mixer_weights(x: Tensor, forward: ScanWeights, backward: ScanWeights) -> MixerWeights:
@@ -199,8 +183,8 @@ def mixer_inputs(x: Tensor, weights: MixerWeights, tokens: Tokens, inputs: Mixer
     )  # fmt: skip
 
 
-def projections_backward(found: ScanGradients, inputs: MixerInputs, weights: MixerWeights) -> Tensor:
-    """The path through x_proj, added to found.u in place, and the gradients of x_proj and dt_proj in partial sums.
+def projections_backward(grads: ScanGradients, inputs: MixerInputs, weights: MixerWeights) -> Tensor:
+    """The path through x_proj, added to grads.u in place, and the gradients of x_proj and dt_proj in partial sums.
 
     These are (2, programs, 2 n' + 2 r', d) float32 for n' states and a rank of r', padded: the rows of B, C and the low
     rank of x_proj, and dt_proj transposed.
@@ -208,13 +192,13 @@ def projections_backward(found: ScanGradients, inputs: MixerInputs, weights: Mix
     u, low = inputs.u, inputs.low
     assert low is not None
     _, rows, d = u.shape
-    _, parts, _, pair = found.bc.shape
+    _, parts, _, pair = grads.bc.shape
     rank, states, target = weights.rank, pair // 2, plan.target(u.device)
     dot = {"DOT": plan.dot_dtype(u), "PRECISION": "ieee"}
     dprojected = u.new_empty(2, rows, pair + rank)
     sizes = plan.PROJECTIONS_BACKWARD[target]
     launch(projections_backward_kernel, (cdiv(rows, sizes.rows), 2),
-        found.dt, found.bc, weights.projections, found.u, dprojected, rows, d, parts, rows * pair, rows * d,
+        grads.dt, grads.bc, weights.projections, grads.u, dprojected, rows, d, parts, rows * pair, rows * d,
         STATES=states, RANK_BLOCK=rank, COLUMNS=weights.projections.shape[2], ROWS=sizes.rows, BLOCK=sizes.block,
         AHEAD=plan.PARTS_AHEAD, EVEN=d % sizes.block == 0, **dot, num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip
@@ -222,7 +206,7 @@ def projections_backward(found: ScanGradients, inputs: MixerInputs, weights: Mix
     programs = min(plan.PROJECTION_PROGRAMS, cdiv(rows, sizes.rows))
     partial = u.new_empty(2, programs, pair + 2 * rank, d, dtype=torch.float32)
     launch(projection_sums_kernel, (cdiv(d, sizes.block), programs, 2),
-        u, found.dt, dprojected, low, partial, rows, d, rows * d,
+        u, grads.dt, dprojected, low, partial, rows, d, rows * d,
         STATES=states, RANK_BLOCK=rank, ROWS=sizes.rows, BLOCK=sizes.block, EVEN=d % sizes.block == 0, **dot,
         num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip
@@ -233,7 +217,7 @@ def _gradients(
     forward: ScanWeights,
     backward: ScanWeights,
     dprojections: Tensor,
-    found: ScanGradients,
+    grads: ScanGradients,
     dtaps: Tensor,
     weights: MixerWeights,
 ) -> tuple[ScanWeights, ScanWeights]:
@@ -246,8 +230,8 @@ def _gradients(
     filled = [t for name in ("x_proj", "dt_proj", "dt_bias", "A_log", "D") for t in (getattr(g, name) for g in two)]
     sizes = plan.GRADIENTS
     launch(mixer_gradients_kernel, (cdiv(d, sizes.block), 2 * rank + 3 * n + 3 + width, 2),
-        dprojections, found.rates, found.sums, dtaps, weights.rates, *(t.conv_weight for t in two), *biases, *filled,
-        d, dprojections.shape[1], found.rates.shape[1], dtaps.shape[1],
+        dprojections, grads.rates, grads.sums, dtaps, weights.rates, *(t.conv_weight for t in two), *biases, *filled,
+        d, dprojections.shape[1], grads.rates.shape[1], dtaps.shape[1],
         N=n, STATES=states, WIDTH=width, RANK=rank, RANK_BLOCK=weights.rank, PARTS=sizes.rows, BLOCK=sizes.block,
         num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip

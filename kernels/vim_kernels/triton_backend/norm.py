@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from vim_kernels.dispatch.contract import AddRmsNorm
 from vim_kernels.triton_backend.launch import cdiv, launch, power_of_two
 from vim_kernels.triton_backend.norm_backward import add_rms_norm_backward_kernel
 from vim_kernels.triton_backend.norm_forward import add_rms_norm_forward_kernel
@@ -11,8 +12,9 @@ from vim_kernels.triton_backend.plan import SUMMING_PROGRAMS
 NORM_ELEMENTS = 4096
 
 
-def add_rms_norm_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Normed like x; residual + x, float32."""
+def add_rms_norm_forward(arguments: AddRmsNorm) -> tuple[Tensor, Tensor]:
+    """See `vim_kernels.dispatch.contract`."""
+    x, residual, weight, eps = arguments
     x = x.contiguous()
     channels = x.shape[-1]
     rows = x.numel() // max(channels, 1)
@@ -28,14 +30,13 @@ def add_rms_norm_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps
     return normed, total
 
 
-def add_rms_norm_backward(
-    dnormed: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the sum (float32; of x and of residual alike) and of weight."""
+def add_rms_norm_backward(arguments: AddRmsNorm, dnormed: Tensor, dtotal: Tensor | None) -> AddRmsNorm:
+    """See `vim_kernels.dispatch.contract`."""
+    total, _, weight, eps = arguments
     channels = total.shape[-1]
     rows = total.numel() // max(channels, 1)
     if rows == 0:
-        return torch.zeros_like(total), torch.zeros_like(weight)
+        return AddRmsNorm(torch.zeros_like(total), None, torch.zeros_like(weight), eps)
     tile = _norm_tile(channels)
     blocks = cdiv(rows, tile["ROWS"])
     programs = max(1, min(SUMMING_PROGRAMS, blocks))
@@ -45,7 +46,7 @@ def add_rms_norm_backward(
         dnormed, dtotal if dtotal is not None else dnormed, total, weight.contiguous(), dsum, partial, rows, channels,
         eps, cdiv(blocks, programs), HAS_DTOTAL=dtotal is not None, **tile,
     )  # fmt: skip
-    return dsum, partial.sum(0).to(weight.dtype)
+    return AddRmsNorm(dsum, None, partial.sum(0).to(weight.dtype), eps)
 
 
 def _norm_tile(channels: int) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """How a scan is cut into programs: sequences, chunks, blocks of channels, and the tuned sizes that ship.
 
-Nothing is tuned at run time. The sizes were measured on the devices named in docs/kernels.md.
+Nothing is tuned at run time. The sizes were measured: docs/log-kernels.md.
 """
 
 import functools
@@ -210,8 +210,8 @@ def slices(tokens: Tokens, channels: int, processors: int) -> int:
     if tokens.packed or not processors:
         return 1
     warps = 2 * cdiv(channels, 32) * tokens.sequences
-    wanted = SLICE_WARPS // 2 if is_tight() else SLICE_WARPS
-    return max(1, min(warps // (wanted * processors), tokens.rows // SLICE_ROWS, tokens.sequences))
+    warps_per_slice = SLICE_WARPS // 2 if is_tight() else SLICE_WARPS
+    return max(1, min(warps // (warps_per_slice * processors), tokens.rows // SLICE_ROWS, tokens.sequences))
 
 
 def tiled_forward(warps: int, processors: int) -> TiledSizes:

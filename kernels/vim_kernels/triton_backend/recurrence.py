@@ -193,10 +193,10 @@ def scan_backward(
             GATE=gate.z is not None, SCALE=gate.scale, GROUP=by_tile.step, **layouts, **options,
         )  # fmt: skip
     else:
-        kept = cdiv(tokens.interval, core.group) * n * block
-        scratch = dy.new_empty(q * chunks.total * blocks * kept, dtype=torch.float32)
+        scratch_stride = cdiv(tokens.interval, core.group) * n * block
+        scratch = dy.new_empty(q * chunks.total * blocks * scratch_stride, dtype=torch.float32)
         launch(scan_backward_kernel, (blocks, chunks.total, q),
-            *tensors, scratch, kept, **flags, GROUP=core.group, **options,
+            *tensors, scratch, scratch_stride, **flags, GROUP=core.group, **options,
         )  # fmt: skip
     return ScanGradients(du, ddt, dbc, drates, sums, initial)
 

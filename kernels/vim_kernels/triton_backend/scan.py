@@ -4,44 +4,31 @@ import torch
 from torch import Tensor
 
 from vim_kernels.constants import LOG2E
+from vim_kernels.dispatch.contract import SelectiveScan
 from vim_kernels.triton_backend.launch import power_of_two
 from vim_kernels.triton_backend.plan import states_dtype, tokens_of
 from vim_kernels.triton_backend.recurrence import Gate, ScanInputs, scan_backward, scan_forward, softplus
 from vim_kernels.triton_backend.tensors import copy_like, flat
 
 
-def selective_scan_saved(x: Tensor, A: Tensor, cu_seqlens: Tensor | None, initial_state: Tensor | None) -> list[Tensor]:
+def selective_scan_saved(arguments: SelectiveScan) -> list[Tensor]:
     """[states (1, slots, n, d)]: n / 8 bytes a token and channel."""
-    del initial_state
-    slots = tokens_of(x, cu_seqlens).slots()
-    return [x.new_empty(1, slots, power_of_two(A.shape[1]), A.shape[0], dtype=states_dtype(x))]
+    x, (d, n) = arguments.x, arguments.A.shape
+    slots = tokens_of(x, arguments.cu_seqlens).slots()
+    return [x.new_empty(1, slots, power_of_two(n), d, dtype=states_dtype(x))]
 
 
-def selective_scan_forward(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    *,
-    dt_softplus: bool,
-    reverse: bool,
-    cu_seqlens: Tensor | None,
-    initial_state: Tensor | None,
-    save: bool,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+def selective_scan_forward(arguments: SelectiveScan, save: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Output like x, final state (s, d, n) float32, and what was saved."""
-    tokens = tokens_of(x, cu_seqlens)
+    x, A, z, initial_state = arguments.x, arguments.A, arguments.z, arguments.initial_state
+    tokens = tokens_of(x, arguments.cu_seqlens)
     n = A.shape[1]
     y = x.new_empty(x.shape)
-    saved = selective_scan_saved(x, A, cu_seqlens, initial_state) if save else []
+    saved = selective_scan_saved(arguments) if save else []
     if x.numel() == 0:
         state = x.new_zeros(tokens.sequences, *A.shape, dtype=torch.float32)
         return y, state if initial_state is None else copy_like(initial_state, state), saved
-    inputs = _scan_inputs(x, dt, A, B, C, D, dt_bias, dt_softplus, reverse)
+    inputs = _scan_inputs(arguments)
     final = scan_forward(
         inputs,
         None if z is None else flat(z),
@@ -58,29 +45,15 @@ def selective_scan_forward(
 
 
 def selective_scan_backward(
-    dy: Tensor,
-    dfinal_state: Tensor | None,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    *,
-    dt_softplus: bool,
-    reverse: bool,
-    cu_seqlens: Tensor | None,
-    initial_state: Tensor | None,
-    saved: list[Tensor],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of x, dt, A, B, C, D, z, dt_bias, initial_state."""
+    arguments: SelectiveScan, dy: Tensor, dfinal_state: Tensor | None, saved: list[Tensor]
+) -> SelectiveScan:
+    """See `vim_kernels.dispatch.contract`."""
+    x, dt, A, B, C, D, z, dt_bias, cu_seqlens, initial_state, dt_softplus, _ = arguments
     if x.numel() == 0:
-        return _no_gradients(dfinal_state, x, dt, A, B, C, D, z, dt_bias, initial_state)
+        return _no_gradients(arguments, dfinal_state)
     tokens = tokens_of(x, cu_seqlens)
     n = A.shape[1]
-    inputs = _scan_inputs(x, dt, A, B, C, D, dt_bias, dt_softplus, reverse)
+    inputs = _scan_inputs(arguments)
     initial = _inside(initial_state, inputs)
     gate = Gate(1.0)
     if z is not None:
@@ -91,7 +64,7 @@ def selective_scan_backward(
             scale=1.0, states=None, ungated=None, initial=initial, want_final=False,
         )  # fmt: skip
         gate = Gate(1.0, flat(z), flat(ungated), flat(torch.empty_like(dy)))
-    found = scan_backward(
+    grads = scan_backward(
         inputs,
         flat(dy),
         tokens,
@@ -101,34 +74,26 @@ def selective_scan_backward(
         softplus=dt_softplus,
         want_initial=initial_state is not None,
     )
-    ddt, dbc, drates, (dskip, dt_sum) = found.dt[0], found.bc[0].sum(0), found.rates[0].sum(0), found.sums[0].sum(0)
+    ddt, dbc, drates, (dskip, dt_sum) = grads.dt[0], grads.bc[0].sum(0), grads.rates[0].sum(0), grads.sums[0].sum(0)
     states = inputs.rates.shape[1]
-    return (
-        found.u.view(x.shape),
-        ddt.to(dt.dtype).view(dt.shape),
-        drates[:n].t().to(A.dtype).contiguous(),
-        copy_like(dbc[:, :n], B),
-        copy_like(dbc[:, states : states + n], C),
-        None if D is None else copy_like(dskip, D),
-        None if gate.dz is None else gate.dz.view(x.shape),
-        None if dt_bias is None else copy_like(dt_sum, dt_bias),
-        None
-        if initial_state is None or found.initial is None
-        else found.initial[0, :, :n].transpose(1, 2).to(initial_state.dtype).contiguous(),
+    dinitial = None
+    if initial_state is not None and grads.initial is not None:
+        dinitial = grads.initial[0, :, :n].transpose(1, 2).to(initial_state.dtype).contiguous()
+    return arguments._replace(
+        x=grads.u.view(x.shape),
+        dt=ddt.to(dt.dtype).view(dt.shape),
+        A=drates[:n].t().to(A.dtype).contiguous(),
+        B=copy_like(dbc[:, :n], B),
+        C=copy_like(dbc[:, states : states + n], C),
+        D=None if D is None else copy_like(dskip, D),
+        z=None if gate.dz is None else gate.dz.view(x.shape),
+        dt_bias=None if dt_bias is None else copy_like(dt_sum, dt_bias),
+        initial_state=dinitial,
     )
 
 
-def _scan_inputs(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    reverse: bool,
-) -> ScanInputs:
+def _scan_inputs(arguments: SelectiveScan) -> ScanInputs:
+    x, dt, A, B, C, D, _, dt_bias, _, _, dt_softplus, reverse = arguments
     d, n = A.shape
     states = power_of_two(n)
     rows = x.shape[0] * x.shape[1]
@@ -139,9 +104,9 @@ def _scan_inputs(
     bc[0, :, states : states + n] = C.reshape(rows, n)
     steps = flat(dt)
     plain = dt_bias is None and not dt_softplus
-    dt_ready = steps.contiguous() if plain else softplus(steps, dt_bias, apply=dt_softplus)
+    dt_after = steps.contiguous() if plain else softplus(steps, dt_bias, apply=dt_softplus)
     return ScanInputs(
-        flat(x).contiguous()[None], dt_ready[None], bc, rates, None if D is None else (D.contiguous(),), reverse
+        flat(x).contiguous()[None], dt_after[None], bc, rates, None if D is None else (D.contiguous(),), reverse
     )
 
 
@@ -155,9 +120,9 @@ def _inside(state: Tensor | None, inputs: ScanInputs) -> Tensor | None:
     return padded
 
 
-def _no_gradients(dfinal_state: Tensor | None, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _no_gradients(arguments: SelectiveScan, dfinal_state: Tensor | None) -> SelectiveScan:
     """Of a scan over no tokens, whose final state is its initial one."""
-    *gradients, dinitial = (None if t is None else t.new_zeros(t.shape) for t in tensors)
-    if dinitial is not None and dfinal_state is not None:
-        dinitial.copy_(dfinal_state)
-    return (*gradients, dinitial)
+    zeros = arguments._make(t.new_zeros(t.shape) if isinstance(t, Tensor) else t for t in arguments)
+    if zeros.initial_state is not None and dfinal_state is not None:
+        zeros.initial_state.copy_(dfinal_state)
+    return zeros

@@ -1,0 +1,40 @@
+"""Classes of pictures by a trained classifier."""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from finetune.classification.evaluate import draw_predictions
+from finetune.classification.model import Classifier
+from finetune.classification.transforms import evaluation_transform
+from finetune.task import Prediction, Predictor
+from vim_backbone.preprocessing import to_pixels
+
+
+class ClassificationPredictor(Predictor):
+    """The best five classes of each picture."""
+
+    def new_model(self) -> Classifier:
+        """The classifier with fresh weights."""
+        return Classifier(self.config)
+
+    def predict(self, images: list[Image.Image], drawings: list[Path]) -> list[Prediction]:
+        """`class`, and `best`: the five best with their shares."""
+        transform = evaluation_transform(self.config.img_size, self.description["crop_pct"])
+        batch = torch.stack([transform(image) for image in images]).to(self.device)
+        predictions = []
+        for picture, shares, path in zip(batch, self.model(batch).float().softmax(1).cpu(), drawings, strict=True):
+            top = shares.topk(min(5, len(self.classes)))
+            best = [
+                {"class": self.classes[k], "share": share}
+                for share, k in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+            ]
+            pixels = to_pixels(picture[None])[0].permute(1, 2, 0).cpu().numpy()
+            draw_predictions(path, [(pixels, None, shares)], self.classes)
+            predictions.append({"class": best[0]["class"], "best": best})
+        return predictions
+
+    def in_words(self, prediction: Prediction) -> str:
+        """Classes with their shares."""
+        return ", ".join(f"{guess['class']} {100 * guess['share']:.0f} %" for guess in prediction["best"])

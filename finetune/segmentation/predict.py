@@ -1,0 +1,42 @@
+"""Maps of labels by a trained segmenter."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from finetune.segmentation.config import SegmentationHead, TestConfig
+from finetune.segmentation.data import to_test_size
+from finetune.segmentation.evaluate import draw_overlays
+from finetune.segmentation.model import Segmenter, resize
+from finetune.segmentation.windows import windows_of
+from finetune.task import Prediction, Predictor
+from vim_backbone.preprocessing import to_model
+
+
+class SegmentationPredictor(Predictor):
+    """A class for each pixel."""
+
+    def new_model(self) -> Segmenter:
+        """The segmenter with fresh weights."""
+        return Segmenter(self.config, SegmentationHead(**self.description["head"]), len(self.classes))
+
+    def predict(self, images: list[Image.Image], drawings: list[Path]) -> list[Prediction]:
+        """`labels`: file of the map, labels as in the training data; `shares` of the pixels by class."""
+        windows = windows_of(self.config, TestConfig(**self.description["test"]))
+        first = int(self.description["zero_is_ignored"])
+        predictions = []
+        for image, path in zip(images, drawings, strict=True):  # one by one, because sizes differ
+            logits = windows.logits(self.model, to_model(to_test_size(image, self.config.img_size)[None], self.device))
+            labels = resize(logits, (image.height, image.width)).argmax(1)[0].cpu().numpy()
+            draw_overlays(path, [(np.asarray(image) / 255, None, labels)], self.classes)
+            file = path.with_name(f"{path.stem}_labels.png")
+            Image.fromarray((labels + first).astype(np.uint8)).save(file)
+            counts = np.bincount(labels.ravel(), minlength=len(self.classes)) / labels.size
+            shares = {self.classes[k]: float(counts[k]) for k in np.argsort(-counts) if counts[k]}
+            predictions.append({"labels": file.name, "shares": shares})
+        return predictions
+
+    def in_words(self, prediction: Prediction) -> str:
+        """The five largest classes."""
+        return ", ".join(f"{name} {100 * share:.0f} %" for name, share in list(prediction["shares"].items())[:5])

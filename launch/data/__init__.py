@@ -1,0 +1,1 @@
+"""How pictures are found, read, ordered and handed to processes."""

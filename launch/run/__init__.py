@@ -1,0 +1,1 @@
+"""The life of a run: command line, folder, strategy, steps, signals, metrics."""

@@ -1,0 +1,125 @@
+"""The command line: a typed config from a YAML file and overrides, and errors as one line with exit code 2."""
+
+import errno
+import multiprocessing
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+
+import torch
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from launch.run.accelerator import SilentError
+from launch.run.config import field_types
+from launch.run.signals import Stopped
+from vim_backbone.errors import UserError, nearest
+from vim_backbone.files import explain
+
+Config = TypeVar("Config")
+SILENT_SECONDS = 3
+"""What a process that keeps silent about an error waits for the one that prints it."""
+
+
+def parse(config_class: type[Config], argv: list[str], prog: str, description: str) -> Config:
+    """The config from `--config FILE.yaml` and `--dotted.field VALUE` overrides; `--resume` alone means true.
+
+    Raises UserError for a field that does not exist, a wrong type, or a file that cannot be read.
+    """
+    assert is_dataclass(config_class)
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of the fields below")
+    parser.add_class_arguments(config_class, None)
+    try:
+        parsed = parser.parse_args(_spell_out_flags(config_class, argv))
+        values = parser.instantiate(parsed)
+        return config_class(**{f.name: values[f.name] for f in fields(config_class)})
+    except ArgumentError as error:
+        raise UserError(_one_line(str(error), config_class)) from error
+
+
+def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
+    """Call `main`; print a user's error as one line.
+
+    Returns the exit code: 0, 2 for a user's error, 128 + signal when stopped, 1 for a lost process.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        main(argv)
+    except UserError as error:
+        if "--debug" in argv:
+            raise
+        if isinstance(error, SilentError):
+            time.sleep(SILENT_SECONDS)  # the launcher ends all when one ends, the one that prints among them
+        else:
+            _print_error(f"error: {error}")
+        return 2
+    except Stopped as stopped:
+        if not stopped.quiet:
+            _print_error(str(stopped))
+        return 128 + stopped.signal
+    except (RuntimeError, OSError) as error:
+        line = _known_fault(error)
+        if line is None or "--debug" in argv:
+            raise
+        _print_error(f"error: {line}")
+        sys.stderr.flush()
+        os._exit(1)  # what is left of the process group would wait for the lost process
+    return 0
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with this exit code; one of several does so without the interpreter's teardown.
+
+    In the teardown threads of the process group at times abort (`terminate called without an active exception`, PyTorch
+    2.15 with gloo), and the launcher then takes a run that has done and saved everything for a failed one.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        sys.exit(code)
+    for child in multiprocessing.active_children():
+        child.terminate()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _known_fault(error: Exception) -> str | None:
+    """A fault of the machine as one line, None for anything else."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{explain(error)}; then --resume goes on from the newest checkpoint"
+    lost = ("closed by peer", "reset by peer", "Connection refused", "Broken pipe", "gloo/transport", "NCCL error")
+    if isinstance(error, torch.distributed.DistError) or any(words in text for words in lost):
+        rank = os.environ.get("RANK", "0")
+        return f"process {rank} lost another one of the run ({text[:160]}); --resume goes on from the newest checkpoint"
+    return None
+
+
+def _spell_out_flags(config_class: type, argv: list[str]) -> list[str]:
+    hints = get_type_hints(config_class)
+    flags = {f"--{name}" for name, hint in hints.items() if hint is bool or bool in get_args(hint)}
+    spelled = []
+    for here, after in zip(argv, [*argv[1:], "--"], strict=True):
+        spelled.append(f"{here}=true" if here in flags and after.startswith("--") else here)
+    return spelled
+
+
+def _one_line(message: str, config_class: type) -> str:
+    """Jsonargparse's message of several lines as one of ours."""
+    text = " ".join(message.split())
+    unknown = re.search(r"unrecognized arguments: --([\w.\-]+)", text) or re.search(r"'([\w.]+)' is not accepted", text)
+    types = field_types(config_class)
+    if unknown:
+        return f"no such field: {unknown[1]}; {nearest(unknown[1], types)} (--help explains all)"
+    wrong = re.search(r'Parser key "([\w.]+)":.*(?:Got|Given) value: (.*)$', text)
+    if wrong and wrong[1] in types:
+        return f"{wrong[1]} is {wrong[2]}: it must be {types[wrong[1]]}"
+    return text.replace("Parser key ", "field ")
+
+
+def _print_error(line: str) -> Any:
+    print(line, file=sys.stderr, flush=True)  # noqa: T201 - command line

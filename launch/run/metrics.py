@@ -1,0 +1,139 @@
+"""What a run reports while it goes: metrics.jsonl, trackers, and a progress bar or plain lines on the main process."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+import numpy as np
+import psutil
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from launch.run.config import RunConfig, plain
+
+Item = TypeVar("Item")
+
+METRICS = "metrics.jsonl"
+PLAIN_LINE_SECONDS = 10.0
+
+
+class RunLog:
+    """Metrics and progress of one run; silent on all processes but the main one."""
+
+    def __init__(self, config: RunConfig, accelerator: Accelerator, total_steps: int, start_step: int) -> None:
+        self.accelerator = accelerator
+        self.active = accelerator.is_main_process
+        self.total_steps = total_steps
+        self.console = Console(stderr=True, quiet=not self.active, highlight=False, soft_wrap=True)
+        self._file = config.folder / METRICS
+        if self.active:
+            forget_after(self._file, start_step)
+        accelerator.init_trackers("tracking", config={"config": json.dumps(plain(config))})
+        self._bar = Progress(
+            TextColumn("[bold]step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[shown]}"),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            console=self.console, disable=not (self.active and sys.stderr.isatty()),
+        )  # fmt: skip
+        self._task = self._bar.add_task("train", total=total_steps, completed=start_step, status="")
+        self._started = self._last_line = time.monotonic()
+        self._start_step = start_step
+
+    def __enter__(self) -> "RunLog":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+        self.accelerator.end_training()
+
+    def say(self, line: str) -> None:
+        """Print one line above the progress bar, on the main process."""
+        self.console.print(line, markup=False)
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Write one row to metrics.jsonl and the trackers."""
+        if self.active:
+            with open(self._file, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step} | values) + "\n")
+        self.accelerator.log(values, step=step)
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Show a picture file in the trackers that take pictures."""
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                with Image.open(path) as image:
+                    pixels = np.asarray(image.convert("RGB"))
+                tracker.log_images({name: pixels[None]}, step=step, dataformats="NHWC")  # pyright: ignore[reportAttributeAccessIssue]
+
+    def progress(self, step: int, latest: dict[str, float]) -> None:
+        """Move the bar, with the latest metrics beside it; without a terminal, print a line now and then."""
+        status = f"loss {latest['loss']:.4f}  {latest['images_per_second']:.1f} images/s" if latest else ""
+        self._bar.update(self._task, completed=step, status=status)
+        now = time.monotonic()
+        if (
+            self.active
+            and self._bar.disable
+            and (now - self._last_line > PLAIN_LINE_SECONDS or step == self.total_steps)
+        ):
+            self._last_line = now
+            remaining = (now - self._started) / max(1, step - self._start_step) * (self.total_steps - step)
+            self.say(f"step {step}/{self.total_steps}  {status}  about {remaining:.0f} s left")
+
+
+class Throughput:
+    """Rates since they were last read: images and tokens a second over all processes, and the share spent waiting."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self.images, self.tokens, self.waited, self.since = 0, 0, 0.0, time.perf_counter()
+
+    def waiting(self, batches: Iterator[Item]) -> Item:
+        """The next batch, its time noted as waiting."""
+        start = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - start
+        return batch
+
+    def read(self) -> dict[str, float]:
+        """images_per_second, tokens_per_second, data_wait_share."""
+        seconds = time.perf_counter() - self.since
+        rates = {
+            "images_per_second": self.images / seconds,
+            "tokens_per_second": self.tokens / seconds,
+            "data_wait_share": self.waited / seconds,
+        }
+        self._reset()
+        return rates
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Drop rows of a metrics file that come after `step`, so that a resumed run writes none twice."""
+    if not path.exists():
+        return
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # half a line, from a run that was killed while it wrote
+        if row["step"] <= step:
+            rows.append(line + "\n")
+    path.write_text("".join(rows), encoding="utf-8")
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory in GB (1e9 bytes): of the GPU's allocator, else the process's resident memory now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return psutil.Process().memory_info().rss / 1e9

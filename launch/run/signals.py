@@ -1,0 +1,72 @@
+"""Interrupts: a run that must stop finishes its step, saves, and leaves with the signal's exit code."""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""SIGUSR1 is what SLURM is asked to send ahead of the time limit, because launchers leave it to the processes."""
+SAME_REQUEST_SECONDS = 1.0
+
+
+class Stopped(Exception):  # noqa: N818 - it is no error
+    """The run ended early because of a signal, with everything saved."""
+
+    def __init__(self, signal_number: int, message: str, quiet: bool = False) -> None:
+        super().__init__(message)
+        self.signal = signal_number
+        self.quiet = quiet
+        """Another process informs the user."""
+
+
+class StopRequest:
+    """Which signal asked the run to stop, if any."""
+
+    received: int | None = None
+    _since = 0.0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Note the signal; a second Ctrl-C ends the process at once.
+
+        The terminal, the launcher and the scheduler may each send the same request, so that only a later one counts.
+        """
+        del frame
+        if self.received is None:
+            self.received, self._since = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._since > SAME_REQUEST_SECONDS:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Catch Ctrl-C, SIGTERM and SIGUSR1 inside the block; in a thread, where Python lets none be caught, do nothing."""
+    request = StopRequest()
+    if not in_main_thread():
+        yield request
+        return
+    before = {number: signal.signal(number, request) for number in STOPPING}
+    stop_with_launcher()
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def in_main_thread() -> bool:
+    """Whether signal handlers can be set here; a trial of Ray runs in another thread."""
+    return threading.current_thread() is threading.main_thread()
+
+
+def stop_with_launcher() -> None:
+    """Ask Linux to send SIGTERM when the launcher that started this process dies, so that no run is orphaned."""
+    launched = any(name.startswith("ACCELERATE_") for name in os.environ)
+    if launched and sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)

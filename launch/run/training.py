@@ -1,0 +1,276 @@
+"""The life of a run on any strategy: resume, step, check, save, stop. What is trained is the caller's matter.
+
+A caller's loop:
+
+    with start_training(config, accelerator, total_steps, checkpoint, build, optimizer_of, unit=Block, ...) as training:
+        for step in training.steps():
+            for part in training.parts():
+                batch = next(batches)
+                with part:
+                    training.backward(training.model(batch))
+            training.update(rate, names)
+"""
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from launch.run.accelerator import SilentError, configure_zero, fit_buffers, on_main
+from launch.run.config import RunConfig
+from launch.run.folder import CHECKPOINTS
+from launch.run.guard import Guard, take_only
+from launch.run.optim import set_learning_rate
+from launch.run.signals import Stopped, StopRequest, stop_requests
+from launch.run.watchdog import Watchdog
+from launch.state.checkpoint import Checkpoint, TrainState, snapshot
+from launch.state.sharding import WeightAverage, build_sharded, whole_tensors, zero_stage
+from launch.state.writer import CheckpointWriter
+from vim_backbone.errors import UserError
+
+BAD_STEPS = "bad_steps.jsonl"
+
+
+@contextmanager
+def start_training(
+    config: RunConfig,
+    accelerator: Accelerator,
+    total_steps: int,
+    checkpoint: Path | None,
+    build: Callable[[], nn.Module],
+    optimizer_of: Callable[[nn.Module], torch.optim.Optimizer],
+    *,
+    unit: type[nn.Module],
+    micro_batch: int,
+    clip_grad: float = 0.0,
+    ema_decay: float | None = None,
+) -> Iterator["Training"]:
+    """Build model and optimizer for the strategy, fill them from the checkpoint, and watch the run inside the block.
+
+    For all processes.
+
+    Args:
+        checkpoint: where the run goes on from; None for a fresh one.
+        build: makes the model, the same on every process.
+        optimizer_of: makes its optimizer.
+        unit: modules that ZeRO-3 collects as one.
+        micro_batch: samples of one forward pass of one process.
+        clip_grad: largest gradient norm; 0 does not clip.
+        ema_decay: averages the weights with this factor.
+    """
+    saved = on_main(accelerator, lambda: Checkpoint(checkpoint)) if checkpoint is not None else None
+    watchdog = Watchdog(accelerator, config.hang_seconds, config.start_seconds)
+    with stop_requests() as stop, watchdog:
+        configure_zero(accelerator, config.precision, micro_batch, clip_grad)
+        model = build_sharded(accelerator, build, unit)
+        if zero_stage(accelerator) != 3:
+            model.to(accelerator.device)
+        ema = WeightAverage(model, ema_decay) if ema_decay else None
+        state = TrainState(model, optimizer_of(model), ema)
+        yield Training(config, accelerator, total_steps, saved, state, unit, clip_grad, stop, watchdog)
+
+
+class Training:
+    """One run, from its first step or a checkpoint to its last step or an interrupt; `start_training` makes it."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        accelerator: Accelerator,
+        total_steps: int,
+        checkpoint: Checkpoint | None,
+        state: TrainState,
+        unit: type[nn.Module],
+        clip_grad: float,
+        stop: StopRequest,
+        watchdog: Watchdog,
+    ) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.total_steps = total_steps
+        self.state = state
+        """What is saved: the model itself, its optimizer and average, the number of steps done."""
+        self.loss, self.grad_norm, self.rate = float("nan"), 0.0, 0.0
+        self.notice: str | None = None
+        """What the last `update` has to say, such as that the step was bad."""
+        self._guard = Guard(config.guard, checkpoint.state.get("guard") if checkpoint else None)
+        folder = config.folder / CHECKPOINTS
+        asynchronous = config.async_checkpoints
+        self._writer = CheckpointWriter(folder, config.keep_checkpoints, config.keep_every, asynchronous)
+        self._stop, self._watchdog = stop, watchdog
+        self._clip_grad = clip_grad
+        self._losses: list[Tensor] = []
+        self._must_stop = False
+        self._last_part = True
+
+        def prepare(state: TrainState) -> nn.Module:
+            fit_buffers(accelerator, state.model, unit)
+            model, prepared = accelerator.prepare(state.model, state.optimizer)
+            if zero_stage(accelerator):
+                state.optimizer = prepared.optimizer
+            return model
+
+        self.model: nn.Module = checkpoint.load(state, prepare) if checkpoint else prepare(state)
+        """What to call: the model wrapped for the strategy."""
+        self._zero: Any = state.optimizer if zero_stage(accelerator) else None
+        self._optimizer: torch.optim.Optimizer = state.optimizer
+        if self._zero is not None:
+            self._optimizer = self._zero.optimizer
+            take_only(self._optimizer, lambda: self._fault() is None)
+
+    def steps(self) -> Iterator[int]:
+        """Steps to do, counted from 0; the caller does one with `parts` and `update` before asking for the next.
+
+        Raises Stopped after a signal, and UserError where a checkpoint cannot be written; saves before the first.
+        """
+        state = self.state
+        while state.step < self.total_steps:
+            step = state.step
+            self._watchdog.beat(step, 0, "reading data")
+            self.model.train()
+            yield step
+            if state.step % self.config.checkpoint_every == 0 or state.step == self.total_steps:
+                self.save()
+            if self._must_stop and state.step < self.total_steps:
+                self._end_on_signal()
+        on_main(self.accelerator, self._writer.wait)
+
+    def parts(self) -> Iterator[AbstractContextManager[None]]:
+        """Contexts for the forward and backward passes of a step; read a part's data before entering its context."""
+        for part in range(count := self.accelerator.gradient_accumulation_steps):
+            self._watchdog.beat(self.state.step, 2 * part, "reading data")
+            yield self._part(2 * part + 1, last=part == count - 1)
+
+    @contextmanager
+    def _part(self, stage: int, last: bool) -> Iterator[None]:
+        self._watchdog.beat(self.state.step, stage, "computing")
+        self._last_part = last
+        with nullcontext() if last or self._zero is not None else self.accelerator.no_sync(self.model):
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of one part's mean loss."""
+        self._losses.append(loss.detach())
+        if self._zero is None:
+            self.accelerator.backward(loss)
+        else:
+            engine: Any = self.model
+            engine.set_gradient_accumulation_boundary(self._last_part)
+            engine.backward(loss)
+
+    def update(self, rate: float, names: list[str]) -> None:
+        """Take the optimiser step if it is good. `names` are this process's samples. For all processes.
+
+        Raises UserError for a bad step that ends the run, with all before it saved.
+        """
+        self._watchdog.beat(self.state.step, 1000, "waiting for the other processes")
+        self.rate = rate * self._guard.rate_factor(self.state.step)
+        set_learning_rate(self._optimizer, self.rate)
+        self._share()
+        if self._zero is not None:
+            engine: Any = self.model
+            engine.step()
+            bad = self._fault()
+        else:
+            limit = self._clip_grad or float("inf")
+            self.grad_norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), limit) or 0.0)
+            bad = self._fault()
+            if bad is None:
+                self._optimizer.step()
+            self._optimizer.zero_grad()
+        self._guard.note(self.state.step, self.loss, bad is not None)
+        self.state.extra["guard"] = self._guard.state()
+        self.notice = self._note_bad_step(bad, names) if bad else None
+        self.state.step += 1
+        if self.state.ema is not None and bad is None:
+            self.state.ema.update(self.state.step)
+
+    def _fault(self) -> str | None:
+        """What is wrong with the step at hand, None for a good one; under ZeRO also while it is taken."""
+        if self._zero is not None:
+            self.grad_norm = float(self._zero._global_grad_norm or 0.0)
+        return self._guard.wrong(self.loss, self.grad_norm)
+
+    def _share(self) -> None:
+        """Mean loss over parts and processes, and whether any process must stop, in one exchange."""
+        failed = self._writer.failure()
+        mean = torch.stack(self._losses).float().mean()
+        self._losses = []
+        here = torch.tensor([float(self._stop.received is not None), float(failed is not None)], device=mean.device)
+        total = self.accelerator.reduce(torch.cat([mean[None], here]), reduction="sum")
+        assert isinstance(total, Tensor)
+        loss, stop, failures = total.tolist()
+        self.loss = loss / self.accelerator.num_processes
+        self._must_stop = stop > 0
+        if failures:
+            raise UserError(failed) if failed is not None else SilentError("the main process cannot save")
+
+    def _note_bad_step(self, wrong: str, names: list[str]) -> str:
+        config, step = self.config, self.state.step
+        shares: list[str] = gather_object(names) if self.accelerator.num_processes > 1 else names
+        action = "stop" if self._guard.must_stop() else config.guard.on_bad_step
+        row = {"step": step + 1, "wrong": wrong, "loss": self.loss, "grad_norm": self.grad_norm,
+               "action": action, "samples": shares}  # fmt: skip
+        path = config.folder / BAD_STEPS
+        if self.accelerator.is_main_process:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        line = f"step {step + 1} is bad: {wrong}; not taken, its {len(shares)} samples are in {path}"
+        if not self._guard.must_stop():
+            return line + ("; learning rate halved" if action == "lower" else "")
+        self._guard.in_a_row = 0
+        self.state.extra["guard"] = self._guard.state()
+        self.save_now()
+        line += f"; the run ends, with {self._guard.config.on_bad_step!r} for bad steps and all before it saved"
+        raise (UserError if self.accelerator.is_main_process else SilentError)(line)
+
+    def save(self) -> Path:
+        """Copy the state and have it written. For all processes."""
+        self._watchdog.beat(self.state.step, 1001, "saving")
+        copied = snapshot(self.state, keep=self.accelerator.is_main_process)
+        on_main(self.accelerator, lambda: self._writer.write(copied))
+        return self._writer.folder / f"step-{copied.step:08d}"
+
+    def save_now(self) -> Path:
+        """Save, and return when all of it is on the disk. For all processes."""
+        where = self.save()
+        on_main(self.accelerator, self._writer.wait)
+        return where
+
+    def _end_on_signal(self) -> None:
+        where = self.save_now()
+        received = self._stop.received or signal.SIGTERM
+        step = self.state.step
+        raise Stopped(
+            received,
+            f"stopped by {signal.Signals(received).name} at step {step} of {self.total_steps}, saved in {where}; "
+            "the same command with --resume goes on",
+            quiet=not self.accelerator.is_main_process,
+        )
+
+    @contextmanager
+    def evaluating(self) -> Iterator[nn.Module]:
+        """The model, averaged where averaging is on, without gradients or stochastic depth. For all processes."""
+        state = self.state
+        self._watchdog.beat(state.step, 1002, "evaluating")
+        state.model.eval()
+        with torch.no_grad(), self._averaged():
+            yield state.model
+            if offload := getattr(self._zero, "parameter_offload", None):
+                offload.partition_all_parameters()  # with no backward pass, ZeRO-3 would keep what was averaged
+        state.model.train()
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        return self.state.ema.in_place() if self.state.ema is not None else nullcontext()
+
+    def published(self, part: nn.Module) -> dict[str, Tensor]:
+        """State dict of a part of the model, averaged where averaging is on, on the main process. For all processes."""
+        with self._averaged():
+            return whole_tensors(part, keep=self.accelerator.is_main_process)

@@ -1,0 +1,211 @@
+"""Masked autoencoding on Vim: the encoder scans the visible patches, a shallow Vim decoder rebuilds the hidden ones.
+
+Shape letters: b batch, c channels, l patches, v visible patches, m hidden patches, s special tokens, d encoder width,
+p pixels of a patch (side * side * channels). Pictures of different sizes come as a list and are one row: b is 1 then,
+and l, v and m count the patches of all.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vim_backbone import VimConfig, VisionMamba
+from vim_backbone.block import Block, RMSNorm
+from vim_backbone.errors import UserError, require
+from vim_backbone.packing import layout_of
+from vim_backbone.position import resize_table, sincos_table
+from vim_backbone.tokens import TokenLayout
+from vim_backbone.vim import Images
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The decoder, thrown away after pretraining."""
+
+    width: int = 512
+    """Channels."""
+    depth: int = 2
+    """Vim blocks."""
+
+    def __post_init__(self) -> None:
+        require(self.width >= 4 and self.width % 4 == 0, "decoder.width", self.width, "it must be a multiple of 4")
+        require(self.depth >= 1, "decoder.depth", self.depth, "it must be at least 1")
+
+    def blocks(self, norm_eps: float) -> VimConfig:
+        """The decoder's blocks."""
+        return VimConfig(d_model=self.width, depth=self.depth, norm_eps=norm_eps)
+
+
+class Reconstruction(NamedTuple):
+    """What `MaskedAutoencoder.reconstruct` gives."""
+
+    predicted: Tensor
+    """(b, l, p) normalised pixels predicted for every patch."""
+    pixels: Images
+    """(b, c, h, w), or a list: the prediction with each patch's true mean and deviation put back, visible patches as
+    they were."""
+
+
+class Split(NamedTuple):
+    """A mask as indices of patches, each in scan order."""
+
+    visible: Tensor
+    """(b, v)"""
+    hidden: Tensor
+    """(b, m)"""
+    lengths: list[int] | None = None
+    """Visible patches of each picture, where they are packed."""
+
+
+class MaskedAutoencoder(nn.Module):
+    """MAE (arXiv 2111.06377) with a Vim encoder and decoder; visible tokens stay in scan order.
+
+    Class token and registers sit where `TokenLayout` puts them, in the visible sequence, in the decoder's and in the
+    published backbone alike.
+    """
+
+    def __init__(self, encoder: VisionMamba, decoder: DecoderConfig) -> None:
+        super().__init__()
+        config = encoder.config
+        if config.stride != config.patch_size:
+            raise UserError(
+                f"stride {config.stride} differs from patch_size {config.patch_size}: patches that overlap would show "
+                "hidden pixels; pretrain with stride = patch_size"
+            )
+        self.encoder = encoder
+        self.patch_size = config.patch_size
+        self.layout = encoder.layout
+        blocks = decoder.blocks(config.norm_eps)
+        self.decoder_embed = nn.Linear(config.d_model, decoder.width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder.width))
+        self.decoder_pos_embed = nn.Parameter(sincos_table(encoder.grid_size, decoder.width)[None], requires_grad=False)
+        self.decoder_layers = nn.ModuleList(Block(blocks, drop_path=0.0) for _ in range(decoder.depth))
+        self.decoder_norm = RMSNorm(decoder.width, config.norm_eps)
+        self.decoder_pred = nn.Linear(decoder.width, self.patch_size**2 * config.in_chans)
+        self._init_decoder()
+
+    def _init_decoder(self) -> None:
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        for linear in (self.decoder_embed, self.decoder_pred):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(
+        self,
+        images: Images,
+        visible: Tensor,
+        hidden: Tensor,
+        lengths: list[int] | None = None,
+        reconstruct: bool = False,
+    ) -> Tensor | Reconstruction:
+        """Loss: mean squared error on the normalised pixels of hidden patches; or what `reconstruct` gives.
+
+        Every picture counts alike, however many patches it has. ZeRO-3 collects parameters for `forward` alone, so that
+        all that a run does with a model goes through it.
+
+        Args:
+            images: (b, c, h, w), or a list of pictures (c, h, w).
+            visible, hidden, lengths: the fields of `split_patches`.
+        """
+        if reconstruct:
+            return self.reconstruct(images, visible, hidden, lengths)
+        predicted = self.decoder_pred(select(self._decode(images, visible, lengths), hidden))
+        target, _, _ = normalise(select(patchify(images, self.patch_size), hidden))
+        errors = (predicted.float() - target).square()
+        if lengths is None:
+            return errors.mean()
+        counts = [patches - seen for patches, seen in zip(self.encoder.lengths(images) or [], lengths, strict=True)]
+        return torch.stack([picture.mean() for picture in errors.split(counts, dim=1)]).mean()
+
+    @torch.no_grad()
+    def reconstruct(
+        self, images: Images, visible: Tensor, hidden: Tensor, lengths: list[int] | None = None
+    ) -> Reconstruction:
+        """Predictions for every patch, and the pictures they make; arguments as `forward`."""
+        predicted = self.decoder_pred(self._decode(images, visible, lengths)).float()
+        patches = patchify(images, self.patch_size)
+        _, mean, deviation = normalise(patches)
+        hidden = hidden[..., None].expand(-1, -1, patches.shape[-1])
+        pixels = patches.scatter(1, hidden, (predicted * deviation + mean).gather(1, hidden).to(patches.dtype))
+        if isinstance(images, Tensor):
+            return Reconstruction(predicted, unpatchify(pixels, self.patch_size, self._grid(images)))
+        pieces = pixels.split(self.encoder.lengths(images) or [], dim=1)
+        unpacked = [
+            unpatchify(piece, self.patch_size, self._grid(image))[0]
+            for piece, image in zip(pieces, images, strict=True)
+        ]
+        return Reconstruction(predicted, unpacked)
+
+    def _decode(self, images: Images, visible: Tensor, lengths: list[int] | None) -> Tensor:
+        """(b, l, decoder width) for all patches."""
+        special, seen = self.encoder.encode(select(self.encoder.embed(images), visible), lengths)
+        special, seen = self.decoder_embed(special), self.decoder_embed(seen)
+        positions = self._positions(images)
+        tokens = self.mask_token.to(seen.dtype).expand(len(seen), positions.shape[1], -1)
+        tokens = tokens.scatter(1, visible[..., None].expand_as(seen), seen) + positions
+        layout, cu_seqlens = layout_of(self.layout, self.encoder.lengths(images), tokens.device)
+        h, residual = layout.join(special.to(tokens.dtype), tokens), None
+        for block in self.decoder_layers:
+            h, residual = block(h, residual, cu_seqlens)
+        return layout.split(self.decoder_norm(h, residual)[0])[1]
+
+    def _positions(self, images: Images) -> Tensor:
+        """Of the decoder, (1, l, decoder width)."""
+        layout, size = TokenLayout("none", 0), self.encoder.grid_size
+        grids = [self._grid(image) for image in ([images] if isinstance(images, Tensor) else images)]
+        return torch.cat([resize_table(self.decoder_pos_embed, layout, size, grid) for grid in grids], dim=1)
+
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        return self.encoder.config.grid(*images.shape[-2:])
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that decay would harm although they have two axes or more."""
+        ends = (".A_log", ".A_b_log")
+        inner = {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
+        return inner | {"mask_token"} | {name for name, _ in self.named_parameters() if name.endswith(ends)}
+
+
+def split_patches(mask: Tensor | Sequence[Tensor]) -> Split:
+    """Masks (b, l) bool, True = hidden, as many in every row, or a list of masks (l,) -> which patches are which.
+
+    On a GPU this waits for the device.
+    """
+    if not isinstance(mask, Tensor):
+        row = torch.cat(list(mask))
+        visible, hidden = (torch.nonzero(chosen).transpose(0, 1) for chosen in (~row, row))
+        return Split(visible, hidden, [int((~picture).sum()) for picture in mask])
+    order = torch.argsort(mask.to(torch.uint8), dim=1, stable=True)
+    visible, hidden = order.tensor_split([mask.shape[1] - int(mask[0].sum())], dim=1)
+    return Split(visible, hidden)
+
+
+def select(tokens: Tensor, indices: Tensor) -> Tensor:
+    """Tokens (b, l, d) at indices (b, n) -> (b, n, d)."""
+    return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def patchify(images: Images, side: int) -> Tensor:
+    """(b, c, h, w) -> (b, l, p): patches row by row; within a patch row, column, channel. A list gives one row."""
+    if not isinstance(images, Tensor):
+        return torch.cat([patchify(image[None], side) for image in images], dim=1)
+    b, c, h, w = images.shape
+    grid = images.reshape(b, c, h // side, side, w // side, side)
+    return grid.permute(0, 2, 4, 3, 5, 1).reshape(b, (h // side) * (w // side), side * side * c)
+
+
+def unpatchify(patches: Tensor, side: int, grid: tuple[int, int]) -> Tensor:
+    """The inverse of `patchify`."""
+    b, (rows, columns) = len(patches), grid
+    image = patches.reshape(b, rows, columns, side, side, -1).permute(0, 5, 1, 3, 2, 4)
+    return image.reshape(b, -1, rows * side, columns * side)
+
+
+def normalise(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each patch with mean 0 and deviation 1 (b, l, p), and that mean and deviation (b, l, 1)."""
+    patches = patches.float()
+    mean = patches.mean(-1, keepdim=True)
+    deviation = (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+    return (patches - mean) / deviation, mean, deviation

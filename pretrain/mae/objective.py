@@ -1,0 +1,88 @@
+"""Masked autoencoding as an objective: the masks of views, the model, its pictures, and what a step of it costs."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from launch.planning.memory import FLOAT, Stack, Work
+from pretrain.mae.masking import MaskConfig, draw_mask
+from pretrain.mae.model import DecoderConfig, MaskedAutoencoder, Reconstruction, split_patches
+from pretrain.mae.reconstructions import draw_reconstructions, reconstruction_grid
+from pretrain.objective import Inputs
+from vim_backbone import VimConfig, VisionMamba
+from vim_backbone.vim import Images
+
+
+@dataclass(frozen=True, kw_only=True)
+class MAE:
+    """Masked autoencoding (arXiv 2111.06377); see `pretrain.objective.Objective`."""
+
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+
+    title: ClassVar[str] = "Masked autoencoding"
+    picture_folder: ClassVar[str] = "reconstructions"
+    architecture_fields: ClassVar[tuple[str, ...]] = ("decoder.",)
+    cost_fields: ClassVar[dict[str, str]] = {
+        "mask.ratio": "share of the patches that the encoder skips",
+        "decoder.width": "channels of the decoder, which sees all patches",
+        "decoder.depth": "its blocks",
+    }
+
+    @property
+    def summary(self) -> str:
+        """Share and kind of the masks."""
+        return f"{self.mask.ratio:.0%} of the patches hidden ({self.mask.kind})"
+
+    def draw(self, grid: tuple[int, int], rng: torch.Generator) -> Tensor:
+        """A mask (l,) bool, True = hidden."""
+        return draw_mask(grid, self.mask, rng)
+
+    def build(self, encoder: VisionMamba) -> MaskedAutoencoder:
+        """The autoencoder around an encoder."""
+        return MaskedAutoencoder(encoder, self.decoder)
+
+    def encoder(self, model: nn.Module) -> VisionMamba:
+        """The encoder inside the autoencoder."""
+        assert isinstance(model, MaskedAutoencoder)
+        return model.encoder
+
+    def inputs(self, extras: Tensor | Sequence[Tensor], device: torch.device) -> Inputs:
+        """Which patches are visible and which hidden; split on the CPU, where counting waits for nothing."""
+        visible, hidden, lengths = split_patches(extras)
+        indices = (visible.to(device, non_blocking=True), hidden.to(device, non_blocking=True))
+        return Inputs((*indices, lengths), visible.numel())
+
+    def show(self, model: nn.Module, images: Images, extras: Tensor | Sequence[Tensor]) -> Callable[[str, Path], None]:
+        """Input, what the encoder saw, and the reconstruction, of each image. For all processes."""
+        device = images.device if isinstance(images, Tensor) else images[0].device
+        reconstruction = model(images, *self.inputs(extras, device).arguments, reconstruct=True)
+        assert isinstance(reconstruction, Reconstruction)
+        patch_size = self.encoder(model).config.patch_size
+
+        def draw(title: str, path: Path) -> None:
+            hidden = round(100 * torch.cat([mask.float() for mask in extras]).mean().item())
+            grid = reconstruction_grid(reconstruction.pixels, images, extras, patch_size)
+            draw_reconstructions(grid, f"{title}, {hidden} % of the patches hidden", path)
+
+        return draw
+
+    def work(self, architecture: VimConfig, itemsize: int, recompute: bool) -> Work:
+        """The encoder over the visible tokens, the decoder over all, and the ends: embedding, prediction, targets."""
+        rows, columns = architecture.grid(*architecture.img_size)
+        patches, special = rows * columns, architecture.num_special
+        hidden = self.mask.num_masked(patches)
+        visible, width = patches - hidden + special, self.decoder.width
+        pixels = architecture.patch_size**2 * architecture.in_chans
+        return Work(
+            stacks=(
+                Stack(architecture, visible, recompute),
+                Stack(self.decoder.blocks(architecture.norm_eps), patches + special),
+            ),
+            ends=FLOAT * (visible * architecture.d_model + 2 * patches * width + 2 * hidden * pixels)
+            + itemsize * hidden * (width + pixels),
+        )

@@ -1,0 +1,73 @@
+"""What an objective of pretraining is; `pretrain/mae/` is one, `pretrain/config.py` names the one that is used."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from launch.planning.memory import Work
+from vim_backbone import VimConfig, VisionMamba
+from vim_backbone.vim import Images
+
+
+class Inputs(NamedTuple):
+    """What a model takes beside the images, on its device."""
+
+    arguments: tuple[Any, ...]
+    """Of `forward`, after the images."""
+    tokens: int
+    """Patch tokens that the encoder scans, for `tokens_per_second`."""
+
+
+class Objective(Protocol):
+    """What is learned from unlabelled pictures.
+
+    Its model's `forward(images, *arguments)` gives the loss: under ZeRO-3 a model has its parameters inside `forward`
+    alone. Images are (b, 3, h, w) normalised, or a list of (3, h, w) where their sizes differ.
+    """
+
+    title: ClassVar[str]
+    """Name of the method, as a sentence begins: "Masked autoencoding"."""
+    picture_folder: ClassVar[str]
+    """Folder of the run that takes what `show` draws."""
+    architecture_fields: ClassVar[tuple[str, ...]]
+    """Prefixes of the config's fields that a resumed run cannot change, beside "model."."""
+    cost_fields: ClassVar[dict[str, str]]
+    """Fields of the config that change what a step costs, with an explanation: options of the planner."""
+
+    @property
+    def summary(self) -> str:
+        """Its settings in a few words, for the model card."""
+        ...
+
+    def draw(self, grid: tuple[int, int], rng: torch.Generator) -> Tensor:
+        """What is added to a view of so many rows and columns of patches, such as its mask; drawn while it is read."""
+        ...
+
+    def build(self, encoder: VisionMamba) -> nn.Module:
+        """The model. Raises UserError for an encoder that the objective cannot train."""
+        ...
+
+    def encoder(self, model: nn.Module) -> VisionMamba:
+        """The encoder inside the model, which is what is published."""
+        ...
+
+    def inputs(self, extras: Tensor | Sequence[Tensor], device: torch.device) -> Inputs:
+        """What `draw` added to the views of a batch (stacked, or a list where sizes differ) -> inputs of the model."""
+        ...
+
+    def show(self, model: nn.Module, images: Images, extras: Tensor | Sequence[Tensor]) -> Callable[[str, Path], None]:
+        """What was learned, as a function that draws it: (title, path of the PNG). For all processes."""
+        ...
+
+    def work(self, architecture: VimConfig, itemsize: int, recompute: bool) -> Work:
+        """What one picture of the architecture's size costs.
+
+        Args:
+            architecture: of the encoder.
+            itemsize: bytes of a number in the products, 2 or 4.
+            recompute: the encoder's blocks are computed again in the backward pass.
+        """
+        ...

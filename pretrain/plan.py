@@ -1,0 +1,137 @@
+"""What fits and how fast it runs: memory of each strategy for a backbone, batch, speed, and the command to copy.
+
+`python launch/plan.py --model vim_large --image-size 1024 --gpus 8 --gpu-memory 80`
+"""
+
+if not __package__:  # started as a file: import from this checkout, never from the folder of this file
+    import sys
+    from pathlib import Path
+
+    _ROOT = Path(__file__).resolve().parents[1]
+    sys.path[:1] = [str(_ROOT), str(_ROOT / "kernels")]
+
+import argparse
+import sys
+from operator import attrgetter
+
+import torch
+
+from launch.planning.memory import Footprint, Share, Work, fitting, footprint, peak, shares
+from launch.planning.speed import measured, seconds_a_picture
+from launch.run.cli import parse, run
+from pretrain.config import OBJECTIVE, PretrainConfig
+from pretrain.objective import Objective
+from vim_backbone import VimConfig, VisionMamba
+from vim_backbone.errors import UserError, require
+
+
+def options_of(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="launch/plan.py", description=__doc__)
+    parser.add_argument("--model", default="vim_large", help="vim_tiny, vim_small, vim_base, vim_large or vim_huge")
+    parser.add_argument("--image-size", type=int, default=224, help="side of the pictures, in pixels")
+    parser.add_argument("--patch-size", type=int, default=None, help="side of a patch; the size's own if not given")
+    for name, text in OBJECTIVE.cost_fields.items():
+        default = attrgetter(name)(OBJECTIVE())
+        parser.add_argument(f"--{name.replace('.', '-')}", dest=name, type=type(default), default=default, help=text)
+    parser.add_argument("--batch-size", type=int, default=4096, help="pictures of a step on all GPUs together")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of the products")
+    parser.add_argument("--grad-checkpointing", action="store_true", help="recompute the encoder's blocks")
+    parser.add_argument("--gpus", type=int, default=8, help="processes in all")
+    parser.add_argument("--gpu-memory", type=float, default=80.0, help="GB (1e9 bytes) of each")
+    parser.add_argument("--reserve", type=float, default=0.1, help="share of it for CUDA, NCCL and fragmentation")
+    parser.add_argument("--device", default="NVIDIA H200", help="row of launch/planning/speeds.csv to use")
+    options = parser.parse_args(argv)
+    require(options.gpus >= 1, "gpus", options.gpus, "it must be at least 1")
+    require(options.gpu_memory > 0, "gpu-memory", options.gpu_memory, "it must be positive")
+    require(0 <= options.reserve < 1, "reserve", options.reserve, "it must lie in [0, 1)")
+    share = options.batch_size // max(1, options.gpus)
+    remedy = f"it must be a multiple of {options.gpus} GPUs"
+    require(share >= 1 and share * options.gpus == options.batch_size, "batch-size", options.batch_size, remedy)
+    return options
+
+
+def planned_footprint(
+    config: VimConfig, objective: Objective, work: Work, dtype: torch.dtype, backend: str = "triton"
+) -> Footprint:
+    """Of the model that the objective builds, without its weights. Raises UserError where the backend is missing."""
+    with torch.device("meta"):
+        model = objective.build(VisionMamba(config))
+    try:
+        return footprint(model, work, dtype, backend)
+    except RuntimeError as error:
+        raise UserError(f"the kernels cannot say what they save: {error}") from error
+
+
+def main(argv: list[str]) -> None:
+    """Print the table, and the command of the first strategy that works on at least one picture at a time."""
+    options = options_of(argv)
+    words = settings(options)
+    config = parse(PretrainConfig, words, "launch/plan.py", "")
+    objective, architecture = config.objective, config.model.architecture()
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    work = objective.work(architecture, dtype.itemsize, config.model.grad_checkpointing)
+    model = planned_footprint(architecture, objective, work, dtype)
+    rows, columns = architecture.grid(*architecture.img_size)
+    patches, scanned = rows * columns, work.stacks[0].tokens - architecture.num_special
+    print_line(
+        f"{objective.title} of {options.model}: {model.parameters / 1e6:.1f} M parameters; of {patches} patches a "
+        f"picture the encoder sees {scanned}; {model.saved / 1e6:.1f} MB of activations a picture"
+    )
+    print_line(f"GB of each of {options.gpus} processes; a batch is the pictures of one forward pass of one process:\n")
+    header = ("strategy", "parameters", "gradients", "optimizer", "batch", "activations", "peak", "sent a step")
+    print_line("".join(f"{column:>13}" for column in header))
+    memory = options.gpu_memory * 1e9 * (1 - options.reserve)
+    chosen = None
+    for share in shares(model, options.gpus):
+        batch = micro_batch(model, share, memory, options.batch_size // options.gpus)
+        most = peak(model, share, batch)
+        sizes = (share.parameters, share.gradients, share.optimizer)
+        cells = "".join(f"{size / 1e9:13.2f}" for size in sizes)
+        tail = f"{batch * model.saved / 1e9:13.2f}{most / 1e9:13.2f}{share.sent / 1e9:13.2f}"
+        print_line(f"{share.strategy:>13}{cells}{batch or 'none fits':>13}{tail}")
+        if batch and chosen is None:
+            chosen = share.strategy, batch
+    a_second = options.gpus / seconds_a_picture(work.stacks, measured(options.device))
+    print_line(
+        f"\nexpected on {options.gpus} x {options.device}: {a_second:,.0f} pictures/s, {a_second * patches:,.0f} "
+        f"patches/s, of which the encoder scans {a_second * scanned:,.0f}; from measured kernels "
+        "(launch/planning/speeds.csv), before communication and waiting for data"
+    )
+    strategy, batch = chosen or ("zero3_offload", 1)  # the one that holds the least on the GPU
+    file = "gpu" if options.gpus == 1 and strategy == "ddp" else strategy
+    print_line(
+        f"\naccelerate launch --config_file launch/accelerate/{file}.yaml --num_processes {options.gpus} "
+        f"pretrain/main.py {' '.join(words)} --accumulation {options.batch_size // options.gpus // batch}"
+    )
+
+
+def micro_batch(model: Footprint, share: Share, memory: float, pictures: int) -> int:
+    """The largest divisor of the pictures of a process and step that fits into memory; 0 for none."""
+    most = min(pictures, fitting(model, share, memory))
+    return next((size for size in range(most, 0, -1) if pictures % size == 0), 0)
+
+
+def settings(options: argparse.Namespace) -> list[str]:
+    """The command line of pretrain/main.py for what is planned."""
+    fields = {
+        "model.name": options.model,
+        "model.depth": "null",
+        "model.patch_size": options.patch_size or "null",
+        "model.img_size": options.image_size,
+        "batch_size": options.batch_size,
+        "precision": options.precision,
+    }
+    fields |= {name: getattr(options, name) for name in OBJECTIVE.cost_fields}
+    if options.grad_checkpointing:
+        fields["model.grad_checkpointing"] = "true"
+    return [word for name, value in fields.items() for word in (f"--{name}", str(value))]
+
+
+def print_line(line: str) -> None:
+    """One line of the answer."""
+    print(line)  # noqa: T201 - the command's result
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

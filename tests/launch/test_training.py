@@ -1,0 +1,100 @@
+"""A run's steps on one process: accumulated, clipped, averaged, bad ones passed over, resumed in one act."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from launch.run.accelerator import build_accelerator
+from launch.run.config import RunConfig
+from launch.run.folder import open_run
+from launch.run.guard import GuardConfig
+from launch.run.training import start_training
+from vim_backbone import UserError
+
+
+def data(step, part=slice(None)):
+    return torch.randn(8, 3, generator=torch.Generator().manual_seed(step))[part]
+
+
+def build():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+
+
+def train(tmp_path, name, steps=4, accumulation=1, spoil=(), checkpoint=None, clip_grad=0.0, ema_decay=None, **changes):
+    """Weights, norms and notices after so many steps of squared outputs; the losses of `spoil`ed steps are nan."""
+    config = RunConfig(name=name, out=str(tmp_path), trackers=[], async_checkpoints=False, **changes)
+    open_run(config, [])
+    accelerator = build_accelerator(config, accumulation)
+    norms, notices = [], []
+    with start_training(
+        config, accelerator, steps, checkpoint, build, lambda model: torch.optim.AdamW(model.parameters()),
+        unit=nn.Linear, micro_batch=8 // accumulation, clip_grad=clip_grad, ema_decay=ema_decay,
+    ) as training:  # fmt: skip
+        for step in training.steps():
+            for number, part in enumerate(training.parts()):
+                size = 8 // accumulation
+                with part:
+                    loss = training.model(data(step, slice(size * number, size * (number + 1)))).square().mean()
+                    training.backward(loss * float("nan") if step in spoil else loss)
+            training.update(0.01, [f"sample {step}"])
+            norms.append(training.grad_norm)
+            notices.append(training.notice)
+        weights = training.published(training.state.model)
+    return weights, norms, notices
+
+
+def by_hand(steps=4, clip=None, decay=None):
+    """The same in plain PyTorch, in float64."""
+    model = build().double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    average, norms = {k: v.clone() for k, v in model.state_dict().items()}, []
+    for step in range(steps):
+        model(data(step).double()).square().mean().backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf")).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        factor = min(decay, 1 - (step + 1) ** (-2 / 3)) if decay else 0.0
+        average = {k: factor * average[k] + (1 - factor) * v for k, v in model.state_dict().items()}
+    return average, norms
+
+
+def assert_close(weights, expected):
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name].double(), tensor, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize(("clip", "decay"), [(None, None), (0.05, 0.5)])
+def test_steps_are_those_of_plain_pytorch(tmp_path, accumulation, clip, decay):
+    weights, norms, notices = train(tmp_path, "run", accumulation=accumulation, clip_grad=clip or 0.0, ema_decay=decay)
+    expected, expected_norms = by_hand(clip=clip, decay=decay)
+    assert_close(weights, expected)
+    assert norms == pytest.approx(expected_norms, rel=1e-4)
+    assert notices == [None] * 4
+
+
+def test_a_bad_step_changes_nothing_and_is_written_down(tmp_path):
+    spoiled, norms, notices = train(tmp_path, "run", steps=3, spoil=[2], ema_decay=0.9)
+    whole, _, _ = train(tmp_path, "whole", steps=2, ema_decay=0.9)
+    assert all(torch.equal(spoiled[name], whole[name]) for name in whole)
+    assert norms[2] != norms[2]
+    assert notices[2].startswith("step 3 is bad: its loss is nan; not taken, its 1 samples are in")
+    (row,) = map(json.loads, (tmp_path / "run/bad_steps.jsonl").read_text().splitlines())
+    assert (row["step"], row["action"], row["samples"]) == (3, "skip", ["sample 2"])
+
+
+def test_many_bad_steps_end_the_run_with_all_before_saved(tmp_path):
+    with pytest.raises(UserError, match=r"step 2 is bad: .*; the run ends, with 'stop' for bad steps"):
+        train(tmp_path, "run", spoil=[1], guard=GuardConfig(on_bad_step="stop"))
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_a_resumed_run_is_the_same(tmp_path):
+    whole, norms, _ = train(tmp_path, "run", ema_decay=0.9, checkpoint_every=2)
+    middle = tmp_path / "run/checkpoints/step-00000002"
+    weights, rest, _ = train(tmp_path, "other", ema_decay=0.9, checkpoint=middle)
+    assert rest == norms[2:]
+    assert all(torch.equal(weights[name], whole[name]) for name in whole)

@@ -1,0 +1,73 @@
+"""What the loop relies on of an objective, for the one that is used: its parts fit together."""
+
+import pytest
+import torch
+from PIL import Image
+
+from launch.run.config import field_types
+from launch.run.randomness import generator
+from pretrain.config import OBJECTIVE, PretrainConfig
+from vim_backbone import VimConfig, VisionMamba
+from vim_backbone.block import Block
+
+GRID = (4, 6)
+
+
+@pytest.fixture(params=["fixed", "native"])
+def views(request):
+    """Images and what is added to them, stacked or as lists."""
+    objective = PretrainConfig().objective
+    extras = [objective.draw(GRID, generator(i)) for i in range(3)]
+    images = torch.randn(3, 3, 32, 48, generator=generator(0))
+    return (images, torch.stack(extras)) if request.param == "fixed" else (list(images), extras)
+
+
+def encoder():
+    torch.manual_seed(0)
+    return VisionMamba(
+        VimConfig(d_model=32, depth=2, img_size=(32, 48), patch_size=8, num_classes=0, position="sincos")
+    )
+
+
+def test_the_model_trains_the_encoder_that_is_published(views):
+    objective, whole = PretrainConfig().objective, encoder()
+    model = objective.build(whole)
+    assert objective.encoder(model) is whole
+    images, extras = views
+    inputs = objective.inputs(extras, torch.device("cpu"))
+    loss = model(images, *inputs.arguments)
+    assert loss.shape == ()
+    loss.backward()
+    assert all(p.grad is not None for p in whole.parameters() if p.requires_grad)
+
+
+def test_tokens_are_those_that_the_encoder_scans(views):
+    objective, whole = PretrainConfig().objective, encoder()
+    model = objective.build(whole)
+    images, extras = views
+    lengths = []
+    block = next(m for m in whole.modules() if isinstance(m, Block))
+    block.register_forward_pre_hook(
+        lambda module, arguments: lengths.append(arguments[0].shape[0] * arguments[0].shape[1])
+    )
+    inputs = objective.inputs(extras, torch.device("cpu"))
+    model(images, *inputs.arguments)
+    assert lengths == [inputs.tokens + 3]  # and a class token for each of three pictures
+    work = objective.work(whole.config, 4, recompute=False)
+    assert 3 * work.stacks[0].tokens == lengths[0]
+
+
+def test_what_was_learned_becomes_a_picture(views, tmp_path):
+    objective = PretrainConfig().objective
+    images, extras = views
+    with torch.no_grad():
+        draw = objective.show(objective.build(encoder()).eval(), images, extras)
+    draw("title", tmp_path / objective.picture_folder / "a.png")
+    with Image.open(tmp_path / objective.picture_folder / "a.png") as image:
+        assert image.width > 600
+
+
+def test_the_fields_it_names_exist():
+    types = field_types(PretrainConfig)
+    assert all(any(name.startswith(prefix) for name in types) for prefix in OBJECTIVE.architecture_fields)
+    assert set(OBJECTIVE.cost_fields) <= types.keys()
