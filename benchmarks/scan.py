@@ -161,7 +161,10 @@ def one_launch(inputs: Inputs) -> Case:
     x, z = inputs.xz.detach().chunk(2, dim=-1)
     rows = plan.tokens_of(x, None)
     weights = [ScanWeights._make(None if t is None else t.detach() for t in w) for w in inputs.weights]
-    arguments = mixer.mixer_inputs(x, mixer.mixer_weights(x, *weights), rows, store_low=False).scan
+    laid_out = mixer.mixer_weights(x, *weights)
+    made = mixer.MixerInputs.empty(x, *laid_out.padded, low=False)
+    mixer.mixer_inputs(x, laid_out, rows, made)
+    arguments = made.scan(laid_out)
     out = x.new_empty(rows.rows, x.shape[2])
     whole = BidirectionalScan(inputs.xz.detach(), *weights, cu_seqlens=None, gated=True)
     states, ungated = mixer.bidirectional_scan_saved(whole)
@@ -173,7 +176,7 @@ def one_launch(inputs: Inputs) -> Case:
         )  # fmt: skip
 
     def backward() -> object:
-        options = {"dfinal": None, "softplus": True, "want_initial": False}
+        options = {"dfinal": None, "softplus": True, "want_initial": False, "gate": recurrence.Gate(1.0)}
         return recurrence.scan_backward(arguments, gradient, rows, states=states, **options)
 
     forward(save=True)

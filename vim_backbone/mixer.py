@@ -31,6 +31,7 @@ class Mixer(nn.Module):
         self.D_b = nn.Parameter(self.in_proj.weight.new_empty(d))
         self.out_proj = nn.Linear(d, d_model, bias=False)
         self.scan_norm = nn.LayerNorm(d) if config.mixer_norm else None
+        self.keep_inputs = False  # see `vim_kernels.bidirectional_scan`
 
     def forward(self, h: Given[Tensor], cu_seqlens: Tensor | None = None) -> Tensor:
         """(batch, length, d_model) -> the same; or (1, total, d_model), pictures packed with borders `cu_seqlens`."""
@@ -39,10 +40,14 @@ class Mixer(nn.Module):
         backward = _weights(self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
         if self.scan_norm is None:
             keeps_xz = torch.is_grad_enabled() or hooked(self.in_proj)
-            y = bidirectional_scan(xz, forward, backward, cu_seqlens=cu_seqlens, overwrite=not keeps_xz)
+            y = bidirectional_scan(
+                xz, forward, backward, cu_seqlens=cu_seqlens, overwrite=not keeps_xz, keep_inputs=self.keep_inputs
+            )
         else:
             x, z = xz.chunk(2, dim=-1)
-            y = bidirectional_scan(x, forward, backward, gated=False, cu_seqlens=cu_seqlens)
+            y = bidirectional_scan(
+                x, forward, backward, gated=False, cu_seqlens=cu_seqlens, keep_inputs=self.keep_inputs
+            )
             y = self.scan_norm(y) * F.silu(z)
         return self.out_proj(y)
 

@@ -103,6 +103,7 @@ def bidirectional_scan(
     gated: bool = True,
     cu_seqlens: Tensor | None = None,
     overwrite: bool = False,
+    keep_inputs: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Everything of a Vim mixer between in_proj and out_proj (Vim, arXiv 2401.09417, algorithm 1).
@@ -117,6 +118,8 @@ def bidirectional_scan(
         cu_seqlens: int32 (images + 1,) borders of packed images; convolution and state restart at each.
         overwrite: xz is not needed any more: without gradients the result may take the memory of its first half. What
             xz holds afterwards is undefined.
+        keep_inputs: keep what convolutions and projections make of xz for the backward pass, which makes it again
+            otherwise: faster, and more memory. Only the Triton backend heeds it.
 
     Returns:
         (batch, length, d_inner) in the dtype of xz; contiguous unless `overwrite`.
@@ -136,7 +139,7 @@ def bidirectional_scan(
         check_cu_seqlens(cu_seqlens, xz)
         check_same_device(xz, cu_seqlens=cu_seqlens)
     arguments, name = (
-        BidirectionalScan(xz.contiguous(), forward, backward, cu_seqlens, gated),
+        BidirectionalScan(xz.contiguous(), forward, backward, cu_seqlens, gated, keep_inputs),
         choose(backend, xz.device),
     )
     if torch.is_autocast_enabled(xz.device.type):

@@ -96,10 +96,11 @@ def bidirectional_scan(
     *,
     gated: bool,
     cu_seqlens: Tensor | None,
-    overwrite: bool = False,  # of xz: allowed, and not done here
+    keep_inputs: bool = False,  # this and the next one are no business of the definition
+    overwrite: bool = False,
 ) -> Tensor:
     """Both directions of a Vim mixer, averaged, and gated once by silu(z). (Vim, arXiv 2401.09417, algorithm 1.)"""
-    del overwrite
+    del keep_inputs, overwrite
     work = _work_dtype(xz)
     channels = forward.A_log.shape[0]
     x = xz[..., :channels].to(work)

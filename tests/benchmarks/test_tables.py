@@ -75,7 +75,14 @@ def test_the_costliest_kernels_of_a_step_are_listed_first():
 
 
 STEP = argparse.Namespace(
-    device="cpu", dtype="fp32", decoder_width=64, mask=0.75, steps=1, nets=pretrain_step.NETS, kernels=True
+    device="cpu",
+    dtype="fp32",
+    decoder_width=64,
+    mask=0.75,
+    steps=1,
+    nets=pretrain_step.NETS,
+    kernels=True,
+    keep_inputs=False,
 )
 
 

@@ -134,6 +134,22 @@ def test_mixer(backend, length):
 
 
 @every_backend
+@pytest.mark.parametrize("gated", [True, False])
+def test_inputs_of_the_scan_kept_or_made_again_give_the_same_bits(backend, gated):
+    tensors = mixer_tensors(2, 35, 32, 16, 12, 4, gated=gated)
+    dy = draw(2, 35, 32).to(DEVICES[backend], torch.bfloat16)
+    results = []
+    for keep_inputs in (False, True):
+        own = {k: t.to(DEVICES[backend], torch.float32).requires_grad_() for k, t in tensors.items()}
+        forward, backward = (ScanWeights(**{f: own[f"{q}.{f}"] for f in ScanWeights._fields}) for q in "fb")
+        xz = own["xz"].detach().bfloat16().requires_grad_()
+        y = bidirectional_scan(xz, forward, backward, gated=gated, keep_inputs=keep_inputs, backend=backend)
+        results.append([y, *torch.autograd.grad(y, (xz, *forward, *backward), dy)])
+    for again, kept in zip(*results, strict=True):
+        assert torch.equal(again, kept)
+
+
+@every_backend
 @pytest.mark.parametrize("length", list(BORDERS))
 def test_mixer_packed(backend, length):
     cu = torch.tensor(BORDERS[length], dtype=torch.int32)

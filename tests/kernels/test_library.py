@@ -38,8 +38,8 @@ def test_opcheck(backend, packed):
     cases = [
         (library.selective_scan, (x, x, A, bc, bc, draw(D), x, draw(D), borders, state, True, packed, backend, True)),
         (library.selective_scan, (x, x, A, bc, bc, None, None, None, borders, None, True, True, backend, True)),
-        (library.bidirectional_scan, (draw(b, l, 2 * D), *weights(), *weights(9), borders, True, backend, True)),
-        (library.bidirectional_scan, (x, *weights(), *weights(9), borders, False, backend, True)),
+        (library.bidirectional_scan, (draw(b, l, 2 * D), *weights(), *weights(9), borders, True, True, backend, True)),
+        (library.bidirectional_scan, (x, *weights(), *weights(9), borders, False, False, backend, True)),
         (library.causal_conv1d, (x, draw(D, 4), draw(D), borders, "silu", packed, backend)),
         (library.causal_conv1d, (x, draw(D, 3), None, borders, None, packed, backend)),
         (library.add_rms_norm, (x, draw(b, l, D, seed=3), draw(D), 1e-5, backend)),
@@ -139,7 +139,7 @@ def test_an_op_that_did_not_save_can_still_be_differentiated(backend):
     xz, *parameters = draw(2, 37, 2 * D), *weights(), *weights(9)
     calls = []
     for save in (False, True):
-        y = library.bidirectional_scan(xz, *parameters, None, True, backend, save)[0]
+        y = library.bidirectional_scan(xz, *parameters, None, True, False, backend, save)[0]
         calls.append(torch.autograd.grad(y.square().sum(), [xz, *parameters]))
     for a, b in zip(*calls, strict=True):
         assert torch.equal(a, b)

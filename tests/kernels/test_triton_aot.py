@@ -14,8 +14,8 @@ from tests.kernels.triton_aot import TARGETS
 REGISTERS = {"scan_forward_kernel": 168, "chunk_state_kernel": 168}
 TILED_REGISTERS = 168
 """Of the tiled forward kernel on the paths that a model takes, both directions at once: three warps a scheduler."""
-SPILLS = {"tiled_scan_backward_kernel": 128}
-"""Bytes. Four tokens a group spill a little, and are a seventh faster on an H200 than two that do not."""
+SPILLS = {"tiled_scan_backward_kernel": 176}
+"""Bytes, with Triton 3.9; 48 with 3.6. Four tokens a group spill a little, and are faster than two that do not."""
 
 
 @pytest.fixture(scope="module", params=TARGETS)
@@ -80,9 +80,9 @@ def test_tiled_backward_loops_do_not_shuffle(compiled):
         assert again["MUFU"] == elements, report
         assert elements < back["MUFU"] <= 1.1 * elements, report
         assert "SHFL" not in again | back, report
-        assert back["BAR"] <= 4, report
-        assert sum(again.values()) <= 5.5 * elements, report
-        assert sum(back.values()) <= 20 * elements, report
+        assert back["BAR"] <= 2, report
+        assert sum(again.values()) <= 5 * elements, report
+        assert sum(back.values()) <= 19 * elements, report
 
 
 def test_backward_of_the_convolution_reads_every_row_once(compiled):

@@ -46,8 +46,11 @@ TARGETS = {
 NVIDIA_TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 SIXTEEN_BIT = {
     "u_ptr", "dt_ptr", "z_ptr", "out_ptr", "ungated_ptr", "dy_ptr", "du_ptr", "ddt_ptr", "dout_ptr", "dz_ptr", "x_ptr",
-    "dx_ptr", "low_ptr", "projections_ptr", "dprojected_ptr", "normed_ptr", "dnormed_ptr",
+    "dx_ptr", "states_ptr", "dbc_ptr", "parts_ptr", "low_ptr", "projections_ptr",
+    "dprojected_ptr", "normed_ptr", "dnormed_ptr",
 }  # fmt: skip
+INTERVAL = {"cuda": plan.INTERVAL // 2, "hip": plan.INTERVAL}
+"""Of 16-bit tokens; the states saved are bfloat16 on NVIDIA and float32 on AMD."""
 INT32 = {"table_ptr", "sequence_ptr", "segment_ptr", "cu_seqlens_ptr"}
 INT64 = {
     "u_direction", "bc_direction", "chunk_direction", "slot_direction", "total_direction", "block_stride",
@@ -95,7 +98,7 @@ def cases(column: str) -> list[Case]:
         constants = {
             "DIRECTIONS": directions, "REVERSE": False, "PACKED": packed, "GATE": True, "SAVE": save, "HAS_D": True,
             "HAS_H0": chunked, "STORE_FINAL": directions == 1, "SCALE": 0.5, "N": 16, "BLOCK": forward.block,
-            "INTERVAL": plan.INTERVAL, "AHEAD": forward.ahead,
+            "INTERVAL": INTERVAL[column], "AHEAD": forward.ahead,
         }  # fmt: skip
         found.append(Case(scan_forward.scan_forward_kernel, constants, forward.warps))
     for adjoint in (False, True):
@@ -105,11 +108,11 @@ def cases(column: str) -> list[Case]:
     constants = {"REVERSE": False, "PACKED": False, "HAS_INITIAL": True, "STORE_FINAL": True, "N": 16}
     sizes = {"BLOCK": plan.CARRY_BLOCK, "CHUNKS": plan.CARRY_CHUNKS}
     found.append(Case(chunks.carry_kernel, constants | sizes, 4))
-    found.append(Case(chunks.chunk_table_kernel, {"INTERVAL": plan.INTERVAL, "BLOCK": 128}, 4))
+    found.append(Case(chunks.chunk_table_kernel, {"INTERVAL": INTERVAL[column], "BLOCK": 128}, 4))
     for packed, adjoint in ((False, False), (True, True)):
         constants = {
             "REVERSE": False, "PACKED": packed, "HAS_D": True, "HAS_ADJOINT": adjoint, "STORE_DH0": adjoint,
-            "SOFTPLUS": True, "N": 16, "BLOCK": backward.block, "INTERVAL": plan.INTERVAL, "GROUP": backward.group,
+            "SOFTPLUS": True, "N": 16, "BLOCK": backward.block, "INTERVAL": INTERVAL[column], "GROUP": backward.group,
         }  # fmt: skip
         found.append(Case(scan_backward.scan_backward_kernel, constants, backward.warps))
     hardware = {"HARDWARE": column == "cuda"}
@@ -119,11 +122,12 @@ def cases(column: str) -> list[Case]:
         "BLOCK": convolution.block,
     }  # fmt: skip
     found.append(Case(conv_forward.mixer_conv_forward_kernel, constants | hardware, convolution.warps))
-    constants = {
-        "STORE_LOW": True, "STATES": 16, "RANK_BLOCK": 16, "COLUMNS": 64, "ROWS": mixer.rows, "BLOCK": mixer.block,
-        "EVEN": True, "DOT": tl.bfloat16, "PRECISION": "ieee",
-    }  # fmt: skip
-    found.append(Case(mixer_forward.projections_forward_kernel, constants | hardware, mixer.warps, mixer.stages))
+    for sizes, rank, columns in ((mixer, 16, 64), *([(plan.MIXER_WIDE, 64, 128)] if column == "cuda" else [])):
+        constants = {
+            "STORE_LOW": True, "STATES": 16, "RANK_BLOCK": rank, "COLUMNS": columns, "ROWS": sizes.rows,
+            "BLOCK": sizes.block, "EVEN": True, "DOT": tl.bfloat16, "PRECISION": "ieee",
+        }  # fmt: skip
+        found.append(Case(mixer_forward.projections_forward_kernel, constants | hardware, sizes.warps, sizes.stages))
     constants = {"N": 16, "STATES": 16, "WIDTH": 4, "RANK": 12, "COLUMNS": 64, "HAS_BIAS": True, "BLOCK": 64}
     found.append(Case(mixer_forward.weight_layout_kernel, constants, 4))
     found += _mixer_backward_cases(column)
@@ -161,7 +165,7 @@ def _tiled_cases() -> list[Case]:
                 "HAS_D": not states_only, "HAS_H0": chunked, "STORE_FINAL": directions == 1 or states_only,
                 "STATES_ONLY": states_only, "SCALE": 0.5, "N": 16,
                 "BLOCK": block_of(sizes.states_thread, sizes.channels_thread, sizes.warps, 16),
-                "INTERVAL": plan.INTERVAL, "TILE": sizes.tile, "STEP": sizes.step,
+                "INTERVAL": INTERVAL["cuda"], "TILE": sizes.tile, "STEP": sizes.step,
                 **forward_layouts(directions, sizes.states_thread, sizes.channels_thread, sizes.warps, sizes.tile, 16),
             }  # fmt: skip
             found.append(Case(tiled_scan_forward.tiled_scan_forward_kernel, constants, directions * sizes.warps))
@@ -170,7 +174,8 @@ def _tiled_cases() -> list[Case]:
         block = block_of(backward.states_thread, backward.channels_thread, backward.warps, 16)
         constants = {
             "REVERSE": False, "PACKED": packed, "HAS_D": True, "HAS_ADJOINT": adjoint, "STORE_DH0": adjoint,
-            "SOFTPLUS": True, "N": 16, "BLOCK": block, "INTERVAL": plan.INTERVAL, "GROUP": backward.step,
+            "SOFTPLUS": True, "GATE": not adjoint, "SCALE": 0.5, "N": 16, "BLOCK": block,
+            "INTERVAL": INTERVAL["cuda"], "GROUP": backward.step,
             **backward_layouts(backward.states_thread, backward.channels_thread, backward.warps, 16),
         }  # fmt: skip
         found.append(Case(tiled_scan_backward.tiled_scan_backward_kernel, constants, backward.warps))
@@ -197,6 +202,8 @@ def compile_case(case: Case, target: str) -> Compiled:
     """Compile for a device that need not be there."""
     names = case.kernel.arg_names
     signature = {n: "constexpr" if n in case.constants else _kind(n) for n in names}
+    if target.startswith("gfx") and "states_ptr" in signature:
+        signature["states_ptr"] = "*fp32"
     constants = {(names.index(k),): v for k, v in case.constants.items()}
     attributes = {
         (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr") or n in MULTIPLE_OF_16

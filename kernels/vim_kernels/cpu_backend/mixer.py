@@ -40,7 +40,7 @@ def bidirectional_scan_forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """See `vim_kernels.dispatch.contract`."""
     del overwrite
-    _, forward, backward, cu_seqlens, _ = arguments
+    _, forward, backward, cu_seqlens, *_ = arguments
     x, z = arguments.halves()
     saved = bidirectional_scan_saved(arguments) if save else []
     dtype = kernel_dtype(x, z)
@@ -64,7 +64,7 @@ def bidirectional_scan_forward(
 
 def bidirectional_scan_backward(arguments: BidirectionalScan, dout: Tensor, saved: list[Tensor]) -> BidirectionalScan:
     """See `vim_kernels.dispatch.contract`."""
-    _, forward, backward, cu_seqlens, gated = arguments
+    _, forward, backward, cu_seqlens, *_ = arguments
     x, z = arguments.halves()
     dtype = kernel_dtype(x, z)
     rows, gate = token_rows(x, dtype), None if z is None else token_rows(z, dtype)
@@ -100,7 +100,7 @@ def bidirectional_scan_backward(arguments: BidirectionalScan, dout: Tensor, save
     )
     if d != x.shape[-1]:
         dxz = torch.cat([half[..., : x.shape[-1]] for half in (dx, dz) if half is not None], dim=-1)
-    return BidirectionalScan(dxz.to(x.dtype), dforward, dbackward, cu_seqlens, gated)
+    return arguments._replace(xz=dxz.to(x.dtype), forward=dforward, backward=dbackward)
 
 
 def _convolve(rows: Tensor, two: list[DirectionWeights], plan: Plan) -> list[Tensor]:

@@ -80,6 +80,7 @@ class BidirectionalScan(NamedTuple):
     backward: ScanWeights
     cu_seqlens: Constant | None
     gated: bool
+    keep_inputs: bool = False
 
     def outputs(self) -> tuple[Tensor]:
         """Empty y (b, l, d) like x."""

@@ -22,7 +22,7 @@ def bidirectional_scan_forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """See `vim_kernels.dispatch.contract`."""
     del overwrite
-    _, forward, backward, cu_seqlens, _ = arguments
+    _, forward, backward, cu_seqlens, *_ = arguments
     x, z = arguments.halves()
     saved = bidirectional_scan_saved(arguments) if save else []
     total = torch.zeros_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
@@ -39,7 +39,7 @@ def bidirectional_scan_forward(
 
 def bidirectional_scan_backward(arguments: BidirectionalScan, dout: Tensor, saved: list[Tensor]) -> BidirectionalScan:
     """See `vim_kernels.dispatch.contract`."""
-    _, forward, backward, cu_seqlens, gated = arguments
+    _, forward, backward, cu_seqlens, *_ = arguments
     x, z = arguments.halves()
     dout = dout.float() / 2
     dscan = dout if z is None else dout * F.silu(z.float())
@@ -72,7 +72,7 @@ def bidirectional_scan_backward(arguments: BidirectionalScan, dout: Tensor, save
     dxz = dx.to(x.dtype)
     if z is not None:
         dxz = torch.cat([dxz, (dout * total * silu_slope(z.float())).to(x.dtype)], dim=-1)
-    return BidirectionalScan(dxz, dweights[0], dweights[1], cu_seqlens, gated)
+    return arguments._replace(xz=dxz, forward=dweights[0], backward=dweights[1])
 
 
 def _project(

@@ -60,6 +60,7 @@ def backward_layouts(states_thread: int, channels_thread: int, warps: int, n: in
         ),
         "rows_layout": gl.BlockedLayout([1, rows_vector], [32 // across, across], [warps, 1], [1, 0]),
         "bc_layout": gl.BlockedLayout([1, 4], [32 // bc_across, bc_across], [warps, 1], [1, 0]),
+        "touch": gl.BlockedLayout([1, 1], [16, 2], [1, warps], [1, 0]),
         "pair": gl.BlockedLayout([1, vector], [32 // pair_across, pair_across], [warps, 1], [1, 0]),
         "of_states": gl.BlockedLayout(
             [1, state_lanes, vector], [32 // pair_across, 1, pair_across], [warps, 1, 1], [2, 1, 0]

@@ -17,7 +17,7 @@ from vim_kernels.triton_backend.mixer_backward import (
 )
 from vim_kernels.triton_backend.mixer_forward import projections_forward_kernel, weight_layout_kernel
 from vim_kernels.triton_backend.plan import Tokens, tokens_of
-from vim_kernels.triton_backend.recurrence import ScanGradients, ScanInputs, gate_backward, scan_backward, scan_forward
+from vim_kernels.triton_backend.recurrence import Gate, ScanGradients, ScanInputs, scan_backward, scan_forward
 from vim_kernels.triton_backend.tensors import flat
 
 WEIGHTS_BLOCK = 64
@@ -33,23 +33,48 @@ class MixerWeights(NamedTuple):
     skips: tuple[Tensor, Tensor]
     rank: int  # padded
 
+    @property
+    def padded(self) -> tuple[int, int]:
+        """States and rank."""
+        return self.rates.shape[1], self.rank
+
 
 class MixerInputs(NamedTuple):
-    """What the scan of both directions reads, and the low rank of dt where the backward needs it."""
+    """What is made of x for the scan of both directions, and the low rank of dt where the backward needs it."""
 
-    scan: ScanInputs
-    low: Tensor | None  # (2, rows, r)
+    u: Tensor  # (2, rows, d)
+    dt: Tensor  # (2, rows, d)
+    bc: Tensor  # (2, rows, 2 n') float32
+    low: Tensor | None  # (2, rows, r')
+
+    @classmethod
+    def empty(cls, x: Tensor, states: int, rank: int, *, low: bool) -> "MixerInputs":
+        """To be filled, for x (b, l, d) and padded sizes."""
+        rows, d = x.shape[0] * x.shape[1], x.shape[2]
+        dt = x.new_empty(2, rows, d, dtype=torch.float32 if x.dtype == torch.float32 else torch.float16)
+        bc = x.new_empty(2, rows, 2 * states, dtype=torch.float32)
+        return cls(x.new_empty(2, rows, d), dt, bc, x.new_empty(2, rows, rank) if low else None)
+
+    def scan(self, weights: MixerWeights) -> ScanInputs:
+        """What the scan reads."""
+        return ScanInputs(self.u, self.dt, self.bc, weights.rates, weights.skips, False)
 
 
 def bidirectional_scan_saved(arguments: BidirectionalScan) -> list[Tensor]:
-    """[states (2, slots, n, d) float32, the sum before the gate (b, l, d) if gated].
+    """[states (2, slots, n, d), the sum before the gate (b, l, d) if gated, `MixerInputs` if keep_inputs].
 
-    With n = 16 and 16-bit tokens 4 bytes a token and channel: 2 for the states, 2 for the sum.
+    With n = 16 and 16-bit tokens 6 bytes a token and channel: 4 for the states, 2 for the sum; 8 more for the inputs.
     """
     x, z = arguments.halves()
     d, n = arguments.forward.A_log.shape
-    states = x.new_empty(2, tokens_of(x, arguments.cu_seqlens).slots(), _padded(n), d, dtype=torch.float32)
-    return [states] if z is None else [states, x.new_empty(x.shape)]
+    tokens = tokens_of(x, arguments.cu_seqlens)
+    saved = [x.new_empty(2, tokens.slots(), _padded(n), d, dtype=plan.states_dtype(x))]
+    if z is not None:
+        saved.append(x.new_empty(x.shape))
+    if arguments.keep_inputs:
+        inputs = MixerInputs.empty(x, _padded(n), _padded(arguments.forward.dt_proj.shape[1]), low=True)
+        saved += [t for t in inputs if t is not None]
+    return saved
 
 
 def bidirectional_scan_forward(
@@ -59,10 +84,11 @@ def bidirectional_scan_forward(
 
     Without `save` a large batch goes slice by slice: the slices share the memory of what the scan reads.
     """
-    _, forward, backward, cu_seqlens, _ = arguments
+    _, forward, backward, cu_seqlens, *_ = arguments
     x, z = arguments.halves()
     out = x if overwrite else x.new_empty(x.shape)
     saved = bidirectional_scan_saved(arguments) if save else []
+    keeps_inputs = save and arguments.keep_inputs
     if x.numel() == 0:
         return out, saved
     laid_out = mixer_weights(x, forward, backward)
@@ -70,8 +96,10 @@ def bidirectional_scan_forward(
     zs = [None] * slices if z is None else z.tensor_split(slices)
     for x_part, z_part, out_part in zip(x.tensor_split(slices), zs, out.tensor_split(slices), strict=True):
         tokens = tokens_of(x_part, cu_seqlens)
+        inputs = MixerInputs(*saved[-4:]) if keeps_inputs else MixerInputs.empty(x_part, *laid_out.padded, low=False)
+        mixer_inputs(x_part, laid_out, tokens, inputs)
         scan_forward(
-            mixer_inputs(x_part, laid_out, tokens, store_low=False).scan,
+            inputs.scan(laid_out),
             None if z_part is None else flat(z_part),
             flat(out_part),
             tokens,
@@ -86,30 +114,32 @@ def bidirectional_scan_forward(
 
 def bidirectional_scan_backward(arguments: BidirectionalScan, dout: Tensor, saved: list[Tensor]) -> BidirectionalScan:
     """See `vim_kernels.dispatch.contract`."""
-    _, forward, backward, cu_seqlens, gated = arguments
+    _, forward, backward, cu_seqlens, *_ = arguments
     x, z = arguments.halves()
     b, l, d = x.shape
     dxz = x.new_empty(b, l, d if z is None else 2 * d)
     dx, dz = dxz[..., :d], None if z is None else dxz[..., d:]
     if x.numel() == 0:
-        return BidirectionalScan(dxz, _zeros(forward), _zeros(backward), cu_seqlens, gated)
+        return arguments._replace(xz=dxz, forward=_zeros(forward), backward=_zeros(backward))
     tokens = tokens_of(x, cu_seqlens)
     laid_out = mixer_weights(x, forward, backward)
-    inputs, low = mixer_inputs(x, laid_out, tokens, store_low=True)
-    dy = gate_backward(
-        dout.view(-1, d),
-        None if z is None else flat(z),
-        None if z is None else saved[1].view(-1, d),
-        None if dz is None else flat(dz),
-        scale=0.5,
-    )
-    grads = scan_backward(inputs, dy, tokens, states=saved[0], dfinal=None, softplus=True, want_initial=False)
-    assert low is not None
-    dprojections = projections_backward(grads, inputs.u, low, laid_out)
+    if arguments.keep_inputs:
+        inputs = MixerInputs(*saved[-4:])
+    else:
+        inputs = MixerInputs.empty(x, *laid_out.padded, low=True)
+        mixer_inputs(x, laid_out, tokens, inputs)
+    gate = Gate(0.5)
+    if z is not None and dz is not None:
+        gate = Gate(0.5, flat(z), flat(saved[1]), flat(dz))
+    grads = scan_backward(
+        inputs.scan(laid_out), flat(dout), tokens,
+        gate=gate, states=saved[0], dfinal=None, softplus=True, want_initial=False,
+    )  # fmt: skip
+    dprojections = projections_backward(grads, inputs, laid_out)
     taps, biases = (forward.conv_weight, backward.conv_weight), _conv_biases(forward, backward)
     dtaps = conv_backward(grads.u, x, taps, biases, dx, cu_seqlens, reverse=False, silu=True)
     dforward, dbackward = _gradients(forward, backward, dprojections, grads, dtaps, laid_out)
-    return BidirectionalScan(dxz, dforward, dbackward, cu_seqlens, gated)
+    return arguments._replace(xz=dxz, forward=dforward, backward=dbackward)
 
 
 def mixer_weights(x: Tensor, forward: ScanWeights, backward: ScanWeights) -> MixerWeights:
@@ -130,39 +160,37 @@ def mixer_weights(x: Tensor, forward: ScanWeights, backward: ScanWeights) -> Mix
     return MixerWeights(rates, taps, projections, (f.dt_bias, b.dt_bias), (f.D, b.D), _padded(rank))
 
 
-def mixer_inputs(x: Tensor, weights: MixerWeights, tokens: Tokens, *, store_low: bool) -> MixerInputs:
-    """Convolution, SiLU, x_proj, dt_proj and softplus of both directions."""
+def mixer_inputs(x: Tensor, weights: MixerWeights, tokens: Tokens, inputs: MixerInputs) -> None:
+    """Fill `inputs`: convolution, SiLU, x_proj, dt_proj and softplus of both directions."""
     rows, d = tokens.rows, x.shape[2]
     states, width = weights.rates.shape[1], weights.taps.shape[1] - 1
     source, target = flat(x), plan.target(x.device)
-    u = x.new_empty(2, rows, d)
+    u, dt, bc, low = inputs
     sizes = plan.CONVOLUTION
     launch(mixer_conv_forward_kernel, (cdiv(rows, sizes.groups * sizes.steps), cdiv(d, sizes.block)),
         source, source.stride(0), weights.taps, u, tokens.segment(x), rows, tokens.length, d, rows * d,
         PACKED=tokens.packed, WIDTH=width, GROUPS=sizes.groups, STEPS=sizes.steps, BLOCK=sizes.block,
         HARDWARE=target == "cuda", num_warps=sizes.warps,
     )  # fmt: skip
-    dt = x.new_empty(2, rows, d, dtype=torch.float32 if x.dtype == torch.float32 else torch.float16)
-    bc = x.new_empty(2, rows, 2 * states, dtype=torch.float32)
-    low = x.new_empty(2, rows, weights.rank) if store_low else None
-    sizes = plan.MIXER[target]
+    sizes = plan.mixer(x.device, weights.rank, rows)
     launch(projections_forward_kernel, (cdiv(rows, sizes.rows), 2),
         u, weights.projections, *weights.dt_biases, dt, bc, low if low is not None else x,
         rows, d, rows * d, rows * 2 * states, rows * weights.rank,
-        STORE_LOW=store_low, STATES=states, RANK_BLOCK=weights.rank, COLUMNS=weights.projections.shape[2],
+        STORE_LOW=low is not None, STATES=states, RANK_BLOCK=weights.rank, COLUMNS=weights.projections.shape[2],
         ROWS=sizes.rows, BLOCK=sizes.block, EVEN=d % sizes.block == 0,
         DOT=plan.dot_dtype(x), PRECISION="ieee", HARDWARE=target == "cuda",
         num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip
-    return MixerInputs(ScanInputs(u, dt, bc, weights.rates, weights.skips, False), low)
 
 
-def projections_backward(grads: ScanGradients, u: Tensor, low: Tensor, weights: MixerWeights) -> Tensor:
+def projections_backward(grads: ScanGradients, inputs: MixerInputs, weights: MixerWeights) -> Tensor:
     """The path through x_proj, added to grads.u in place, and the gradients of x_proj and dt_proj in partial sums.
 
     These are (2, programs, 2 n' + 2 r', d) float32 for n' states and a rank of r', padded: the rows of B, C and the low
     rank of x_proj, and dt_proj transposed.
     """
+    u, low = inputs.u, inputs.low
+    assert low is not None
     _, rows, d = u.shape
     _, parts, _, pair = grads.bc.shape
     rank, states, target = weights.rank, pair // 2, plan.target(u.device)

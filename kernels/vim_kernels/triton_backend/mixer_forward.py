@@ -74,45 +74,51 @@ def projections_forward_kernel(
 ):  # fmt: skip
     """Grid (blocks of rows, directions). B, C and dt of u. EVEN: no block of channels is cut short.
 
-    dt is a product with all columns, whose weights are 0 where the column is not of the low rank.
+    The columns of B and C and those of the low rank are two tiles, since a tile has a power of two of columns.
     """
     direction = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)
+    pair = tl.arange(0, 2 * STATES)
+    rank = tl.arange(0, RANK_BLOCK)
     dt_bias_ptr = dt_bias0_ptr if direction == 0 else dt_bias1_ptr
     here = (row < rows)[:, None]
     row = row.to(tl.int64)[:, None]
     u_ptr += direction * u_direction + row * channels
     dt_ptr += direction * u_direction + row * channels
     x_proj_ptr = projections_ptr + direction * 2 * COLUMNS * channels
-    dt_proj_ptr = x_proj_ptr + COLUMNS * channels
-    projected = tl.zeros([ROWS, COLUMNS], tl.float32)
+    rank_proj_ptr = x_proj_ptr + 2 * STATES * channels
+    dt_proj_ptr = rank_proj_ptr + COLUMNS * channels
+    bc = tl.zeros([ROWS, 2 * STATES], tl.float32)
+    low = tl.zeros([ROWS, RANK_BLOCK], tl.float32)
     for start in range(0, channels, BLOCK):
         d = start + tl.arange(0, BLOCK)
+        of_pair = x_proj_ptr + pair[None, :] * channels + d[:, None]
+        of_rank = rank_proj_ptr + rank[None, :] * channels + d[:, None]
         if EVEN:
             u = tl.load(u_ptr + d[None, :], mask=here, other=0.0)
-            weight = tl.load(x_proj_ptr + column[None, :] * channels + d[:, None])
+            pair_weight = tl.load(of_pair)
+            rank_weight = tl.load(of_rank)
         else:
-            u = tl.load(u_ptr + d[None, :], mask=here & (d < channels)[None, :], other=0.0)
-            weight = tl.load(
-                x_proj_ptr + column[None, :] * channels + d[:, None], mask=(d < channels)[:, None], other=0.0
-            )
-        projected = tl.dot(u.to(DOT), weight.to(DOT), projected, input_precision=PRECISION)
-    bc = bc_ptr + direction * bc_direction + row * (2 * STATES) + column[None, :]
-    tl.store(bc, projected, mask=here & (column < 2 * STATES)[None, :])
+            ok = d < channels
+            u = tl.load(u_ptr + d[None, :], mask=here & ok[None, :], other=0.0)
+            pair_weight = tl.load(of_pair, mask=ok[:, None], other=0.0)
+            rank_weight = tl.load(of_rank, mask=ok[:, None], other=0.0)
+        u = u.to(DOT)
+        bc = tl.dot(u, pair_weight.to(DOT), bc, input_precision=PRECISION)
+        low = tl.dot(u, rank_weight.to(DOT), low, input_precision=PRECISION)
+    tl.store(bc_ptr + direction * bc_direction + row * (2 * STATES) + pair[None, :], bc, mask=here)
     if STORE_LOW:
-        rank = (column - 2 * STATES)[None, :]
-        kept = low_ptr + direction * low_direction + row * RANK_BLOCK + rank
-        tl.store(kept, projected.to(low_ptr.dtype.element_ty), mask=here & (rank >= 0) & (rank < RANK_BLOCK))
-    projected = projected.to(DOT)
+        kept = low_ptr + direction * low_direction + row * RANK_BLOCK + rank[None, :]
+        tl.store(kept, low.to(low_ptr.dtype.element_ty), mask=here)
+    low = low.to(DOT)
     for start in range(0, channels, BLOCK):
         d = start + tl.arange(0, BLOCK)
         ok = d < channels
         if EVEN:
-            weight = tl.load(dt_proj_ptr + column[:, None] * channels + d[None, :])
+            weight = tl.load(dt_proj_ptr + rank[:, None] * channels + d[None, :])
         else:
-            weight = tl.load(dt_proj_ptr + column[:, None] * channels + d[None, :], mask=ok[None, :], other=0.0)
-        v = tl.dot(projected, weight.to(DOT), input_precision=PRECISION)
+            weight = tl.load(dt_proj_ptr + rank[:, None] * channels + d[None, :], mask=ok[None, :], other=0.0)
+        v = tl.dot(low, weight.to(DOT), input_precision=PRECISION)
         v += tl.load(dt_bias_ptr + d, mask=ok, other=0.0).to(tl.float32)[None, :]
         if dt_ptr.dtype.element_ty == tl.float32:
             dt = softplus(v)

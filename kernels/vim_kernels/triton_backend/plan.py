@@ -15,7 +15,9 @@ from vim_kernels.triton_backend.chunks import chunk_table_kernel
 from vim_kernels.triton_backend.launch import cdiv, launch
 
 INTERVAL = 32
-"""Tokens between two states saved for the backward: 4 n / INTERVAL bytes a token, channel and direction."""
+"""Chunks are a multiple of so many tokens, and float32 tokens have a state saved every so many for the backward: n / 8
+bytes a token, channel and direction. 16-bit tokens have one every 16, in bfloat16: as many bytes, and half as far to
+compute again; but not on AMD, where the kernel would hold 282 registers instead of 230."""
 
 
 class ForwardSizes(NamedTuple):
@@ -62,16 +64,18 @@ class MixerSizes(NamedTuple):
     stages: int
 
 
-TILED_FORWARD = ((10, TiledSizes(16, 1, 1, 8, 8)), (4, TiledSizes(8, 1, 2, 8, 8)), (0, TiledSizes(4, 1, 2, 16, 16)))
+TILED_FORWARD = ((7, TiledSizes(16, 1, 2, 8, 8)), (4, TiledSizes(8, 1, 2, 8, 8)), (0, TiledSizes(4, 1, 2, 16, 16)))
 """From how many warps a multiprocessor, if a warp holds all states of 32 channels, which sizes. Fewer states a thread
 make more warps, which wait less, of more instructions in all."""
-TILED_BACKWARD = TiledSizes(4, 4, 2, INTERVAL, 4)
+TILED_BACKWARD = TiledSizes(4, 4, 1, INTERVAL, 4)
 TILED_STATES = 16
 """The state size that the Gluon kernels are laid out for, Mamba's; another takes the core-Triton kernels."""
 
 FORWARD = {"cuda": ForwardSizes(32, 1, 2), "hip": ForwardSizes(64, 1, 0), "interpreter": ForwardSizes(32, 1, 0)}
 STATE = {"cuda": ForwardSizes(32, 1, 2), "hip": ForwardSizes(64, 1, 0), "interpreter": ForwardSizes(32, 1, 0)}
 BACKWARD = {"cuda": BackwardSizes(32, 1, 2), "hip": BackwardSizes(64, 1, 2), "interpreter": BackwardSizes(32, 1, 4)}
+MIXER_WIDE, MIXER_WIDE_RANK = MixerSizes(128, 64, 8, 3), 64
+"""Where the rank is so large, a block of rows reads many weights, and larger ones are faster if they fill the chip."""
 MIXER = {"cuda": MixerSizes(64, 64, 4, 3), "hip": MixerSizes(64, 32, 4, 1), "interpreter": MixerSizes(16, 64, 4, 1)}
 PROJECTIONS_BACKWARD = {
     "cuda": MixerSizes(64, 64, 4, 3),
@@ -101,7 +105,7 @@ SUMMING_PROGRAMS = 256
 CARRY_BLOCK, CARRY_CHUNKS = 32, 64
 FORWARD_FEW, BACKWARD_FEW, WANTED_WARPS = 1.6, 4, 64
 """Warps a multiprocessor: with fewer of them a scan of whole sequences waits, and is cut to make WANTED_WARPS."""
-SLICE_WARPS, SLICE_ROWS = TILED_FORWARD[0][0], 2**17
+SLICE_WARPS, SLICE_ROWS = 10, 2**17
 """Warps a multiprocessor and tokens that a slice of a batch must have to be about as fast as a part of the whole: more
 warps gain little, and its kernels are long beside their launches."""
 
@@ -113,6 +117,7 @@ class Tokens(NamedTuple):
     length: int  # of a sequence; of all where packed
     sequences: int
     cu_seqlens: Tensor | None
+    interval: int  # tokens between two saved states
 
     @property
     def packed(self) -> bool:
@@ -122,8 +127,8 @@ class Tokens(NamedTuple):
     def slots(self) -> int:
         """Saved states a channel and direction, an upper bound where packed."""
         if self.packed:
-            return self.rows // INTERVAL + self.sequences
-        return self.sequences * cdiv(self.length, INTERVAL)
+            return self.rows // self.interval + self.sequences
+        return self.sequences * cdiv(self.length, self.interval)
 
     def segment(self, like: Tensor) -> Tensor:
         """(rows,) int32, the sequence of every row where packed; otherwise unused."""
@@ -151,7 +156,13 @@ class Chunks(NamedTuple):
 def tokens_of(x: Tensor, cu_seqlens: Tensor | None) -> Tokens:
     """X (b, l, d); a packed x has b = 1."""
     b, l, _ = x.shape
-    return Tokens(b * l, l, b if cu_seqlens is None else cu_seqlens.shape[0] - 1, cu_seqlens)
+    interval = INTERVAL if states_dtype(x) == torch.float32 else INTERVAL // 2
+    return Tokens(b * l, l, b if cu_seqlens is None else cu_seqlens.shape[0] - 1, cu_seqlens, interval)
+
+
+def states_dtype(x: Tensor) -> torch.dtype:
+    """Of the states saved for the backward of tokens like x: bfloat16, which has float32's range, for 16 bits."""
+    return torch.bfloat16 if x.itemsize == 2 and target(x.device) != "hip" else torch.float32
 
 
 def cut(tokens: Tokens, size: int | None, device: torch.device) -> Chunks:
@@ -173,7 +184,7 @@ def cut(tokens: Tokens, size: int | None, device: torch.device) -> Chunks:
         tokens.sequences,
         count,
         size,
-        INTERVAL=INTERVAL,
+        INTERVAL=tokens.interval,
         BLOCK=128,
     )
     return Chunks(size, count, 1 if whole else 0, table, sequence_table)
@@ -206,6 +217,12 @@ def slices(tokens: Tokens, channels: int, processors: int) -> int:
 def tiled_forward(warps: int, processors: int) -> TiledSizes:
     """Sizes for `warps` warps, if a warp holds all states of 32 channels."""
     return next(sizes for fewest, sizes in TILED_FORWARD if warps >= fewest * processors)
+
+
+def mixer(device: torch.device, rank: int, rows: int) -> MixerSizes:
+    """Sizes for x_proj and dt_proj of a padded rank, both directions."""
+    wide = rank >= MIXER_WIDE_RANK and 2 * cdiv(rows, MIXER_WIDE.rows) >= 1.4 * processors(device)
+    return MIXER_WIDE if wide and target(device) == "cuda" else MIXER[target(device)]
 
 
 def tiled(device: torch.device, states: int) -> bool:

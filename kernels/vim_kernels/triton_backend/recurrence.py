@@ -38,7 +38,7 @@ class ScanInputs(NamedTuple):
 
 
 class ScanGradients(NamedTuple):
-    """Gradients of ScanInputs, three of them in float32 as partial sums: what has parts or chunks is to be summed."""
+    """Gradients of ScanInputs; what has parts or chunks is a partial sum, float32 but for that of bc."""
 
     u: Tensor
     dt: Tensor
@@ -55,7 +55,7 @@ def scan_forward(
     tokens: Tokens,
     *,
     scale: float,
-    states: Tensor | None,  # (q, slots, n, d) float32, filled where given
+    states: Tensor | None,  # (q, slots, n, d), filled where given
     ungated: Tensor | None,  # (rows, d), the sum before the gate, filled where states and z are given
     initial: Tensor | None,  # (q, sequences, n, d) float32
     want_final: bool,
@@ -103,7 +103,7 @@ def _forward(
     )  # fmt: skip
     places = (
         chunks.table if chunks.table is not None else unused, tokens.length, chunks.size, chunks.per_sequence,
-        cdiv(tokens.length, plan.INTERVAL), d,
+        cdiv(tokens.length, tokens.interval), d,
     )  # fmt: skip
     strides = (
         z.stride(0) if z is not None else d, out.stride(0) if out is not None else d,
@@ -113,7 +113,7 @@ def _forward(
         "DIRECTIONS": q, "REVERSE": inputs.reverse, "PACKED": tokens.packed, "GATE": z is not None,
         "SAVE": states is not None, "HAS_D": inputs.skips is not None and not states_only,
         "HAS_H0": entering is not None, "STORE_FINAL": final is not None, "SCALE": scale, "N": n,
-        "INTERVAL": plan.INTERVAL,
+        "INTERVAL": tokens.interval,
     }  # fmt: skip
     if plan.tiled(device, n):
         sizes = plan.tiled_forward(q * cdiv(d, 32) * chunks.total, plan.processors(device))
@@ -131,11 +131,21 @@ def _forward(
         )  # fmt: skip
 
 
+class Gate(NamedTuple):
+    """What the forward scan multiplied its sum y with, scale silu(z) or scale alone; where the gradient of z goes."""
+
+    scale: float
+    z: Tensor | None = None  # (rows, d), any row stride
+    ungated: Tensor | None = None  # (rows, d), y
+    dz: Tensor | None = None  # (rows, d), any row stride, filled
+
+
 def scan_backward(
     inputs: ScanInputs,
-    dy: Tensor,  # (rows, d), gradient of the sum of the directions
+    dy: Tensor,  # (rows, d), gradient of the sum of the directions, or of what the gate made of it
     tokens: Tokens,
     *,
+    gate: Gate,
     states: Tensor,  # (q, slots, n, d) from the forward
     dfinal: Tensor | None,  # (q, sequences, n, d) float32
     softplus: bool,
@@ -152,10 +162,12 @@ def scan_backward(
     chunks = plan.cut(tokens, size, dy.device)
     initial = dy.new_empty(q, tokens.sequences, n, d, dtype=torch.float32) if want_initial else None
     adjoint = dfinal
+    if gate != Gate(1.0) and not (tiled and chunks.one_each):
+        dy, gate = gate_backward(dy, gate), Gate(1.0)
     if not chunks.one_each:
         adjoint = _entering_states(inputs, dy, tokens, chunks, dfinal, initial, adjoint=True)
     du, ddt = torch.empty_like(inputs.u), torch.empty_like(inputs.u)
-    dbc = dy.new_empty(q, blocks, tokens.rows, 2 * n, dtype=torch.float32)
+    dbc = dy.new_empty(q, blocks, tokens.rows, 2 * n)
     drates = dy.new_empty(q, chunks.total, n, d, dtype=torch.float32)
     sums = dy.new_empty(q, chunks.total, 2, d, dtype=torch.float32)
     skips = inputs.skips or (dy,)
@@ -164,28 +176,24 @@ def scan_backward(
         states, adjoint if adjoint is not None else dy,
         du, ddt, dbc, drates, sums, initial if initial is not None else dy,
         chunks.table if chunks.table is not None else dy, tokens.length, chunks.size, chunks.per_sequence,
-        cdiv(tokens.length, plan.INTERVAL),
+        cdiv(tokens.length, tokens.interval),
         d, tokens.rows * d, tokens.rows * 2 * n, chunks.total * n * d, tokens.slots() * n * d, tokens.rows * 2 * n,
     )  # fmt: skip
     flags = {
         "REVERSE": inputs.reverse, "PACKED": tokens.packed, "HAS_D": inputs.skips is not None,
         "HAS_ADJOINT": adjoint is not None, "STORE_DH0": want_initial and chunks.one_each, "SOFTPLUS": softplus,
-        "N": n, "BLOCK": block, "INTERVAL": plan.INTERVAL,
+        "N": n, "BLOCK": block, "INTERVAL": tokens.interval,
     }  # fmt: skip
     options = {"num_warps": warps, "num_stages": 1}
     if tiled:
         layouts = backward_layouts(by_tile.states_thread, by_tile.channels_thread, warps, n)
-        launch(
-            tiled_scan_backward_kernel,
-            (blocks, chunks.total, q),
-            *tensors,
-            **flags,
-            GROUP=by_tile.step,
-            **layouts,
-            **options,
-        )
+        z, ungated, dz = (dy if t is None else t for t in gate[1:])
+        launch(tiled_scan_backward_kernel, (blocks, chunks.total, q),
+            *tensors, z, ungated, dz, z.stride(0), dz.stride(0), **flags,
+            GATE=gate.z is not None, SCALE=gate.scale, GROUP=by_tile.step, **layouts, **options,
+        )  # fmt: skip
     else:
-        scratch_stride = cdiv(plan.INTERVAL, core.group) * n * block
+        scratch_stride = cdiv(tokens.interval, core.group) * n * block
         scratch = dy.new_empty(q * chunks.total * blocks * scratch_stride, dtype=torch.float32)
         launch(scan_backward_kernel, (blocks, chunks.total, q),
             *tensors, scratch, scratch_stride, **flags, GROUP=core.group, **options,
@@ -243,13 +251,13 @@ def softplus(dt: Tensor, bias: Tensor | None, *, apply: bool) -> Tensor:
     return out
 
 
-def gate_backward(dout: Tensor, z: Tensor | None, ungated: Tensor | None, dz: Tensor | None, *, scale: float) -> Tensor:
-    """Gradient (rows, d) of the sum before the gate; fills dz (rows, d), any row stride, where z is given."""
+def gate_backward(dout: Tensor, gate: Gate) -> Tensor:
+    """Gradient (rows, d) of the sum before the gate; fills that of z."""
     rows, d = dout.shape
     dy = torch.empty_like(dout)
+    z, ungated, dz = (dy if t is None else t for t in gate[1:])
     launch(gate_backward_kernel, (cdiv(rows, TILE["ROWS"]), cdiv(d, TILE["BLOCK"])),
-        dout, z if z is not None else dout, ungated if ungated is not None else dout, dy, dz if dz is not None else dy,
-        rows, d, z.stride(0) if z is not None else d, dz.stride(0) if dz is not None else d,
-        GATE=z is not None, SCALE=scale, **TILE,
+        dout, z, ungated, dy, dz, rows, d, z.stride(0), dz.stride(0),
+        GATE=gate.z is not None, SCALE=gate.scale, **TILE,
     )  # fmt: skip
     return dy

@@ -6,16 +6,16 @@ from torch import Tensor
 from vim_kernels.constants import LOG2E
 from vim_kernels.dispatch.contract import SelectiveScan
 from vim_kernels.triton_backend.launch import power_of_two
-from vim_kernels.triton_backend.plan import tokens_of
-from vim_kernels.triton_backend.recurrence import ScanInputs, gate_backward, scan_backward, scan_forward, softplus
+from vim_kernels.triton_backend.plan import states_dtype, tokens_of
+from vim_kernels.triton_backend.recurrence import Gate, ScanInputs, scan_backward, scan_forward, softplus
 from vim_kernels.triton_backend.tensors import copy_like, flat
 
 
 def selective_scan_saved(arguments: SelectiveScan) -> list[Tensor]:
-    """[states (1, slots, n, d) float32]: 4 n / INTERVAL bytes a token and channel."""
+    """[states (1, slots, n, d)]: n / 8 bytes a token and channel."""
     x, (d, n) = arguments.x, arguments.A.shape
     slots = tokens_of(x, arguments.cu_seqlens).slots()
-    return [x.new_empty(1, slots, power_of_two(n), d, dtype=torch.float32)]
+    return [x.new_empty(1, slots, power_of_two(n), d, dtype=states_dtype(x))]
 
 
 def selective_scan_forward(arguments: SelectiveScan, save: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -52,23 +52,23 @@ def selective_scan_backward(
     if x.numel() == 0:
         return _no_gradients(arguments, dfinal_state)
     tokens = tokens_of(x, cu_seqlens)
-    d, n = A.shape
+    n = A.shape[1]
     inputs = _scan_inputs(arguments)
     initial = _inside(initial_state, inputs)
-    dz = None
-    summed = dy.view(-1, d)
+    gate = Gate(1.0)
     if z is not None:
         # What the gate multiplied is computed again: half a forward, in place of 2 bytes a token and channel kept.
-        ungated = torch.empty_like(summed)
+        ungated = torch.empty_like(dy)
         scan_forward(
-            inputs, None, ungated, tokens, scale=1.0, states=None, ungated=None, initial=initial, want_final=False
-        )
-        dz = z.new_empty(z.shape)
-        summed = gate_backward(summed, flat(z), ungated, dz.view(-1, d), scale=1.0)
+            inputs, None, flat(ungated), tokens,
+            scale=1.0, states=None, ungated=None, initial=initial, want_final=False,
+        )  # fmt: skip
+        gate = Gate(1.0, flat(z), flat(ungated), flat(torch.empty_like(dy)))
     grads = scan_backward(
         inputs,
-        summed,
+        flat(dy),
         tokens,
+        gate=gate,
         states=saved[0],
         dfinal=_inside(dfinal_state, inputs),
         softplus=dt_softplus,
@@ -86,7 +86,7 @@ def selective_scan_backward(
         B=copy_like(dbc[:, :n], B),
         C=copy_like(dbc[:, states : states + n], C),
         D=None if D is None else copy_like(dskip, D),
-        z=dz,
+        z=None if gate.dz is None else gate.dz.view(x.shape),
         dt_bias=None if dt_bias is None else copy_like(dt_sum, dt_bias),
         initial_state=dinitial,
     )

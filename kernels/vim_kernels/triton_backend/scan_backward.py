@@ -73,7 +73,9 @@ def scan_backward_kernel(
         interval = tl.where(backwards, j, intervals - 1 - j)
         rows = tl.minimum(INTERVAL, count - interval * INTERVAL)
         start = first + interval * INTERVAL + tl.where(backwards, rows - 1, 0)
-        h = tl.load(states_ptr + interval.to(tl.int64) * N * channels + tile, mask=ok[None, :], other=0.0)
+        h = tl.load(states_ptr + interval.to(tl.int64) * N * channels + tile, mask=ok[None, :], other=0.0).to(
+            tl.float32
+        )
         groups = tl.cdiv(rows, GROUP)
         tl.store(scratch, h)
         for group in range(0, groups - 1):

@@ -18,7 +18,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from vim_kernels.triton_backend.elementary import LOG2E
-from vim_kernels.triton_backend.tiles import barrier, chunk_rows, view_of
+from vim_kernels.triton_backend.tiles import barrier, chunk_rows, reciprocal, view_of
 
 
 @gluon.jit
@@ -159,7 +159,11 @@ def tiled_scan_forward_kernel(
                 backwards = (q == 1) != REVERSE
                 interval = gl.where(backwards, last, j) // RATIO
                 entered = gl.where(backwards, closes, opens)
-                gl.store(saved_ptr + interval.to(gl.int64) * (N * channels), h, mask=ok & entered)
+                gl.store(
+                    saved_ptr + interval.to(gl.int64) * (N * channels),
+                    h,
+                    mask=ok & entered,
+                )
         for group in range(0, TILE // STEP):
             # All loads before all stores: the compiler takes them for the same memory, and may overlap tokens only so.
             u_l = ()
@@ -210,12 +214,6 @@ def tiled_scan_forward_kernel(
 
 
 @gluon.jit
-def _reciprocal(v):
-    """One instruction to one unit in the last place, where a division takes eight."""
-    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [v], dtype=gl.float32, is_pure=True, pack=1)
-
-
-@gluon.jit
 def _of_states(x, LANES: gl.constexpr):
     """(q, n, d) summed over the states of a thread: (q, s, d)."""
     return gl.sum(gl.reshape(x, [x.shape[0], LANES, x.shape[1] // LANES, x.shape[2]]), axis=2)
@@ -254,7 +252,7 @@ def _finish(
         if SAVE:
             gl.store(ungated_ptr + at_row, y.to(ungated_ptr.dtype.element_ty), mask=mask)
         z = z.to(gl.float32)
-        y = y * (SCALE * z) * _reciprocal(1.0 + gl.exp2(z * -LOG2E))
+        y = y * (SCALE * z) * reciprocal(1.0 + gl.exp2(z * -LOG2E))
     else:
         y = y * SCALE
     gl.store(out_ptr + at_out, y.to(out_ptr.dtype.element_ty), mask=mask)
