@@ -73,7 +73,7 @@ def test_slices_of_a_batch_give_the_same_numbers(monkeypatch):
     ],
 )
 def test_slices_leave_the_chip_full(batch, length, channels, slices, tight):
-    rows = plan.Tokens(batch * length, length, batch, None)
+    rows = plan.Tokens(batch * length, length, batch, None, plan.INTERVAL)
     assert plan.slices(rows, channels, processors=132) == slices
     with less_memory():
         assert plan.slices(rows, channels, processors=132) == tight
