@@ -8,9 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vim_kernels import library, reference
+from vim_kernels import library, library_pooled, reference
 from vim_kernels.interface import FAST_MODULES, fast_module
-from vim_kernels.types import ScanWeights
+from vim_kernels.lines import Lines
+from vim_kernels.types import NormWeights, ScanWeights
 
 
 class FastOps:
@@ -76,6 +77,26 @@ class FastOps:
             return run(x, z, forward, backward, cu_seqlens, False, overwrite)[0]
         save = _saves(xz, *forward, *backward)
         return library.bidirectional_scan(xz.contiguous(), *forward, *backward, gated, cu_seqlens, self.name, save)[0]
+
+    def pooled_scan(
+        self,
+        xz: Tensor,
+        forward: ScanWeights,
+        backward: ScanWeights,
+        lines: Lines,
+        *,
+        norm: NormWeights | None,
+        eps: float,
+    ) -> Tensor:
+        """See `vim_kernels.reference.pooled_scan`."""
+        given = (xz, *forward, *backward, *(norm or ()))
+        if _any_float64(*given):
+            return reference.pooled_scan(xz, forward, backward, lines, norm=norm, eps=eps)
+        xz = xz.contiguous()
+        if _is_plain_call(*given):
+            return fast_module(self.name).pooled_scan_forward(xz, forward, backward, lines, norm, eps, False)[0]
+        both = (*forward, *backward, *(norm or (None, None)))
+        return library_pooled.pooled_scan(xz, *both, *lines, eps, self.name, _saves(*given))[0]
 
     def causal_conv1d(
         self,

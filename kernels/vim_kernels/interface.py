@@ -7,7 +7,8 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from vim_kernels.types import ScanWeights
+from vim_kernels.lines import Lines
+from vim_kernels.types import NormWeights, ScanWeights
 
 FAST_MODULES: dict[str, str] = {
     "triton": "vim_kernels.triton_backend",
@@ -64,6 +65,39 @@ class FastBackend(Protocol):
         saved: list[Tensor],
     ) -> tuple[Tensor, Tensor | None, ScanWeights, ScanWeights]:
         """Gradients (dx, dz, forward, backward); dx and dz as halves of one (b, l, 2 d) buffer save a copy."""
+        ...
+
+    def pooled_scan_saved(
+        self, xz: Tensor, forward: ScanWeights, backward: ScanWeights, lines: Lines, norm: NormWeights | None
+    ) -> list[Tensor]:
+        """Empty tensors that the forward fills for the backward."""
+        ...
+
+    def pooled_scan_forward(
+        self,
+        xz: Tensor,  # (b, l, 2 d), contiguous
+        forward: ScanWeights,
+        backward: ScanWeights,
+        lines: Lines,
+        norm: NormWeights | None,
+        eps: float,
+        save: bool,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Output (b, l, d) in the dtype of xz, and what was saved."""
+        ...
+
+    def pooled_scan_backward(
+        self,
+        dout: Tensor,
+        xz: Tensor,
+        forward: ScanWeights,
+        backward: ScanWeights,
+        lines: Lines,
+        norm: NormWeights | None,
+        eps: float,
+        saved: list[Tensor],
+    ) -> tuple[Tensor, ScanWeights, ScanWeights, NormWeights | None]:
+        """Gradients (dxz, forward, backward, norm)."""
         ...
 
     def selective_scan_saved(

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from vim_kernels import backend as backends
 from vim_kernels.checks import check_cu_seqlens, check_float, check_same_device, check_shape
-from vim_kernels.types import ScanWeights
+from vim_kernels.lines import Lines, check_lines
+from vim_kernels.types import NormWeights, ScanWeights
 
 
 @overload
@@ -142,6 +143,52 @@ def bidirectional_scan(
     with off:
         options = {"gated": gated, "cu_seqlens": cu_seqlens, "overwrite": overwrite}
         return module.bidirectional_scan(xz, forward, backward, **options)
+
+
+def pooled_scan(
+    xz: Tensor,
+    forward: ScanWeights,
+    backward: ScanWeights,
+    lines: Lines,
+    *,
+    norm: NormWeights | None = None,
+    eps: float = 1e-5,
+    backend: str | None = None,
+) -> Tensor:
+    """Everything of a pooled Vim mixer between in_proj and out_proj (FastVim, arXiv 2502.00594, section 3).
+
+    As `bidirectional_scan`, but x_proj, dt_proj and scan see one token a line, in each direction the weighted sum of
+    the convolved tokens of a row or column, whose result every token of the line gets; skip and gate, and the LayerNorm
+    between them where `norm` is given, are each token's own.
+
+    Args:
+        xz: (batch, length, 2 d_inner), x in the first half and z in the second.
+        forward, backward: the parameters of the two directions.
+        lines: which tokens make a line, in which order tokens and lines are scanned, and the borders of packed images.
+        norm: (weight, bias) of a LayerNorm over d_inner, of the mean of the directions before the gate.
+        eps: of that norm.
+
+    Returns:
+        (batch, length, d_inner), contiguous, in the dtype and order of xz.
+
+    Raises:
+        ValueError or TypeError, naming the argument, for a wrong shape, dtype, device, or lines that do not fit.
+    """
+    check_float("xz", xz)
+    shapes = tuple(None if tensor is None else tensor.shape for tensor in (*forward, *backward))
+    check_shapes = _check_mixer_shapes if torch.compiler.is_compiling() else _check_mixer_shapes_once
+    check_shapes(True, xz.shape, *shapes)
+    check_lines(lines, xz)
+    for name, weights in (("forward", forward), ("backward", backward)):
+        check_same_device(xz, **{f"{name}.{field}": tensor for field, tensor in weights._asdict().items()})
+    if norm is not None:
+        for field, tensor in norm._asdict().items():
+            check_shape(f"norm.{field}", tensor.shape, (forward.A_log.shape[0],))
+            check_same_device(xz, **{f"norm.{field}": tensor})
+    module = backends.resolve(backend, xz.device)
+    off = torch.autocast(xz.device.type, enabled=False) if torch.is_autocast_enabled(xz.device.type) else nullcontext()
+    with off:
+        return module.pooled_scan(xz, forward, backward, lines, norm=norm, eps=eps)
 
 
 def _check_mixer_shapes(gated: bool, xz: tuple[int, ...], *weights: Any) -> None:

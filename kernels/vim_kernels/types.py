@@ -1,4 +1,4 @@
-"""The bundle of parameters that one scan direction of a Vim mixer owns."""
+"""Bundles of parameters of a Vim mixer: of one scan direction, and of the LayerNorm before the gate."""
 
 from typing import NamedTuple
 
@@ -22,3 +22,12 @@ class ScanWeights(NamedTuple):
     """(d, n); A = -exp(A_log)."""
     D: Tensor
     """(d,) skip."""
+
+
+class NormWeights(NamedTuple):
+    """Parameters of a LayerNorm over d channels."""
+
+    weight: Tensor
+    """(d,)"""
+    bias: Tensor
+    """(d,)"""
