@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vim_kernels.lines import Lines
 from vim_kernels.torch_scan import empty_tile_states, pieces, scan_gradients, scan_tiles
-from vim_kernels.types import ScanWeights
+from vim_kernels.types import NormWeights, ScanWeights
 
 
 def unavailable(device: torch.device) -> str | None:  # noqa: ARG001 - one signature for all backends
@@ -112,8 +113,8 @@ def bidirectional_scan_forward(
     saved = bidirectional_scan_saved(x, z, forward, backward, cu_seqlens) if save else []
     total = torch.zeros_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
     for reverse, weights in enumerate((forward, backward)):
-        u, low, B, C, raw = _project(x, weights, bool(reverse), cu_seqlens)
-        del low
+        u = F.silu(_pre_activation(x.float(), weights.conv_weight, weights.conv_bias, bool(reverse), cu_seqlens))
+        _, B, C, raw = _project(u, weights)
         A, states = -torch.exp(weights.A_log.float()), saved[reverse] if save else None
         y, _ = scan_tiles(u, F.softplus(raw), A, B, C, bool(reverse), cu_seqlens, None, states)
         total += y.addcmul_(weights.D.float(), u)
@@ -136,32 +137,141 @@ def bidirectional_scan_backward(
     dscan = dout if z is None else dout * F.silu(z.float())
     total, dx, dweights = torch.zeros_like(dscan), torch.zeros_like(dscan), []
     for reverse, weights in enumerate((forward, backward)):
-        u, low, B, C, raw = _project(x, weights, bool(reverse), cu_seqlens)
+        u = F.silu(_pre_activation(x.float(), weights.conv_weight, weights.conv_bias, bool(reverse), cu_seqlens))
+        low, B, C, raw = _project(u, weights)
         A = -torch.exp(weights.A_log.float())
         y, du, dstep, dA, dB, dC, _ = scan_gradients(
             dscan, None, u, F.softplus(raw), A, B, C, bool(reverse), cu_seqlens, saved[reverse]
         )
         total += y.addcmul_(weights.D.float(), u)
         du.addcmul_(weights.D.float(), dscan)
-        draw = dstep * torch.sigmoid(raw)
-        dprojection = torch.cat([draw @ weights.dt_proj.float(), dB, dC], dim=-1)
-        du += dprojection @ weights.x_proj.float()
+        found, through = _projection_gradients(weights, u, low, raw, dstep, dB, dC)
+        du += through
         dpiece, dconv, dbias = _conv_gradients(
             du, x.float(), weights.conv_weight, weights.conv_bias, True, bool(reverse), cu_seqlens
         )
         dx += dpiece
-        found = ScanWeights(
-            conv_weight=dconv,
-            conv_bias=dbias,
-            x_proj=dprojection.flatten(0, 1).t() @ u.flatten(0, 1),
-            dt_proj=draw.flatten(0, 1).t() @ low.flatten(0, 1),
-            dt_bias=draw.sum((0, 1)),
-            A_log=dA * A,
-            D=(dscan * u).sum((0, 1)),
-        )
-        dweights.append(ScanWeights(*(_like(g, w) for g, w in zip(found, weights, strict=True))))  # pyright: ignore
+        found |= {"conv_weight": dconv, "conv_bias": dbias, "A_log": dA * A, "D": (dscan * u).sum((0, 1))}
+        dweights.append(ScanWeights(**{k: _like(found[k], w) for k, w in weights._asdict().items()}))  # pyright: ignore
     dz = None if z is None else (dout * total * _silu_slope(z.float())).to(x.dtype)
     return dx.to(x.dtype), dz, *dweights
+
+
+def pooled_scan_saved(
+    xz: Tensor, forward: ScanWeights, backward: ScanWeights, lines: Lines, norm: NormWeights | None
+) -> list[Tensor]:
+    """Empty tile states of both directions, float32, over the lines."""
+    del norm
+    like = xz.new_empty(xz.shape[0], lines.total // max(xz.shape[0], 1), 0)
+    return [empty_tile_states(like, weights.A_log, lines.cu_lines) for weights in (forward, backward)]
+
+
+def pooled_scan_forward(
+    xz: Tensor,
+    forward: ScanWeights,
+    backward: ScanWeights,
+    lines: Lines,
+    norm: NormWeights | None,
+    eps: float,
+    save: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """See `vim_kernels.interface.FastBackend`."""
+    saved = pooled_scan_saved(xz, forward, backward, lines, norm) if save else []
+    x, z = xz.float().chunk(2, dim=-1)
+    x, total = _in_order(x, lines), torch.zeros_like(x, memory_format=torch.contiguous_format)
+    for reverse, weights in enumerate((forward, backward)):
+        u = F.silu(_pre_activation(x, weights.conv_weight, weights.conv_bias, bool(reverse), lines.cu_seqlens()))
+        pooled = _pool(u, lines)
+        _, B, C, raw = _project(pooled, weights)
+        A, states = -torch.exp(weights.A_log.float()), saved[reverse] if save else None
+        y, _ = scan_tiles(pooled, F.softplus(raw), A, B, C, bool(reverse), lines.cu_lines, None, states)
+        total += _spread(y, lines, x).addcmul_(weights.D.float(), u)
+    total = _back_in_place(total / 2, lines)
+    if norm is not None:
+        total = F.layer_norm(total, total.shape[-1:], norm.weight.float(), norm.bias.float(), eps)
+    return (total * F.silu(z)).to(xz.dtype), saved
+
+
+def pooled_scan_backward(
+    dout: Tensor,
+    xz: Tensor,
+    forward: ScanWeights,
+    backward: ScanWeights,
+    lines: Lines,
+    norm: NormWeights | None,
+    eps: float,
+    saved: list[Tensor],
+) -> tuple[Tensor, ScanWeights, ScanWeights, NormWeights | None]:
+    """See `vim_kernels.interface.FastBackend`."""
+    x, z = xz.float().chunk(2, dim=-1)
+    x, cu_seqlens, dout = _in_order(x, lines), lines.cu_seqlens(), dout.float()
+    # the forward again, then backwards from the gate
+    total, kept = torch.zeros_like(x), []
+    for reverse, weights in enumerate((forward, backward)):
+        u = F.silu(_pre_activation(x, weights.conv_weight, weights.conv_bias, bool(reverse), cu_seqlens))
+        pooled = _pool(u, lines)
+        low, B, C, raw = _project(pooled, weights)
+        A = -torch.exp(weights.A_log.float())
+        y, _ = scan_tiles(pooled, F.softplus(raw), A, B, C, bool(reverse), lines.cu_lines, None, None)
+        total += _spread(y, lines, x).addcmul_(weights.D.float(), u)
+        kept.append((u, pooled, low, B, C, raw, A))
+    total, dnorm = _back_in_place(total / 2, lines), None
+    dtotal, normed = dout * F.silu(z), total
+    if norm is not None:
+        centred = total - total.mean(-1, keepdim=True)
+        rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+        unit = centred * rstd
+        dnorm = NormWeights(
+            torch.empty_like(norm.weight).copy_((dtotal * unit).sum((0, 1))),
+            torch.empty_like(norm.bias).copy_(dtotal.sum((0, 1))),
+        )
+        normed = unit * norm.weight.float() + norm.bias.float()
+        dtotal = dtotal * norm.weight.float()
+        along = (dtotal * unit).mean(-1, keepdim=True)
+        dtotal = rstd * (dtotal - dtotal.mean(-1, keepdim=True) - unit * along)
+    dz = dout * normed * _silu_slope(z)
+    dsum = _in_order(dtotal / 2, lines)
+    dy = x.new_zeros(lines.total, x.shape[-1]).index_add_(0, lines.line_of, dsum.flatten(0, 1)).view(kept[0][1].shape)
+    dx, dweights = torch.zeros_like(x), []
+    for reverse, (weights, (u, pooled, low, B, C, raw, A)) in enumerate(zip((forward, backward), kept, strict=True)):
+        _, dpooled, dstep, dA, dB, dC, _ = scan_gradients(
+            dy, None, pooled, F.softplus(raw), A, B, C, bool(reverse), lines.cu_lines, saved[reverse]
+        )
+        found, through = _projection_gradients(weights, pooled, low, raw, dstep, dB, dC)
+        du = _spread((dpooled + through) * _line_weights(lines, pooled), lines, x).addcmul_(weights.D.float(), dsum)
+        dpiece, dconv, dbias = _conv_gradients(
+            du, x, weights.conv_weight, weights.conv_bias, True, bool(reverse), cu_seqlens
+        )
+        dx += dpiece
+        found |= {"conv_weight": dconv, "conv_bias": dbias, "A_log": dA * A, "D": (dsum * u).sum((0, 1))}
+        dweights.append(ScanWeights(**{k: _like(found[k], w) for k, w in weights._asdict().items()}))  # pyright: ignore
+    return torch.cat([_back_in_place(dx, lines), dz], dim=-1).to(xz.dtype), *dweights, dnorm
+
+
+def _in_order(x: Tensor, lines: Lines) -> Tensor:
+    return x if lines.order is None else x.flatten(0, 1).index_select(0, lines.order).view(x.shape)
+
+
+def _back_in_place(x: Tensor, lines: Lines) -> Tensor:
+    if lines.order is None:
+        return x
+    return torch.empty_like(x.flatten(0, 1)).index_copy_(0, lines.order.long(), x.flatten(0, 1)).view(x.shape)
+
+
+def _pool(u: Tensor, lines: Lines) -> Tensor:
+    """(b, l, d) in scan order -> the weighted sums of lines (b, lines of a row, d)."""
+    b, _, d = u.shape
+    sums = u.new_zeros(lines.total, d).index_add_(0, lines.line_of, u.flatten(0, 1))
+    return (sums * lines.weights[:, None]).view(b, lines.total // max(b, 1), d)
+
+
+def _spread(y: Tensor, lines: Lines, like: Tensor) -> Tensor:
+    """(b, lines of a row, d) -> (b, l, d): every token gets what its line has."""
+    return y.flatten(0, 1).index_select(0, lines.line_of).view(like.shape)
+
+
+def _line_weights(lines: Lines, pooled: Tensor) -> Tensor:
+    return lines.weights.view(*pooled.shape[:2], 1)
 
 
 def causal_conv1d_forward(
@@ -233,14 +343,25 @@ def _like(gradient: Tensor | None, given: Tensor | None) -> Tensor | None:
     return torch.empty(given.shape, dtype=given.dtype, device=given.device).copy_(gradient)
 
 
-def _project(
-    x: Tensor, weights: ScanWeights, reverse: bool, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """U, dt's low rank, B, C and dt before softplus, of one direction; float32."""
-    u = F.silu(_pre_activation(x.float(), weights.conv_weight, weights.conv_bias, reverse, cu_seqlens))
+def _project(u: Tensor, weights: ScanWeights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Dt's low rank, B, C and dt before softplus, of one direction; float32."""
     rank, states = weights.dt_proj.shape[1], weights.A_log.shape[1]
     low, B, C = F.linear(u, weights.x_proj.float()).split([rank, states, states], dim=-1)
-    return u, low, B, C, F.linear(low, weights.dt_proj.float(), weights.dt_bias.float())
+    return low, B, C, F.linear(low, weights.dt_proj.float(), weights.dt_bias.float())
+
+
+def _projection_gradients(
+    weights: ScanWeights, u: Tensor, low: Tensor, raw: Tensor, dstep: Tensor, dB: Tensor, dC: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Gradients of x_proj, dt_proj and dt_bias by name, and the part of u's that comes through them."""
+    draw = dstep * torch.sigmoid(raw)
+    dprojection = torch.cat([draw @ weights.dt_proj.float(), dB, dC], dim=-1)
+    found = {
+        "x_proj": dprojection.flatten(0, 1).t() @ u.flatten(0, 1),
+        "dt_proj": draw.flatten(0, 1).t() @ low.flatten(0, 1),
+        "dt_bias": draw.sum((0, 1)),
+    }
+    return found, dprojection @ weights.x_proj.float()
 
 
 def _pre_activation(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, cu_seqlens: Tensor | None) -> Tensor:

@@ -18,6 +18,9 @@ else:
     from vim_kernels.cpu_backend.convolution import causal_conv1d_forward as causal_conv1d_forward
     from vim_kernels.cpu_backend.norm import add_rms_norm_backward as add_rms_norm_backward
     from vim_kernels.cpu_backend.norm import add_rms_norm_forward as add_rms_norm_forward
+    from vim_kernels.cpu_backend.pooled import pooled_scan_backward as pooled_scan_backward
+    from vim_kernels.cpu_backend.pooled import pooled_scan_forward as pooled_scan_forward
+    from vim_kernels.cpu_backend.pooled import pooled_scan_saved as pooled_scan_saved
     from vim_kernels.cpu_backend.selective import selective_scan_backward as selective_scan_backward
     from vim_kernels.cpu_backend.selective import selective_scan_forward as selective_scan_forward
     from vim_kernels.cpu_backend.selective import selective_scan_saved as selective_scan_saved

@@ -55,7 +55,7 @@ def bidirectional_scan_forward(
     projections = [(u @ weights.x_proj.t()).float() for u, weights in zip(us, two, strict=True)]
     # a token's u is read before its sum is written: the directions leave theirs where their u was
     out, partial = us[1], us[0] if dtype == torch.float32 else torch.empty_like(us[0], dtype=torch.float32)
-    first, last = _scan_fields(rows, gate, two, us, projections)
+    first, last = scan_fields(rows, gate, two, us, projections)
     first |= {"gate": 0, "out": partial.data_ptr(), "scale": 1.0}
     last |= {"partial": partial.data_ptr(), "out": out.data_ptr(), "out_bf16": dtype == torch.bfloat16}
     for fields, projection, kept, states in zip((first, last), projections, saved[::2], saved[1::2], strict=False):
@@ -88,11 +88,11 @@ def bidirectional_scan_backward(
     us = _convolve(rows, two, plan)
     projections = saved[::2]
     partial = torch.empty(plan.tokens, d)
-    fields = _scan_fields(rows, gate, two, us, projections)
+    fields = scan_fields(rows, gate, two, us, projections)
     fields[1]["partial"] = partial.data_ptr()
     for one, states in zip(fields, saved[1::2], strict=True):
         one["checkpoints"] = states.data_ptr()
-    gradients, kept = _gradient_fields(dout_rows, two, plan)
+    gradients, kept = gradient_fields(dout_rows, two, plan)
     gradients[0]["y_out"] = partial.data_ptr()
     gradients[1] |= {"dgate": address(dz), "dgate_stride": halves * d}
     directions, gradients = records(SCAN, *fields), records(SCAN_GRADIENT, *gradients)
@@ -102,10 +102,10 @@ def bidirectional_scan_backward(
     for weights, (du, ddt, dbc, dweights), u, projection, given in zip(
         two, kept, us, projections, (forward, backward), strict=True
     ):
-        found.append(_projection_gradients(weights, given, u, projection, du, ddt, dbc, dweights.sum(0)))
+        found.append(projection_gradients(weights, given, u, projection, du, ddt, dbc, dweights.sum(0)))
     conv = _conv_gradients(rows, two, [du for du, *_ in kept], dx, plan)
     dforward, dbackward = (
-        _like(given, partial._replace(conv_weight=weight, conv_bias=bias))
+        like_weights(given, partial._replace(conv_weight=weight, conv_bias=bias))
         for given, partial, (weight, bias) in zip((forward, backward), found, conv, strict=True)
     )
     if d != x.shape[-1] or dtype != x.dtype:
@@ -133,7 +133,7 @@ def _conv_fields(rows: Tensor, weights: DirectionWeights, reverse: int, **more: 
     )  # fmt: skip
 
 
-def _scan_fields(
+def scan_fields(
     rows: Tensor,
     gate: Tensor | None,
     two: list[DirectionWeights],
@@ -157,7 +157,7 @@ def _scan_fields(
     return fields
 
 
-def _gradient_fields(
+def gradient_fields(
     dout: Tensor, two: list[DirectionWeights], plan: Plan
 ) -> tuple[list[dict[str, int]], list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
     """SCAN_GRADIENT records, and what they point to: du, ddt, dB | dC by group, dA | dskip | ddt_bias."""
@@ -177,7 +177,7 @@ def _gradient_fields(
     return fields, kept
 
 
-def _projection_gradients(
+def projection_gradients(
     weights: DirectionWeights,
     given: ScanWeights,
     u: Tensor,
@@ -236,6 +236,6 @@ def _conv_gradients(
     return [(total[:-1].t(), total[-1]) for total in totals]
 
 
-def _like(given: ScanWeights, found: ScanWeights) -> ScanWeights:
+def like_weights(given: ScanWeights, found: ScanWeights) -> ScanWeights:
     """Gradients in the shapes and dtypes of the weights given, None for a None."""
     return ScanWeights(*(fresh(gradient, weight) for weight, gradient in zip(given, found, strict=True)))  # pyright: ignore

@@ -12,6 +12,9 @@ try:
     from vim_kernels.triton_backend.mixer import bidirectional_scan_backward as bidirectional_scan_backward
     from vim_kernels.triton_backend.mixer import bidirectional_scan_forward as bidirectional_scan_forward
     from vim_kernels.triton_backend.mixer import bidirectional_scan_saved as bidirectional_scan_saved
+    from vim_kernels.triton_backend.pooled import pooled_scan_backward as pooled_scan_backward
+    from vim_kernels.triton_backend.pooled import pooled_scan_forward as pooled_scan_forward
+    from vim_kernels.triton_backend.pooled import pooled_scan_saved as pooled_scan_saved
     from vim_kernels.triton_backend.selective import selective_scan_backward as selective_scan_backward
     from vim_kernels.triton_backend.selective import selective_scan_forward as selective_scan_forward
     from vim_kernels.triton_backend.selective import selective_scan_saved as selective_scan_saved

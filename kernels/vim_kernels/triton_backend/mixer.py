@@ -52,7 +52,7 @@ def bidirectional_scan_saved(
     """
     del backward
     d, n = forward.A_log.shape
-    states = x.new_empty(2, tokens_of(x, cu_seqlens).slots(), _padded(n), d, dtype=torch.float32)
+    states = x.new_empty(2, tokens_of(x, cu_seqlens).slots(), padded(n), d, dtype=torch.float32)
     return [states] if z is None else [states, x.new_empty(x.shape)]
 
 
@@ -106,7 +106,7 @@ def bidirectional_scan_backward(
     dxz = x.new_empty(b, l, d if z is None else 2 * d)
     dx, dz = dxz[..., :d], None if z is None else dxz[..., d:]
     if x.numel() == 0:
-        return dx, dz, _zeros(forward), _zeros(backward)
+        return dx, dz, zeros(forward), zeros(backward)
     tokens = tokens_of(x, cu_seqlens)
     ready = mixer_weights(x, forward, backward)
     inputs, low = mixer_inputs(x, ready, tokens, store_low=True)
@@ -120,18 +120,18 @@ def bidirectional_scan_backward(
     found = scan_backward(inputs, dy, tokens, states=saved[0], dfinal=None, softplus=True, want_initial=False)
     assert low is not None
     dprojections = projections_backward(found, inputs.u, low, ready)
-    taps, biases = (forward.conv_weight, backward.conv_weight), _conv_biases(forward, backward)
+    taps, biases = (forward.conv_weight, backward.conv_weight), conv_biases(forward, backward)
     dtaps = conv_backward(found.u, x, taps, biases, dx, cu_seqlens, reverse=False, silu=True)
-    return dx, dz, *_gradients(forward, backward, dprojections, found, dtaps, ready)
+    return dx, dz, *parameter_gradients(forward, backward, dprojections, found, dtaps, ready)
 
 
 def mixer_weights(x: Tensor, forward: ScanWeights, backward: ScanWeights) -> MixerWeights:
     """What `mixer_inputs` and the scan need of the weights, in memory of its own."""
     f, b = _contiguous(forward), _contiguous(backward)
     d, n = f.A_log.shape
-    rank, states, width = f.dt_proj.shape[1], _padded(n), f.conv_weight.shape[1]
-    columns = power_of_two(2 * states + _padded(rank))
-    biases = _conv_biases(f, b)
+    rank, states, width = f.dt_proj.shape[1], padded(n), f.conv_weight.shape[1]
+    columns = power_of_two(2 * states + padded(rank))
+    biases = conv_biases(f, b)
     rates = x.new_empty(2, states, d, dtype=torch.float32)
     taps = x.new_empty(2, width + 1, d, dtype=torch.float32)
     projections = x.new_empty(2, 2, columns, d, dtype=x.dtype if x.is_cuda else torch.float32)  # see plan.dot_dtype
@@ -140,31 +140,37 @@ def mixer_weights(x: Tensor, forward: ScanWeights, backward: ScanWeights) -> Mix
         rates, taps, projections, d,
         N=n, STATES=states, WIDTH=width, RANK=rank, COLUMNS=columns, HAS_BIAS=biases is not None, BLOCK=WEIGHTS_BLOCK,
     )  # fmt: skip
-    return MixerWeights(rates, taps, projections, (f.dt_bias, b.dt_bias), (f.D, b.D), _padded(rank))
+    return MixerWeights(rates, taps, projections, (f.dt_bias, b.dt_bias), (f.D, b.D), padded(rank))
 
 
 def mixer_inputs(x: Tensor, weights: MixerWeights, tokens: Tokens, *, store_low: bool) -> MixerInputs:
     """Convolution, SiLU, x_proj, dt_proj and softplus of both directions."""
     rows, d = tokens.rows, x.shape[2]
-    states, width = weights.rates.shape[1], weights.taps.shape[1] - 1
-    source, target = flat(x), plan.target(x.device)
+    source, width = flat(x), weights.taps.shape[1] - 1
     u = x.new_empty(2, rows, d)
     sizes = plan.CONVOLUTION
     launch(mixer_convolution_kernel, (cdiv(rows, sizes.groups * sizes.steps), cdiv(d, sizes.block)),
         source, source.stride(0), weights.taps, u, tokens.segment(x), rows, tokens.length, d, rows * d,
         PACKED=tokens.packed, WIDTH=width, GROUPS=sizes.groups, STEPS=sizes.steps, BLOCK=sizes.block,
-        HARDWARE=target == "cuda", num_warps=sizes.warps,
+        HARDWARE=plan.target(x.device) == "cuda", num_warps=sizes.warps,
     )  # fmt: skip
-    dt = x.new_empty(2, rows, d, dtype=torch.float32 if x.dtype == torch.float32 else torch.float16)
-    bc = x.new_empty(2, rows, 2 * states, dtype=torch.float32)
-    low = x.new_empty(2, rows, weights.rank) if store_low else None
+    return project(u, weights, store_low=store_low)
+
+
+def project(u: Tensor, weights: MixerWeights, *, store_low: bool) -> MixerInputs:
+    """x_proj, dt_proj and softplus of u (2, rows, d), the tokens of both directions."""
+    _, rows, d = u.shape
+    states, target = weights.rates.shape[1], plan.target(u.device)
+    dt = u.new_empty(2, rows, d, dtype=torch.float32 if u.dtype == torch.float32 else torch.float16)
+    bc = u.new_empty(2, rows, 2 * states, dtype=torch.float32)
+    low = u.new_empty(2, rows, weights.rank) if store_low else None
     sizes = plan.MIXER[target]
     launch(mixer_projection_kernel, (cdiv(rows, sizes.rows), 2),
-        u, weights.projections, *weights.dt_biases, dt, bc, low if low is not None else x,
+        u, weights.projections, *weights.dt_biases, dt, bc, low if low is not None else u,
         rows, d, rows * d, rows * 2 * states, rows * weights.rank,
         STORE_LOW=store_low, STATES=states, RANK_BLOCK=weights.rank, COLUMNS=weights.projections.shape[2],
         ROWS=sizes.rows, BLOCK=sizes.block, EVEN=d % sizes.block == 0,
-        DOT=plan.dot_dtype(x), PRECISION="ieee", HARDWARE=target == "cuda",
+        DOT=plan.dot_dtype(u), PRECISION="ieee", HARDWARE=target == "cuda",
         num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip
     return MixerInputs(ScanInputs(u, dt, bc, weights.rates, weights.skips, False), low)
@@ -198,7 +204,7 @@ def projections_backward(found: ScanGradients, u: Tensor, low: Tensor, weights: 
     return partial
 
 
-def _gradients(
+def parameter_gradients(
     forward: ScanWeights,
     backward: ScanWeights,
     dprojections: Tensor,
@@ -206,7 +212,10 @@ def _gradients(
     dtaps: Tensor,
     weights: MixerWeights,
 ) -> tuple[ScanWeights, ScanWeights]:
-    """The partial sums as gradients like the parameters, each in memory of its own: ops may not return views."""
+    """The partial sums as gradients like the parameters, each in memory of its own: ops may not return views.
+
+    dtaps (2, programs, w + 1, d) are of taps and bias; where a row more is there, it is of D, in place of the scan's.
+    """
     d, n = forward.A_log.shape
     rank, width, states = forward.dt_proj.shape[1], forward.conv_weight.shape[1], weights.rates.shape[1]
     two = [_empty(forward), _empty(backward)]
@@ -218,12 +227,12 @@ def _gradients(
         dprojections, found.rates, found.sums, dtaps, weights.rates, *(t.conv_weight for t in two), *biases, *filled,
         d, dprojections.shape[1], found.rates.shape[1], dtaps.shape[1],
         N=n, STATES=states, WIDTH=width, RANK=rank, RANK_BLOCK=weights.rank, PARTS=sizes.rows, BLOCK=sizes.block,
-        num_warps=sizes.warps, num_stages=sizes.stages,
+        SKIP_WITH_TAPS=dtaps.shape[2] > width + 1, num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip
     return two[0], two[1]
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
     """A rank or number of states padded to what a product of tiles takes."""
     return max(16, power_of_two(size))
 
@@ -232,7 +241,8 @@ def _contiguous(weights: ScanWeights) -> ScanWeights:
     return ScanWeights._make(None if t is None else t.contiguous() for t in weights)
 
 
-def _zeros(weights: ScanWeights) -> ScanWeights:
+def zeros(weights: ScanWeights) -> ScanWeights:
+    """Gradients of a scan of no tokens."""
     return ScanWeights._make(None if t is None else torch.zeros_like(t) for t in weights)
 
 
@@ -241,7 +251,7 @@ def _empty(weights: ScanWeights) -> ScanWeights:
     return ScanWeights._make(None if t is None else torch.empty_like(t, memory_format=like) for t in weights)
 
 
-def _conv_biases(forward: ScanWeights, backward: ScanWeights) -> tuple[Tensor, Tensor] | None:
+def conv_biases(forward: ScanWeights, backward: ScanWeights) -> tuple[Tensor, Tensor] | None:
     """Of both directions; zeros for the one that has none beside one that has."""
     f, b = forward.conv_bias, backward.conv_bias
     if f is None and b is None:

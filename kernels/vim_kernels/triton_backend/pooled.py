@@ -1,0 +1,206 @@
+"""The pooled scan of the Triton backend: all of a pooled Vim mixer between in_proj and out_proj.
+
+Four kernels take the tokens, see `pooled_kernels` and `pooled_backward_kernels`; what is between them takes the lines,
+as few as 14 to 128 of a picture, by the kernels of the full scan. Saved for the backward, a line and channel, with 16
+states and 16-bit tokens: 4 bytes of sums, 4 of states and 4 of y; and 8 bytes a token where there is a norm.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vim_kernels.lines import Lines
+from vim_kernels.triton_backend import plan
+from vim_kernels.triton_backend.launch import cdiv, launch
+from vim_kernels.triton_backend.mixer import (
+    MixerWeights,
+    mixer_weights,
+    padded,
+    parameter_gradients,
+    project,
+    projections_backward,
+    zeros,
+)
+from vim_kernels.triton_backend.plan import PooledSizes, Tokens
+from vim_kernels.triton_backend.pooled_backward_kernels import (
+    pooled_convolution_backward_kernel,
+    pooled_output_backward_kernel,
+)
+from vim_kernels.triton_backend.pooled_kernels import pooled_lines_kernel, pooled_output_kernel
+from vim_kernels.triton_backend.scan import scan_backward, scan_forward
+from vim_kernels.triton_backend.tokens import SUMMING_PROGRAMS
+from vim_kernels.types import NormWeights, ScanWeights
+
+
+class _Places:
+    """Where tokens and lines lie, as the kernels take it."""
+
+    def __init__(self, xz: Tensor, lines: Lines) -> None:
+        self.rows, self.length, self.channels = xz.shape[0] * xz.shape[1], xz.shape[1], xz.shape[2] // 2
+        self.lines, self._like = lines, xz
+        self.hardware = plan.target(xz.device) == "cuda"
+        per_sequence = lines.total // xz.shape[0]
+        sequences = xz.shape[0] if lines.cu_lines is None else lines.cu_lines.shape[0] - 1
+        self.as_tokens = Tokens(lines.total, per_sequence, sequences, lines.cu_lines)
+        self.order = xz if lines.order is None else lines.order
+        self.sequence = self.as_tokens.segment(xz)
+
+    def arguments(self) -> tuple[Any, ...]:
+        """From order_ptr to channels."""
+        cu_lines = self._like if self.lines.cu_lines is None else self.lines.cu_lines
+        tokens = self.as_tokens
+        return self.order, self.sequence, cu_lines, tokens.rows, tokens.length, self.length, self.channels
+
+    def segment(self) -> Tensor:
+        """(rows,) the sequence of every position where packed; otherwise unused."""
+        tokens = Tokens(self.rows, self.length, self.as_tokens.sequences, self.lines.cu_seqlens())
+        return tokens.segment(self._like)
+
+    def flags(self, sizes: PooledSizes, width: int) -> dict[str, Any]:
+        """Compile-time constants of the kernels that take lines."""
+        return self.shared_flags(width) | {
+            "LINES": sizes.lines, "STEPS": sizes.steps, "BLOCK": sizes.block, "num_warps": sizes.warps,
+        }  # fmt: skip
+
+    def shared_flags(self, width: int) -> dict[str, Any]:
+        """Compile-time constants of all kernels."""
+        ordered, packed = self.lines.order is not None, self.lines.cu_lines is not None
+        return {"ORDERED": ordered, "PACKED": packed, "WIDTH": width, "HARDWARE": self.hardware}
+
+
+def pooled_scan_saved(
+    xz: Tensor, forward: ScanWeights, backward: ScanWeights, lines: Lines, norm: NormWeights | None
+) -> list[Tensor]:
+    """[sums of lines (2, lines, d), states (2, slots, n, d) float32, y (lines, d) float32, statistics of the norm]."""
+    del backward
+    d, n = forward.A_log.shape
+    b, l, _ = xz.shape
+    per_sequence = lines.total // max(b, 1)
+    sequences = b if lines.cu_lines is None else lines.cu_lines.shape[0] - 1
+    slots = Tokens(lines.total, per_sequence, sequences, lines.cu_lines).slots()
+    pooled = xz.new_empty(2, lines.total, d)
+    states = xz.new_empty(2, slots, padded(n), d, dtype=torch.float32)
+    y = xz.new_empty(lines.total, d, dtype=torch.float32)
+    return [pooled, states, y, *([] if norm is None else [xz.new_empty(b * l, 2, dtype=torch.float32)])]
+
+
+def pooled_scan_forward(
+    xz: Tensor,
+    forward: ScanWeights,
+    backward: ScanWeights,
+    lines: Lines,
+    norm: NormWeights | None,
+    eps: float,
+    save: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """Output (b, l, d) in the dtype of xz, and what was saved."""
+    b, l, _ = xz.shape
+    out = xz.new_empty(b, l, xz.shape[2] // 2)
+    pooled, states, y, *stats = saved = pooled_scan_saved(xz, forward, backward, lines, norm)
+    if xz.numel() == 0:
+        return out, saved if save else []
+    places, ready = _Places(xz, lines), mixer_weights(xz, forward, backward)
+    target, width = plan.target(xz.device), ready.taps.shape[1] - 1
+    sizes, d = plan.POOLED_LINES[target], places.channels
+    launch(pooled_lines_kernel, (cdiv(lines.total, sizes.lines), cdiv(d, sizes.block)),
+        xz, 2 * d, ready.taps, pooled, lines.starts, lines.weights, *places.arguments(), lines.total * d,
+        **places.flags(sizes, width),
+    )  # fmt: skip
+    scan_forward(
+        project(pooled, ready, store_low=False).scan._replace(skips=None),
+        None,
+        y,
+        places.as_tokens,
+        scale=0.5,
+        states=states if save else None,
+        ungated=None,
+        initial=None,
+        want_final=False,
+    )
+    sizes = (plan.POOLED_OUTPUT if norm is None else plan.POOLED_NORM)[target]
+    launch(pooled_output_kernel, (cdiv(lines.total, sizes.lines), cdiv(d, sizes.block) if norm is None else 1),
+        xz, 2 * d, ready.taps, *ready.skips, y, *(norm or (xz, xz)), out, stats[0] if stats else y,
+        lines.starts, *places.arguments(), eps, NORM=norm is not None, **places.flags(sizes, width),
+    )  # fmt: skip
+    return out, saved if save else []
+
+
+def pooled_scan_backward(
+    dout: Tensor,
+    xz: Tensor,
+    forward: ScanWeights,
+    backward: ScanWeights,
+    lines: Lines,
+    norm: NormWeights | None,
+    eps: float,
+    saved: list[Tensor],
+) -> tuple[Tensor, ScanWeights, ScanWeights, NormWeights | None]:
+    """Gradients (dxz, forward, backward, norm)."""
+    del eps
+    dxz = torch.empty_like(xz)
+    if xz.numel() == 0:
+        return (
+            dxz,
+            zeros(forward),
+            zeros(backward),
+            None if norm is None else NormWeights._make(map(torch.zeros_like, norm)),
+        )
+    places, ready = _Places(xz, lines), mixer_weights(xz, forward, backward)
+    dsum, dy, dnorm = _output_backward(dout, xz, ready, places, norm, dxz, saved)
+    pooled, states = saved[:2]
+    inputs, low = project(pooled, ready, store_low=True)
+    found = scan_backward(
+        inputs._replace(skips=None), dy, places.as_tokens,
+        states=states, dfinal=None, softplus=True, want_initial=False,
+    )  # fmt: skip
+    assert low is not None
+    dprojections = projections_backward(found, pooled, low, ready)
+    dtaps = _convolution_backward(xz, ready, places, dsum, found.u, dxz)
+    return dxz, *parameter_gradients(forward, backward, dprojections, found, dtaps, ready), dnorm
+
+
+def _output_backward(
+    dout: Tensor,
+    xz: Tensor,
+    ready: MixerWeights,
+    places: _Places,
+    norm: NormWeights | None,
+    dxz: Tensor,
+    saved: list[Tensor],
+) -> tuple[Tensor, Tensor, NormWeights | None]:
+    """Fills the second half of dxz; gradients of the sum of the directions (rows, d), of y (lines, d), of the norm."""
+    lines, d, width = places.lines, places.channels, ready.taps.shape[1] - 1
+    sizes = plan.POOLED_OUTPUT_BACKWARD if norm is None else plan.POOLED_NORM_BACKWARD
+    sizes = sizes[plan.target(xz.device)]
+    dsum = torch.empty_like(dout)
+    dy = (xz.new_empty if norm is None else xz.new_zeros)(lines.total, d, dtype=torch.float32)
+    programs, partial = cdiv(lines.total, sizes.lines), dy
+    if norm is not None:
+        programs = min(programs, plan.POOLED_PROGRAMS)
+        partial = xz.new_zeros(programs * sizes.lines, 2, d, dtype=torch.float32)
+    launch(pooled_output_backward_kernel, (programs, cdiv(d, sizes.block) if norm is None else 1),
+        dout, xz, 2 * d, ready.taps, *ready.skips, saved[2], *(norm or (xz, xz)), saved[3] if norm else dy,
+        dxz, dsum, dy, partial, lines.starts, *places.arguments(),
+        NORM=norm is not None, **places.flags(sizes, width),
+    )  # fmt: skip
+    if norm is None:
+        return dsum, dy, None
+    dweight, dbias = partial.sum(0)
+    return dsum, dy, NormWeights(dweight.to(norm.weight.dtype, copy=True), dbias.to(norm.bias.dtype, copy=True))
+
+
+def _convolution_backward(
+    xz: Tensor, ready: MixerWeights, places: _Places, dsum: Tensor, dpooled: Tensor, dxz: Tensor
+) -> Tensor:
+    """Fills the first half of dxz; gradients (2, programs, w + 2, d) of taps, bias and D in partial sums."""
+    lines, d, width = places.lines, places.channels, ready.taps.shape[1] - 1
+    sizes = plan.POOLED_CONVOLUTION_BACKWARD[plan.target(xz.device)]
+    programs = min(SUMMING_PROGRAMS, cdiv(places.rows, sizes.groups * sizes.steps))
+    partial = xz.new_empty(2, programs, width + 2, d, dtype=torch.float32)
+    launch(pooled_convolution_backward_kernel, (programs, cdiv(d, sizes.block)),
+        xz, 2 * d, ready.taps, *ready.skips, dsum, dpooled, dxz, 2 * d, partial,
+        lines.line_of, lines.weights, places.order, places.segment(), places.rows, places.length, d, lines.total * d,
+        GROUPS=sizes.groups, STEPS=sizes.steps, BLOCK=sizes.block, **places.shared_flags(width), num_warps=sizes.warps,
+    )  # fmt: skip
+    return partial
