@@ -48,7 +48,7 @@ SIXTEEN_BIT = {
 }  # fmt: skip
 INT32 = {
     "table_ptr", "sequence_ptr", "segment_ptr", "cu_seqlens_ptr", "starts_ptr", "order_ptr", "cu_lines_ptr",
-    "line_of_ptr",
+    "line_of_ptr", "cu_runs_ptr",
 }  # fmt: skip
 INT64 = {
     "u_direction", "bc_direction", "chunk_direction", "slot_direction", "total_direction", "block_stride",

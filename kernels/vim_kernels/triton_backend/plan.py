@@ -104,8 +104,8 @@ CONVOLUTION_BACKWARD = {
     "interpreter": ConvolutionSizes(2, 8, 128, 4),
 }
 POOLED_LINES = {
-    "cuda": PooledSizes(1, 8, 256, 2),
-    "hip": PooledSizes(1, 8, 128, 1),
+    "cuda": PooledSizes(1, 4, 256, 2),
+    "hip": PooledSizes(1, 4, 128, 1),
     "interpreter": PooledSizes(2, 4, 64, 4),
 }
 POOLED_OUTPUT = {
@@ -113,15 +113,15 @@ POOLED_OUTPUT = {
     "hip": PooledSizes(1, 4, 128, 1),
     "interpreter": PooledSizes(2, 4, 64, 4),
 }
-POOLED_OUTPUT_BACKWARD = POOLED_OUTPUT
+POOLED_OUTPUT_BACKWARD = POOLED_OUTPUT | {"cuda": PooledSizes(2, 4, 128, 2)}
 POOLED_NORM = {
-    "cuda": PooledSizes(1, 4, 256, 4),
+    "cuda": PooledSizes(1, 2, 512, 4),
     "hip": PooledSizes(1, 4, 128, 2),
     "interpreter": PooledSizes(2, 4, 64, 4),
 }
 POOLED_NORM_BACKWARD = POOLED_NORM
 POOLED_CONVOLUTION_BACKWARD = {
-    "cuda": ConvolutionSizes(2, 6, 128, 4),
+    "cuda": ConvolutionSizes(2, 6, 256, 4),
     "hip": ConvolutionSizes(4, 3, 64, 4),
     "interpreter": ConvolutionSizes(2, 8, 128, 4),
 }

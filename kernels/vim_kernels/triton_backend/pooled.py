@@ -52,10 +52,19 @@ class _Places:
         tokens = self.as_tokens
         return self.order, self.sequence, cu_lines, tokens.rows, tokens.length, self.length, self.channels
 
-    def segment(self) -> Tensor:
-        """(rows,) the sequence of every position where packed; otherwise unused."""
-        tokens = Tokens(self.rows, self.length, self.as_tokens.sequences, self.lines.cu_seqlens())
-        return tokens.segment(self._like)
+    def runs(self, steps: int) -> tuple[Any, ...]:
+        """From sequence_ptr to length, for runs of `steps` positions; of packed sequences an upper bound of them."""
+        cu_seqlens, like = self.lines.cu_seqlens(), self._like
+        if cu_seqlens is None:
+            per_sequence = cdiv(self.length, steps)
+            return like, like, like, self.rows // self.length * per_sequence, per_sequence, self.length
+        sequences = cu_seqlens.shape[0] - 1
+        runs = self.rows // steps + sequences
+        cu_runs = torch.zeros_like(cu_seqlens)
+        torch.cumsum((cu_seqlens.diff() + (steps - 1)) // steps, 0, dtype=torch.int32, out=cu_runs[1:])
+        numbers = torch.arange(runs, dtype=torch.int32, device=like.device)
+        behind = torch.searchsorted(cu_runs, numbers, right=True, out_int32=True).clamp_(max=sequences)
+        return behind, cu_seqlens, cu_runs, runs, 1, self.length
 
     def flags(self, sizes: PooledSizes, width: int) -> dict[str, Any]:
         """Compile-time constants of the kernels that take lines."""
@@ -196,11 +205,12 @@ def _convolution_backward(
     """Fills the first half of dxz; gradients (2, programs, w + 2, d) of taps, bias and D in partial sums."""
     lines, d, width = places.lines, places.channels, ready.taps.shape[1] - 1
     sizes = plan.POOLED_CONVOLUTION_BACKWARD[plan.target(xz.device)]
-    programs = min(SUMMING_PROGRAMS, cdiv(places.rows, sizes.groups * sizes.steps))
+    runs = places.runs(sizes.steps)
+    programs = min(SUMMING_PROGRAMS, cdiv(runs[3], sizes.groups))
     partial = xz.new_empty(2, programs, width + 2, d, dtype=torch.float32)
     launch(pooled_convolution_backward_kernel, (programs, cdiv(d, sizes.block)),
         xz, 2 * d, ready.taps, *ready.skips, dsum, dpooled, dxz, 2 * d, partial,
-        lines.line_of, lines.weights, places.order, places.segment(), places.rows, places.length, d, lines.total * d,
+        lines.line_of, lines.weights, places.order, *runs, d, lines.total * d,
         GROUPS=sizes.groups, STEPS=sizes.steps, BLOCK=sizes.block, **places.shared_flags(width), num_warps=sizes.warps,
     )  # fmt: skip
     return partial

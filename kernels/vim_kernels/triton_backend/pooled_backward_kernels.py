@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 
 from vim_kernels.triton_backend.pooled_kernels import both_taps, line_bounds, of_line, row_of, sigmoid, summed
-from vim_kernels.triton_backend.token_kernels import segment
 
 
 @triton.jit
@@ -21,7 +20,7 @@ def _add(ptr, value, mask):
     tl.store(ptr, value + tl.load(ptr, mask=mask, other=0.0), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lines", "lines_per_sequence", "length"])
 def pooled_output_backward_kernel(
     dout_ptr, xz_ptr, xz_stride, taps_ptr, skip0_ptr, skip1_ptr, y_ptr,  # (rows, d), the others as in the forward
     norm_weight_ptr, norm_bias_ptr, stats_ptr,
@@ -142,105 +141,66 @@ def pooled_output_backward_kernel(
 
 @triton.jit
 def _convolution_row(
-    x, own, dx, sums, taps, skip, dsum, dpooled,
-    AT: tl.constexpr, SIGN: tl.constexpr, MASKED: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
-    HARDWARE: tl.constexpr,
+    x, dx, sums, taps, skip, dsum, dpooled,
+    AT: tl.constexpr, SIGN: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """(dx, sums) with what row AT adds to them, in one direction; rows count as those of x, from WIDTH - 1 before."""
-    met = ()
     v = taps[WIDTH]
     for k in tl.static_range(WIDTH):
-        x_k = x[AT - SIGN * k].to(tl.float32)
-        if MASKED:
-            x_k = tl.where((own[AT - SIGN * k] == own[AT])[:, None], x_k, 0.0)
-        met = met + (x_k,)
-        v = tl.fma(x_k, taps[WIDTH - 1 - k], v)
+        v = tl.fma(x[AT - SIGN * k], taps[WIDTH - 1 - k], v)
     gate = sigmoid(v, HARDWARE)
     g = tl.fma(skip, dsum, dpooled) * gate * (1.0 + v * (1.0 - gate))
     if (AT >= WIDTH - 1) and (AT < STEPS + WIDTH - 1):
         added = ()
         for k in tl.static_range(WIDTH):
-            added = added + (tl.fma(g, met[k], sums[k]),)
+            added = added + (tl.fma(g, x[AT - SIGN * k], sums[k]),)
         sums = added + (sums[WIDTH] + g, tl.fma(dsum, v * gate, sums[WIDTH + 1]))
     added = ()
     for i in tl.static_range(STEPS):
         if (SIGN * (AT - WIDTH + 1 - i) >= 0) and (SIGN * (AT - WIDTH + 1 - i) < WIDTH):
-            seen = g
-            if MASKED:
-                seen = tl.where((own[i + WIDTH - 1] == own[AT])[:, None], g, 0.0)
-            added = added + (tl.fma(seen, taps[WIDTH - 1 - SIGN * (AT - WIDTH + 1 - i)], dx[i]),)
+            added = added + (tl.fma(g, taps[WIDTH - 1 - SIGN * (AT - WIDTH + 1 - i)], dx[i]),)
         else:
             added = added + (dx[i],)
     return added, sums
 
 
 @triton.jit
-def _convolution_tile(
-    x_ptr, x_stride, dsum_ptr, dpooled_ptr, dx_ptr, dx_stride, line_of_ptr, weights_ptr, order_ptr, segment_ptr,
-    taps0, taps1, skip0, skip1, sums0, sums1, start, d, ok, rows, length, channels, line_direction,
-    MASKED: tl.constexpr, ORDERED: tl.constexpr, PACKED: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
-    HARDWARE: tl.constexpr,
+def _run(
+    run, runs, sequence_ptr, cu_seqlens_ptr, cu_runs_ptr, runs_per_sequence, length,
+    PACKED: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Fill dx of positions start .. start + STEPS - 1 of every group; returns the sums with their part added."""
-    x = ()
-    own = ()
-    dsum = ()
-    row_at = ()
-    dx = ()
-    for i in tl.static_range(STEPS + 2 * (WIDTH - 1)):
-        position = start + (i - (WIDTH - 1))
-        inside = (position >= 0) & (position < rows)
-        row = row_of(position, inside, order_ptr, ORDERED)[:, None]
-        here = inside[:, None] & ok
-        x = x + (tl.load(x_ptr + row * x_stride + d, mask=here, other=0.0),)
-        dsum = dsum + (tl.load(dsum_ptr + row * channels + d, mask=here, other=0.0),)
-        row_at = row_at + (row,)
-        if MASKED:
-            own = own + (segment(position, rows, segment_ptr, length, PACKED),)
-    for _ in tl.static_range(STEPS):
-        dx = dx + (tl.zeros([start.shape[0], d.shape[1]], tl.float32),)
-    for i in tl.static_range(STEPS + 2 * (WIDTH - 1)):
-        position = start + (i - (WIDTH - 1))
-        inside = (position >= 0) & (position < rows)
-        line = tl.load(line_of_ptr + position, mask=inside, other=0)
-        weight = tl.load(weights_ptr + line, mask=inside, other=0.0)[:, None]
-        at = dpooled_ptr + line.to(tl.int64)[:, None] * channels + d
-        here = inside[:, None] & ok
-        g = dsum[i].to(tl.float32)
-        if i >= WIDTH - 1:
-            dpooled = weight * tl.load(at, mask=here, other=0.0).to(tl.float32)
-            dx, sums0 = _convolution_row(
-                x, own, dx, sums0, taps0, skip0, g, dpooled, i, 1, MASKED, WIDTH, STEPS, HARDWARE
-            )
-        if i < STEPS + WIDTH - 1:
-            at += line_direction
-            dpooled = weight * tl.load(at, mask=here, other=0.0).to(tl.float32)
-            dx, sums1 = _convolution_row(
-                x, own, dx, sums1, taps1, skip1, g, dpooled, i, -1, MASKED, WIDTH, STEPS, HARDWARE
-            )
-    for i in tl.static_range(STEPS):
-        here = (start + i < rows)[:, None] & ok
-        tl.store(dx_ptr + row_at[i + WIDTH - 1] * dx_stride + d, dx[i].to(dx_ptr.dtype.element_ty), mask=here)
-    return sums0, sums1
+    """First position of a run, and those of its sequence: first and end. No position is in a run beyond the last."""
+    if PACKED:
+        behind = tl.load(sequence_ptr + run, mask=run < runs, other=1)  # the number of the sequence, and one more
+        first = tl.load(cu_seqlens_ptr + behind - 1)
+        last = tl.load(cu_seqlens_ptr + behind)
+        start = first + (run - tl.load(cu_runs_ptr + behind - 1)) * STEPS
+    else:
+        first = run // runs_per_sequence * length
+        last = first + length
+        start = first + run % runs_per_sequence * STEPS
+    return start, first, tl.where(run < runs, last, first)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["runs", "runs_per_sequence", "length"])
 def pooled_convolution_backward_kernel(
     x_ptr, x_stride, taps_ptr, skip0_ptr, skip1_ptr,  # (rows, d), (q, w + 1, d) float32, (d,)
     dsum_ptr, dpooled_ptr,  # (rows, d), the gradient of the sum of the directions; (q, lines, d), of the lines
     dx_ptr, dx_stride, partial_ptr,  # (rows, d), (q, programs, w + 2, d) float32
-    line_of_ptr, weights_ptr, order_ptr, segment_ptr, rows, length, channels, line_direction,
+    line_of_ptr, weights_ptr, order_ptr, sequence_ptr, cu_seqlens_ptr, cu_runs_ptr, runs, runs_per_sequence, length,
+    channels, line_direction,
     ORDERED: tl.constexpr, PACKED: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, STEPS: tl.constexpr,
     BLOCK: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (programs over positions, blocks of channels). The gradient of x, and of taps, bias and D in partial sums.
+    """Grid (programs over runs, blocks of channels). The gradient of x, and of taps, bias and D in partial sums.
 
-    A program takes every so many-th block of GROUPS x STEPS positions, in order: the sums are the same in every run.
+    A run is STEPS positions of one sequence. A program takes every so many-th GROUPS of them, in order: the sums are
+    always the same. What is outside of the sequence is loaded as 0 and adds nothing.
     """
-    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    spread = tl.zeros([GROUPS, 1], tl.int32) + d[None, :]  # laid out as the tokens: no exchange between threads
-    ok = spread < channels
-    taps = both_taps(taps_ptr, channels, spread, ok, WIDTH)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    d = tl.zeros([GROUPS, 1], tl.int32) + column[None, :]  # laid out as the tokens: no exchange between threads
+    ok = d < channels
+    taps = both_taps(taps_ptr, channels, d, ok, WIDTH)
     taps0 = ()
     taps1 = ()
     sums0 = ()
@@ -251,28 +211,47 @@ def pooled_convolution_backward_kernel(
     for _ in tl.static_range(WIDTH + 2):
         sums0 = sums0 + (tl.zeros([GROUPS, BLOCK], tl.float32),)
         sums1 = sums1 + (tl.zeros([GROUPS, BLOCK], tl.float32),)
-    skip0 = tl.load(skip0_ptr + spread, mask=ok, other=0.0).to(tl.float32)
-    skip1 = tl.load(skip1_ptr + spread, mask=ok, other=0.0).to(tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(rows, GROUPS * STEPS), tl.num_programs(0)):
-        begin = block * (GROUPS * STEPS)
-        start = begin + tl.arange(0, GROUPS) * STEPS
-        before = segment(begin - (WIDTH - 1), rows, segment_ptr, length, PACKED)
-        behind = segment(begin + GROUPS * STEPS + (WIDTH - 2), rows, segment_ptr, length, PACKED)
-        if (before == behind) & (before >= 0):
-            sums0, sums1 = _convolution_tile(
-                x_ptr, x_stride, dsum_ptr, dpooled_ptr, dx_ptr, dx_stride, line_of_ptr, weights_ptr, order_ptr,
-                segment_ptr, taps0, taps1, skip0, skip1, sums0, sums1, start, spread, ok, rows, length, channels,
-                line_direction, False, ORDERED, PACKED, WIDTH, STEPS, HARDWARE,
-            )  # fmt: skip
-        else:
-            sums0, sums1 = _convolution_tile(
-                x_ptr, x_stride, dsum_ptr, dpooled_ptr, dx_ptr, dx_stride, line_of_ptr, weights_ptr, order_ptr,
-                segment_ptr, taps0, taps1, skip0, skip1, sums0, sums1, start, spread, ok, rows, length, channels,
-                line_direction, True, ORDERED, PACKED, WIDTH, STEPS, HARDWARE,
-            )  # fmt: skip
-    partial_ptr += tl.program_id(0) * (WIDTH + 2) * channels + d
+    skip0 = tl.load(skip0_ptr + d, mask=ok, other=0.0).to(tl.float32)
+    skip1 = tl.load(skip1_ptr + d, mask=ok, other=0.0).to(tl.float32)
+    for group in range(tl.program_id(0), tl.cdiv(runs, GROUPS), tl.num_programs(0)):
+        run = group * GROUPS + tl.arange(0, GROUPS)
+        start, first, last = _run(
+            run, runs, sequence_ptr, cu_seqlens_ptr, cu_runs_ptr, runs_per_sequence, length, PACKED, STEPS
+        )
+        x = ()
+        dsum = ()
+        dx = ()
+        for i in tl.static_range(STEPS + 2 * (WIDTH - 1)):
+            position = start + (i - (WIDTH - 1))
+            inside = (position >= first) & (position < last)
+            row = row_of(position, inside, order_ptr, ORDERED)[:, None]
+            here = inside[:, None] & ok
+            x = x + (tl.load(x_ptr + row * x_stride + d, mask=here, other=0.0).to(tl.float32),)
+            dsum = dsum + (tl.load(dsum_ptr + row * channels + d, mask=here, other=0.0).to(tl.float32),)
+        for _ in tl.static_range(STEPS):
+            dx = dx + (tl.zeros([GROUPS, BLOCK], tl.float32),)
+        for i in tl.static_range(STEPS + 2 * (WIDTH - 1)):
+            position = start + (i - (WIDTH - 1))
+            inside = (position >= first) & (position < last)
+            line = tl.load(line_of_ptr + position, mask=inside, other=0)
+            weight = tl.load(weights_ptr + line, mask=inside, other=0.0)[:, None]
+            at = dpooled_ptr + line.to(tl.int64)[:, None] * channels + d
+            here = inside[:, None] & ok
+            if i >= WIDTH - 1:
+                dpooled = weight * tl.load(at, mask=here, other=0.0).to(tl.float32)
+                dx, sums0 = _convolution_row(x, dx, sums0, taps0, skip0, dsum[i], dpooled, i, 1, WIDTH, STEPS, HARDWARE)
+            if i < STEPS + WIDTH - 1:
+                dpooled = weight * tl.load(at + line_direction, mask=here, other=0.0).to(tl.float32)
+                dx, sums1 = _convolution_row(
+                    x, dx, sums1, taps1, skip1, dsum[i], dpooled, i, -1, WIDTH, STEPS, HARDWARE
+                )
+        for i in tl.static_range(STEPS):
+            inside = start + i < last
+            row = row_of(start + i, inside, order_ptr, ORDERED)[:, None]
+            tl.store(dx_ptr + row * dx_stride + d, dx[i].to(dx_ptr.dtype.element_ty), mask=inside[:, None] & ok)
+    partial_ptr += tl.program_id(0) * (WIDTH + 2) * channels + column
     behind = tl.num_programs(0) * (WIDTH + 2) * channels
     for k in tl.static_range(WIDTH + 2):
         to = partial_ptr + (WIDTH - 1 - k if k < WIDTH else k) * channels
-        tl.store(to, tl.sum(sums0[k], axis=0), mask=d < channels)
-        tl.store(to + behind, tl.sum(sums1[k], axis=0), mask=d < channels)
+        tl.store(to, tl.sum(sums0[k], axis=0), mask=column < channels)
+        tl.store(to + behind, tl.sum(sums1[k], axis=0), mask=column < channels)

@@ -75,7 +75,7 @@ def convolved(
     return u
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lines", "lines_per_sequence", "length"])
 def pooled_lines_kernel(
     x_ptr, x_stride, taps_ptr, pooled_ptr,  # (rows, d), (q, w + 1, d) float32, (q, lines, d)
     starts_ptr, weights_ptr, order_ptr, sequence_ptr, cu_lines_ptr, lines, lines_per_sequence, length, channels,
@@ -138,7 +138,7 @@ def sigmoid(v, HARDWARE: tl.constexpr):
     return reciprocal(1.0 + tl.exp2(v * -LOG2E), HARDWARE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lines", "lines_per_sequence", "length"])
 def pooled_output_kernel(
     xz_ptr, xz_stride, taps_ptr, skip0_ptr, skip1_ptr, y_ptr,  # (rows, 2 d), (q, w + 1, d) float32, (d,), (lines, d)
     norm_weight_ptr, norm_bias_ptr, out_ptr, stats_ptr,  # (d,), (rows, d), (rows, 2) float32: mean, 1 / deviation
