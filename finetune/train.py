@@ -161,13 +161,14 @@ def train(run: Run) -> dict[str, float] | None:
         speed.tokens += config.batch_size * rows * columns
 
         done = step + 1
-        if training.notice:
-            run.log.say(training.notice)
         if done % config.log_every == 0 or done == training.total_steps:
+            training.settle()
             latest = {"loss": training.loss, "lr": training.rate, "grad_norm": training.grad_norm} | speed.read()
             parts = {key: value.item() for key, value in losses.items()} if len(losses) > 1 else {}
             run.log.metrics(done, latest | parts | {"memory_gb": peak_memory_gb(device)})
         run.log.progress(done, latest)
+        for line in training.new_notices():
+            run.log.say(line)
         if done == training.total_steps or (config.evaluate_every and done % config.evaluate_every == 0):
             metrics = evaluate(run)
             if run.observe is not None and done < training.total_steps:

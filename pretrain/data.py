@@ -66,9 +66,8 @@ class Sample(NamedTuple):
     """Pictures passed over on the way, with the reason."""
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Views of one forward pass."""
+class Batch(NamedTuple):
+    """Views of one forward pass; a tuple, whose tensors a loader pins."""
 
     images: Tensor | list[Tensor] | None
     """(b, 3, h, w) uint8, or a list of (3, h, w) of native sizes; None where a sample had to be given up."""

@@ -131,12 +131,13 @@ def train(run: Run) -> None:
         speed.images += config.batch_size
 
         done = step + 1
-        if training.notice:
-            run.log.say(training.notice)
         if done % config.log_every == 0 or done == training.total_steps:
+            training.settle()
             latest = {"loss": training.loss, "lr": training.rate, "grad_norm": training.grad_norm} | speed.read()
             run.log.metrics(done, latest | {"memory_gb": peak_memory_gb(device)})
         run.log.progress(done, latest)
+        for line in training.new_notices():
+            run.log.say(line)
         if done % config.picture_every == 0 or done == training.total_steps:
             show(run, batch)
 

@@ -56,7 +56,9 @@ class DetectionTask(Task[DetectionConfig]):
     ) -> dict[str, Tensor]:
         """Of proposals, boxes and masks."""
         del key  # which proposals are sampled is drawn from the generator of the step
-        targets = [{name: value.to(device) for name, value in target.items()} for target in batch.targets]
+        targets = [
+            {name: value.to(device, non_blocking=True) for name, value in target.items()} for target in batch.targets
+        ]
         return model(to_model(batch.images, device), targets)
 
     def evaluate(self, model: nn.Module, accelerator: Accelerator) -> EvaluationResult:

@@ -58,7 +58,7 @@ def evaluate(
     pictured, bad = [], []
     for batch in evaluation_batches(task.val, accelerator, 1, task.config.data.workers):
         bad += batch.bad
-        image, target = to_model(batch.images[0][None], device), batch.targets[0].to(device)
+        image, target = to_model(batch.images[0][None], device), batch.targets[0].to(device, non_blocking=True)
         # exchanged before the passes: under ZeRO-3 they exchange too, and all exchanges must come in one order
         passes = windows.passes(*image.shape[-2:])
         idle = most_of(passes, accelerator) - passes if zero_stage(accelerator) == 3 else 0

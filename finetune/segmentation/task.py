@@ -49,7 +49,7 @@ class SegmentationTask(Task[SegmentationConfig]):
     ) -> dict[str, Tensor]:
         """Cross-entropy of both heads."""
         del key  # dropout draws from the generator of the step
-        return model(to_model(batch.images, device), batch.targets.to(device).long())
+        return model(to_model(batch.images, device), batch.targets.to(device, non_blocking=True).long())
 
     def evaluate(self, model: nn.Module, accelerator: Accelerator) -> EvaluationResult:
         """MIoU, mAcc, aAcc."""

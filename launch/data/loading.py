@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from launch.run.randomness import generator
@@ -38,6 +39,11 @@ def loader_of(
         generator=generator(seed),
         **options,
     )
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device; the host does not wait for the copy, which pageable memory would make it do."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:

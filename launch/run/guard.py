@@ -77,6 +77,16 @@ class Guard:
         return 0.5 ** sum(step - bad < LOWERED_STEPS for bad in self.bad)
 
 
+def decides_on_device(optimizer: torch.optim.Optimizer, config: GuardConfig) -> bool:
+    """Whether the step itself can leave out a bad one, so that nothing waits for its loss.
+
+    PyTorch's fused optimizers take nothing where their `found_inf` is 1. A spike is measured against losses, and a
+    lowered rate depends on earlier steps: these have to be known first.
+    """
+    fused = all(group.get("fused") for group in optimizer.param_groups)
+    return fused and not config.spike and config.on_bad_step != "lower"
+
+
 def take_only(optimizer: torch.optim.Optimizer, is_good: Callable[[], bool]) -> None:
     """Let the optimizer change nothing where `is_good()` is False when its step begins.
 

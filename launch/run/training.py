@@ -16,7 +16,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from launch.run.accelerator import SilentError, configure_zero, fit_buffers, on_main
 from launch.run.config import RunConfig
 from launch.run.folder import CHECKPOINTS
-from launch.run.guard import Guard, take_only
+from launch.run.guard import Guard, decides_on_device, take_only
 from launch.run.optim import set_learning_rate
 from launch.run.signals import Stopped, StopRequest, stop_requests
 from launch.run.watchdog import Watchdog
@@ -77,6 +77,19 @@ def start_training(
         yield Training(config, accelerator, total_steps, saved, state, unit, clip_grad, stop, watchdog)
 
 
+class _Step(NamedTuple):
+    """A step that was asked for, and what is still to be read of it."""
+
+    number: int
+    names: list[str]
+    results: Tensor
+    """(4,): what `Training._shared` gives, and the norm of the gradient."""
+    ready: torch.cuda.Event | None
+    """After which `results` can be read."""
+    failure: str | None
+    """Why this process cannot save."""
+
+
 class Training:
     """One run, from its first step or a checkpoint to its last step or an interrupt; `start_training` makes it."""
 
@@ -98,8 +111,7 @@ class Training:
         self.state = state
         """What is saved: the model itself, its optimizer and average, the number of steps done."""
         self.loss, self.grad_norm, self.rate = float("nan"), 0.0, 0.0
-        self.notice: str | None = None
-        """What the last `update` has to say, such as that the step was bad."""
+        self._notices: list[str] = []
         self._guard = Guard(config.guard, checkpoint.state.get("guard") if checkpoint else None)
         folder = config.folder / CHECKPOINTS
         asynchronous = config.async_checkpoints
@@ -107,6 +119,7 @@ class Training:
         self._stop, self._watchdog = stop, watchdog
         self._clip_grad = clip_grad
         self._losses: list[Tensor] = []
+        self._unsettled: _Step | None = None
         self._must_stop = False
         self._last_part = True
 
@@ -123,7 +136,10 @@ class Training:
         self._optimizer: torch.optim.Optimizer = state.optimizer
         if self._zero is not None:
             self._optimizer = self._zero.optimizer
-            take_only(self._optimizer, lambda: self._fault() is None)
+            take_only(
+                self._optimizer, lambda: self._guard.wrong(self.loss, self._zero._global_grad_norm or 0.0) is None
+            )
+        self._decides_on_device = self._zero is None and decides_on_device(self._optimizer, config.guard)
 
     def steps(self) -> Iterator[int]:
         """Steps to do, counted from 0; the caller does one with `parts` and `update` before asking for the next.
@@ -171,62 +187,101 @@ class Training:
         Raises UserError for a bad step that ends the run, with all before it saved.
         """
         self._watchdog.beat(self.state.step, 1000, "waiting for the other processes")
+        self.settle()
         self.rate = rate * self._guard.rate_factor(self.state.step)
         set_learning_rate(self._optimizer, self.rate)
-        self._share()
+        shared, failure = self._shared()
+        ready = None
         if self._zero is not None:
+            self.loss = float(shared[0]) / self.accelerator.num_processes
             engine: Any = self.model
             engine.step()
-            bad = self._fault()
+            results = torch.cat([shared, torch.full_like(shared[:1], float(self._zero._global_grad_norm or 0.0))])
         else:
-            limit = self._clip_grad or float("inf")
-            self.grad_norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), limit) or 0.0)
-            bad = self._fault()
-            if bad is None:
+            results = torch.cat([shared, self._clip()[None]])
+            if self._decides_on_device:
+                vars(self._optimizer)["found_inf"] = (~results.isfinite().all()).float()
                 self._optimizer.step()
+                if results.is_cuda:
+                    results = results.to("cpu", non_blocking=True)
+                    ready = torch.cuda.Event()
+                    ready.record()
+            else:
+                loss, *_, norm = results.tolist()
+                if self._guard.wrong(loss / self.accelerator.num_processes, norm) is None:
+                    self._optimizer.step()
             self._optimizer.zero_grad()
-        self._guard.note(self.state.step, self.loss, bad is not None)
-        self.state.extra["guard"] = self._guard.state()
-        self.notice = self._note_bad_step(bad, names) if bad else None
+        self._unsettled = _Step(self.state.step, names, results, ready, failure)
         self.state.step += 1
-        if self.state.ema is not None and bad is None:
-            self.state.ema.update(self.state.step)
+        if not self._decides_on_device:
+            self.settle()
 
-    def _fault(self) -> str | None:
-        """What is wrong with the step at hand, None for a good one; under ZeRO also while it is taken."""
-        if self._zero is not None:
-            self.grad_norm = float(self._zero._global_grad_norm or 0.0)
-        return self._guard.wrong(self.loss, self.grad_norm)
+    def new_notices(self) -> list[str]:
+        """Lines on what happened since the last call, such as that a step was bad."""
+        notices, self._notices = self._notices, []
+        return notices
 
-    def _share(self) -> None:
-        """Mean loss over parts and processes, and whether any process must stop, in one exchange."""
-        failed = self._writer.failure()
+    def settle(self) -> None:
+        """Wait for the last step, so that `loss`, `grad_norm` and the notices are up to date. For all processes.
+
+        On a GPU the step itself decides whether it is taken, and its result is read when the next one has been asked
+        for, so that the GPU never waits for the host. Raises as `update`.
+        """
+        if self._unsettled is None:
+            return
+        step, self._unsettled = self._unsettled, None
+        if step.ready is not None:
+            step.ready.synchronize()
+        loss, stops, failures, self.grad_norm = step.results.tolist()
+        self.loss = loss / self.accelerator.num_processes
+        self._must_stop = stops > 0
+        if failures:
+            raise UserError(step.failure) if step.failure is not None else SilentError("the main process cannot save")
+        wrong = self._guard.wrong(self.loss, self.grad_norm)
+        self._guard.note(step.number, self.loss, wrong is not None)
+        self.state.extra["guard"] = self._guard.state()
+        if wrong is not None:
+            self._notices.append(self._note_bad_step(step, wrong))
+        elif self.state.ema is not None:
+            self.state.ema.update(step.number + 1)
+
+    def _clip(self) -> Tensor:
+        """Norm of the gradients, which are cut to `clip_grad` where that is on."""
+        if self._clip_grad:
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self._clip_grad)
+            return torch.as_tensor(norm)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=self.accelerator.device)
+
+    def _shared(self) -> tuple[Tensor, str | None]:
+        """(3,): sum over processes of the mean loss, of those that must stop, of those that cannot save; and why this
+        one cannot. In one exchange, which the host does not wait for.
+        """
+        failure = self._writer.failure()
         mean = torch.stack(self._losses).float().mean()
         self._losses = []
-        here = torch.tensor([float(self._stop.received is not None), float(failed is not None)], device=mean.device)
-        total = self.accelerator.reduce(torch.cat([mean[None], here]), reduction="sum")
+        flags = self._stop.received is not None, failure is not None
+        here = [mean, *(torch.full_like(mean, flag) for flag in flags)]  # filled there: a copy would wait
+        total = self.accelerator.reduce(torch.stack(here), reduction="sum")
         assert isinstance(total, Tensor)
-        loss, stop, failures = total.tolist()
-        self.loss = loss / self.accelerator.num_processes
-        self._must_stop = stop > 0
-        if failures:
-            raise UserError(failed) if failed is not None else SilentError("the main process cannot save")
+        return total, failure
 
-    def _note_bad_step(self, wrong: str, names: list[str]) -> str:
-        config, step = self.config, self.state.step
+    def _note_bad_step(self, step: _Step, wrong: str) -> str:
+        config, names = self.config, step.names
         shares: list[str] = gather_object(names) if self.accelerator.num_processes > 1 else names
         action = "stop" if self._guard.must_stop() else config.guard.on_bad_step
-        row = {"step": step + 1, "wrong": wrong, "loss": self.loss, "grad_norm": self.grad_norm,
+        row = {"step": step.number + 1, "wrong": wrong, "loss": self.loss, "grad_norm": self.grad_norm,
                "action": action, "samples": shares}  # fmt: skip
         path = config.folder / BAD_STEPS
         if self.accelerator.is_main_process:
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-        line = f"step {step + 1} is bad: {wrong}; not taken, its {len(shares)} samples are in {path}"
+        line = f"step {step.number + 1} is bad: {wrong}; not taken, its {len(shares)} samples are in {path}"
         if not self._guard.must_stop():
             return line + ("; learning rate halved" if action == "lower" else "")
         self._guard.in_a_row = 0
         self.state.extra["guard"] = self._guard.state()
+        self.state.step = step.number
         self.save_now()
         line += f"; the run ends, with {self._guard.config.on_bad_step!r} for bad steps and all before it saved"
         raise (UserError if self.accelerator.is_main_process else SilentError)(line)
@@ -234,6 +289,7 @@ class Training:
     def save(self) -> Path:
         """Copy the state and have it written. For all processes."""
         self._watchdog.beat(self.state.step, 1001, "saving")
+        self.settle()
         copied = snapshot(self.state, keep=self.accelerator.is_main_process)
         on_main(self.accelerator, lambda: self._writer.write(copied))
         return self._writer.folder / f"step-{copied.step:08d}"
@@ -260,6 +316,7 @@ class Training:
         """The model, averaged where averaging is on, without gradients or stochastic depth. For all processes."""
         state = self.state
         self._watchdog.beat(state.step, 1002, "evaluating")
+        self.settle()
         state.model.eval()
         with torch.no_grad(), self._averaged():
             yield state.model

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from launch.data.loading import to_device
 from launch.planning.memory import FLOAT, Stack, Work
 from pretrain.mae.masking import MaskConfig, draw_mask
 from pretrain.mae.model import DecoderConfig, MaskedAutoencoder, Reconstruction, split_patches
@@ -54,8 +55,7 @@ class MAE:
     def inputs(self, extras: Tensor | Sequence[Tensor], device: torch.device) -> Inputs:
         """Which patches are visible and which hidden; split on the CPU, where counting waits for nothing."""
         visible, hidden, lengths = split_patches(extras)
-        indices = (visible.to(device, non_blocking=True), hidden.to(device, non_blocking=True))
-        return Inputs((*indices, lengths), visible.numel())
+        return Inputs((to_device(visible, device), to_device(hidden, device), lengths), visible.numel())
 
     def show(self, model: nn.Module, images: Images, extras: Tensor | Sequence[Tensor]) -> Callable[[str, Path], None]:
         """Input, what the encoder saw, and the reconstruction, of each image. For all processes."""
