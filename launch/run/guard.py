@@ -28,6 +28,11 @@ class GuardConfig:
     max_bad_steps: int = 10
     """Bad steps in a row that end the run whatever on_bad_step says."""
 
+    @property
+    def looks_back(self) -> bool:
+        """Whether what is done with a step depends on the losses of those before it."""
+        return bool(self.spike) or self.on_bad_step == "lower"
+
     def __post_init__(self) -> None:
         require(self.spike == 0 or self.spike > 1, "guard.spike", self.spike, "it must be 0 or more than 1")
         require(self.max_bad_steps >= 1, "guard.max_bad_steps", self.max_bad_steps, "it must be at least 1")
@@ -75,16 +80,6 @@ class Guard:
         if self.config.on_bad_step != "lower":
             return 1.0
         return 0.5 ** sum(step - bad < LOWERED_STEPS for bad in self.bad)
-
-
-def decides_on_device(optimizer: torch.optim.Optimizer, config: GuardConfig) -> bool:
-    """Whether the step itself can leave out a bad one, so that nothing waits for its loss.
-
-    PyTorch's fused optimizers take nothing where their `found_inf` is 1. A spike is measured against losses, and a
-    lowered rate depends on earlier steps: these have to be known first.
-    """
-    fused = all(group.get("fused") for group in optimizer.param_groups)
-    return fused and not config.spike and config.on_bad_step != "lower"
 
 
 def take_only(optimizer: torch.optim.Optimizer, is_good: Callable[[], bool]) -> None:

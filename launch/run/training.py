@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from launch.run.accelerator import SilentError, configure_zero, fit_buffers, on_main
 from launch.run.config import RunConfig
 from launch.run.folder import CHECKPOINTS
-from launch.run.guard import Guard, decides_on_device, take_only
+from launch.run.guard import Guard, take_only
 from launch.run.optim import set_learning_rate
 from launch.run.signals import Stopped, StopRequest, stop_requests
 from launch.run.watchdog import Watchdog
@@ -59,7 +59,7 @@ def start_training(
     Args:
         checkpoint: where the run goes on from; None for a fresh one.
         build: makes the model, the same on every process.
-        optimizer_of: makes its optimizer.
+        optimizer_of: makes its optimizer, a fused one of PyTorch's.
         unit: modules that ZeRO-3 collects as one.
         micro_batch: samples of one forward pass of one process.
         clip_grad: largest gradient norm; 0 does not clip.
@@ -139,7 +139,8 @@ class Training:
             take_only(
                 self._optimizer, lambda: self._guard.wrong(self.loss, self._zero._global_grad_norm or 0.0) is None
             )
-        self._decides_on_device = self._zero is None and decides_on_device(self._optimizer, config.guard)
+        self.reads_late = accelerator.device.type == "cuda" and self._zero is None and not config.guard.looks_back
+        """Whether the result of a step is read when the next has been asked for, so that a GPU waits for no host."""
 
     def steps(self) -> Iterator[int]:
         """Steps to do, counted from 0; the caller does one with `parts` and `update` before asking for the next.
@@ -199,21 +200,21 @@ class Training:
             results = torch.cat([shared, torch.full_like(shared[:1], float(self._zero._global_grad_norm or 0.0))])
         else:
             results = torch.cat([shared, self._clip()[None]])
-            if self._decides_on_device:
-                vars(self._optimizer)["found_inf"] = (~results.isfinite().all()).float()
-                self._optimizer.step()
-                if results.is_cuda:
-                    results = results.to("cpu", non_blocking=True)
-                    ready = torch.cuda.Event()
-                    ready.record()
+            if self.reads_late:
+                is_bad = ~results.isfinite().all()
             else:
                 loss, *_, norm = results.tolist()
-                if self._guard.wrong(loss / self.accelerator.num_processes, norm) is None:
-                    self._optimizer.step()
+                is_bad = torch.tensor(self._guard.wrong(loss / self.accelerator.num_processes, norm) is not None)
+            vars(self._optimizer)["found_inf"] = is_bad.float()  # PyTorch's fused optimizers take nothing where it is 1
+            self._optimizer.step()
             self._optimizer.zero_grad()
+            if results.is_cuda:
+                results = results.to("cpu", non_blocking=True)
+                ready = torch.cuda.Event()
+                ready.record()
         self._unsettled = _Step(self.state.step, names, results, ready, failure)
         self.state.step += 1
-        if not self._decides_on_device:
+        if not self.reads_late:
             self.settle()
 
     def new_notices(self) -> list[str]:
@@ -224,8 +225,7 @@ class Training:
     def settle(self) -> None:
         """Wait for the last step, so that `loss`, `grad_norm` and the notices are up to date. For all processes.
 
-        On a GPU the step itself decides whether it is taken, and its result is read when the next one has been asked
-        for, so that the GPU never waits for the host. Raises as `update`.
+        Raises as `update`.
         """
         if self._unsettled is None:
             return

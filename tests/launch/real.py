@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.launch.preloaded import Popen
 from tests.rows import read_metrics
 from tests.waiting import LIMIT
@@ -22,9 +20,6 @@ STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch")
 PROGRAMS = Path(sys.executable).parent
 NO_COMPILER = shutil.which(os.environ.get("CXX", "c++")) is None
-needs_compiler = pytest.mark.skipif(
-    NO_COMPILER, reason="DeepSpeed compiles the optimizer that it offloads, and there is no C++ compiler"
-)
 
 
 def free_port() -> int:

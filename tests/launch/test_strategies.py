@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.launch.real import PROGRAMS, STRATEGIES, finish, losses, needs_compiler, run, start
+from tests.launch.real import PROGRAMS, STRATEGIES, finish, losses, run, start
 from vim_backbone import from_pretrained
 
 pytestmark = pytest.mark.slow
@@ -56,18 +56,17 @@ def test_same_losses_and_same_files_without_a_compiler(strategy, one, zero3, no_
 
 @pytest.mark.parametrize(
     ("before", "after", "processes"),
-    [
-        ("zero3", "one", 1),
-        ("one", "zero3", 3),
-        pytest.param("zero3", "zero2_offload", 2, marks=needs_compiler),
-    ],
+    [("zero3", "one", 1), ("one", "zero3", 3), ("zero3", "zero2_offload", 2)],
 )
-def test_going_on_with_another_strategy_and_another_number_of_processes(before, after, processes, one, zero3, tmp_path):
+def test_going_on_with_another_strategy_and_another_number_of_processes(
+    before, after, processes, one, zero3, no_compiler, tmp_path
+):
     """Three processes, by which most of the shapes do not divide."""
     shutil.copytree(one if before == "one" else zero3, tmp_path / "runs/run")
     shutil.rmtree(tmp_path / "runs/run/checkpoints/step-00000004")
+    launcher = (f"--num_processes={processes}",)
     assert_same_run(
-        run(tmp_path, after, *OPTIONS, "--resume", script=UNORDERED, launcher=(f"--num_processes={processes}",)), one
+        run(tmp_path, after, *OPTIONS, "--resume", script=UNORDERED, launcher=launcher, env=no_compiler), one
     )
 
 
@@ -79,10 +78,9 @@ def test_native_sizes(strategy, tmp_path):
     assert losses(folder) == pytest.approx(losses(run(tmp_path / "one", "one", *options)), rel=2e-6)
 
 
-@needs_compiler
-def test_offloading_and_recomputing_change_nothing(one, tmp_path):
-    """DeepSpeedCPUAdam is compiled at the first run on a machine, in half a minute."""
-    assert_same_run(run(tmp_path, "zero3_offload", *OPTIONS, "--model.grad_checkpointing=true"), one)
+def test_offloading_and_recomputing_change_nothing(one, no_compiler, tmp_path):
+    folder = run(tmp_path, "zero3_offload", *OPTIONS, "--model.grad_checkpointing=true", env=no_compiler)
+    assert_same_run(folder, one)
 
 
 def test_bf16_keeps_float32_parameters_under_zero3(tmp_path):
