@@ -154,16 +154,17 @@ def _mixer_backward_cases(column: str) -> list[Case]:
 def _tiled_cases() -> list[Case]:
     found = []
     for _, sizes in plan.TILED_FORWARD:
-        for directions, save, packed, chunked, states_only in (
-            (2, False, False, False, False),
-            (2, True, True, True, False),
-            (1, True, False, True, False),
-            (2, False, True, False, True),
+        for directions, save, packed, chunked, states_only, adjoint in (
+            (2, False, False, False, False, False),
+            (2, True, True, True, False, False),
+            (1, True, False, True, False, False),
+            (2, False, True, False, True, False),
+            (2, False, True, False, True, True),
         ):
             constants = {
-                "DIRECTIONS": directions, "REVERSE": False, "PACKED": packed, "GATE": not states_only, "SAVE": save,
-                "HAS_D": not states_only, "HAS_H0": chunked, "STORE_FINAL": directions == 1 or states_only,
-                "STATES_ONLY": states_only, "SCALE": 0.5, "N": 16,
+                "DIRECTIONS": directions, "REVERSE": False, "PACKED": packed, "GATE": adjoint or not states_only,
+                "SAVE": save, "HAS_D": not states_only, "HAS_H0": chunked, "STORE_FINAL": directions == 1 or states_only,
+                "STATES_ONLY": states_only, "ADJOINT": adjoint, "SCALE": 0.5, "N": 16,
                 "BLOCK": block_of(sizes.states_thread, sizes.channels_thread, sizes.warps, 16),
                 "INTERVAL": INTERVAL["cuda"], "TILE": sizes.tile, "STEP": sizes.step,
                 **forward_layouts(directions, sizes.states_thread, sizes.channels_thread, sizes.warps, sizes.tile, 16),

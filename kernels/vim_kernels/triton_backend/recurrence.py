@@ -34,7 +34,8 @@ class ScanInputs(NamedTuple):
     @property
     def sizes(self) -> tuple[int, int, int]:
         """q, d, n."""
-        return self.u.shape[0], self.u.shape[2], self.rates.shape[1]
+        q, n, d = self.rates.shape
+        return q, d, n
 
 
 class ScanGradients(NamedTuple):
@@ -66,7 +67,7 @@ def scan_forward(
     final = out.new_empty(q, tokens.sequences, n, d, dtype=torch.float32) if want_final else None
     entering = initial
     if not chunks.one_each:
-        entering = _entering_states(inputs, inputs.u, tokens, chunks, initial, final, adjoint=False)
+        entering = _entering_states(inputs, inputs.u, tokens, chunks, initial, final)
     _forward(inputs, z, out, ungated, entering, final if chunks.one_each else None, states, None, tokens, chunks, scale)
     return final
 
@@ -90,6 +91,8 @@ def _forward(
     tokens: Tokens,
     chunks: Chunks,
     scale: float,
+    *,
+    adjoint: bool = False,
 ) -> None:
     """Launch the forward kernel for the device; what is None is not read or not written."""
     q, d, n = inputs.sizes
@@ -120,8 +123,9 @@ def _forward(
         block = block_of(sizes.states_thread, sizes.channels_thread, sizes.warps, n)
         layouts = forward_layouts(q, sizes.states_thread, sizes.channels_thread, sizes.warps, sizes.tile, n)
         launch(tiled_scan_forward_kernel, (cdiv(d, block), chunks.total),
-            *tensors, total if total is not None else unused, *places, *strides, **flags, STATES_ONLY=states_only,
-            BLOCK=block, TILE=sizes.tile, STEP=sizes.step, **layouts, num_warps=q * sizes.warps, num_stages=1,
+            *tensors, total if total is not None else unused, *places, *strides, **flags,
+            STATES_ONLY=states_only, ADJOINT=adjoint, BLOCK=block, TILE=sizes.tile, STEP=sizes.step, **layouts,
+            num_warps=q * sizes.warps, num_stages=1,
         )  # fmt: skip
     else:
         sizes = plan.FORWARD[plan.target(device)]
@@ -162,10 +166,10 @@ def scan_backward(
     chunks = plan.cut(tokens, size, dy.device)
     initial = dy.new_empty(q, tokens.sequences, n, d, dtype=torch.float32) if want_initial else None
     adjoint = dfinal
-    if gate != Gate(1.0) and not (tiled and chunks.one_each):
+    if gate != Gate(1.0) and not tiled:
         dy, gate = gate_backward(dy, gate), Gate(1.0)
     if not chunks.one_each:
-        adjoint = _entering_states(inputs, dy, tokens, chunks, dfinal, initial, adjoint=True)
+        adjoint = _entering_states(inputs, dy, tokens, chunks, dfinal, initial, gate=gate)
     du, ddt = torch.empty_like(inputs.u), torch.empty_like(inputs.u)
     dbc = dy.new_empty(q, blocks, tokens.rows, 2 * n)
     drates = dy.new_empty(q, chunks.total, n, d, dtype=torch.float32)
@@ -209,15 +213,18 @@ def _entering_states(
     initial: Tensor | None,
     final: Tensor | None,
     *,
-    adjoint: bool,
+    gate: Gate | None = None,
 ) -> Tensor:
-    """(q, chunks, n, d): the state that enters every chunk, or the gradient that enters it from behind if adjoint."""
+    """(q, chunks, n, d): the state that enters every chunk; with `gate` the adjoint, which enters it from behind."""
     q, d, n = inputs.sizes
+    adjoint = gate is not None
     after = source.new_empty(q, chunks.total, n, d, dtype=torch.float32)
     entering = torch.empty_like(after)
     total = source.new_empty(q, chunks.total, d, dtype=torch.float32)
-    if plan.tiled(source.device, n) and not adjoint:
-        _forward(inputs, None, None, None, None, after, None, total, tokens, chunks, 1.0)
+    if plan.tiled(source.device, n):
+        z, scale = (gate.z, gate.scale) if gate is not None else (None, 1.0)
+        scanned = inputs._replace(u=source, reverse=inputs.reverse != adjoint)
+        _forward(scanned, z, None, None, None, after, None, total, tokens, chunks, scale, adjoint=adjoint)
     else:
         sizes = plan.STATE[plan.target(source.device)]
         launch(chunk_state_kernel, (cdiv(d, sizes.block), chunks.total, q),

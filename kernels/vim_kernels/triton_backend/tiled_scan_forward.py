@@ -63,7 +63,7 @@ def tiled_scan_forward_kernel(
     channels, z_stride, out_stride, u_direction, bc_direction, chunk_direction, slot_direction,
     DIRECTIONS: gl.constexpr, REVERSE: gl.constexpr, PACKED: gl.constexpr, GATE: gl.constexpr, SAVE: gl.constexpr,
     HAS_D: gl.constexpr, HAS_H0: gl.constexpr, STORE_FINAL: gl.constexpr,
-    STATES_ONLY: gl.constexpr, SCALE: gl.constexpr,
+    STATES_ONLY: gl.constexpr, ADJOINT: gl.constexpr, SCALE: gl.constexpr,
     N: gl.constexpr, BLOCK: gl.constexpr, INTERVAL: gl.constexpr, TILE: gl.constexpr, STEP: gl.constexpr,
     STATE_LANES: gl.constexpr,
     state: gl.constexpr, rows_layout: gl.constexpr, bc_layout: gl.constexpr, parts: gl.constexpr,
@@ -72,6 +72,8 @@ def tiled_scan_forward_kernel(
     """Grid (blocks of channels, chunks); arguments as in `scan_forward.scan_forward_kernel`.
 
     STATES_ONLY: no output, but the final state and the sum of dt of every chunk, `total` (q, chunks, d) float32.
+    ADJOINT, beside it: u is the gradient of the gated output (rows, d), z its gate's input where GATE, and the state is
+    the gradient of the scan's, R_t = a_t (C_t dy_t + R_{t+1}): the order is against the scan's.
     """
     column = gl.program_id(0) * BLOCK
     chunk = gl.program_id(1)
@@ -114,7 +116,10 @@ def tiled_scan_forward_kernel(
     d_row = column + _inner(BLOCK, rows_layout)
     ok_row = d_row < channels
     q_bc = _middle(DIRECTIONS, bc_layout)
-    u_ptr += q_row * u_direction + d_row
+    if ADJOINT:
+        u_ptr += q_row * 0 + d_row
+    else:
+        u_ptr += q_row * u_direction + d_row
     dt_ptr += q_row * u_direction + d_row
     bc_ptr += q_bc * bc_direction + _inner(N, bc_layout)
     tiles = gl.cdiv(count, TILE)
@@ -124,6 +129,8 @@ def tiled_scan_forward_kernel(
     dt = gl.load(dt_ptr + row * channels, mask=here & ok_row, other=0.0)
     B = gl.load(bc_ptr + row_bc * (2 * N), mask=here_bc, other=0.0)
     C = gl.load(bc_ptr + row_bc * (2 * N) + N, mask=here_bc, other=0.0)
+    if ADJOINT:
+        z = gl.load(z_ptr + row * z_stride + d_row, mask=here & (ok_row & GATE), other=0.0)
     for j in range(0, tiles):
         at_row = row * channels + d_row
         at_out = row * out_stride + d_row
@@ -134,6 +141,8 @@ def tiled_scan_forward_kernel(
         meets = 2 * j + 1 == tiles
         # What the other direction left is loaded ahead, but for the tiles that it has only just been in.
         fresh = meets | (2 * j == tiles)
+        if ADJOINT:
+            u = _gated(u.to(gl.float32), z, GATE, SCALE).to(u_s.dtype)
         view_of(u_s, u_s.dtype, [TILE, DIRECTIONS, BLOCK], tile).store(u)
         view_of(dt_s, dt_s.dtype, [TILE, DIRECTIONS, BLOCK], tile).store(dt)
         view_of(b_s, gl.float32, [TILE, DIRECTIONS, N], tile).store(B)
@@ -145,8 +154,10 @@ def tiled_scan_forward_kernel(
         dt = gl.load(dt_ptr + row * channels, mask=here & ok_row, other=0.0)
         B = gl.load(bc_ptr + row_bc * (2 * N), mask=here_bc, other=0.0)
         C = gl.load(bc_ptr + row_bc * (2 * N) + N, mask=here_bc, other=0.0)
-        # What the end of the tile will need, too; before the middle that is nothing.
-        z = gl.load(z_ptr + at_z, mask=mask & (last_visit & GATE), other=0.0)
+        if ADJOINT:
+            z = gl.load(z_ptr + row * z_stride + d_row, mask=here & (ok_row & GATE), other=0.0)
+        if not STATES_ONLY:  # what the end of the tile will need, too; before the middle that is nothing
+            z = gl.load(z_ptr + at_z, mask=mask & (last_visit & GATE), other=0.0)
         if DIRECTIONS == 2 and not STATES_ONLY:
             other = gl.load(out_ptr + at_out, mask=mask & (2 * j > tiles), other=0.0)
         if SAVE:
@@ -175,12 +186,15 @@ def tiled_scan_forward_kernel(
                 u_l = u_l + (u_s.index(i).load(by_channel).to(gl.float32),)
                 dt_l = dt_l + (dt_s.index(i).load(by_channel).to(gl.float32),)
                 B_l = B_l + (b_s.index(i).load(by_state),)
-                if not STATES_ONLY:
+                if not STATES_ONLY or ADJOINT:
                     C_l = C_l + (c_s.index(i).load(by_state),)
             y_l = ()
             for k in gl.static_range(STEP):
                 decay = gl.exp2(gl.expand_dims(dt_l[k], 1) * rates)
-                h = gl.fma(decay, h, gl.expand_dims(dt_l[k] * u_l[k], 1) * gl.expand_dims(B_l[k], 2))
+                if ADJOINT:
+                    h = decay * gl.fma(gl.expand_dims(u_l[k], 1), gl.expand_dims(C_l[k], 2), h)
+                else:
+                    h = gl.fma(decay, h, gl.expand_dims(dt_l[k] * u_l[k], 1) * gl.expand_dims(B_l[k], 2))
                 if STATES_ONLY:
                     total += dt_l[k]
                 else:
@@ -248,11 +262,17 @@ def _finish(
     y, z, at_out, at_row, mask, out_ptr, ungated_ptr, GATE: gl.constexpr, SAVE: gl.constexpr, SCALE: gl.constexpr
 ):
     """Gate and store the sum of all directions."""
+    if GATE and SAVE:
+        gl.store(ungated_ptr + at_row, y.to(ungated_ptr.dtype.element_ty), mask=mask)
+    gl.store(out_ptr + at_out, _gated(y, z, GATE, SCALE).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@gluon.jit
+def _gated(y, z, GATE: gl.constexpr, SCALE: gl.constexpr):
+    """SCALE y silu(z), or SCALE y."""
     if GATE:
-        if SAVE:
-            gl.store(ungated_ptr + at_row, y.to(ungated_ptr.dtype.element_ty), mask=mask)
         z = z.to(gl.float32)
         y = y * (SCALE * z) * reciprocal(1.0 + gl.exp2(z * -LOG2E))
     else:
         y = y * SCALE
-    gl.store(out_ptr + at_out, y.to(out_ptr.dtype.element_ty), mask=mask)
+    return y
