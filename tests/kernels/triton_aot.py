@@ -163,7 +163,8 @@ def _tiled_cases() -> list[Case]:
         ):
             constants = {
                 "DIRECTIONS": directions, "REVERSE": False, "PACKED": packed, "GATE": adjoint or not states_only,
-                "SAVE": save, "HAS_D": not states_only, "HAS_H0": chunked, "STORE_FINAL": directions == 1 or states_only,
+                "SAVE": save, "HAS_D": not states_only, "HAS_H0": chunked,
+                "STORE_FINAL": directions == 1 or states_only,
                 "STATES_ONLY": states_only, "ADJOINT": adjoint, "SCALE": 0.5, "N": 16,
                 "BLOCK": block_of(sizes.states_thread, sizes.channels_thread, sizes.warps, 16),
                 "INTERVAL": INTERVAL["cuda"], "TILE": sizes.tile, "STEP": sizes.step,
