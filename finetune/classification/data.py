@@ -13,7 +13,7 @@ from torch.utils.data import default_collate
 
 from finetune.classification.config import ClassificationData
 from launch.data.images import to_rgb
-from launch.data.sources import SUFFIXES, HubDataset, ImageFiles, ImageSource, load_split
+from launch.data.sources import HubDataset, ImageFiles, ImageSource, load_split, picture_paths
 from launch.run.randomness import seed_of
 from vim_backbone.errors import UserError, nearest
 
@@ -140,7 +140,7 @@ def read_class_folders(folder: Path, classes: list[str] | None) -> Labelled:
         raise UserError(f"{folder} has one class, {classes[0]!r}: a classifier needs two or more folders")
     paths, labels = [], []
     for label, name in enumerate(classes):
-        inside = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        inside = picture_paths(folder / name) if name in names else []
         if not inside and name in names:
             raise UserError(f"class folder {folder / name} has no pictures: fill it or remove it")
         paths += inside

@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from finetune.detection.config import DetectionData, JitterConfig
 from finetune.detection.tta import GREY, Sizes, TestTimeAugmentation
-from launch.data.images import BadPictureError, to_rgb
+from launch.data.images import BadPictureError, open_picture, to_rgb
 from vim_backbone.errors import UserError
 
 
@@ -46,7 +46,7 @@ class CocoSplit:
     def picture(self, index: int) -> Image.Image:
         """RGB. Raises BadPictureError where the file is not of the size that the annotations are for."""
         entry = self.images[index]
-        with Image.open(self.folder / entry["file_name"]) as opened:
+        with open_picture(self.folder / entry["file_name"]) as opened:
             image = to_rgb(opened, self.max_megapixels)
         if image.size != (entry["width"], entry["height"]):
             raise BadPictureError(

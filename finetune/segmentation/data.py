@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from torch import Tensor
 from torch.utils.data import default_collate
 from torchvision.transforms import v2
 
 from finetune.segmentation.config import CropConfig, SegmentationData
-from launch.data.images import BadPictureError, check_size, to_rgb
+from launch.data.bad_pictures import escaped
+from launch.data.images import BadPictureError, check_size, open_picture, to_rgb, upright, upright_size
 from launch.data.sources import files_below
 from vim_backbone.errors import UserError
 
@@ -37,18 +38,19 @@ class Pairs:
 
     def name(self, index: int) -> str:
         """File name of the picture."""
-        return self.images[index].name
+        return escaped(self.images[index].name)
 
     def image(self, index: int) -> Image.Image:
         """The picture as RGB."""
-        with Image.open(self.images[index]) as image:
+        with open_picture(self.images[index]) as image:
             return to_rgb(image, self.data.max_megapixels)
 
     def labels(self, index: int) -> np.ndarray:
         """(h, w) uint8: the class of each pixel, or IGNORED. Raises BadPictureError for a label out of range."""
-        with Image.open(self.maps[index]) as image:
+        with open_picture(self.maps[index]) as image:
             check_size(image, self.data.max_megapixels)
-            raw = np.asarray(image)
+            step = level_step(image)
+            raw = np.asarray(upright(image)) // step
         if raw.ndim != 2:
             raise BadPictureError(f"{self.maps[index]} has {raw.shape[-1]} channels: a map has one, of labels")
         raw = raw.astype(np.int64)
@@ -61,6 +63,13 @@ class Pairs:
                 f"{self.maps[index]} has label {raw[wrong][0]}: it must be {low} .. {high}, or ignored"
             )
         return np.where(ignored, IGNORED, raw - first).astype(np.uint8)
+
+
+def level_step(image: Image.Image) -> int:
+    """How far apart Pillow puts the levels of an opened map of 2 or 4 bits, which it spreads over 8."""
+    decoding = image.tile[0].args if isinstance(image, ImageFile.ImageFile) and image.tile else ""
+    raw_mode = decoding[0] if isinstance(decoding, tuple) and decoding else decoding
+    return {"L;2": 85, "L;4": 17}.get(str(raw_mode), 1)
 
 
 def class_names(data: SegmentationData) -> list[str]:
@@ -114,9 +123,8 @@ def open_pairs(data: SegmentationData, split: str, classes: int) -> tuple[Pairs,
 
 def _size(path: Path) -> tuple[int, int] | None:
     try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(0x0112, 1) >= 5
-            return (image.height, image.width) if turned else image.size
+        with open_picture(path) as image:
+            return upright_size(image)
     except Exception:  # it is named when it is read
         return None
 
