@@ -106,7 +106,9 @@ def test_pictures_of_any_name(task, finished, photo, tmp_path, capsys):
     folder.mkdir()
     for name in (b"l" * 251 + b".png", b"caf\xe9.png", b"a\nb.png", "é".encode() * 120 + b".png"):
         photo().save(Path(os.fsdecode(os.fsencode(folder) + b"/" + name)), "png")
-    main([str(finished(task)), str(folder), "--out", str(tmp_path / "out")])
+    run = finished(task)
+    capsys.readouterr()
+    main([str(run), str(folder), "--out", str(tmp_path / "out")])
     rows = json.loads((tmp_path / "out/predictions.json").read_text())
     assert len(rows) == 4
     assert all((tmp_path / "out" / row[key]).is_file() for row in rows for key in ("drawing", "labels"))
