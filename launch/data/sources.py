@@ -5,6 +5,7 @@ A source hands out undecoded bytes, so that a picture that cannot be decoded is 
 
 import glob
 import io
+import json
 import math
 import os
 from collections.abc import Iterator
@@ -166,6 +167,15 @@ def load_split(name: str, split: str, files: list[str] | None = None, streaming:
     except Exception as error:  # `datasets` raises a dozen unrelated classes for what users get wrong
         what = f"{files[0]}{' and others' * (len(files) > 1)}" if files else name
         raise UserError(f"datasets cannot load {what} (split {split!r}): {first_line(error)}") from error
+
+
+def split_names(name: str) -> list[str]:
+    """Splits of what `datasets.load_dataset` or `load_from_disk` loads; none where it does not say."""
+    try:
+        saved = Path(name).expanduser() / "dataset_dict.json"
+        return json.loads(saved.read_text())["splits"] if saved.is_file() else datasets.get_dataset_split_names(name)
+    except Exception:  # local folders and old scripts do not say
+        return []
 
 
 def _dataset(name: str, files: list[str] | None, split: str, column: str | None, streaming: bool) -> "Source":
