@@ -15,6 +15,7 @@ from PIL import Image
 
 from finetune.segmentation.config import SegmentationData
 from finetune.segmentation.data import class_names, open_pairs
+from launch.data.bad_pictures import reason
 from vim_backbone import UserError
 
 MORE = int(os.environ.get("FUZZ", "0"))
@@ -76,6 +77,29 @@ def test_maps_of_few_bits_are_read_by_their_values(tmp_path, bits, kind):
         path.unlink()
     path.with_suffix(f".{kind}").write_bytes((grey_png if kind == "png" else grey_tiff)(values, bits))
     assert read_maps(tmp_path, num_classes=2 ** min(bits, 4), zero_is_ignored=False) == (values.tolist(), [])
+
+
+@given(st.sampled_from(["png", "tiff"]), st.lists(st.tuples(st.integers(0, 999), st.integers(0, 255)), max_size=6))
+@settings(max_examples=MORE or 60, deadline=None)
+@pytest.mark.filterwarnings("ignore")  # Pillow's on damaged metadata
+def test_damaged_maps_are_read_or_refused_on_one_line(kind, changes):
+    values = np.arange(16, dtype=np.uint8).reshape(2, 8)
+    content = bytearray((grey_png if kind == "png" else grey_tiff)(values, 4))
+    for place, value in changes:
+        content[place % len(content)] = value
+    labels, lines = None, [""]
+    with tempfile.TemporaryDirectory() as folder:
+        path = masks(Path(folder), values)
+        path.unlink()
+        path.with_suffix(f".{kind}").write_bytes(content)
+        try:
+            labels, _ = read_maps(Path(folder), num_classes=16, zero_is_ignored=False, max_megapixels=0.1)
+        except UserError as error:
+            lines = str(error).splitlines()
+        except Exception as error:  # one bad picture of a run
+            lines = [reason(error)]
+    assert len(lines) == 1
+    assert labels == values.tolist() or changes
 
 
 def test_palettes_are_read_by_their_indices(tmp_path):

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from launch.data.images import ORIENTATION, BadPictureError, to_rgb, upright_size
+from launch.data.bad_pictures import reason
+from launch.data.images import ORIENTATION, BadPictureError, open_picture, to_rgb, upright_size
 
 MORE = int(os.environ.get("FUZZ", "0"))
 """Examples of each fuzzer, in place of a number for CI."""
@@ -153,3 +154,46 @@ def test_damaged_metadata_reject_no_picture(photo):
 def test_too_large_is_refused_before_it_is_decoded():
     with pytest.raises(BadPictureError, match=r"4 megapixels, over data\.max_megapixels 1"):
         to_rgb(opened(Image.new("1", (2000, 2000))), 1)
+
+
+def encoded(kind, mode):
+    """A small picture as the bytes of a file."""
+    y, x = np.mgrid[:24, :32]
+    ramp = Image.fromarray((x * 8).astype(np.uint8))
+    image = Image.merge("RGB", [ramp, ramp, Image.fromarray((y * 10).astype(np.uint8))]).convert(mode)
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+GOOD = [
+    encoded(kind, mode)
+    for kind, modes in {"JPEG": ("RGB", "L", "CMYK"), "PNG": ("RGB", "RGBA", "P", "1", "I;16"), "WEBP": ("RGB",),
+                        "TIFF": ("RGB", "F", "I", "LA"), "GIF": ("P",), "BMP": ("RGB",), "PPM": ("RGB",),
+                        "JPEG2000": ("RGB",), "AVIF": ("RGB",), "QOI": ("RGB",)}.items()
+    for mode in modes
+]  # fmt: skip
+
+
+@given(
+    st.sampled_from(GOOD), st.lists(st.tuples(st.integers(0, 9999), st.integers(0, 255)), max_size=8), st.floats(0, 1)
+)
+@settings(max_examples=MORE or 200, deadline=None)
+@pytest.mark.filterwarnings("ignore")  # Pillow's on damaged metadata
+def test_damaged_files_are_pictures_or_refused_on_one_line(content, changes, kept):
+    damaged = bytearray(content)
+    for place, value in changes:
+        damaged[min(place, place % len(damaged))] = value
+    damaged = bytes(damaged[: len(damaged) - int((1 - kept) * len(damaged)) if kept < 0.5 else None])
+    try:
+        picture = to_rgb(open_picture(io.BytesIO(damaged)), 0.1)
+    except Exception as error:  # as the readers take it
+        line = reason(error)
+        assert line
+        assert len(line.splitlines()) == 1
+    else:
+        assert picture.mode == "RGB"
+        assert picture.width * picture.height <= 100_000
+        assert np.asarray(picture).dtype == np.uint8
+    if not changes and kept >= 0.5:
+        assert np.asarray(picture).std() > 20, "a whole one is a picture, and not black"
