@@ -13,7 +13,7 @@ from torch.utils.data import default_collate
 
 from finetune.classification.config import ClassificationData
 from launch.data.images import to_rgb
-from launch.data.sources import HubDataset, ImageFiles, ImageSource, load_split, picture_paths, split_names
+from launch.data.sources import HubDataset, ImageFiles, ImageSource, left_behind, load_split, picture_paths, split_names
 from launch.run.randomness import seed_of
 from vim_backbone.errors import UserError, nearest
 
@@ -135,7 +135,7 @@ def read_class_folders(folder: Path, classes: list[str] | None) -> Labelled:
 
     Raises UserError for a class without pictures, and for classes that differ from those of training.
     """
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not left_behind(path.name))
     if not names:
         raise UserError(f"{folder} has no class folders: it needs one folder of pictures for each class")
     if classes is not None and (strange := sorted(set(names) - set(classes))):

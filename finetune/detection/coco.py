@@ -1,7 +1,6 @@
 """The checker of COCO files: what cannot be used is left out, counted and named before training."""
 
 import json
-import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from vim_backbone.errors import UserError
 
 MOST_PIXELS = 10**6
 """Largest height or width of a picture."""
+HIGHEST = 1e300
 BELIEVABLE = 10
 """Boxes and polygons lie within so many sides of the picture; what reaches further is a mistake, and costs memory."""
 
@@ -55,7 +55,8 @@ def read_coco(path: Path, masks: bool) -> CocoFile:
         name = f"annotation {_id(entry, position)}"
         try:
             annotation, bad_parts = check_annotation(entry, images, categories, masks)
-            key = (_id(entry, position), json.dumps(annotation, default=repr)) if "id" in entry else (position,)
+            # a number for each, because a set of the texts would be as large as the file
+            key = hash((_id(entry, position), json.dumps(annotation)))
             if key in known:
                 raise UnusableError("the id and the content of an earlier one")
         except UnusableError as error:
@@ -153,12 +154,14 @@ def check_annotation(
     height, width = image["height"], image["width"]
     box = check_box(entry.get("bbox"), height, width)
     annotation = {"image_id": image["id"], "category_id": category, "bbox": box, "iscrowd": crowd}
-    area, bad_parts = box[2] * box[3], []
+    bad_parts: list[str] = []
     if masks:
         annotation["segmentation"], bad_parts = check_mask(entry.get("segmentation"), height, width)
-        area = float(coco_mask.area(annotation["segmentation"]))
     stated = entry.get("area")
-    annotation["area"] = float(stated) if number(stated) and stated >= 0 else area
+    if number(stated) and stated >= 0:
+        annotation["area"] = float(stated)
+    else:
+        annotation["area"] = float(coco_mask.area(annotation["segmentation"])) if masks else box[2] * box[3]
     return annotation, bad_parts
 
 
@@ -190,7 +193,8 @@ def check_mask(mask: Any, height: int, width: int) -> tuple[Any, list[str]]:
 
 def _compressed(mask: Any, height: int, width: int) -> dict[str, Any]:
     rle: Any = coco_mask.frPyObjects(mask, height, width)
-    rle = coco_mask.merge(rle) if isinstance(rle, list) else rle
+    if isinstance(rle, list):  # of polygons
+        rle = coco_mask.merge(rle) if len(rle) > 1 else rle[0]
     if not coco_mask.area(rle):
         raise UnusableError("a mask without a pixel in the picture")
     return {"size": [height, width], "counts": rle["counts"].decode()}
@@ -249,9 +253,7 @@ def whole(value: Any) -> int | None:
 
 def number(value: Any) -> TypeGuard[float]:
     """Whether it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return abs(value) < 2**1000 and math.isfinite(value)
+    return type(value) in (int, float) and -HIGHEST < value < HIGHEST  # no bool; NaN compares with nothing
 
 
 def _id(entry: Any, position: int) -> str:

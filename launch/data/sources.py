@@ -128,6 +128,11 @@ def picture_paths(folder: Path) -> list[Path]:
     return sorted(path for path in _walk(folder, ()) if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
+def left_behind(name: str) -> bool:
+    """Whether file managers and editors leave files or folders of this name beside those that are meant."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
 def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
     place = os.path.realpath(folder)
     if place in above:  # a link to a folder that it lies in
@@ -138,7 +143,7 @@ def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
         raise UserError(f"cannot read the folder {folder}: {error.strerror}") from error
     for name in names:
         path = folder / name
-        if name.startswith(".") or name == "__MACOSX":
+        if left_behind(name):
             continue
         if path.is_dir():
             yield from _walk(path, (*above, place))

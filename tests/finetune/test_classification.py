@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from finetune.classification.config import AugmentConfig, ClassificationConfig, ClassificationData
-from finetune.classification.data import open_labelled
+from finetune.classification.data import open_labelled, read_class_folders
 from finetune.classification.task import ClassificationTask
 from finetune.classification.transforms import training_transform
 from finetune.main import main
@@ -211,6 +211,20 @@ def test_folders_that_will_not_do(config, tmp_path, counts, words):
     with pytest.raises(UserError, match=words):
         run(config(f"--data.source={class_folders(tmp_path / 'data', **counts)}"))
     assert not (tmp_path / "classification").exists()
+
+
+def test_class_folders_may_be_links_and_what_editors_leave_is_none(tmp_path):
+    class_folders(tmp_path / "store", a=2, b=1)
+    class_folders(tmp_path / "data", train__c__deep=2)
+    class_folders(tmp_path / "data/train/__MACOSX", c=1)
+    Image.new("RGB", (8, 8)).save(tmp_path / "data/train/c/0.png")
+    (tmp_path / "data/train/.ipynb_checkpoints").mkdir()
+    for name in "ab":
+        (tmp_path / "data/train" / name).symlink_to(tmp_path / "store" / name)
+    (tmp_path / "data/train/c/link").symlink_to(tmp_path / "store/b")
+    data = read_class_folders(tmp_path / "data/train", None)
+    assert data.classes == ["a", "b", "c"]
+    assert [data.labels.count(label) for label in range(3)] == [2, 1, 4]
 
 
 @pytest.mark.parametrize(
