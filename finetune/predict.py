@@ -6,13 +6,12 @@ import sys
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from finetune.model_folder import read_description, read_weights
 from finetune.registry import TASKS
 from finetune.task import Prediction, Predictor
-from launch.data.bad_pictures import reason
-from launch.data.images import to_rgb
+from launch.data.bad_pictures import escaped, reason
+from launch.data.images import open_picture, to_rgb
 from launch.data.sources import files_below
 from launch.run.cli import run
 from vim_backbone.errors import UserError, nearest, require
@@ -20,6 +19,8 @@ from vim_backbone.files import write_text
 from vim_backbone.pretrained import check_names
 
 MAX_MEGAPIXELS = 200.0
+MAX_STEM = 200
+"""Bytes of a picture's name that the names of what is written for it take up: of 255, some are added to it."""
 
 
 def load_predictor(run_folder: Path, device: torch.device) -> Predictor:
@@ -59,18 +60,23 @@ def predict(predictor: Predictor, files: list[Path], out: Path, batch_size: int)
             row: Prediction = {"file": str(file)}
             rows.append(row)
             try:
-                with Image.open(file) as image:
+                with open_picture(file) as image:
                     images.append(to_rgb(image, MAX_MEGAPIXELS))
             except Exception as error:  # a decoder may raise anything on damaged data
                 row["error"] = reason(error)
                 continue
-            row["drawing"] = f"{number:05d}_{file.stem}.png"
+            row["drawing"] = f"{number:05d}_{shortened(file.stem)}.png"
             drawings.append(out / row["drawing"])
             readable.append(row)
         for row, prediction in zip(readable, predictor.predict(images, drawings) if images else [], strict=True):
             row.update(prediction)
     write_text(out / "predictions.json", json.dumps(rows, indent=1) + "\n")
     return rows
+
+
+def shortened(stem: str) -> str:
+    """A name to write files by: printable, and of MAX_STEM bytes at most."""
+    return escaped(stem).encode()[:MAX_STEM].decode(errors="ignore")
 
 
 def main(argv: list[str]) -> None:
@@ -88,7 +94,7 @@ def main(argv: list[str]) -> None:
     out = arguments.out or arguments.run / "predictions"
     for row in predict(predictor, files, out, arguments.batch_size):
         words = f"not read, {row['error']}" if "error" in row else predictor.in_words(row)
-        print(f"{row['file']}: {words}")  # noqa: T201 - the command's result
+        print(f"{escaped(row['file'])}: {words}")  # noqa: T201 - the command's result
     print(out)  # noqa: T201
 
 

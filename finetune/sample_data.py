@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from launch.data.images import to_rgb
+from launch.data.images import open_picture, to_rgb
 from launch.data.sources import photograph_paths
 from launch.run.cli import run
 from vim_backbone.errors import UserError, require
@@ -57,7 +57,7 @@ class Scenes:
         self.seed = seed
         self.photographs: list[Image.Image] = []
         for path in photograph_paths():
-            with Image.open(path) as image:
+            with open_picture(path) as image:
                 self.photographs.append(to_rgb(image, max_megapixels=200))
 
     def draw(self, split: int, index: int, kinds: list[int] | None = None) -> tuple[Image.Image, list[Shape]]:

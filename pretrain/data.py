@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from launch.data.bad_pictures import MAX_TRIES, first_usable, reason
-from launch.data.images import check_size, to_rgb
+from launch.data.images import check_size, to_rgb, upright_size
 from launch.data.loading import loader_of
 from launch.data.order import BatchPlan, StepSampler
 from launch.data.sources import ImageSource, Source, StreamCells, open_cell
@@ -25,7 +25,8 @@ class DataConfig:
     """Pictures, and how a training view is cut from one."""
 
     source: str = "photos"
-    """A folder of pictures (any depth), parquet file(s), hf:NAME for `datasets.load_dataset`, or photos (built in)."""
+    """A folder of pictures (any depth), .parquet, .arrow, .tar or .zip file(s), hf:NAME for `datasets.load_dataset`, or
+    photos (built in)."""
     split: str = "train"
     """Split of a data set."""
     column: str | None = None
@@ -116,8 +117,7 @@ class View:
         A JPEG is decoded at the lowest of its built-in scales (1/2, 1/4, 1/8) that still holds the crop in full detail.
         """
         check_size(image, self.data.max_megapixels)
-        turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 swap width and height
-        full = (image.height, image.width) if turned else (image.width, image.height)
+        full = upright_size(image)
         box = random_crop(*full, self.data.min_scale, rng)
         height, width = self.img_size
         if self.native:
@@ -214,11 +214,12 @@ class StreamedViews(IterableDataset[Sample | None]):
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         rank = self.plan.rank
+        reader, readers = rank * workers + worker, self.plan.world * workers
         # the loader takes batch k from worker k % workers
         to_skip = self.plan.micro_batch * len(range(worker, self.skip, workers))
         used = 0
         bad: list[tuple[str, str]] = []
-        for place, cell in self.cells.cells(seed_of(self.seed) % 2**31, rank, self.plan.world):
+        for place, cell in self.cells.cells(seed_of(self.seed) % 2**31, reader, readers):
             name = f"rank {rank} worker {worker} {place}"
             if used < to_skip:
                 if name not in self.known_bad:

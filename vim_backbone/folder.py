@@ -27,14 +27,19 @@ def save_pretrained(
     """Write config.json, model.safetensors, preprocessor_config.json and README.md into `folder`.
 
     Args:
-        mean, std: what pictures in [0, 1] were normalised with, a value a channel.
+        mean, std: what pictures in [0, 1] were normalised with, a value a channel; ImageNet's for three channels.
         card: Markdown text of README.md; a short one is made when None.
         tensors: the model's state dict, where its parameters are spread over processes; its own when None.
 
     Raises:
-        UserError: the folder cannot be written, or the disk is full.
+        UserError: the folder cannot be written, the disk is full, or mean and std have not a value for each channel.
     """
     folder = Path(folder)
+    if not len(mean) == len(std) == config.in_chans:
+        raise UserError(
+            f"the backbone has {config.in_chans} channels, mean {len(mean)} values and std {len(std)}: give "
+            "save_pretrained a mean and std with a value for each channel"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -65,6 +70,7 @@ def read_config(folder: Path) -> VimConfig:
 def model_card(config: VimConfig, name: str) -> str:
     """A short README.md for a backbone folder."""
     height, width = config.img_size
+    channels = "RGB" if config.in_chans == 3 else f"{config.in_chans} channels"
     return f"""---
 library_name: vim_backbone
 tags: [vision-mamba, image-feature-extraction]
@@ -82,5 +88,5 @@ model = vim_backbone.from_pretrained("{name}")
 features = model.forward_features(torch.rand(1, {config.in_chans}, {height}, {width}))
 ```
 
-Pictures: RGB in [0, 1], normalised as `preprocessor_config.json` says.
+Pictures: {channels} in [0, 1], normalised as `preprocessor_config.json` says.
 """

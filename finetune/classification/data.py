@@ -13,7 +13,7 @@ from torch.utils.data import default_collate
 
 from finetune.classification.config import ClassificationData
 from launch.data.images import to_rgb
-from launch.data.sources import SUFFIXES, HubDataset, ImageFiles, ImageSource, load_split
+from launch.data.sources import HubDataset, ImageFiles, ImageSource, left_behind, load_split, picture_paths, split_names
 from launch.run.randomness import seed_of
 from vim_backbone.errors import UserError, nearest
 
@@ -93,14 +93,21 @@ def open_labelled(data: ClassificationData, seed: int) -> tuple[Labelled, Labell
         train, val = train.pick(both[0]), train.pick(both[1])
     if data.shots is not None:
         order = shuffled_within_classes(train.labels, seed)
+        if absent := missing_classes(train):
+            raise UserError(f"class {absent[0]!r} of {data.source} has no training pictures")
         for name, members in zip(train.classes, order, strict=True):
             if len(members) < data.shots:
                 raise UserError(f"data.shots is {data.shots}: class {name!r} has {len(members)} training pictures")
         train = train.pick(sorted(i for members in order for i in members[: data.shots]))
-    for name, members in zip(train.classes, shuffled_within_classes(train.labels, seed), strict=False):
-        if not members:
-            raise UserError(f"class {name!r} of {data.source} has no training pictures: lower data.holdout")
+    if absent := missing_classes(train):
+        raise UserError(f"class {absent[0]!r} of {data.source} has no training pictures: lower data.holdout")
     return train, val
+
+
+def missing_classes(data: Labelled) -> list[str]:
+    """Classes that no picture has."""
+    present = set(data.labels)
+    return [name for label, name in enumerate(data.classes) if label not in present]
 
 
 def shuffled_within_classes(labels: list[int], seed: int) -> list[list[int]]:
@@ -114,7 +121,8 @@ def shuffled_within_classes(labels: list[int], seed: int) -> list[list[int]]:
 
 def _from_folders(data: ClassificationData, root: Path) -> tuple[Labelled, Labelled | None]:
     if not root.is_dir():
-        raise UserError(f"data.source {root} does not exist: give a folder with train/CLASS/*, or hf:NAME")
+        what = "is no folder" if root.exists() else "does not exist"
+        raise UserError(f"data.source {root} {what}: give a folder with train/CLASS/*, or hf:NAME, also of a folder")
     if not (root / data.train_split).is_dir():
         return read_class_folders(root, None), None
     train = read_class_folders(root / data.train_split, None)
@@ -127,7 +135,7 @@ def read_class_folders(folder: Path, classes: list[str] | None) -> Labelled:
 
     Raises UserError for a class without pictures, and for classes that differ from those of training.
     """
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not left_behind(path.name))
     if not names:
         raise UserError(f"{folder} has no class folders: it needs one folder of pictures for each class")
     if classes is not None and (strange := sorted(set(names) - set(classes))):
@@ -135,13 +143,18 @@ def read_class_folders(folder: Path, classes: list[str] | None) -> Labelled:
             f"{folder} has class {strange[0]!r}, which the training folder lacks ({len(classes)} classes there, "
             f"{len(names)} here): rename or remove it"
         )
+    if classes is not None and (absent := sorted(set(classes) - set(names))):
+        raise UserError(
+            f"{folder} has no class {absent[0]!r}, which the training folder has ({len(classes)} classes there, "
+            f"{len(names)} here): add it, or evaluate on a share of each class with data.holdout"
+        )
     classes = classes or names
     if len(classes) < 2:
         raise UserError(f"{folder} has one class, {classes[0]!r}: a classifier needs two or more folders")
     paths, labels = [], []
     for label, name in enumerate(classes):
-        inside = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        if not inside and name in names:
+        inside = picture_paths(folder / name)
+        if not inside:
             raise UserError(f"class folder {folder / name} has no pictures: fill it or remove it")
         paths += inside
         labels += [label] * len(inside)
@@ -150,14 +163,15 @@ def read_class_folders(folder: Path, classes: list[str] | None) -> Labelled:
 
 def _from_datasets(data: ClassificationData) -> tuple[Labelled, Labelled | None]:
     train = read_dataset(data, data.train_split)
-    try:
-        names = datasets.get_dataset_split_names(data.source[3:])
-    except Exception:  # local folders and old scripts do not say
-        names = [data.val_split]
+    names = split_names(data.source[3:]) or [data.val_split]
     val = next((name for name in (data.val_split, "validation", "test") if name in names), None)
     if val is None or val == data.train_split:
         return train, None
-    return train, read_dataset(data, val)
+    evaluated = read_dataset(data, val)
+    if evaluated.classes != train.classes:
+        both = f"{train.classes[:5]} to train on, {evaluated.classes[:5]} to evaluate on"
+        raise UserError(f"the splits of {data.source} have other classes: {both}")
+    return train, evaluated
 
 
 def read_dataset(data: ClassificationData, split: str) -> Labelled:
@@ -165,15 +179,26 @@ def read_dataset(data: ClassificationData, split: str) -> Labelled:
     name = data.source[3:]
     loaded = load_split(name, split)
     features = loaded.features
-    image = data.image_column or next((k for k, f in features.items() if isinstance(f, datasets.Image)), None)
-    label = data.label_column or next((k for k, f in features.items() if isinstance(f, datasets.ClassLabel)), None)
-    for field, column, kind in (("image_column", image, datasets.Image), ("label_column", label, datasets.ClassLabel)):
-        if column not in features or not isinstance(features[column], kind):
-            hint = nearest(str(column), features)
-            raise UserError(f"{name} has no column {column!r} of type {kind.__name__}: set data.{field}; {hint}")
-    assert image is not None
+    image = _column(name, features, "image_column", data.image_column, datasets.Image)
+    label = _column(name, features, "label_column", data.label_column, datasets.ClassLabel)
     labels = loaded[label]
     classes = list(features[label].names)
-    if wrong := next((i for i, value in enumerate(labels) if not 0 <= value < len(classes)), None):
+    wrong = next((i for i, value in enumerate(labels) if value is None or not 0 <= value < len(classes)), None)
+    if wrong is not None:
         raise UserError(f"{name} {split} row {wrong} has label {labels[wrong]}: it must be 0 .. {len(classes) - 1}")
     return Labelled(HubDataset(loaded, image, f"{split} "), list(labels), classes)
+
+
+def _column(name: str, features: datasets.Features, field: str, column: str | None, kind: type) -> str:
+    """The column that was asked for, else the first of its type. Raises UserError where it is not there, or no such."""
+    column = column or next((key for key, feature in features.items() if isinstance(feature, kind)), None)
+    if column is not None and isinstance(features.get(column), kind):
+        return column
+    if column is not None and column not in features:
+        hint = nearest(column, features)
+        raise UserError(f"{name} has no column {column!r} of type {kind.__name__}: set data.{field}; {hint}")
+    got = f"{column!r} is none" if column else f"none of {sorted(features)} is one"
+    remedy = f"set data.{field}"
+    if kind is datasets.ClassLabel:  # text or numbers, which do not say what classes there are
+        remedy += ", encode one by class_encode_column of `datasets`, or use a folder for each class"
+    raise UserError(f"{name} needs a column of type {kind.__name__}, {got}: {remedy}")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from finetune.backbone import find_backbone, read_backbone
 from finetune.classification.config import ClassificationConfig
-from finetune.classification.data import ClassSamples, open_labelled
+from finetune.classification.data import ClassSamples, missing_classes, open_labelled
 from finetune.classification.evaluate import METRICS, evaluate
 from finetune.classification.model import Classifier
 from finetune.classification.predict import ClassificationPredictor
@@ -48,7 +48,8 @@ class ClassificationTask(Task[ClassificationConfig]):
         augmented = centre if config.mode in ("linear", "knn") else training_transform(size, config.augment)
         self.train = ClassSamples(train, augmented, config.data.max_megapixels)
         self.val = ClassSamples(val, centre, config.data.max_megapixels)
-        self.notes: list[str] = []
+        absent = missing_classes(val)
+        self.notes = [f"{len(absent)} classes have no picture to evaluate on, {absent[0]!r} first"] if absent else []
         augment = config.augment
         self.mixup = None
         if config.mode == "train" and (augment.mixup or augment.cutmix):

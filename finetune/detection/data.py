@@ -1,9 +1,7 @@
-"""COCO files: read, checked annotation by annotation, and turned into training and evaluation samples."""
+"""A split of COCO's format as training and evaluation samples."""
 
-import json
 import math
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +15,32 @@ from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 
+from finetune.detection.coco import CocoFile, read_coco
 from finetune.detection.config import DetectionData, JitterConfig
 from finetune.detection.tta import GREY, Sizes, TestTimeAugmentation
-from launch.data.images import BadPictureError, to_rgb
+from launch.data.bad_pictures import escaped
+from launch.data.images import BadPictureError, open_picture, to_rgb
 from vim_backbone.errors import UserError
 
 
 @dataclass
-class CocoSplit:
-    """A checked COCO file with its folder of pictures."""
+class CocoSplit(CocoFile):
+    """A checked COCO file with its folder of pictures; class k of the model is the k-th category, counted from 1."""
 
-    folder: Path
-    images: list[dict[str, Any]]
-    annotations: dict[int, list[dict[str, Any]]]
-    """Image id -> its usable annotations, crowds among them."""
-    categories: list[dict[str, Any]]
-    """In the order of their ids; class k of the model is the k-th, counted from 1."""
-    max_megapixels: float
-    notes: list[str] = field(default_factory=list)
+    folder: Path = Path()
+    max_megapixels: float = math.inf
 
     def __len__(self) -> int:
         return len(self.images)
 
     def name(self, index: int) -> str:
         """File name."""
-        return self.images[index]["file_name"]
+        return escaped(self.images[index]["file_name"])
 
     def picture(self, index: int) -> Image.Image:
         """RGB. Raises BadPictureError where the file is not of the size that the annotations are for."""
         entry = self.images[index]
-        with Image.open(self.folder / entry["file_name"]) as opened:
+        with open_picture(self.folder / entry["file_name"]) as opened:
             image = to_rgb(opened, self.max_megapixels)
         if image.size != (entry["width"], entry["height"]):
             raise BadPictureError(
@@ -67,94 +61,16 @@ class CocoSplit:
 
 
 def open_coco(data: DetectionData, split: str, masks: bool) -> CocoSplit:
-    """Read one split. Single annotations that cannot be used are left out and named in `notes`.
+    """Read one split. What cannot be used is left out and named in `notes`.
 
     Raises UserError where the file or the folder is missing or is not in COCO's format.
     """
     root = Path(data.source).expanduser()
     path, folder = root / f"annotations/instances_{split}.json", root / split
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: set data.source, or the split ({split!r})") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise UserError(f"{path} is no COCO file: it has no list {key!r}")
-    if not content["images"] or not content["categories"]:
-        raise UserError(f"{path} has {len(content['images'])} images and {len(content['categories'])} categories")
-    for entry in content["images"]:
-        if any(key not in entry for key in ("id", "file_name", "height", "width")):
-            raise UserError(f"{path}: image {entry.get('id')} lacks id, file_name, height or width")
+    file = read_coco(path, masks)
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist: it must hold the pictures that {path} names")
-    images = {entry["id"]: entry for entry in content["images"]}
-    categories = sorted(content["categories"], key=lambda category: category["id"])
-    category_ids = {category["id"] for category in categories}
-    usable: dict[int, list[dict[str, Any]]] = {key: [] for key in images}
-    bad: list[tuple[str, str]] = []
-    for entry in content["annotations"]:
-        wrong = what_is_wrong(entry, images, category_ids, masks)
-        if wrong is None:
-            usable[entry["image_id"]].append(completed(entry))
-        else:
-            bad.append((wrong, f"annotation {entry.get('id')}"))
-    if bad and len(bad) == len(content["annotations"]):
-        raise UserError(f"no annotation of {path} can be used: {bad[0][1]} has {bad[0][0]}; see head.masks")
-    notes = []
-    if bad:
-        first = dict(reversed(bad))
-        causes = ", ".join(f"{count} with {why} ({first[why]})" for why, count in Counter(w for w, _ in bad).items())
-        notes.append(f"{len(bad)} of {len(content['annotations'])} annotations of {path} skipped: {causes}")
-    return CocoSplit(folder, content["images"], usable, categories, data.max_megapixels, notes)
-
-
-def what_is_wrong(entry: dict[str, Any], images: dict[int, Any], categories: set[int], masks: bool) -> str | None:
-    """Why an annotation cannot be used, None for a good one."""
-    image = images.get(entry.get("image_id", -1))
-    if image is None:
-        return "an image_id that no image has"
-    if entry.get("category_id") not in categories:
-        return "a category_id that no category has"
-    box = entry.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not all(_finite(value) for value in box):
-        return "no bbox of four numbers"
-    x, y, width, height = box
-    inside = min(x + width, image["width"]) - max(x, 0), min(y + height, image["height"]) - max(y, 0)
-    if min(width, height, *inside) <= 0:
-        return "a box without area in the picture"
-    if not masks or entry.get("iscrowd"):
-        return None
-    mask = entry.get("segmentation")
-    if isinstance(mask, dict):
-        if list(mask.get("size", [])) != [image["height"], image["width"]]:
-            return "a mask of another size than the image"
-        counts = mask.get("counts")
-        if isinstance(counts, list) and sum(counts) != image["height"] * image["width"]:
-            return "a mask of another size than the image"
-        return None if counts else "an empty mask"
-    if not isinstance(mask, list) or not mask:
-        return "no segmentation"
-    return None if all(len(part) >= 6 and len(part) % 2 == 0 for part in mask) else "a polygon of under three corners"
-
-
-def completed(entry: dict[str, Any]) -> dict[str, Any]:
-    """With area and iscrowd, which files made by hand often lack."""
-    _, _, width, height = entry["bbox"]
-    return {"area": float(width * height), "iscrowd": 0} | entry
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """Polygons or RLE, compressed or not -> (h, w) uint8."""
-    if isinstance(segmentation, dict) and isinstance(segmentation["counts"], (str, bytes)):
-        return coco_mask.decode(segmentation)
-    rle: Any = coco_mask.frPyObjects(segmentation, height, width)
-    return coco_mask.decode(coco_mask.merge(rle) if isinstance(segmentation, list) else rle)
+    return CocoSplit(file.images, file.annotations, file.categories, file.notes, folder, data.max_megapixels)
 
 
 class TrainPictures:
@@ -195,7 +111,7 @@ class TrainPictures:
         labels = torch.tensor([self.labels[entry["category_id"]] for entry in objects])
         target: dict[str, Any] = {"boxes": boxes}
         if self.masks:
-            decoded = np.stack([decode_mask(entry["segmentation"], height, width) for entry in objects])
+            decoded = np.stack([coco_mask.decode(entry["segmentation"]) for entry in objects])
             target["masks"] = tv_tensors.Mask(torch.from_numpy(decoded))
         picture, target = self.transform(tv_tensors.Image(transforms.pil_to_tensor(image)), target)
         boxes = target["boxes"].as_subclass(Tensor)

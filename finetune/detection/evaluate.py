@@ -18,7 +18,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from finetune.batches import evaluation_batches
 from finetune.detection.config import DetectionConfig
-from finetune.detection.data import CocoSplit, decode_mask
+from finetune.detection.data import CocoSplit
 from finetune.detection.tta import TestTimeAugmentation, with_pasted_masks
 from finetune.palette import palette
 from finetune.task import EvaluationResult, Task
@@ -98,12 +98,15 @@ def average_precision(
     truth: dict[str, Any], results: list[dict[str, Any]], kind: str
 ) -> tuple[dict[str, float], list[float]]:
     """COCO's AP, AP50, AP75, and by size (-1: no object of that size), of "box" or "mask"; and the AP of each class."""
-    if not results:
-        return dict.fromkeys(STATS, 0.0), [0.0] * len(truth["categories"])
-    # a copy of each row, because loadRes writes into them; without a mask it takes the area of the box
-    rows = [{k: v for k, v in row.items() if kind == "mask" or k != "segmentation"} for row in results]
     coco = COCO(copy.deepcopy(truth))  # it writes into what it is given
-    evaluator = COCOeval_faster(coco, coco.loadRes(rows), "segm" if kind == "mask" else "bbox")
+    if results:
+        # a copy of each row, because loadRes writes into them; without a mask it takes the area of the box
+        detections = coco.loadRes(
+            [{k: v for k, v in row.items() if kind == "mask" or k != "segmentation"} for row in results]
+        )
+    else:
+        detections = COCO(copy.deepcopy(truth) | {"annotations": []})
+    evaluator = COCOeval_faster(coco, detections, "segm" if kind == "mask" else "bbox")
     evaluator.evaluate()
     evaluator.accumulate()
     evaluator.summarize()
@@ -162,11 +165,7 @@ def draw(path: Path, split: CocoSplit, numbers: list[int], results: list[dict[st
                 classes[k - 1] + (f" {o['score']:.2f}" if "score" in o else "")
                 for k, o in zip(kinds, objects, strict=True)
             ]
-            masks = [
-                decode_mask(o["segmentation"], entry["height"], entry["width"])
-                for o in objects
-                if o.get("segmentation")
-            ]
+            masks = [coco_mask.decode(o["segmentation"]) for o in objects if o.get("segmentation")]
             stack = torch.from_numpy(np.stack(masks)) if masks and len(masks) == len(objects) else None
             axis.imshow(drawn_on(picture, boxes, words, stack, colours_of(kinds, len(classes))))
     for axis in axes.flat:

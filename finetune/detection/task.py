@@ -34,11 +34,11 @@ class DetectionTask(Task[DetectionConfig]):
         train = open_coco(config.data, config.data.train_split, config.head.masks)
         self.split = open_coco(config.data, config.data.val_split, config.head.masks)
         self.classes = [category["name"] for category in train.categories]
-        ours, theirs = ([c["id"] for c in split.categories] for split in (train, self.split))
+        ours, theirs = ([(c["id"], c["name"]) for c in split.categories] for split in (train, self.split))
         if ours != theirs:
             raise UserError(
-                f"the splits of {config.data.source} have other category ids: {ours[:9]} to train on, {theirs[:9]} "
-                "to evaluate on"
+                f"the splits of {config.data.source} have other category ids or names: {ours[:9]} to train on, "
+                f"{theirs[:9]} to evaluate on"
             )
         self.pretrained = read_backbone(find_backbone(config.backbone), config.model, config.seed, 0)
         size = self.pretrained.config.img_size

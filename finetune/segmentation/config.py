@@ -25,12 +25,20 @@ class SegmentationData(LabelledData):
     """Number of classes; null: as many as objectInfo*.txt (ADE20K) or classes.txt (a name a line) in the source has."""
     zero_is_ignored: bool = True
     """Label 0 counts for nothing and class k has label k + 1, as in ADE20K; false: class k has label k."""
+    values: list[int] | None = None
+    """Value in the maps of each class, such as [0, 255] for masks in black and white; null: the labels above. Without
+    a place in it 255 counts for nothing."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(bool(self.source), "data.source", self.source, "give a folder with images/ and annotations/")
         few = self.num_classes is not None and not 2 <= self.num_classes <= 254
         require(not few, "data.num_classes", self.num_classes, "it must be 2 to 254")
+        values = self.values or [0, 1]
+        good = 2 <= len(values) <= 254 and len(set(values)) == len(values) and all(0 <= v < 65536 for v in values)
+        require(good and self.values != [], "data.values", self.values, "give 2 to 254 different numbers below 65536")
+        same = self.values is None or self.num_classes in (None, len(self.values))
+        require(same, "data.num_classes", self.num_classes, f"data.values has {len(values)}; leave one of them out")
 
 
 @dataclass(frozen=True, kw_only=True)

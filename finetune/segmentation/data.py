@@ -2,22 +2,27 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from torch import Tensor
 from torch.utils.data import default_collate
 from torchvision.transforms import v2
 
 from finetune.segmentation.config import CropConfig, SegmentationData
-from launch.data.images import BadPictureError, check_size, to_rgb
+from launch.data.bad_pictures import escaped
+from launch.data.images import BadPictureError, check_size, open_picture, to_rgb, upright, upright_size
 from launch.data.sources import files_below
 from vim_backbone.errors import UserError
 
 IGNORED = 255
+WRONG = 254
+"""Stands for values that no class has, where classes are looked up."""
+MOST_NAMED = 10
 MAPS_CHECKED = 200
 """Maps of each split whose labels are looked at before training; sizes are compared for all."""
 CROP_TRIES = 10
@@ -37,30 +42,51 @@ class Pairs:
 
     def name(self, index: int) -> str:
         """File name of the picture."""
-        return self.images[index].name
+        return escaped(self.images[index].name)
 
     def image(self, index: int) -> Image.Image:
         """The picture as RGB."""
-        with Image.open(self.images[index]) as image:
+        with open_picture(self.images[index]) as image:
             return to_rgb(image, self.data.max_megapixels)
+
+    @cached_property
+    def table(self) -> np.ndarray:
+        """(65536,) uint8: the class of each value in a map, IGNORED, or WRONG."""
+        table = np.full(1 << 16, WRONG, np.uint8)
+        table[IGNORED] = IGNORED
+        first = int(self.data.zero_is_ignored)
+        if first:
+            table[0] = IGNORED
+        table[self.data.values or range(first, first + self.classes)] = np.arange(self.classes)
+        return table
+
+    def values(self, index: int) -> np.ndarray:
+        """(h, w) uint16: the map as its file has it. Raises BadPictureError where it is none, or has no such class."""
+        with open_picture(self.maps[index]) as image:
+            check_size(image, self.data.max_megapixels)
+            step = level_step(image)
+            raw = np.asarray(upright(image))
+            raw = raw if step == 1 else raw // step
+        if raw.ndim != 2:
+            raise BadPictureError(f"{self.maps[index]} has {raw.shape[-1]} channels: a map has one, of labels")
+        wrong = (raw < 0) | (raw >= len(self.table)) | (raw != np.floor(raw))
+        wrong |= self.table[np.where(wrong, 0, raw).astype(np.uint16)] == WRONG
+        if wrong.any():
+            first = int(self.data.zero_is_ignored)
+            right = self.data.values or f"{first} .. {self.classes + first - 1}"
+            raise BadPictureError(f"{self.maps[index]} has label {raw[wrong][0]}: it must be {right}, or ignored")
+        return raw.astype(np.uint16)
 
     def labels(self, index: int) -> np.ndarray:
         """(h, w) uint8: the class of each pixel, or IGNORED. Raises BadPictureError for a label out of range."""
-        with Image.open(self.maps[index]) as image:
-            check_size(image, self.data.max_megapixels)
-            raw = np.asarray(image)
-        if raw.ndim != 2:
-            raise BadPictureError(f"{self.maps[index]} has {raw.shape[-1]} channels: a map has one, of labels")
-        raw = raw.astype(np.int64)
-        first = int(self.data.zero_is_ignored)
-        ignored = (raw == IGNORED) | (self.data.zero_is_ignored & (raw == 0))
-        wrong = ~ignored & ((raw < first) | (raw >= self.classes + first))
-        if wrong.any():
-            low, high = first, self.classes + first - 1
-            raise BadPictureError(
-                f"{self.maps[index]} has label {raw[wrong][0]}: it must be {low} .. {high}, or ignored"
-            )
-        return np.where(ignored, IGNORED, raw - first).astype(np.uint8)
+        return self.table[self.values(index)]
+
+
+def level_step(image: Image.Image) -> int:
+    """How far apart Pillow puts the levels of an opened map of 2 or 4 bits, which it spreads over 8."""
+    decoding = image.tile[0].args if isinstance(image, ImageFile.ImageFile) and image.tile else ""
+    raw_mode = decoding[0] if isinstance(decoding, tuple) and decoding else decoding
+    return {"L;2": 85, "L;4": 17}.get(str(raw_mode), 1)
 
 
 def class_names(data: SegmentationData) -> list[str]:
@@ -71,20 +97,27 @@ def class_names(data: SegmentationData) -> list[str]:
     names: list[str] = []
     lists = [*sorted(root.glob("objectInfo*.txt")), *root.glob("classes.txt")]
     if lists:
-        lines = [line for line in lists[0].read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            text = lists[0].read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {lists[0]}: {error}") from error
+        lines = [line for line in text.splitlines() if line.strip()]
         table = lists[0].name.startswith("objectInfo")
         names = [line.split("\t")[-1].split(",")[0].strip() for line in lines[int(table) :]]
-        if data.num_classes not in (None, len(names)):
-            raise UserError(f"data.num_classes is {data.num_classes}, but {lists[0]} names {len(names)} classes")
-    elif data.num_classes:
-        names = [f"class {k}" for k in range(data.num_classes)]
+        for setting, value in (("num_classes", data.num_classes), ("values", data.values)):
+            if value is not None and len(names) != (len(value) if isinstance(value, list) else value):
+                raise UserError(f"data.{setting} is {value}, but {lists[0]} names {len(names)} classes")
+        if not 2 <= len(names) <= 254:
+            raise UserError(f"{lists[0]} names {len(names)} classes: it must be 2 to 254")
+    elif number := data.num_classes or len(data.values or []):
+        names = [f"class {k}" for k in range(number)]
     if not names:
         raise UserError(f"how many classes? set data.num_classes, or put classes.txt into {root}, a name a line")
     return names
 
 
-def open_pairs(data: SegmentationData, split: str, classes: int) -> tuple[Pairs, list[str]]:
-    """The pairs of a split that fit together, and a line on those that do not.
+def open_pairs(data: SegmentationData, split: str, classes: list[str]) -> tuple[Pairs, list[str]]:
+    """The pairs of a split that fit together, and lines on those that do not, and on what the maps hold.
 
     Raises UserError for a folder or map that is missing, and for labels out of range.
     """
@@ -105,30 +138,56 @@ def open_pairs(data: SegmentationData, split: str, classes: int) -> tuple[Pairs,
     if len(unlike) > len(pairs):
         file, path, sizes = unlike[0]
         raise UserError(f"{path} is {sizes[1]} pixels, its picture {file.name} {sizes[0]}; {len(unlike)} maps are so")
-    usable = Pairs([a for a, _, _ in pairs], [b for _, b, _ in pairs], data, classes)
-    _check_labels(usable)
-    names = ", ".join(file.name for file, _, _ in unlike[:5])
-    line = f"{len(unlike)} pairs of {split} skipped, picture and map differ in size: {names}"
-    return usable, [line] if unlike else []
+    usable = Pairs([a for a, _, _ in pairs], [b for _, b, _ in pairs], data, len(classes))
+    more = _check_labels(usable, split, classes)
+    names = ", ".join(escaped(file.name) for file, _, _ in unlike[:5])
+    notes = [f"{len(unlike)} pairs of {split} skipped, picture and map differ in size: {names}"] if unlike else []
+    return usable, [*notes, *more]
 
 
 def _size(path: Path) -> tuple[int, int] | None:
     try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(0x0112, 1) >= 5
-            return (image.height, image.width) if turned else image.size
+        with open_picture(path) as image:
+            return upright_size(image)
     except Exception:  # it is named when it is read
         return None
 
 
-def _check_labels(pairs: Pairs) -> None:
+def _check_labels(pairs: Pairs, split: str, classes: list[str]) -> list[str]:
+    """What the maps hold: the share that counts for nothing, and classes that occur nowhere.
+
+    Raises UserError where they cannot be what was meant.
+    """
+    counts, checked = np.zeros(len(pairs.table), np.int64), 0
     for index in range(0, len(pairs), max(1, len(pairs) // MAPS_CHECKED)):
         try:
-            pairs.labels(index)
+            counts += np.bincount(pairs.values(index).ravel(), minlength=len(counts))
+            checked += 1
         except BadPictureError as error:
-            raise UserError(f"{error}; see data.num_classes ({pairs.classes}) and data.zero_is_ignored") from error
+            raise UserError(
+                f"{error}; see data.num_classes ({pairs.classes}) and data.zero_is_ignored, or set data.values"
+            ) from error
         except Exception:  # a damaged file is one bad picture, named when it is read
             continue
+    of_classes = np.bincount(pairs.table, counts, minlength=256)
+    values = np.flatnonzero(counts).tolist()
+    folder = pairs.maps[0].parent
+    if checked and not of_classes[: pairs.classes].any():
+        raise UserError(
+            f"no pixel of the maps in {folder} counts, all have the values {values}: see data.zero_is_ignored, or set "
+            "data.values to the value of each class, such as [0, 255]"
+        )
+    if values == [0, IGNORED] and split == pairs.data.train_split and not pairs.data.values:
+        raise UserError(
+            f"the maps in {folder} have the values 0 and 255 alone, and 255 counts for nothing: set data.values "
+            "[0, 255] where it is a class"
+        )
+    absent = [classes[k] for k in np.flatnonzero(of_classes[: pairs.classes] == 0)]
+    line = f"{of_classes[IGNORED] / counts.sum():.1%} of the pixels count for nothing" if of_classes[IGNORED] else ""
+    if absent:
+        more = f" and {len(absent) - MOST_NAMED} more" if len(absent) > MOST_NAMED else ""
+        line += f"{'; ' * bool(line)}no pixel is of {', '.join(absent[:MOST_NAMED])}{more}"
+    return [f"in {checked} maps of {split} {line}"] if checked and line else []
 
 
 class PhotometricDistort(v2.RandomPhotometricDistort):

@@ -25,13 +25,15 @@ class SegmentationPredictor(Predictor):
         """`labels`: file of the map, labels as in the training data; `shares` of the pixels by class."""
         windows = windows_of(self.config, TestConfig(**self.description["test"]))
         first = int(self.description["zero_is_ignored"])
+        values = self.description.get("values") or range(first, first + len(self.classes))
+        of_classes = np.array(values, np.uint8 if max(values) < 256 else np.uint16)
         predictions = []
         for image, path in zip(images, drawings, strict=True):  # one by one, because sizes differ
             logits = windows.logits(self.model, to_model(to_test_size(image, self.config.img_size)[None], self.device))
             labels = resize(logits, (image.height, image.width)).argmax(1)[0].cpu().numpy()
             draw_overlays(path, [(np.asarray(image) / 255, None, labels)], self.classes)
             file = path.with_name(f"{path.stem}_labels.png")
-            Image.fromarray((labels + first).astype(np.uint8)).save(file)
+            Image.fromarray(of_classes[labels]).save(file)
             counts = np.bincount(labels.ravel(), minlength=len(self.classes)) / labels.size
             shares = {self.classes[k]: float(counts[k]) for k in np.argsort(-counts) if counts[k]}
             predictions.append({"labels": file.name, "shares": shares})

@@ -31,8 +31,8 @@ class SegmentationTask(Task[SegmentationConfig]):
         self.config = config
         config.require_trained()
         self.classes = class_names(config.data)
-        train, notes = open_pairs(config.data, config.data.train_split, len(self.classes))
-        val, more = open_pairs(config.data, config.data.val_split, len(self.classes))
+        train, notes = open_pairs(config.data, config.data.train_split, self.classes)
+        val, more = open_pairs(config.data, config.data.val_split, self.classes)
         self.notes = [*notes, *more]
         self.pretrained = read_backbone(find_backbone(config.backbone), config.model, config.seed, 0)
         feature_layers(config.head.layers, self.pretrained.config.depth)
@@ -63,4 +63,5 @@ class SegmentationTask(Task[SegmentationConfig]):
             "head": asdict(self.config.head),
             "test": asdict(self.config.test),
             "zero_is_ignored": self.config.data.zero_is_ignored,
+            "values": self.config.data.values,
         }

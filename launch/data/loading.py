@@ -76,6 +76,8 @@ def enduring(loader_from: Callable[[int], Iterable[Item]], start: int, say: Call
                 yield batch
                 start, lost = start + 1, 0
             return
+        except UserError as error:  # from another process it comes with that one's traceback
+            raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from error
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise

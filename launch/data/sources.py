@@ -5,20 +5,27 @@ A source hands out undecoded bytes, so that a picture that cannot be decoded is 
 
 import glob
 import io
+import json
+import math
+import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 import datasets
+import fsspec
 from datasets.distributed import split_dataset_by_node
 from PIL import Image
 
-from launch.data.bad_pictures import Named
-from launch.data.images import BadPictureError
+from launch.data.bad_pictures import Named, escaped
+from launch.data.images import SUFFIXES, BadPictureError, open_picture
 from vim_backbone.errors import UserError, first_line
 
-SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"])
+BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset", ".zip": "imagefolder"}
+"""End of a file's name -> what `datasets` reads it with."""
+FAIR = 8
+"""Files of a stream for each reader from which on they are dealt out whole, though some get one more than others."""
 
 
 class ImageSource(Named, Protocol):
@@ -42,11 +49,11 @@ class ImageFiles:
     def name(self, index: int) -> str:
         """Path below the root, or the file's name."""
         path = self.paths[index]
-        return str(path.relative_to(self.root)) if self.root else path.name
+        return escaped(str(path.relative_to(self.root)) if self.root else path.name)
 
     def open(self, index: int) -> Image.Image:
         """The file, opened but not decoded."""
-        return Image.open(self.paths[index])
+        return open_picture(self.paths[index])
 
 
 class HubDataset:
@@ -73,7 +80,7 @@ def open_source(source: str, *, split: str, column: str | None, streaming: bool)
     """The pictures that `source` names: by index, or as a stream of undecoded cells when streaming.
 
     Args:
-        source: "photos" for the built-in photographs, a folder, parquet file(s) (globs allowed), or "hf:NAME" for
+        source: "photos" for the built-in photographs, a folder, file(s) of BUILDERS (globs allowed), or "hf:NAME" for
             anything that `datasets.load_dataset` takes, the only one that may use the network.
         split: split of a data set.
         column: image column; the first one of type Image when None.
@@ -86,42 +93,120 @@ def open_source(source: str, *, split: str, column: str | None, streaming: bool)
     path = Path(source).expanduser()
     if source.startswith("hf:"):
         return _dataset(source[3:], None, split, column, streaming)
-    if path.suffix == ".parquet":
-        files = sorted(glob.glob(str(path)))
-        if not files:
-            raise UserError(f"no file matches data.source {source}")
-        return _dataset("parquet", files, split, column, streaming)
-    if not path.is_dir():
-        raise UserError(f"data.source {source} does not exist: give a folder, parquet files, 'photos', or 'hf:NAME'")
-    return ImageFiles(files_below(path), path)
+    if path.is_dir():
+        return ImageFiles(files_below(path), path)
+    if path.suffix.lower() in BUILDERS:
+        return _dataset(BUILDERS[path.suffix.lower()], _matches(path), split, column, streaming)
+    what = "is no folder and no data set" if path.exists() else "does not exist"
+    raise UserError(f"data.source {source} {what}: give a folder, {', '.join(BUILDERS)} files, 'photos', or 'hf:NAME'")
+
+
+def _matches(pattern: Path) -> list[str]:
+    """The file of that very name, else those that the pattern matches, which may lie in a folder with brackets."""
+    if pattern.exists():
+        return [str(pattern)]
+    files = sorted(glob.glob(str(pattern))) or sorted(glob.glob(f"{glob.escape(str(pattern.parent))}/{pattern.name}"))
+    if not files:
+        raise UserError(f"no file matches data.source {pattern}")
+    return files
 
 
 def files_below(folder: Path) -> list[Path]:
-    """All picture files below a folder, at any depth, in sorted order. Raises UserError where there are none."""
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    """All picture files below a folder, in sorted order. Raises UserError where there are none."""
+    paths = picture_paths(folder)
     if not paths:
-        raise UserError(f"no pictures below {folder}: it has no file ending in {', '.join(sorted(SUFFIXES))}")
+        raise UserError(f"no pictures below {folder}: {_what_else(folder)}")
     return paths
+
+
+def picture_paths(folder: Path) -> list[Path]:
+    """Picture files below a folder, at any depth and through symbolic links, in sorted order.
+
+    Names that begin with a dot, and __MACOSX, are passed over: what file managers and editors leave behind. Raises
+    UserError for a folder below it that cannot be read.
+    """
+    return sorted(path for path in _walk(folder, ()) if path.suffix.lower() in SUFFIXES and path.is_file())
+
+
+def left_behind(name: str) -> bool:
+    """Whether file managers and editors leave files or folders of this name beside those that are meant."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
+    place = os.path.realpath(folder)
+    if place in above:  # a link to a folder that it lies in
+        return
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        raise UserError(f"cannot read the folder {folder}: {error.strerror}") from error
+    for name in names:
+        path = folder / name
+        if left_behind(name):
+            continue
+        if path.is_dir():
+            yield from _walk(path, (*above, place))
+        else:
+            yield path
+
+
+def _what_else(folder: Path) -> str:
+    """What to do about a folder without pictures."""
+    for suffix in BUILDERS:
+        if file := next((path for path in sorted(_walk(folder, ())) if path.suffix.lower() == suffix), None):
+            return f"it holds data sets, read by data.source '{file.parent}/*{file.suffix}'"
+    return f"it has no file ending in {', '.join(sorted(SUFFIXES))}"
 
 
 def load_split(name: str, split: str, files: list[str] | None = None, streaming: bool = False) -> Any:
     """One split of what `datasets.load_dataset` loads. Raises UserError for what cannot be loaded."""
+    saved = Path(name).expanduser()
     try:
-        return datasets.load_dataset(name, data_files=files, split=split, streaming=streaming)
+        if any((saved / file).is_file() for file in ("state.json", "dataset_dict.json")):  # of Dataset.save_to_disk
+            data = datasets.load_from_disk(str(saved))
+            data = data[split] if isinstance(data, datasets.DatasetDict) else data
+            return data.to_iterable_dataset() if streaming else data
+        patterns = [glob.escape(file) for file in files] if files else None  # `datasets` takes names for patterns
+        return datasets.load_dataset(name, data_files=patterns, split=split, streaming=streaming)
     except Exception as error:  # `datasets` raises a dozen unrelated classes for what users get wrong
-        raise UserError(f"datasets cannot load {files or name} (split {split!r}): {first_line(error)}") from error
+        what = f"{files[0]}{' and others' * (len(files) > 1)}" if files else name
+        raise UserError(f"datasets cannot load {what} (split {split!r}): {first_line(error)}") from error
+
+
+def split_names(name: str) -> list[str]:
+    """Splits of what `datasets.load_dataset` or `load_from_disk` loads; none where it does not say."""
+    try:
+        saved = Path(name).expanduser() / "dataset_dict.json"
+        return json.loads(saved.read_text())["splits"] if saved.is_file() else datasets.get_dataset_split_names(name)
+    except Exception:  # local folders and old scripts do not say
+        return []
 
 
 def _dataset(name: str, files: list[str] | None, split: str, column: str | None, streaming: bool) -> "Source":
     data = load_split(name, split, files, streaming)
-    features = data.features or {}
-    images = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
-    column = column or (images[0] if images else None)
-    if column is None or (features and column not in features):
-        raise UserError(
-            f"{files or name} has no image column {column or ''}: set data.column, one of {sorted(features)}"
-        )
-    return StreamCells(data, column) if isinstance(data, datasets.IterableDataset) else HubDataset(data, column)
+    where, features = files[0] if files else name, data.features or {}
+    column = column or next((key for key, feature in features.items() if isinstance(feature, datasets.Image)), None)
+    if column is None or (features and not _holds_pictures(features.get(column))):
+        got = "has no image column" if column is None else f"has no pictures in column {column}"
+        raise UserError(f"{where} {got}: set data.column, one of {sorted(features)}")
+    if isinstance(data, datasets.IterableDataset):
+        return StreamCells(data, column)
+    if not len(data):
+        raise UserError(f"{where} has no rows in its split {split!r}: set data.split, or data.source")
+    return HubDataset(data, column)
+
+
+def _holds_pictures(feature: Any) -> bool:
+    """Whether a column can be one of pictures: of type Image, of bytes or paths, or of both."""
+    if isinstance(feature, dict):
+        return set(feature) <= {"bytes", "path"}
+    return isinstance(feature, datasets.Image) or getattr(feature, "dtype", "") in (
+        "binary",
+        "large_binary",
+        "string",
+        "large_string",
+    )
 
 
 class StreamCells:
@@ -131,24 +216,44 @@ class StreamCells:
         self.data = data.select_columns([column]).cast_column(column, datasets.Image(decode=False))
         self.column = column
 
-    def cells(self, seed: int, rank: int, world: int) -> Iterator[tuple[str, Any]]:
-        """Cells of this rank (and of this data-loading worker, which `datasets` sees to by itself)."""
-        data = self.data.shuffle(seed=seed, buffer_size=1000)
-        if world > 1:
-            data = split_dataset_by_node(data, rank, world)
-        epoch = 0
-        while True:
+    def cells(self, seed: int, reader: int, readers: int) -> Iterator[tuple[str, Any]]:
+        """Cells of one of the processes that read the stream, whatever the number of its files.
+
+        Readers share no row of an epoch, unless there are fewer rows than readers. Where files are few and cannot be
+        dealt out evenly, several readers read the same ones, and each takes its share of the rows. Raises UserError
+        for a stream without rows.
+        """
+        files = self.data.num_shards
+        parts = readers if files >= FAIR * readers else math.gcd(files, readers)
+        data = self.data.shard(parts, reader % parts, contiguous=False).shuffle(seed=seed, buffer_size=1000)
+        if parts < readers:
+            data = split_dataset_by_node(data, reader // parts, readers // parts)
+        epoch, rows = 0, 0
+        while rows or epoch < 2:
             data.set_epoch(epoch)
-            for row, example in enumerate(data):
-                yield f"epoch {epoch} row {row}", example[self.column]
+            # `iter`, because iteration itself would deal the files out once more, to the processes of a loader
+            for row, batch in enumerate(data.iter(batch_size=1)):
+                yield f"epoch {epoch} row {row}", batch[self.column][0]
+                rows += 1
+            if not rows:  # fewer rows than readers
+                data = self.data.shuffle(seed=seed, buffer_size=1000)
             epoch += 1
+        raise UserError("the stream has no rows: set data.split, or data.source")
 
 
 def open_cell(cell: Any) -> Image.Image:
-    """An undecoded cell of an image column ({"bytes", "path"}) as a picture, opened but not decoded."""
+    """An undecoded cell of an image column ({"bytes", "path"}) as a picture, opened but not decoded.
+
+    A path may be one of fsspec's, as zip://0.jpg::pictures.zip or hf://.
+    """
     if not isinstance(cell, dict) or not (cell.get("bytes") or cell.get("path")):
         raise BadPictureError("the cell is empty")
-    return Image.open(io.BytesIO(cell["bytes"]) if cell.get("bytes") else cell["path"])
+    if cell.get("bytes"):
+        return open_picture(io.BytesIO(cell["bytes"]))
+    if "://" not in cell["path"]:
+        return open_picture(cell["path"])
+    with fsspec.open(cell["path"], "rb") as file:
+        return open_picture(io.BytesIO(file.read()))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 Source = ImageSource | StreamCells

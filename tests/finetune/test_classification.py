@@ -1,6 +1,7 @@
 """Whole runs of classification: that they learn, resume, evaluate, and refuse what cannot be done."""
 
 import csv
+import io
 import json
 import shutil
 
@@ -10,7 +11,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from finetune.classification.config import AugmentConfig, ClassificationConfig
+from finetune.classification.config import AugmentConfig, ClassificationConfig, ClassificationData
+from finetune.classification.data import open_labelled, read_class_folders
 from finetune.classification.task import ClassificationTask
 from finetune.classification.transforms import training_transform
 from finetune.main import main
@@ -200,6 +202,7 @@ def class_folders(root, **counts):
         ({"train__a": 1, "train__b": 0, "val__a": 1}, r"class folder .*train/b has no pictures: fill it or remove it"),
         ({"train__a": 1, "train__b": 1}, "has no 'val' to evaluate on: set data.val_split, or data.holdout"),
         ({"train__a": 1, "train__b": 1, "val__c": 1}, "has class 'c', which the training folder lacks"),
+        ({"train__a": 1, "train__b": 1, "val__b": 1}, "has no class 'a', which the training folder has"),
         ({"train__a": 1, "val__a": 1}, "has one class, 'a'"),
     ],
 )
@@ -208,6 +211,66 @@ def test_folders_that_will_not_do(config, tmp_path, counts, words):
     with pytest.raises(UserError, match=words):
         run(config(f"--data.source={class_folders(tmp_path / 'data', **counts)}"))
     assert not (tmp_path / "classification").exists()
+
+
+def test_class_folders_may_be_links_and_what_editors_leave_is_none(tmp_path):
+    class_folders(tmp_path / "store", a=2, b=1)
+    class_folders(tmp_path / "data", train__c__deep=2)
+    class_folders(tmp_path / "data/train/__MACOSX", c=1)
+    Image.new("RGB", (8, 8)).save(tmp_path / "data/train/c/0.png")
+    (tmp_path / "data/train/.ipynb_checkpoints").mkdir()
+    for name in "ab":
+        (tmp_path / "data/train" / name).symlink_to(tmp_path / "store" / name)
+    (tmp_path / "data/train/c/link").symlink_to(tmp_path / "store/b")
+    data = read_class_folders(tmp_path / "data/train", None)
+    assert data.classes == ["a", "b", "c"]
+    assert [data.labels.count(label) for label in range(3)] == [2, 1, 4]
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind", "options", "words"),
+    [
+        ([0, 1, None, 1], datasets.ClassLabel(names=["a", "b"]), {}, r"row 2 has label None: it must be 0 \.\. 1"),
+        ([-1, 1, 0, 1], datasets.ClassLabel(names=["a", "b"]), {}, r"row 0 has label -1: it must be 0 \.\. 1"),
+        (
+            ["a", "b", "a", "b"],
+            datasets.Value("string"),
+            {},
+            r"ClassLabel, none of \['image', 'label'\] is one: set .*fold",
+        ),
+        (
+            [0, 1, 0, 1],
+            datasets.Value("int64"),
+            {"label_column": "label"},
+            "ClassLabel, 'label' is none: .*encode_column",
+        ),
+        ([0, 1, 0, 1], datasets.ClassLabel(names=["a", "b"]), {"label_column": "lable"}, "did you mean 'label'"),
+        ([0, 1, 0, 1], datasets.ClassLabel(names=["a", "b"]), {"image_column": "label"}, "Image, 'label' is none: set"),
+        ([0, 1, 0, 1], datasets.ClassLabel(names=["a", "b", "c"]), {"holdout": 0.5}, "class 'c' of .* has no training"),
+    ],
+)
+def test_labels_that_will_not_do(tmp_path, labels, kind, options, words):
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "png")
+    rows = {"image": [{"bytes": picture.getvalue(), "path": None}] * len(labels), "label": labels}
+    features = datasets.Features({"image": datasets.Image(), "label": kind})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(UserError, match=words) as caught:
+        open_labelled(ClassificationData(source=f"hf:{tmp_path}", **options), 0)
+    assert "\n" not in str(caught.value)
+
+
+def test_classes_that_differ_between_the_splits_of_a_data_set(tmp_path):
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "png")
+    for split, names, labels in (("train", ["a", "b"], [0, 1]), ("val", ["b", "a"], [0, 1])):
+        rows = {"image": [{"bytes": picture.getvalue(), "path": None}] * 2, "label": labels}
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        (tmp_path / split).mkdir()
+        datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / split))
+    (tmp_path / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "val"]}))
+    with pytest.raises(UserError, match=r"other classes: \['a', 'b'\] to train on, \['b', 'a'\] to evaluate on"):
+        open_labelled(ClassificationData(source=f"hf:{tmp_path}"), 0)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Detection: COCO files good and bad, AP against pycocotools, boxes and masks under jitter, and whole runs."""
 
+import copy
 import csv
 import json
 import shutil
@@ -62,6 +63,23 @@ def guesses(truth, seed):
     return rows
 
 
+def peer_of(truth, rows, kind):
+    """What pycocotools makes of it."""
+    peer, detections = COCO(), COCO()
+    peer.dataset = json.loads(json.dumps(truth))
+    peer.createIndex()
+    if rows:
+        detections = peer.loadRes(copy.deepcopy(rows))
+    else:
+        detections.dataset = peer.dataset | {"annotations": []}
+        detections.createIndex()
+    scores = COCOeval(peer, detections, kind)
+    scores.evaluate()
+    scores.accumulate()
+    scores.summarize()
+    return scores
+
+
 @pytest.mark.parametrize("kind", ["box", "mask"])
 def test_ap_is_that_of_pycocotools(sample_data, kind, tmp_path):
     truth = open_coco(DetectionData(source=str(sample_data("detection"))), "train", masks=True).ground_truth()
@@ -71,23 +89,23 @@ def test_ap_is_that_of_pycocotools(sample_data, kind, tmp_path):
         truth["annotations"][0]["segmentation"] = {"size": [32, 32], "counts": [100, 200, 724]}
     results = guesses(truth, 0)
     stats, by_class = average_precision(truth, results, kind)
-    peer = COCO()
-    peer.dataset = json.loads(json.dumps(truth))
-    peer.createIndex()
     rows = [{k: v for k, v in row.items() if kind == "mask" or k != "segmentation"} for row in results]
-    peer_scores = COCOeval(peer, peer.loadRes(rows), "segm" if kind == "mask" else "bbox")
-    peer_scores.evaluate()
-    peer_scores.accumulate()
-    peer_scores.summarize()
+    peer_scores = peer_of(truth, rows, "segm" if kind == "mask" else "bbox")
     assert list(stats.values()) == pytest.approx(peer_scores.stats[:6].tolist(), abs=1e-9)
     assert 0.02 < stats["AP50"] < 0.95
     assert np.mean(by_class) == pytest.approx(stats["AP"], abs=1e-9)
 
 
-def test_no_detection_at_all_is_ap_0(sample_data):
+def test_without_a_detection_ap_is_0_or_minus_1_as_pycocotools_has_it(sample_data):
     truth = open_coco(DetectionData(source=str(sample_data("detection"))), "train", masks=True).ground_truth()
-    stats, _ = average_precision(truth, guesses(truth, 0), "box")
-    assert average_precision(truth, [], "box") == (dict.fromkeys(stats, 0.0), [0.0] * 3)
+    for results in ([], [r | {"score": 0.1, "bbox": [0.0, 0.0, 1.0, 1.0]} for r in guesses(truth, 0)[:1]]):
+        for categories in (truth["categories"], [*truth["categories"], {"id": 10, "name": "nowhere"}]):
+            stats, by_class = average_precision(truth | {"categories": categories}, results, "box")
+            peer = peer_of(truth | {"categories": categories}, results, "bbox")
+            assert list(stats.values()) == peer.stats[:6].tolist()
+            assert by_class == [0.0] * 3 + [-1.0] * (len(categories) - 3)
+            assert -1.0 in stats.values()
+    assert set(average_precision(truth | {"annotations": []}, [], "box")[0].values()) == {-1.0}
 
 
 def test_jitter_moves_boxes_and_masks_with_the_picture(sample_data):
@@ -243,7 +261,10 @@ def test_pictures_without_objects_and_crowds(spoiled):
         (lambda c: [c["categories"].pop(), [c["annotations"].remove(a) for a in list(c["annotations"])
                                             if a["category_id"] == 9], None][-1], "have other category ids"),
         (lambda c: [a.pop("bbox") for a in c["annotations"]] and None, r"no annotation of .* can be used: "),
-        (lambda c: c["images"][3].pop("width") and None, r"image 4 lacks id, file_name, height or width"),
+        (lambda c: [i.pop("width") for i in c["images"]] and None, r"no image of .* can be used: image 1 has no"),
+        (lambda c: c["categories"][0].update(id=None), r"category 1 of 3 has no whole number as its id"),
+        (lambda c: c["categories"].append({"id": 1, "name": "x"}), r"categories 'circle' and 'x' both have the id 1"),
+        (lambda c: c["categories"][0].update(name="disc"), "have other category ids or names"),
     ],
 )  # fmt: skip
 def test_files_that_will_not_do(config, spoiled, change, words):

@@ -1,7 +1,9 @@
 """Predictions of a finished run: the same as its evaluation's, whatever the batch; JSON and pictures for each task."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,3 +98,20 @@ def test_pictures_that_cannot_be_read(finished, tmp_path, capsys):
         main([str(finished("classification")), str(tmp_path / "nowhere.png")])
     with pytest.raises(UserError, match="holds no fine-tuned model"):
         main([str(tmp_path), str(tmp_path / "broken.jpg")])
+
+
+@pytest.mark.parametrize("task", ["segmentation"])
+def test_pictures_of_any_name(task, finished, photo, tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in (b"l" * 251 + b".png", b"caf\xe9.png", b"a\nb.png", "é".encode() * 120 + b".png"):
+        photo().save(Path(os.fsdecode(os.fsencode(folder) + b"/" + name)), "png")
+    run = finished(task)
+    capsys.readouterr()
+    main([str(run), str(folder), "--out", str(tmp_path / "out")])
+    rows = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert len(rows) == 4
+    assert all((tmp_path / "out" / row[key]).is_file() for row in rows for key in ("drawing", "labels"))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    assert sum(r"caf\xe9.png: " in line for line in lines) == 1

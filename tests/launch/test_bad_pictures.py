@@ -1,10 +1,19 @@
 """A picture that cannot be used is replaced by the next one, named once, and fatal past a share."""
 
+import os
+from pathlib import Path
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import UnidentifiedImageError
 
-from launch.data.bad_pictures import MAX_TRIES, BadPictures, first_usable
+from launch.data.bad_pictures import MAX_TRIES, BadPictures, escaped, first_usable
+from launch.data.sources import ImageFiles, files_below
 from vim_backbone import UserError
+
+MORE = int(os.environ.get("FUZZ", "0"))
+"""Examples of each fuzzer, in place of a number for CI."""
 
 
 class Source:
@@ -58,3 +67,41 @@ def test_each_is_named_once_and_remembered_by_the_next_run(tmp_path):
     assert again.add(Batch([], [8])) == ["skipped 8.jpg: why (2 of 10 so far)"]
     with pytest.raises(UserError, match=r"3 of 10 pictures cannot be used, over data\.max_bad_share 0\.25; .* 7\.jpg"):
         again.add(Batch([], [9]))
+
+
+@given(st.text(st.characters() | st.characters(categories=["Cs", "Cc", "Zl"])), st.binary())
+@settings(max_examples=MORE or 100)
+def test_names_of_any_bytes_are_one_line_each(text, octets):
+    for name in (text, octets.decode("utf-8", "surrogateescape")):
+        line = escaped(name)
+        line.encode()  # no surrogates
+        assert "\t" not in line
+        assert len(f"x{line}x".splitlines()) == 1
+        assert escaped(line) == line, "a name that is read again is the same"
+    assert escaped("caf\udce9\t\n\x1b[2J\u202e é 日本") == r"caf\xe9\t\n\x1b[2J\u202e é 日本"
+
+
+def test_a_bad_picture_of_any_name_is_skipped_and_remembered(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    names = [b"caf\xe9.jpg", b"a\tb.jpg", b"a\nb.jpg", b"\x1b[31m.jpg", b"\xe2\x80\xa8.jpg", b"l" * 251 + b".jpg"]
+    for name in names:
+        Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_bytes(b"no picture")
+    source = ImageFiles(files_below(folder), folder)
+    sample, _, bad = first_usable(source, 0, lambda index, attempt: source.open(index))
+    assert sample is None
+    batch = Batch([], [])
+    batch.bad = bad
+    lines = BadPictures(tmp_path / "bad.txt", 100, 1.0).add(batch)
+    assert len(lines) == len(names)
+    assert lines[0].encode().startswith(b"skipped ")
+    again = BadPictures(tmp_path / "bad.txt", 100, 1.0)
+    assert again.known == dict(bad)
+    assert again.add(batch) == []
+
+
+def test_given_up_pictures_are_counted_once_each(tmp_path):
+    batch = Batch([], [1, 2, 3] * 4)
+    batch.images = None
+    with pytest.raises(UserError, match=r"^3 pictures in a row cannot be used, the last 3\.jpg"):
+        BadPictures(tmp_path / "bad.txt", 3, 1.0).add(batch)

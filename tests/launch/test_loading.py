@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.data import Dataset
 
 from launch.data.loading import RESTARTS, enduring, loader_of
 from vim_backbone import UserError
@@ -40,6 +41,19 @@ def test_other_errors_are_not_caught():
 
     with pytest.raises(RuntimeError, match="shape mismatch"):
         list(enduring(broken, 0, lambda line: None))
+
+
+class Refusing(Dataset):
+    def __getitem__(self, index):
+        raise UserError("the stream has no rows: set data.split")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_user_can_mend_is_one_line_whichever_process_says_it(workers):
+    loader = loader_of(Refusing(), list, seed=0, workers=workers, ahead=2, sampler=[0])
+    with pytest.raises(UserError) as caught:
+        list(enduring(lambda start: loader, 0, lambda line: None))
+    assert str(caught.value) == "the stream has no rows: set data.split"
 
 
 def test_a_loader_leaves_the_global_generator_alone():

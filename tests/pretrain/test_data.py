@@ -129,7 +129,7 @@ def test_a_folder_of_nothing_but_bad_pictures(tmp_path):
         (tmp_path / f"{i}.jpg").write_bytes(b"x")
     batch = draw(folder_source(tmp_path), batch=2, stop=1)[0]
     assert batch.images is None
-    with pytest.raises(UserError, match="6 pictures in a row cannot be used, the last"):
+    with pytest.raises(UserError, match="3 pictures in a row cannot be used, the last"):
         BadPictures(tmp_path / "bad.txt", 3, 1.0).add(batch)
 
 
@@ -154,6 +154,25 @@ def test_a_resumed_stream_goes_on_where_it_was(tmp_path, picture_folder, workers
     resumed = stream(5, 8, known_bad)
     assert resumed[:5] == [None] * 5
     assert all(same(a, b) for a, b in zip(whole[5:], resumed[5:], strict=True))
+
+
+def test_one_file_serves_several_processes_and_workers(tmp_path, picture_folder, monkeypatch):
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+    cells = [{"bytes": p.read_bytes(), "path": None} for p in sorted(picture_folder.rglob("*.*"))]
+    rows, features = {"image": [*cells, *cells[:2]]}, datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "one.parquet")
+    source = open_source(str(tmp_path / "one.parquet"), split="train", column=None, streaming=True)
+    names = []
+    for rank in range(2):
+        loader = build_loader(source, view(workers=2), 3, BatchPlan(6, 1, 2, rank), 0, 4)
+        names += [name for _, batch in zip(range(4), loader, strict=False) for name in batch.names]
+    assert sorted(names) == sorted(
+        f"rank {rank} worker {worker} epoch {epoch} row {row}"
+        for rank in range(2)
+        for worker in range(2)
+        for epoch in range(2)
+        for row in range(3)
+    )
 
 
 @given(st.tuples(st.floats(1, 5000), st.floats(1, 5000)), st.sampled_from([(4, 6), (1, 2), (20, 20)]))

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import vim_backbone.files
-from vim_backbone import UserError, create_model, from_pretrained
+from vim_backbone import UserError, VimConfig, VisionMamba, create_model, from_pretrained
 
 SIZES = {"d_model": 32, "depth": 2, "img_size": 64, "num_classes": 5}
 
@@ -102,3 +102,15 @@ def test_a_full_disk_leaves_the_old_file(folder, monkeypatch):
         from_pretrained(folder).save_pretrained(folder)
     assert (folder / "model.safetensors").read_bytes() == before
     assert not list(folder.glob(".*partial"))
+
+
+def test_every_channel_has_its_mean_and_deviation(tmp_path):
+    config = VimConfig(d_model=32, depth=1, img_size=(16, 16), patch_size=8, num_classes=0, in_chans=4)
+    model = VisionMamba(config)
+    with pytest.raises(UserError, match="has 4 channels, mean 3 values and std 3: give save_pretrained a mean and std"):
+        model.save_pretrained(tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    folder = model.save_pretrained(tmp_path / "kept", mean=(0.1, 0.2, 0.3, 0.4), std=(1.0,) * 4)
+    preprocessor = json.loads((folder / "preprocessor_config.json").read_text())
+    assert (preprocessor["image_mean"], preprocessor["image_std"]) == ([0.1, 0.2, 0.3, 0.4], [1.0] * 4)
+    assert "4 channels in [0, 1]" in (folder / "README.md").read_text()
