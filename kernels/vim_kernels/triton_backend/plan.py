@@ -116,12 +116,12 @@ POOLED_OUTPUT = POOLED_LINES
 POOLED_OUTPUT_BACKWARD = POOLED_LINES | {"cuda": PooledSizes(2, 4, 128, 2)}
 POOLED_NORM = {
     "cuda": PooledSizes(1, 2, 512, 4),
-    "hip": PooledSizes(1, 4, 128, 2),
+    "hip": PooledSizes(1, 1, 128, 2),
     "interpreter": PooledSizes(2, 4, 64, 4),
 }
 POOLED_CONVOLUTION_BACKWARD = {
     "cuda": ConvolutionSizes(2, 6, 256, 4),
-    "hip": ConvolutionSizes(4, 3, 64, 4),
+    "hip": ConvolutionSizes(4, 2, 64, 4),
     "interpreter": ConvolutionSizes(2, 8, 128, 4),
 }
 POOLED_PROGRAMS = 1024
