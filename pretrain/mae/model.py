@@ -36,7 +36,7 @@ class DecoderConfig:
 
     def blocks(self, encoder: VimConfig) -> VimConfig:
         """The decoder's blocks, which scan as the encoder's do."""
-        shared = {"norm_eps": encoder.norm_eps, "scan": encoder.scan}
+        shared = {name: getattr(encoder, name) for name in ("norm_eps", "scan", "img_size", "patch_size", "stride")}
         if encoder.scan == "pooled":
             shared |= {"class_token": "none", "global_pool": "avg", "mixer_norm": encoder.mixer_norm}
         return VimConfig(d_model=self.width, depth=self.depth, **shared)
