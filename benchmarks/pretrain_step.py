@@ -88,7 +88,7 @@ class Case(NamedTuple):
     def read(cls, text: str) -> "Case":
         """From MODEL:PIXELS:BATCH[:PATCH[:DEPTH]]."""
         model, *numbers = text.split(":")
-        return cls(model, *map(int, numbers))
+        return cls(model, *map(int, numbers))  # pyright: ignore[reportArgumentType] - scan is no number
 
     def config(self) -> VimConfig:
         """The encoder's."""

@@ -54,3 +54,13 @@ def test_one_flag_makes_a_pooled_model_that_knows_its_share():
     assert config.visible_share == 0.4
     full = PretrainConfig().architecture()
     assert (full.scan, full.class_token, full.mixer_norm, full.visible_share) == ("full", "middle", False, 1.0)
+
+
+def test_compiled_without_a_graph_break():
+    model, mask = autoencoder().float(), masks(2, 24, 18)
+    images, (visible, hidden, _) = torch.randn(2, 3, 32, 48), split_patches(mask)
+    results = []
+    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        loss = run(images, visible, hidden)
+        results.append([loss.detach(), *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)
