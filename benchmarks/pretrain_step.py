@@ -58,6 +58,7 @@ GROUPS = {
     "projections backward": r"projections_backward",
     "sums of the projections": r"projection_sums",
     "projections": r"projections_forward",
+    "pooled scan, token by token": r"pooled_",
     "convolution backward": r"conv_backward",
     "convolution": r"conv_forward",
     "gate backward": r"gate_backward",
@@ -81,27 +82,34 @@ class Case(NamedTuple):
     batch: int
     patch: int | None = None
     depth: int | None = None
+    scan: str = "full"
 
     @classmethod
     def read(cls, text: str) -> "Case":
         """From MODEL:PIXELS:BATCH[:PATCH[:DEPTH]]."""
         model, *numbers = text.split(":")
-        return cls(model, *map(int, numbers))
+        return cls(model, *map(int, numbers))  # pyright: ignore[reportArgumentType] - scan is no number
 
     def config(self) -> VimConfig:
         """The encoder's."""
         own = {"patch_size": self.patch, "depth": self.depth}
         own = {name: value for name, value in own.items() if value is not None}
+        if self.scan == "pooled":
+            own |= {"scan": "pooled", "class_token": "none", "global_pool": "avg"}
         return named_config(self.model, img_size=(self.pixels, self.pixels), num_classes=0, position="sincos", **own)
 
     def __str__(self) -> str:
-        return f"{self.model} {self.pixels} px, batch {self.batch}"
+        scan = "" if self.scan == "full" else f", {self.scan} scan"
+        return f"{self.model} {self.pixels} px, batch {self.batch}{scan}"
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=Case.read, nargs="+", metavar="MODEL:PIXELS:BATCH[:PATCH[:DEPTH]]")
+    parser.add_argument(
+        "--scan", choices=("full", "pooled"), default="full", help="Vim's scan, without norm before the gate"
+    )
     parser.add_argument("--nets", nargs="+", choices=NETS, default=NETS)
     parser.add_argument("--modes", nargs="+", choices=("plain", "compiled"), default=["plain"])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -118,6 +126,7 @@ def parse() -> argparse.Namespace:
     on_gpu = options.device == "cuda"
     options.decoder_width = options.decoder_width or (512 if on_gpu or options.cases else 192)
     options.cases = options.cases or [Case.read(text) for text in (GPU_CASES if on_gpu else CPU_CASES)]
+    options.cases = [case._replace(scan=options.scan) for case in options.cases]
     options.dtype = options.dtype or ("bf16" if on_gpu else "fp32")
     return options
 
@@ -276,19 +285,26 @@ def work_of(case: Case, options: argparse.Namespace) -> Work:
     patches, special = rows * columns, config.num_registers + (config.class_token != "none")
     seen = patches - MaskConfig(ratio=options.mask).num_masked(patches)
     decoder = VimConfig(d_model=options.decoder_width, depth=2)
+    lines = (rows + columns) / 2
     total = Work(0.0, 0.0, 28.0 * sum(p.numel() for p in build("vim", case, options.decoder_width).parameters()))
     for size, length, depth in ((config, seen, config.depth), (decoder, patches, DecoderConfig().depth)):
         d, e, n, r = size.d_model, size.d_inner, size.d_state, size.dt_rank or 0
-        products = 2 * d * 2 * e + 2 * 2 * e * (2 * r + 2 * n) + 2 * e * d
+        pooled = config.scan == "pooled"
+        scanned = min(1.0, lines / length) if pooled else 1.0  # share of the tokens
+        products = 2 * d * 2 * e + scanned * 2 * 2 * e * (2 * r + 2 * n) + 2 * e * d
         saved = 2 * 4 * n * e / 32 + item * e  # states every 32 tokens, the sum before the gate
         moved = {
             "norm": 2 * (item + 4) * d + (item + 3 * 4) * d,
             "in_proj": item * (d + 2 * e) + item * (2 * e + 2 * d),
-            "scan": item * 3 * e + saved + item * 5 * e + saved,
+            "scan": item * 12 * e if pooled else item * 3 * e + saved + item * 5 * e + saved,
             "out_proj": item * (e + d) + item * (d + 2 * e),
         }
         tokens = case.batch * (length + special) * depth
-        flop, exponentials, moved_all = 3 * products * tokens, 2 * 2 * e * n * tokens, sum(moved.values()) * tokens
+        flop, exponentials, moved_all = (
+            3 * products * tokens,
+            (2 * 2 * n * scanned + 10 * pooled) * e * tokens,
+            sum(moved.values()) * tokens,
+        )
         total = Work(total.flop + flop, total.exponentials + exponentials, total.bytes + moved_all)
     return total
 

@@ -50,7 +50,7 @@ def trained(strategy: str, where: Path, options: argparse.Namespace) -> dict[str
 def strategies(where: Path, options: argparse.Namespace) -> list[dict[str, float]]:
     """Print a row for each strategy."""
     config = PretrainConfig()
-    architecture, dtype = config.model.architecture(), torch.float32
+    architecture, dtype = config.architecture(), torch.float32
     work = config.objective.work(architecture, dtype.itemsize, recompute=False)
     model = planned_footprint(architecture, config.objective, work, dtype, backend="cpu")
     print(f"{model.parameters / 1e6:.2f} M parameters, {options.processes} processes, batch {options.batch_size}")

@@ -1,6 +1,6 @@
 """The configuration of a pretraining run, its objective included."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from launch.run.config import TrainingConfig
@@ -29,12 +29,15 @@ class ModelConfig:
     """Side of a patch in pixels; null for the size's own."""
     depth: int | None = 8
     """Number of blocks; null for the size's own."""
-    class_token: Literal["middle", "first", "none"] = "middle"
-    """Where the class token sits in the scan."""
+    scan: Literal["full", "pooled"] = "full"
+    """full: Vim, every token is scanned. pooled: the mean of every row, in every other block of every column (FastVim),
+    which takes less time and memory. Fine-tuning scans as pretraining did."""
+    class_token: Literal["middle", "first", "none"] | None = None
+    """Where the class token sits in the scan; null for the middle, or none with scan=pooled, which has none."""
     num_registers: int = 0
     """Register tokens, spread evenly over the scan."""
-    mixer_norm: bool = False
-    """LayerNorm between scan and gate; steadies Base and larger."""
+    mixer_norm: bool | None = None
+    """LayerNorm between scan and gate; steadies Base and larger. null: with scan=pooled alone."""
     drop_path_rate: float = 0.0
     """Stochastic depth at the last block."""
     grad_checkpointing: bool = False
@@ -43,15 +46,18 @@ class ModelConfig:
     def architecture(self) -> VimConfig:
         """The backbone's full config: no head, fixed sine-cosine positions as MAE has them."""
         optional: dict[str, Any] = {"patch_size": self.patch_size, "depth": self.depth}
+        pooled = self.scan == "pooled"
+        class_token = self.class_token or ("none" if pooled else "middle")
         return named_config(
             self.name,
             img_size=self.img_size,
             num_classes=0,
             position="sincos",
-            class_token=self.class_token,
-            global_pool="avg" if self.class_token == "none" else "token",
+            scan=self.scan,
+            class_token=class_token,
+            global_pool="avg" if class_token == "none" else "token",
             num_registers=self.num_registers,
-            mixer_norm=self.mixer_norm,
+            mixer_norm=pooled if self.mixer_norm is None else self.mixer_norm,
             drop_path_rate=self.drop_path_rate,
             **{key: value for key, value in optional.items() if value is not None},
         )
@@ -79,6 +85,13 @@ class PretrainConfig(TrainingConfig):
         super().__post_init__()
         require(self.picture_every >= 1, "picture_every", self.picture_every, "it must be at least 1")
         self.model.architecture()
+
+    def architecture(self) -> VimConfig:
+        """The backbone's full config; it knows the share of visible patches, which a pooled scan learned with."""
+        architecture = self.model.architecture()
+        return (
+            replace(architecture, visible_share=1.0 - self.mask.ratio) if self.model.scan == "pooled" else architecture
+        )
 
     @property
     def objective(self) -> Objective:

@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
     options = options_of(argv)
     words = settings(options)
     config = parse(PretrainConfig, words, "launch/plan.py", "")
-    objective, architecture = config.objective, config.model.architecture()
+    objective, architecture = config.objective, config.architecture()
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     work = objective.work(architecture, dtype.itemsize, config.model.grad_checkpointing)
     model = planned_footprint(architecture, objective, work, dtype)

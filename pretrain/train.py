@@ -63,7 +63,7 @@ def pretrain(config: PretrainConfig) -> Path:
     objective = config.objective
     start = on_main(accelerator, lambda: open_run(config, ("model.", *objective.architecture_fields)))
 
-    architecture = config.model.architecture()
+    architecture = config.architecture()
     view = View(architecture.img_size, architecture.grid(*architecture.img_size), data, objective.draw)
     bad = BadPictures(config.folder / "bad_pictures.txt", pictures, data.max_bad_share)
 
@@ -105,7 +105,7 @@ def refuse_to_compile_native_sizes(accelerator: Accelerator, data: DataConfig) -
 def build_model(config: PretrainConfig) -> nn.Module:
     """The model as it is before the first step, the same for one seed on every process."""
     torch.manual_seed(seed_of(config.seed))
-    encoder = VisionMamba(config.model.architecture())
+    encoder = VisionMamba(config.architecture())
     encoder.set_grad_checkpointing(config.model.grad_checkpointing)
     return config.objective.build(encoder)
 

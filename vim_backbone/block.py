@@ -7,7 +7,7 @@ from vim_backbone.config import VimConfig
 from vim_backbone.hand_over import Given, hand_over, take
 from vim_backbone.mixer import Mixer
 from vim_backbone.weights import init_mixer
-from vim_kernels import add_rms_norm
+from vim_kernels import Lines, add_rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -37,11 +37,16 @@ class Block(nn.Module):
         init_mixer(self.mixer, config.depth)
 
     def forward(
-        self, h: Given[Tensor], residual: Given[Tensor | None], cu_seqlens: Tensor | None = None
+        self,
+        h: Given[Tensor],
+        residual: Given[Tensor | None],
+        cu_seqlens: Tensor | None = None,
+        lines: Lines | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(batch, length, d_model) twice -> output of the mixer, residual stream.
 
-        `cu_seqlens` (pictures + 1,) are the borders of pictures packed into one row (1, total, d_model).
+        `cu_seqlens` (pictures + 1,) are the borders of pictures packed into one row (1, total, d_model);
+        `lines` those of a pooled scan.
         """
         h, residual = take(h), take(residual)
         if residual is not None:
@@ -49,7 +54,7 @@ class Block(nn.Module):
         normed, stream = self.norm(h, residual)
         normed_or_list = hand_over(normed, self.mixer)
         del h, residual, normed
-        return self.mixer(normed_or_list, cu_seqlens), stream
+        return self.mixer(normed_or_list, cu_seqlens, lines), stream
 
 
 def drop_path(h: Tensor, rate: float, training: bool, cu_seqlens: Tensor | None = None) -> Tensor:

@@ -50,6 +50,10 @@ class VimConfig:
     """Inner channels per channel of the residual stream."""
     dt_rank: int = 0
     """Rank of the time-step projection. Given as 0 or None: d_model / 16, rounded up."""
+    scan: Literal["full", "pooled"] = "full"
+    """full: every token is scanned. pooled: the mean of every row, in every other block of every column (FastVim)."""
+    visible_share: float = 1.0
+    """Of scan=pooled: means over lines are multiplied by it, 1 - mask ratio after masked pretraining."""
     mixer_norm: bool = False
     """LayerNorm between scan and gate; removes the loss spikes of large models (FastVim)."""
     norm_eps: float = 1e-5
@@ -74,9 +78,17 @@ class VimConfig:
             ("class_token", ("middle", "first", "none")),
             ("position", ("learned", "sincos")),
             ("global_pool", ("token", "avg")),
+            ("scan", ("full", "pooled")),
         ):
             if getattr(self, name) not in choices:
                 raise UserError(f"{name} is {getattr(self, name)!r}: choose from {', '.join(choices)}")
+        if not 0.0 < self.visible_share <= 1.0:
+            raise UserError(f"visible_share is {self.visible_share}: it must lie in (0, 1]")
+        if self.scan == "pooled" and (self.class_token != "none" or self.num_registers):
+            raise UserError(
+                f"scan is 'pooled' with class_token {self.class_token!r} and num_registers {self.num_registers}: lines "
+                "hold patches alone; set class_token to 'none', num_registers to 0 and global_pool to 'avg'"
+            )
         if self.global_pool == "token" and self.class_token == "none":
             raise UserError("global_pool is 'token' but class_token is 'none': set global_pool to 'avg'")
         if self.position == "sincos" and self.d_model % 4:

@@ -12,15 +12,19 @@ BACKWARD_FLOATS = 8
 recomputed convolutions and the gradients of both directions. Measured: 7.7 on CPU, 8.0 on an H200."""
 
 
-def block_saved_bytes(config: VimConfig, backend: str, dtype: torch.dtype) -> float:
+def block_saved_bytes(config: VimConfig, backend: str, dtype: torch.dtype, tokens: int) -> float:
     """Bytes a token: residual stream, input of in_proj, its output, what the scan saves, input of out_proj.
 
     Args:
         backend: fast backend of `vim_kernels` that runs the scan.
         dtype: of the products. The residual stream is float32.
+        tokens: of one picture; a pooled scan keeps less where more of them share a line.
     """
-    d, e, size = config.d_model, config.d_inner, dtype.itemsize
-    scan = saved_bytes(backend, d_inner=e, d_state=config.d_state, dt_rank=config.dt_rank, dtype=dtype)
+    d, e, size, pooled = config.d_model, config.d_inner, dtype.itemsize, {}
+    if config.scan == "pooled":
+        lines = sum(config.grid(*config.img_size)) / 2  # rows and columns in turn
+        pooled = {"tokens_a_line": tokens / lines, "norm": config.mixer_norm}
+    scan = saved_bytes(backend, d_inner=e, d_state=config.d_state, dt_rank=config.dt_rank, dtype=dtype, **pooled)
     return FLOAT * d + size * d + size * 2 * e + scan + size * e
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from vim_backbone.config import VimConfig
 from vim_backbone.hand_over import Given, hooked, take
-from vim_kernels import ScanWeights, bidirectional_scan
+from vim_kernels import Lines, NormWeights, ScanWeights, bidirectional_scan, pooled_scan
 
 
 class Mixer(nn.Module):
@@ -33,12 +33,18 @@ class Mixer(nn.Module):
         self.scan_norm = nn.LayerNorm(d) if config.mixer_norm else None
         self.keep_inputs = False  # see `vim_kernels.bidirectional_scan`
 
-    def forward(self, h: Given[Tensor], cu_seqlens: Tensor | None = None) -> Tensor:
-        """(batch, length, d_model) -> the same; or (1, total, d_model), pictures packed with borders `cu_seqlens`."""
+    def forward(self, h: Given[Tensor], cu_seqlens: Tensor | None = None, lines: Lines | None = None) -> Tensor:
+        """(batch, length, d_model) -> the same; or (1, total, d_model), pictures packed with borders `cu_seqlens`.
+
+        With `lines` it is the pooled scan, whose lines know the borders.
+        """
         xz = self.in_proj(take(h))
         forward = _weights(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
         backward = _weights(self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
-        if self.scan_norm is None:
+        if lines is not None:
+            norm, eps = (None, 0.0) if self.scan_norm is None else (_norm_weights(self.scan_norm), self.scan_norm.eps)
+            y = pooled_scan(xz, forward, backward, lines, norm=norm, eps=eps)
+        elif self.scan_norm is None:
             keeps_xz = torch.is_grad_enabled() or hooked(self.in_proj)
             y = bidirectional_scan(
                 xz, forward, backward, cu_seqlens=cu_seqlens, overwrite=not keeps_xz, keep_inputs=self.keep_inputs
@@ -50,6 +56,10 @@ class Mixer(nn.Module):
             )
             y = self.scan_norm(y) * F.silu(z)
         return self.out_proj(y)
+
+
+def _norm_weights(norm: nn.LayerNorm) -> NormWeights:
+    return NormWeights(norm.weight, norm.bias)
 
 
 def _weights(conv: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: Tensor, D: Tensor) -> ScanWeights:

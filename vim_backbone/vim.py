@@ -17,10 +17,12 @@ from vim_backbone.config import VimConfig
 from vim_backbone.errors import UserError
 from vim_backbone.folder import save_pretrained
 from vim_backbone.hand_over import Given, hand_over
+from vim_backbone.lines import Grid, GridLines, batch_lines, packed_lines
 from vim_backbone.packing import PackedLayout, layout_of
 from vim_backbone.position import resize_table, sincos_table
 from vim_backbone.tokens import TokenLayout
 from vim_backbone.weights import lecun_normal_
+from vim_kernels import Lines
 
 Images = Tensor | Sequence[Tensor]
 """Pictures (b, c, h, w), or a list of pictures (c, h, w) of any sizes."""
@@ -122,7 +124,7 @@ class VisionMamba(nn.Module):
         Of a list of pictures, the list of each one's (special + l, d_model).
         """
         lengths = self.lengths(images)
-        return _joined(*self.encode(self.embed(images), lengths), lengths)
+        return _joined(*self.encode(self.embed(images), lengths, self.lines(images)), lengths)
 
     def forward_head(self, tokens: Tensor | list[Tensor], pre_logits: bool = False) -> Tensor:
         """Tokens of `forward_features` -> pooled (b, d_model) when `pre_logits`, else through the classifier."""
@@ -156,21 +158,35 @@ class VisionMamba(nn.Module):
                 raise UserError(f"a picture of the list has shape {tuple(image.shape)}, it must be (channels, h, w)")
         return [rows * columns for rows, columns in (self.config.grid(*image.shape[-2:]) for image in images)]
 
-    def encode(self, patches: Tensor, lengths: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+    def lines(self, images: Images, visible: Tensor | None = None) -> GridLines | None:
+        """Rows and columns of the pictures where the scan is pooled, else None.
+
+        `visible` (b, v) are the patches that have tokens, of a list counted through all pictures (1, v); their lines
+        are divided by all patches of a line. Without it the mean is multiplied by the config's `visible_share`.
+        """
+        if self.config.scan == "full":
+            return None
+        grids = [self.config.grid(*image.shape[-2:]) for image in ([images] if isinstance(images, Tensor) else images)]
+        share = self.config.visible_share if visible is None else 1.0
+        return lines_of(images, grids, visible, share)
+
+    def encode(
+        self, patches: Tensor, lengths: Sequence[int] | None = None, lines: GridLines | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Patch tokens in scan order, all or the visible ones -> normed: special (b, special, d_model), patches
         (b, l, d_model).
 
         With `lengths`, one row (1, l, d_model) with so many patches of each picture -> (pictures, special, d_model) and
-        (1, l, d_model).
+        (1, l, d_model). `lines`: those of `self.lines`, where the scan is pooled.
         """
         layout, cu_seqlens = layout_of(self.layout, lengths, patches.device)
         h = self._join_special(patches, layout, len(lengths or patches))
         residual: Tensor | None = None
         del patches  # the memory of what is used up is free while the blocks run
-        for block in self.layers:
+        for index, block in enumerate(self.layers):
             given: tuple[Given[Tensor], Given[Tensor | None]] = hand_over(h, block), hand_over(residual, block)
             del h, residual
-            h, residual = self._run(block, *given, cu_seqlens)
+            h, residual = self._run(block, *given, cu_seqlens, lines and lines[index % 2])
         h = drop_path(h, self.config.drop_path_rate, self.training, cu_seqlens)
         normed, _ = self.norm_f(h, residual)
         return layout.split(normed)
@@ -190,11 +206,16 @@ class VisionMamba(nn.Module):
         return self.position_layout.split(resize_table(self.pos_embed, self.position_layout, self.grid_size, grid))
 
     def _run(
-        self, block: nn.Module, h: Given[Tensor], residual: Given[Tensor | None], cu_seqlens: Tensor | None
+        self,
+        block: nn.Module,
+        h: Given[Tensor],
+        residual: Given[Tensor | None],
+        cu_seqlens: Tensor | None,
+        lines: Lines | None,
     ) -> tuple[Tensor, Tensor]:
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(block, h, residual, cu_seqlens, use_reentrant=False)  # pyright: ignore[reportReturnType]
-        return block(h, residual, cu_seqlens)
+            return checkpoint(block, h, residual, cu_seqlens, lines, use_reentrant=False)  # pyright: ignore[reportReturnType]
+        return block(h, residual, cu_seqlens, lines)
 
     def forward_intermediates(
         self,
@@ -224,7 +245,7 @@ class VisionMamba(nn.Module):
             raise UserError(f"output_fmt is {output_fmt!r}: choose NCHW or NLC")
         chosen = self._block_indices(indices)
         last = max(chosen) + 1 if stop_early and intermediates_only else len(self.layers)
-        lengths = self.lengths(images)
+        lengths, lines = self.lengths(images), self.lines(images)
         layout, cu_seqlens = layout_of(self.layout, lengths, images[0].device)
         h, residual, results = self._join_special(self.embed(images), layout, len(images)), None, {}
 
@@ -234,7 +255,7 @@ class VisionMamba(nn.Module):
             return (patches, special) if return_prefix_tokens else patches
 
         for index, block in enumerate(self.layers[:last]):
-            h, residual = self._run(block, h, residual, cu_seqlens)
+            h, residual = self._run(block, h, residual, cu_seqlens, lines and lines[index % 2])
             if index in chosen:
                 normed, stream = self.norm_f(h, residual)
                 special, patches = layout.split(normed if norm else stream.to(h.dtype))
@@ -311,6 +332,13 @@ class VisionMamba(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of storing its activations."""
         self.grad_checkpointing = enable
+
+
+def lines_of(images: Images, grids: Sequence[Grid], visible: Tensor | None, share: float) -> GridLines:
+    """Rows and columns of a batch of one grid, or of a list with a grid each."""
+    if isinstance(images, Tensor):
+        return batch_lines(len(images), grids[0], images.device, visible=visible, share=share)
+    return packed_lines(grids, images[0].device, visible=visible, share=share)
 
 
 def _joined(special: Tensor, patches: Tensor, lengths: list[int] | None) -> Tensor | list[Tensor]:

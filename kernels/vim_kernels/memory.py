@@ -7,7 +7,7 @@ from contextvars import ContextVar
 import torch
 
 from vim_kernels.dispatch.choice import function
-from vim_kernels.dispatch.contract import BidirectionalScan, ScanWeights
+from vim_kernels.dispatch.contract import BidirectionalScan, Lines, NormWeights, PooledScan, ScanWeights
 
 _is_tight: ContextVar[bool] = ContextVar("vim_kernels_less_memory", default=False)
 
@@ -31,13 +31,24 @@ def is_tight() -> bool:
     return _is_tight.get()
 
 
-def saved_bytes(backend: str, *, d_inner: int, d_state: int, dt_rank: int, dtype: torch.dtype) -> float:
+def saved_bytes(
+    backend: str,
+    *,
+    d_inner: int,
+    d_state: int,
+    dt_rank: int,
+    dtype: torch.dtype,
+    tokens_a_line: float | None = None,
+    norm: bool = False,
+) -> float:
     """Bytes a token that a gated `bidirectional_scan` of long sequences keeps for its backward pass.
 
-    The fast backend itself says so, on the meta device. Raises RuntimeError where it cannot be imported.
+    With `tokens_a_line`, that a `pooled_scan` keeps, with or without `norm`. The fast backend itself says so, on the
+    meta device. Raises RuntimeError where it cannot be imported.
     """
+    op = ("mixer", "bidirectional_scan_saved") if tokens_a_line is None else ("pooled", "pooled_scan_saved")
     try:
-        saved_of = function(backend, "mixer", "bidirectional_scan_saved")
+        saved_of = function(backend, *op)
     except ImportError as error:
         raise RuntimeError(f"backend {backend!r} cannot be imported: {error}") from error
     tokens = 1 << 16
@@ -46,5 +57,11 @@ def saved_bytes(backend: str, *, d_inner: int, d_state: int, dt_rank: int, dtype
         channels, states = torch.empty(d_inner), torch.empty(d_inner, d_state)
         x_proj, dt_proj = torch.empty(dt_rank + 2 * d_state, d_inner), torch.empty(d_inner, dt_rank)
         weights = ScanWeights(torch.empty(d_inner, 4), channels, x_proj, dt_proj, channels, states, channels)
-        saved = saved_of(BidirectionalScan(xz, weights, weights, None, gated=True))
+        arguments = BidirectionalScan(xz, weights, weights, None, gated=True)
+        if tokens_a_line is not None:
+            lines = max(1, round(tokens / tokens_a_line))
+            places = Lines(torch.empty(lines + 1), torch.empty(tokens), torch.empty(lines))
+            norm_weights = NormWeights(channels, channels) if norm else None
+            arguments = PooledScan(xz, weights, weights, places, norm_weights, 0.0)
+        saved = saved_of(arguments)
         return sum(tensor.nbytes for tensor in saved) / tokens

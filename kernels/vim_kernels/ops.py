@@ -9,10 +9,19 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from vim_kernels.checks import check_cu_seqlens, check_float, check_same_device, check_shape
+from vim_kernels.checks import check_cu_seqlens, check_float, check_lines, check_same_device, check_shape
 from vim_kernels.dispatch.call import call
 from vim_kernels.dispatch.choice import choose
-from vim_kernels.dispatch.contract import AddRmsNorm, BidirectionalScan, CausalConv1d, ScanWeights, SelectiveScan
+from vim_kernels.dispatch.contract import (
+    AddRmsNorm,
+    BidirectionalScan,
+    CausalConv1d,
+    Lines,
+    NormWeights,
+    PooledScan,
+    ScanWeights,
+    SelectiveScan,
+)
 
 
 @overload
@@ -127,14 +136,7 @@ def bidirectional_scan(
     Raises:
         ValueError or TypeError, naming the argument, for a wrong shape, dtype, device or cu_seqlens.
     """
-    check_float("xz", xz)
-    shapes = tuple(None if tensor is None else tensor.shape for tensor in (*forward, *backward))
-    # looking it up costs a tenth of checking anew
-    check_shapes = _check_mixer_shapes if torch.compiler.is_compiling() else _check_mixer_shapes_once
-    check_shapes(gated, xz.shape, *shapes)
-    for name, weights in (("forward", forward), ("backward", backward)):
-        if any(tensor is not None and tensor.device != xz.device for tensor in weights):
-            check_same_device(xz, **{f"{name}.{field}": tensor for field, tensor in weights._asdict().items()})
+    _check_mixer(gated, xz, forward, backward)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, xz)
         check_same_device(xz, cu_seqlens=cu_seqlens)
@@ -146,6 +148,60 @@ def bidirectional_scan(
         with torch.autocast(xz.device.type, enabled=False):
             return call(name, arguments, overwrite=overwrite)
     return call(name, arguments, overwrite=overwrite)
+
+
+def pooled_scan(
+    xz: Tensor,
+    forward: ScanWeights,
+    backward: ScanWeights,
+    lines: Lines,
+    *,
+    norm: NormWeights | None = None,
+    eps: float = 1e-5,
+    backend: str | None = None,
+) -> Tensor:
+    """Everything of a pooled Vim mixer between in_proj and out_proj (FastVim, arXiv 2502.00594, section 3).
+
+    As `bidirectional_scan`, but x_proj, dt_proj and scan take one token a line: in each direction the weighted sum of
+    the convolved tokens of a row or column, whose result every token of the line gets. Skip and gate, and the LayerNorm
+    between them where `norm` is given, are taken token by token.
+
+    Args:
+        xz: (batch, length, 2 d_inner), x in the first half and z in the second.
+        forward, backward: the parameters of the two directions.
+        lines: which tokens make a line, in which order tokens and lines are scanned, and the borders of packed images.
+        norm: (weight, bias) of a LayerNorm over d_inner, of the mean of the directions before the gate.
+        eps: of that norm.
+
+    Returns:
+        (batch, length, d_inner), contiguous, in the dtype and order of xz.
+
+    Raises:
+        ValueError or TypeError, naming the argument, for a wrong shape, dtype, device, or lines that do not fit.
+    """
+    _check_mixer(True, xz, forward, backward)
+    check_lines(lines, xz)
+    if norm is not None:
+        for field, tensor in norm._asdict().items():
+            check_shape(f"norm.{field}", tensor.shape, (xz.shape[2] // 2,))
+            check_same_device(xz, **{f"norm.{field}": tensor})
+    arguments, name = PooledScan(xz.contiguous(), forward, backward, lines, norm, eps), choose(backend, xz.device)
+    if torch.is_autocast_enabled(xz.device.type):
+        with torch.autocast(xz.device.type, enabled=False):
+            return call(name, arguments)
+    return call(name, arguments)
+
+
+def _check_mixer(gated: bool, xz: Tensor, forward: ScanWeights, backward: ScanWeights) -> None:
+    """Raise ValueError or TypeError for the first dtype, shape or device that does not fit."""
+    check_float("xz", xz)
+    shapes = tuple(None if tensor is None else tensor.shape for tensor in (*forward, *backward))
+    # looking it up costs a tenth of checking anew
+    check_shapes = _check_mixer_shapes if torch.compiler.is_compiling() else _check_mixer_shapes_once
+    check_shapes(gated, xz.shape, *shapes)
+    for name, weights in (("forward", forward), ("backward", backward)):
+        if any(tensor is not None and tensor.device != xz.device for tensor in weights):
+            check_same_device(xz, **{f"{name}.{field}": tensor for field, tensor in weights._asdict().items()})
 
 
 def _check_mixer_shapes(gated: bool, xz: tuple[int, ...], *weights: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vim_kernels.dispatch.contract import ScanWeights
+from vim_kernels.dispatch.contract import Lines, NormWeights, ScanWeights
 
 
 def unavailable(device: torch.device) -> str | None:  # noqa: ARG001 - one signature for all backends
@@ -82,6 +82,8 @@ def causal_conv1d(
         kernel = kernel.flip(-1)
     pieces = []
     for start, stop in sequences(x, cu_seqlens):
+        if start == stop:
+            continue
         padded = F.pad(x[:, start:stop].to(work).transpose(1, 2), pad)
         y = F.conv1d(padded, kernel, None if bias is None else bias.to(work), groups=channels)
         pieces.append(y.transpose(1, 2))
@@ -106,29 +108,58 @@ def bidirectional_scan(
     x = xz[..., :channels].to(work)
     total = torch.zeros_like(x)
     for weights, reverse in ((forward, False), (backward, True)):
-        states, rank = weights.A_log.shape[1], weights.dt_proj.shape[1]
         u = causal_conv1d(
             x, weights.conv_weight, weights.conv_bias, activation="silu", reverse=reverse, cu_seqlens=cu_seqlens
         )
-        low_rank, B, C = F.linear(u, weights.x_proj.to(work)).split([rank, states, states], dim=-1)
-        y, _ = selective_scan(
-            u,
-            F.linear(low_rank, weights.dt_proj.to(work)),
-            -torch.exp(weights.A_log.to(work)),
-            B,
-            C,
-            weights.D,
-            None,
-            weights.dt_bias,
-            dt_softplus=True,
-            reverse=reverse,
-            cu_seqlens=cu_seqlens,
-            initial_state=None,
-        )
-        total = total + y
+        total = total + _project_and_scan(u, weights, weights.D, reverse, cu_seqlens)
     if gated:
         total = total * F.silu(xz[..., channels:].to(work))
     return (total / 2).to(xz.dtype)
+
+
+def pooled_scan(
+    xz: Tensor,  # (b, l, 2 d): x | z
+    forward: ScanWeights,
+    backward: ScanWeights,
+    lines: Lines,
+    *,
+    norm: NormWeights | None,
+    eps: float,
+) -> Tensor:
+    """As `bidirectional_scan`, with projections and scan on one token a line. (FastVim, arXiv 2502.00594.)"""
+    work, d = _work_dtype(xz), forward.A_log.shape[0]
+    b, l, _ = xz.shape
+    line_of, cu_seqlens = lines.line_of.long(), lines.cu_seqlens()
+    x = xz[..., :d].to(work)
+    if lines.order is not None:
+        x = x.flatten(0, 1)[lines.order.long()].view(b, l, d)
+    total = torch.zeros_like(x)
+    for weights, reverse in ((forward, False), (backward, True)):
+        u = causal_conv1d(
+            x, weights.conv_weight, weights.conv_bias, activation="silu", reverse=reverse, cu_seqlens=cu_seqlens
+        )
+        sums = x.new_zeros(lines.total, d).index_add(0, line_of, u.flatten(0, 1))
+        pooled = (sums * lines.weights.to(work)[:, None]).view(b, lines.total // max(b, 1), d)
+        y = _project_and_scan(pooled, weights, None, reverse, lines.cu_lines)
+        total = total + y.flatten(0, 1)[line_of].view(b, l, d) + weights.D.to(work) * u
+    if lines.order is not None:
+        places = lines.order.long().argsort()
+        total = total.flatten(0, 1)[places].view(b, l, d)
+    total = total / 2
+    if norm is not None:
+        total = F.layer_norm(total, (d,), norm.weight.to(work), norm.bias.to(work), eps)
+    return (total * F.silu(xz[..., d:].to(work))).to(xz.dtype)
+
+
+def _project_and_scan(
+    u: Tensor, weights: ScanWeights, skip: Tensor | None, reverse: bool, cu_seqlens: Tensor | None
+) -> Tensor:
+    """The scan of u (b, l, d), whose dt, B and C are projections of u."""
+    states, rank = weights.A_log.shape[1], weights.dt_proj.shape[1]
+    low_rank, B, C = F.linear(u, weights.x_proj.to(u)).split([rank, states, states], dim=-1)
+    dt, A = F.linear(low_rank, weights.dt_proj.to(u)), -torch.exp(weights.A_log.to(u))
+    options = {"dt_softplus": True, "reverse": reverse, "cu_seqlens": cu_seqlens, "initial_state": None}
+    return selective_scan(u, dt, A, B, C, skip, None, weights.dt_bias, **options)[0]
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,6 @@
 """What one process holds while it trains: parameters, gradients and optimizer by strategy, activations by sizes."""
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import nn
@@ -60,17 +59,20 @@ def footprint(model: nn.Module, work: Work, dtype: torch.dtype, backend: str = "
         dtype: of the products; parameters are float32.
         backend: fast backend of `vim_kernels` that runs the scans.
     """
-    saved_by_block = partial(block_saved_bytes, backend=backend, dtype=dtype)
+
+    def saved_by_block(stack: Stack) -> float:
+        return block_saved_bytes(stack.config, backend, dtype, stack.tokens)
+
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     sizes = [sum(p.numel() for p in m.parameters()) for m in model.modules() if isinstance(m, Block)]
     saved = work.ends
     for stack in work.stacks:
-        block = block_input_bytes(stack.config, dtype) if stack.recompute else saved_by_block(stack.config)
+        block = block_input_bytes(stack.config, dtype) if stack.recompute else saved_by_block(stack)
         saved += block * stack.tokens * stack.config.depth
 
     def backward(stack: Stack) -> float:
-        again = saved_by_block(stack.config) if stack.recompute else 0
+        again = saved_by_block(stack) if stack.recompute else 0
         return (block_backward_bytes(stack.config) + again) * stack.tokens
 
     return Footprint(

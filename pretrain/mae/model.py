@@ -18,7 +18,7 @@ from vim_backbone.errors import UserError, require
 from vim_backbone.packing import layout_of
 from vim_backbone.position import resize_table, sincos_table
 from vim_backbone.tokens import TokenLayout
-from vim_backbone.vim import Images
+from vim_backbone.vim import Images, lines_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +34,12 @@ class DecoderConfig:
         require(self.width >= 4 and self.width % 4 == 0, "decoder.width", self.width, "it must be a multiple of 4")
         require(self.depth >= 1, "decoder.depth", self.depth, "it must be at least 1")
 
-    def blocks(self, norm_eps: float) -> VimConfig:
-        """The decoder's blocks."""
-        return VimConfig(d_model=self.width, depth=self.depth, norm_eps=norm_eps)
+    def blocks(self, encoder: VimConfig) -> VimConfig:
+        """The decoder's blocks, which scan as the encoder's do."""
+        shared = {name: getattr(encoder, name) for name in ("norm_eps", "scan", "img_size", "patch_size", "stride")}
+        if encoder.scan == "pooled":
+            shared |= {"class_token": "none", "global_pool": "avg", "mixer_norm": encoder.mixer_norm}
+        return VimConfig(d_model=self.width, depth=self.depth, **shared)
 
 
 class Reconstruction(NamedTuple):
@@ -78,7 +81,7 @@ class MaskedAutoencoder(nn.Module):
         self.encoder = encoder
         self.patch_size = config.patch_size
         self.layout = encoder.layout
-        blocks = decoder.blocks(config.norm_eps)
+        blocks = decoder.blocks(config)
         self.decoder_embed = nn.Linear(config.d_model, decoder.width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder.width))
         self.decoder_pos_embed = nn.Parameter(sincos_table(encoder.grid_size, decoder.width)[None], requires_grad=False)
@@ -141,15 +144,21 @@ class MaskedAutoencoder(nn.Module):
 
     def _decode(self, images: Images, visible: Tensor, lengths: list[int] | None) -> Tensor:
         """(b, l, decoder width) for all patches."""
-        special, seen = self.encoder.encode(select(self.encoder.embed(images), visible), lengths)
+        special, seen = self.encoder.encode(
+            select(self.encoder.embed(images), visible), lengths, self.encoder.lines(images, visible)
+        )
         special, seen = self.decoder_embed(special), self.decoder_embed(seen)
         positions = self._positions(images)
         tokens = self.mask_token.to(seen.dtype).expand(len(seen), positions.shape[1], -1)
         tokens = tokens.scatter(1, visible[..., None].expand_as(seen), seen) + positions
         layout, cu_seqlens = layout_of(self.layout, self.encoder.lengths(images), tokens.device)
         h, residual = layout.join(special.to(tokens.dtype), tokens), None
-        for block in self.decoder_layers:
-            h, residual = block(h, residual, cu_seqlens)
+        lines = None
+        if self.encoder.config.scan == "pooled":
+            grids = [self._grid(image) for image in ([images] if isinstance(images, Tensor) else images)]
+            lines = lines_of(images, grids, None, 1.0)
+        for index, block in enumerate(self.decoder_layers):
+            h, residual = block(h, residual, cu_seqlens, lines and lines[index % 2])
         return layout.split(self.decoder_norm(h, residual)[0])[1]
 
     def _positions(self, images: Images) -> Tensor:

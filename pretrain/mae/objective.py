@@ -81,7 +81,7 @@ class MAE:
         return Work(
             stacks=(
                 Stack(architecture, visible, recompute),
-                Stack(self.decoder.blocks(architecture.norm_eps), patches + special),
+                Stack(self.decoder.blocks(architecture), patches + special),
             ),
             ends=FLOAT * (visible * architecture.d_model + 2 * patches * width + 2 * hidden * pixels)
             + itemsize * hidden * (width + pixels),

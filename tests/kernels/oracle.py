@@ -58,3 +58,30 @@ def mixer_core(x, z, forward, backward):
         total += y
     total /= 2
     return total if z is None else total * _silu(np.asarray(z, np.float64))
+
+
+def pooled_core(x, z, rows, columns, count, weight, forward, backward, *, norm=None, eps=1e-5):
+    """One picture's tokens x, z (l, d) at (row, column): x_proj, dt_proj and scan on one token a row. Returns (l, d).
+
+    There are `count` rows; the scan sees `weight` times the sum of each. For columns exchange rows and columns.
+    """
+    order = sorted(range(len(x)), key=lambda t: (rows[t], columns[t]))
+    total = np.zeros(np.shape(x))
+    for w, reverse in ((forward, False), (backward, True)):
+        w = type(w)(*(np.asarray(t, np.float64) for t in w))
+        rank, n = w.dt_proj.shape[1], w.A_log.shape[1]
+        u = conv(np.asarray(x, np.float64)[order], w.conv_weight, w.conv_bias, reverse=reverse)
+        pooled = np.zeros((count, u.shape[1]))
+        for place, t in enumerate(order):
+            pooled[rows[t]] += weight * u[place]
+        proj = pooled @ w.x_proj.T
+        dt = _softplus(proj[:, :rank] @ w.dt_proj.T + w.dt_bias)
+        y, _ = scan(pooled, dt, -np.exp(w.A_log), proj[:, rank : rank + n], proj[:, rank + n :], reverse=reverse)
+        for place, t in enumerate(order):
+            total[t] += (y[rows[t]] + w.D * u[place]) / 2
+    if norm is not None:
+        centred = total - total.mean(-1, keepdims=True)
+        total = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps) * np.asarray(norm[0]) + np.asarray(
+            norm[1]
+        )
+    return total * _silu(np.asarray(z, np.float64))

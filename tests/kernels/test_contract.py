@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vim_kernels import ScanWeights
+from vim_kernels import Lines, ScanWeights
 from vim_kernels.dispatch.contract import OPS, BidirectionalScan, Constant, Layout, leaves
 
 
@@ -76,6 +76,6 @@ def test_schemas_name_every_argument(spec):
     assert [a.name for a in backward.arguments][: len(spec.outputs)] == [f"d{name}" for name in spec.outputs]
 
 
-def test_only_borders_of_packed_images_have_no_gradient():
+def test_only_borders_of_packed_images_and_lines_have_no_gradient():
     constants = {leaf.name for s in OPS.values() for leaf in leaves(s.arguments) if leaf.is_tensor > leaf.has_gradient}
-    assert constants == {"cu_seqlens"}
+    assert constants == {"cu_seqlens", *(f"lines_{field}" for field in Lines._fields)}

@@ -6,6 +6,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
+from tests.kernels.pooled_cases import draw_picture, lines_of
 from vim_kernels import ScanWeights, add_rms_norm, available_backends, bidirectional_scan, causal_conv1d
 from vim_kernels import selective_scan as scan
 
@@ -34,12 +35,18 @@ def cu(*borders):
 def test_opcheck(backend, packed):
     borders, b, l = (cu(0, 2, 5), 1, 5) if packed else (None, 2, 5)
     x, bc = draw(b, l, D), draw(b, l, N, seed=1)
-    A, state = -draw(D, N, grad=False).exp(), draw(2, D, N)
+    A, state, xz = -draw(D, N, grad=False).exp(), draw(2, D, N), draw(b, l, 2 * D)
+    pictures = (
+        [draw_picture(1, 2), draw_picture(3, 2, 3)] if packed else [draw_picture(2, 3, 5, seed=i) for i in (0, 1)]
+    )
+    lines = lines_of(pictures, by_column=packed, packed=packed)
     cases = [
         (library.selective_scan, (x, x, A, bc, bc, draw(D), x, draw(D), borders, state, True, packed, backend, True)),
         (library.selective_scan, (x, x, A, bc, bc, None, None, None, borders, None, True, True, backend, True)),
-        (library.bidirectional_scan, (draw(b, l, 2 * D), *weights(), *weights(9), borders, True, True, backend, True)),
+        (library.bidirectional_scan, (xz, *weights(), *weights(9), borders, True, True, backend, True)),
         (library.bidirectional_scan, (x, *weights(), *weights(9), borders, False, False, backend, True)),
+        (library.pooled_scan, (xz, *weights(), *weights(9), *lines, draw(D), draw(D, seed=5), 1e-5, backend, True)),
+        (library.pooled_scan, (xz, *weights(), *weights(9), *lines, None, None, 1e-5, backend, True)),
         (library.causal_conv1d, (x, draw(D, 4), draw(D), borders, "silu", packed, backend)),
         (library.causal_conv1d, (x, draw(D, 3), None, borders, None, packed, backend)),
         (library.add_rms_norm, (x, draw(b, l, D, seed=3), draw(D), 1e-5, backend)),

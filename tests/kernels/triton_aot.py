@@ -29,6 +29,8 @@ from vim_kernels.triton_backend import (
     norm_forward,
     plan,
     pointwise,
+    pooled_backward,
+    pooled_forward,
     scan_backward,
     scan_forward,
     tiled_scan_backward,
@@ -47,18 +49,22 @@ NVIDIA_TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidi
 SIXTEEN_BIT = {
     "u_ptr", "dt_ptr", "z_ptr", "out_ptr", "ungated_ptr", "dy_ptr", "du_ptr", "ddt_ptr", "dout_ptr", "dz_ptr", "x_ptr",
     "dx_ptr", "states_ptr", "dbc_ptr", "parts_ptr", "low_ptr", "projections_ptr",
-    "dprojected_ptr", "normed_ptr", "dnormed_ptr",
+    "dprojected_ptr", "normed_ptr", "dnormed_ptr", "xz_ptr", "dxz_ptr", "pooled_ptr", "dpooled_ptr", "dsum_ptr",
 }  # fmt: skip
 INTERVAL = {"cuda": plan.INTERVAL // 2, "hip": plan.INTERVAL}
 """Of 16-bit tokens; the states saved are bfloat16 on NVIDIA and float32 on AMD."""
-INT32 = {"table_ptr", "sequence_ptr", "segment_ptr", "cu_seqlens_ptr"}
+INT32 = {
+    "table_ptr", "sequence_ptr", "segment_ptr", "cu_seqlens_ptr", "starts_ptr", "order_ptr", "cu_lines_ptr",
+    "line_of_ptr", "cu_runs_ptr",
+}  # fmt: skip
 INT64 = {
     "u_direction", "bc_direction", "chunk_direction", "slot_direction", "total_direction", "block_stride",
-    "part_stride",
+    "part_stride", "line_direction",
 }  # fmt: skip
 MULTIPLE_OF_16 = {
     "channels",
     "x_stride",
+    "xz_stride",
     "z_stride",
     "dz_stride",
     "dx_stride",
@@ -133,7 +139,7 @@ def cases(column: str) -> list[Case]:
     found += _mixer_backward_cases(column)
     if column == "cuda":
         found += _tiled_cases()
-    return found + _token_cases(column)
+    return found + _token_cases(column) + _pooled_cases(column)
 
 
 def _mixer_backward_cases(column: str) -> list[Case]:
@@ -145,7 +151,7 @@ def _mixer_backward_cases(column: str) -> list[Case]:
         found.append(Case(mixer_backward.projections_backward_kernel, constants | tile, rows.warps, rows.stages))
         tile = {"ROWS": sums.rows, "BLOCK": sums.block}
         found.append(Case(mixer_backward.projection_sums_kernel, constants | tile, sums.warps, sums.stages))
-    constants = {"N": 16, "STATES": 16, "WIDTH": 4, "RANK": 12, "RANK_BLOCK": 16}
+    constants = {"N": 16, "STATES": 16, "WIDTH": 4, "RANK": 12, "RANK_BLOCK": 16, "SKIP_WITH_TAPS": True}
     constants |= {"PARTS": gradients.rows, "BLOCK": gradients.block}
     found.append(Case(mixer_backward.mixer_gradients_kernel, constants, gradients.warps, gradients.stages))
     return found
@@ -198,6 +204,30 @@ def _token_cases(column: str) -> list[Case]:
         Case(norm_forward.add_rms_norm_forward_kernel, {"HAS_RESIDUAL": True, **norm}, 4),
         Case(norm_backward.add_rms_norm_backward_kernel, {"HAS_DTOTAL": True, **norm}, 4),
     ]
+
+
+def _pooled_cases(column: str) -> list[Case]:
+    def shared(packed: bool, sizes: plan.PooledSizes) -> dict[str, Any]:
+        return {
+            "ORDERED": packed, "PACKED": packed, "WIDTH": 4, "LINES": sizes.lines, "STEPS": sizes.steps,
+            "BLOCK": sizes.block, "HARDWARE": column == "cuda",
+        }  # fmt: skip
+
+    found, convolution = [], plan.POOLED_CONVOLUTION_BACKWARD[column]
+    for packed in (False, True):
+        sizes = plan.POOLED_LINES[column]
+        found.append(Case(pooled_forward.pooled_lines_kernel, shared(packed, sizes), sizes.warps))
+        constants = {"GROUPS": convolution.groups, "STEPS": convolution.steps, "BLOCK": convolution.block}
+        constants |= {"ORDERED": packed, "PACKED": packed, "WIDTH": 4, "HARDWARE": column == "cuda"}
+        kernel = pooled_backward.pooled_convolution_backward_kernel
+        found.append(Case(kernel, constants, convolution.warps))
+        for norm in (False, True):
+            sizes, constants = (plan.POOLED_NORM if norm else plan.POOLED_OUTPUT)[column], {"NORM": norm}
+            found.append(Case(pooled_forward.pooled_output_kernel, constants | shared(packed, sizes), sizes.warps))
+            sizes = (plan.POOLED_NORM if norm else plan.POOLED_OUTPUT_BACKWARD)[column]
+            kernel = pooled_backward.pooled_output_backward_kernel
+            found.append(Case(kernel, constants | shared(packed, sizes), sizes.warps))
+    return found
 
 
 def compile_case(case: Case, target: str) -> Compiled:

@@ -5,6 +5,7 @@ import torch
 
 from launch.planning.memory import Stack, Work, fitting, footprint, peak, shares
 from vim_backbone import VisionMamba, named_config
+from vim_backbone.memory import block_saved_bytes
 
 
 def whole_model(name="vim_tiny"):
@@ -42,3 +43,15 @@ def test_recomputed_blocks_keep_their_input_alone():
     again = footprint(model, Work((Stack(config, 197, recompute=True),), 0.0), torch.float32, "cpu")
     assert again.saved == 197 * 24 * 8 * 192
     assert again.last_backward - plain.last_backward == pytest.approx(plain.saved / 24)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_pooled_scan_keeps_its_lines_alone(norm):
+    """14 lines of 14 tokens; on CPU float32 sums of both directions and y, projections, states every 32 lines."""
+    pooled = {"scan": "pooled", "class_token": "none", "global_pool": "avg", "mixer_norm": norm}
+    config = named_config("vim_tiny", num_classes=0, position="sincos", **pooled)
+    per_line = 4 * (3 * 384 + 2 * 48 + 2 * 384 * 16 / 32)
+    scan = per_line / 14 + 8 * norm
+    assert block_saved_bytes(config, "cpu", torch.float32, 196) == pytest.approx(
+        4 * (2 * 192 + 3 * 384) + scan, rel=1e-3
+    )

@@ -105,6 +105,7 @@ def test_it_learns(tmp_path):
         ),
         pytest.param(("--precision=bf16", "--mask.kind=block"), id="bf16"),
         pytest.param(("--data.sizes=native", "--model.patch_size=8", "--picture_every=2"), id="native sizes"),
+        pytest.param(("--model.scan=pooled", "--data.sizes=native", "--model.patch_size=8"), id="pooled"),
     ],
 )
 def test_resume_is_exact(tmp_path, options):
@@ -119,6 +120,12 @@ def test_resume_is_exact(tmp_path, options):
     parts = ["model", "optimizer", *(["ema"] if "--ema_decay=0.9" in options else [])]
     for part in parts:
         torch.testing.assert_close(weights(cut, 6, part), weights(whole, 6, part), rtol=0, atol=0)
+
+
+def test_a_pooled_run_publishes_what_fine_tuning_needs(tmp_path):
+    folder = pretrain(config(tmp_path, "--model.scan=pooled", "--mask.ratio=0.5", "--steps=1"))
+    published = from_pretrained(folder / "backbone").config
+    assert (published.scan, published.visible_share, published.global_pool) == ("pooled", 0.5, "avg")
 
 
 def test_another_seed_is_another_run(tmp_path):

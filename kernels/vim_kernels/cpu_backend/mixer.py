@@ -51,7 +51,7 @@ def bidirectional_scan_forward(
     projections = [(u @ weights.x_proj.t()).float() for u, weights in zip(us, two, strict=True)]
     # a token's u is read before its sum is written: the directions leave theirs where their u was
     out, partial = us[1], us[0] if dtype == torch.float32 else torch.empty_like(us[0], dtype=torch.float32)
-    first, last = _scan_fields(rows, gate, two, us, projections)
+    first, last = scan_fields(rows, gate, two, us, projections)
     first |= {"gate": 0, "out": partial.data_ptr(), "scale": 1.0}
     last |= {"partial": partial.data_ptr(), "out": out.data_ptr(), "out_bf16": dtype == torch.bfloat16}
     for fields, projection, copy, states in zip((first, last), projections, saved[::2], saved[1::2], strict=False):
@@ -78,11 +78,11 @@ def bidirectional_scan_backward(arguments: BidirectionalScan, dout: Tensor, save
     us = _convolve(rows, two, plan)
     projections = saved[::2]
     partial = torch.empty(plan.tokens, d)
-    fields = _scan_fields(rows, gate, two, us, projections)
+    fields = scan_fields(rows, gate, two, us, projections)
     fields[1]["partial"] = partial.data_ptr()
     for one, states in zip(fields, saved[1::2], strict=True):
         one["checkpoints"] = states.data_ptr()
-    gradients, buffers = _gradient_fields(dout_rows, two, plan)
+    gradients, buffers = gradient_fields(dout_rows, two, plan)
     gradients[0]["y_out"] = partial.data_ptr()
     gradients[1] |= {"dgate": address(dz), "dgate_stride": halves * d}
     directions, gradients = records(SCAN, *fields), records(SCAN_GRADIENT, *gradients)
@@ -92,10 +92,10 @@ def bidirectional_scan_backward(arguments: BidirectionalScan, dout: Tensor, save
     for weights, (du, ddt, dbc, dweights), u, projection, parameters in zip(
         two, buffers, us, projections, (forward, backward), strict=True
     ):
-        partials.append(_projection_gradients(weights, parameters, u, projection, du, ddt, dbc, dweights.sum(0)))
+        partials.append(projection_gradients(weights, parameters, u, projection, du, ddt, dbc, dweights.sum(0)))
     conv = _conv_gradients(rows, two, [du for du, *_ in buffers], dx, plan)
     dforward, dbackward = (
-        _like(parameters, partial._replace(conv_weight=weight, conv_bias=bias))
+        like_weights(parameters, partial._replace(conv_weight=weight, conv_bias=bias))
         for parameters, partial, (weight, bias) in zip((forward, backward), partials, conv, strict=True)
     )
     if d != x.shape[-1]:
@@ -122,7 +122,7 @@ def _conv_fields(rows: Tensor, weights: DirectionWeights, reverse: int, **more: 
     )  # fmt: skip
 
 
-def _scan_fields(
+def scan_fields(
     rows: Tensor,
     gate: Tensor | None,
     two: list[DirectionWeights],
@@ -146,7 +146,7 @@ def _scan_fields(
     return fields
 
 
-def _gradient_fields(
+def gradient_fields(
     dout: Tensor, two: list[DirectionWeights], plan: Plan
 ) -> tuple[list[dict[str, int]], list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
     """SCAN_GRADIENT records, and what they point to: du, ddt, dB | dC by group, dA | dskip | ddt_bias."""
@@ -166,7 +166,7 @@ def _gradient_fields(
     return fields, buffers
 
 
-def _projection_gradients(
+def projection_gradients(
     weights: DirectionWeights,
     parameters: ScanWeights,
     u: Tensor,
@@ -225,6 +225,6 @@ def _conv_gradients(
     return [(total[:-1].t(), total[-1]) for total in totals]
 
 
-def _like(parameters: ScanWeights, partials: ScanWeights) -> ScanWeights:
+def like_weights(parameters: ScanWeights, partials: ScanWeights) -> ScanWeights:
     """Gradients in the shapes and dtypes of the parameters, None for a None."""
     return ScanWeights(*(fresh(gradient, weight) for weight, gradient in zip(parameters, partials, strict=True)))  # pyright: ignore

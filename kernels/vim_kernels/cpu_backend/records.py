@@ -55,6 +55,25 @@ CONV = _record(
 )
 """One direction of the convolution, and its gradients."""
 
+POOLED = _record(
+    # `size` channels, filled up to `channels`; in the dtype of the tokens (rows, 2 channels): x | z and their gradient,
+    # and (rows, channels): out, dout
+    "size channels taps bf16 xz dxz out dout"
+    # float32, of the direction forwards, then backwards: weight (taps, channels), bias and skip (channels,)
+    " weight bias skip weight_b bias_b skip_b"
+    # float32: y (lines, channels), the mean of both directions; weight and bias (channels,) of the norm, statistics of
+    # its rows (rows, 2): mean and 1 / deviation
+    " y norm_weight norm_bias stats"
+    # (2, lines, channels): the sums of lines in the dtype of the tokens, their gradient float32
+    " pooled dpooled"
+    # float32: (rows, channels), the gradient of the sum of the directions; (lines, channels), its sums over lines
+    " dsum dy"
+    # float32: (workers, 2, channels) of the norm; (2, sequences, taps + 2, channels): taps, bias, skip
+    " dnorm dweights lines sequences",
+    floats="eps",
+)
+"""What the pooled scan does token by token; 0 for norm_weight: without a norm."""
+
 NORM = _record(
     # (rows, channels): x and normed in the dtype of the tokens; residual, total, dtotal, dsum float32
     "rows channels bf16 x residual total weight normed dnormed dtotal dsum dweight",

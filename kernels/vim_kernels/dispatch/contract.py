@@ -50,6 +50,44 @@ class ScanWeights(NamedTuple):
     """(d,) skip."""
 
 
+class NormWeights(NamedTuple):
+    """Parameters of a LayerNorm over d channels."""
+
+    weight: Tensor
+    """(d,)"""
+    bias: Tensor
+    """(d,)"""
+
+
+class Lines(NamedTuple):
+    """Lines of tokens, the rows or columns of pictures, as offsets: which positions make a line.
+
+    A position is a place in scan order among the tokens of all sequences, one sequence after the other. Hidden tokens
+    have no position, and a line may be empty.
+    """
+
+    starts: Constant
+    """(lines + 1,) int32: line i holds the positions from starts[i] to starts[i + 1]."""
+    line_of: Constant
+    """(b l,) int32: the line of every position."""
+    weights: Constant
+    """(lines,) float32: what the sum over a line is multiplied by, 1 / tokens of a whole line for the mean."""
+    order: Constant | None = None
+    """(b l,) int32: the token at every position, a row of the sequences one after the other; None where tokens lie in
+    scan order."""
+    cu_lines: Constant | None = None
+    """(s + 1,) int32: borders of packed sequences, in lines; None where every row of a batch has as many lines."""
+
+    @property
+    def total(self) -> int:
+        """Lines of all sequences."""
+        return self.starts.shape[0] - 1
+
+    def cu_seqlens(self) -> Tensor | None:
+        """(s + 1,) int32 borders of packed sequences in positions; None for a batch."""
+        return None if self.cu_lines is None else self.starts[self.cu_lines]
+
+
 class SelectiveScan(NamedTuple):
     """Arguments of `selective_scan`: `vim_kernels.ops.selective_scan` explains them."""
 
@@ -93,6 +131,27 @@ class BidirectionalScan(NamedTuple):
             return self.xz, None
         x, z = self.xz.chunk(2, dim=-1)
         return x, z
+
+
+class PooledScan(NamedTuple):
+    """Arguments of `pooled_scan`: `vim_kernels.ops.pooled_scan` explains them."""
+
+    xz: Tensor  # (b, l, 2 d) contiguous, x and z side by side
+    forward: ScanWeights
+    backward: ScanWeights
+    lines: Lines
+    norm: NormWeights | None
+    eps: float
+
+    def outputs(self) -> tuple[Tensor]:
+        """Empty y (b, l, d) like xz."""
+        b, l, width = self.xz.shape
+        return (self.xz.new_empty(b, l, width // 2),)
+
+    def like_lines(self) -> Tensor:
+        """An empty tensor (b, lines of a row of the batch, 0) in the dtype of the tokens."""
+        b = self.xz.shape[0]
+        return self.xz.new_empty(b, self.lines.total // max(b, 1), 0)
 
 
 class CausalConv1d(NamedTuple):
@@ -141,6 +200,7 @@ OPS = {
     for spec in (
         OpSpec("selective_scan", "scan", SelectiveScan, ("y", "final_state")),
         OpSpec("bidirectional_scan", "mixer", BidirectionalScan, ("y",)),
+        OpSpec("pooled_scan", "pooled", PooledScan, ("y",)),
         OpSpec("causal_conv1d", "conv", CausalConv1d, ("y",), saves=False),
         OpSpec("add_rms_norm", "norm", AddRmsNorm, ("normed", "total"), saves=False),
     )

@@ -50,10 +50,15 @@ class MixerInputs(NamedTuple):
     @classmethod
     def empty(cls, x: Tensor, states: int, rank: int, *, low: bool) -> "MixerInputs":
         """To be filled, for x (b, l, d) and padded sizes."""
-        rows, d = x.shape[0] * x.shape[1], x.shape[2]
-        dt = x.new_empty(2, rows, d, dtype=torch.float32 if x.dtype == torch.float32 else torch.float16)
-        bc = x.new_empty(2, rows, 2 * states, dtype=torch.float32)
-        return cls(x.new_empty(2, rows, d), dt, bc, x.new_empty(2, rows, rank) if low else None)
+        return cls.of(x.new_empty(2, x.shape[0] * x.shape[1], x.shape[2]), states, rank, low=low)
+
+    @classmethod
+    def of(cls, u: Tensor, states: int, rank: int, *, low: bool) -> "MixerInputs":
+        """With u (2, rows, d) there and the rest to be filled, for padded sizes."""
+        _, rows, d = u.shape
+        dt = u.new_empty(2, rows, d, dtype=torch.float32 if u.dtype == torch.float32 else torch.float16)
+        bc = u.new_empty(2, rows, 2 * states, dtype=torch.float32)
+        return cls(u, dt, bc, u.new_empty(2, rows, rank) if low else None)
 
     def scan(self, weights: MixerWeights) -> ScanInputs:
         """What the scan reads."""
@@ -68,11 +73,11 @@ def bidirectional_scan_saved(arguments: BidirectionalScan) -> list[Tensor]:
     x, z = arguments.halves()
     d, n = arguments.forward.A_log.shape
     tokens = tokens_of(x, arguments.cu_seqlens)
-    saved = [x.new_empty(2, tokens.slots(), _padded(n), d, dtype=plan.states_dtype(x))]
+    saved = [x.new_empty(2, tokens.slots(), padded(n), d, dtype=plan.states_dtype(x))]
     if z is not None:
         saved.append(x.new_empty(x.shape))
     if arguments.keep_inputs:
-        inputs = MixerInputs.empty(x, _padded(n), _padded(arguments.forward.dt_proj.shape[1]), low=True)
+        inputs = MixerInputs.empty(x, padded(n), padded(arguments.forward.dt_proj.shape[1]), low=True)
         saved += [t for t in inputs if t is not None]
     return saved
 
@@ -121,7 +126,7 @@ def bidirectional_scan_backward(arguments: BidirectionalScan, dout: Tensor, save
     dxz = x.new_empty(b, l, d if z is None else 2 * d)
     dx, dz = dxz[..., :d], None if z is None else dxz[..., d:]
     if x.numel() == 0:
-        return arguments._replace(xz=dxz, forward=_zeros(forward), backward=_zeros(backward))
+        return arguments._replace(xz=dxz, forward=zeros(forward), backward=zeros(backward))
     tokens = tokens_of(x, cu_seqlens)
     laid_out = mixer_weights(x, forward, backward)
     if arguments.keep_inputs:
@@ -137,9 +142,9 @@ def bidirectional_scan_backward(arguments: BidirectionalScan, dout: Tensor, save
         gate=gate, states=saved[0], dfinal=None, softplus=True, want_initial=False,
     )  # fmt: skip
     dprojections = projections_backward(grads, inputs, laid_out)
-    taps, biases = (forward.conv_weight, backward.conv_weight), _conv_biases(forward, backward)
+    taps, biases = (forward.conv_weight, backward.conv_weight), conv_biases(forward, backward)
     dtaps = conv_backward(grads.u, x, taps, biases, dx, cu_seqlens, reverse=False, silu=True)
-    dforward, dbackward = _gradients(forward, backward, dprojections, grads, dtaps, laid_out)
+    dforward, dbackward = parameter_gradients(forward, backward, dprojections, grads, dtaps, laid_out)
     return arguments._replace(xz=dxz, forward=dforward, backward=dbackward)
 
 
@@ -147,9 +152,9 @@ def mixer_weights(x: Tensor, forward: ScanWeights, backward: ScanWeights) -> Mix
     """What `mixer_inputs` and the scan need of the weights, in memory of its own."""
     f, b = _contiguous(forward), _contiguous(backward)
     d, n = f.A_log.shape
-    rank, states, width = f.dt_proj.shape[1], _padded(n), f.conv_weight.shape[1]
-    columns = power_of_two(2 * states + _padded(rank))
-    biases = _conv_biases(f, b)
+    rank, states, width = f.dt_proj.shape[1], padded(n), f.conv_weight.shape[1]
+    columns = power_of_two(2 * states + padded(rank))
+    biases = conv_biases(f, b)
     rates = x.new_empty(2, states, d, dtype=torch.float32)
     taps = x.new_empty(2, width + 1, d, dtype=torch.float32)
     projections = x.new_empty(2, 2, columns, d, dtype=x.dtype if x.is_cuda else torch.float32)  # see plan.dot_dtype
@@ -158,28 +163,33 @@ def mixer_weights(x: Tensor, forward: ScanWeights, backward: ScanWeights) -> Mix
         rates, taps, projections, d,
         N=n, STATES=states, WIDTH=width, RANK=rank, COLUMNS=columns, HAS_BIAS=biases is not None, BLOCK=WEIGHTS_BLOCK,
     )  # fmt: skip
-    return MixerWeights(rates, taps, projections, (f.dt_bias, b.dt_bias), (f.D, b.D), _padded(rank))
+    return MixerWeights(rates, taps, projections, (f.dt_bias, b.dt_bias), (f.D, b.D), padded(rank))
 
 
 def mixer_inputs(x: Tensor, weights: MixerWeights, tokens: Tokens, inputs: MixerInputs) -> None:
     """Fill `inputs`: convolution, SiLU, x_proj, dt_proj and softplus of both directions."""
     rows, d = tokens.rows, x.shape[2]
-    states, width = weights.rates.shape[1], weights.taps.shape[1] - 1
-    source, target = flat(x), plan.target(x.device)
-    u, dt, bc, low = inputs
-    sizes = plan.CONVOLUTION
+    source, width, sizes = flat(x), weights.taps.shape[1] - 1, plan.CONVOLUTION
     launch(mixer_conv_forward_kernel, (cdiv(rows, sizes.groups * sizes.steps), cdiv(d, sizes.block)),
-        source, source.stride(0), weights.taps, u, tokens.segment(x), rows, tokens.length, d, rows * d,
+        source, source.stride(0), weights.taps, inputs.u, tokens.segment(x), rows, tokens.length, d, rows * d,
         PACKED=tokens.packed, WIDTH=width, GROUPS=sizes.groups, STEPS=sizes.steps, BLOCK=sizes.block,
-        HARDWARE=target == "cuda", num_warps=sizes.warps,
+        HARDWARE=plan.target(x.device) == "cuda", num_warps=sizes.warps,
     )  # fmt: skip
-    sizes = plan.mixer(x.device, weights.rank, rows)
+    project(inputs, weights)
+
+
+def project(inputs: MixerInputs, weights: MixerWeights) -> None:
+    """Fill all of `inputs` but u: x_proj, dt_proj and softplus of both directions."""
+    u, dt, bc, low = inputs
+    _, rows, d = u.shape
+    states, target = weights.rates.shape[1], plan.target(u.device)
+    sizes = plan.mixer(u.device, weights.rank, rows)
     launch(projections_forward_kernel, (cdiv(rows, sizes.rows), 2),
-        u, weights.projections, *weights.dt_biases, dt, bc, low if low is not None else x,
+        u, weights.projections, *weights.dt_biases, dt, bc, low if low is not None else u,
         rows, d, rows * d, rows * 2 * states, rows * weights.rank,
         STORE_LOW=low is not None, STATES=states, RANK_BLOCK=weights.rank, COLUMNS=weights.projections.shape[2],
         ROWS=sizes.rows, BLOCK=sizes.block, EVEN=d % sizes.block == 0,
-        DOT=plan.dot_dtype(x), PRECISION="ieee", HARDWARE=target == "cuda",
+        DOT=plan.dot_dtype(u), PRECISION="ieee", HARDWARE=target == "cuda",
         num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip
 
@@ -214,7 +224,7 @@ def projections_backward(grads: ScanGradients, inputs: MixerInputs, weights: Mix
     return partial
 
 
-def _gradients(
+def parameter_gradients(
     forward: ScanWeights,
     backward: ScanWeights,
     dprojections: Tensor,
@@ -222,7 +232,10 @@ def _gradients(
     dtaps: Tensor,
     weights: MixerWeights,
 ) -> tuple[ScanWeights, ScanWeights]:
-    """The partial sums as gradients like the parameters, each in memory of its own: ops may not return views."""
+    """The partial sums as gradients like the parameters, each in memory of its own: ops may not return views.
+
+    dtaps (2, programs, w + 1, d) are of taps and bias; where a row more is there, it is of D, in place of the scan's.
+    """
     d, n = forward.A_log.shape
     rank, width, states = forward.dt_proj.shape[1], forward.conv_weight.shape[1], weights.rates.shape[1]
     two = [_empty(forward), _empty(backward)]
@@ -234,12 +247,12 @@ def _gradients(
         dprojections, grads.rates, grads.sums, dtaps, weights.rates, *(t.conv_weight for t in two), *biases, *filled,
         d, dprojections.shape[1], grads.rates.shape[1], dtaps.shape[1],
         N=n, STATES=states, WIDTH=width, RANK=rank, RANK_BLOCK=weights.rank, PARTS=sizes.rows, BLOCK=sizes.block,
-        num_warps=sizes.warps, num_stages=sizes.stages,
+        SKIP_WITH_TAPS=dtaps.shape[2] > width + 1, num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip
     return two[0], two[1]
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
     """A rank or number of states padded to what a product of tiles takes."""
     return max(16, power_of_two(size))
 
@@ -248,7 +261,8 @@ def _contiguous(weights: ScanWeights) -> ScanWeights:
     return ScanWeights._make(None if t is None else t.contiguous() for t in weights)
 
 
-def _zeros(weights: ScanWeights) -> ScanWeights:
+def zeros(weights: ScanWeights) -> ScanWeights:
+    """Gradients of a scan of no tokens."""
     return ScanWeights._make(None if t is None else torch.zeros_like(t) for t in weights)
 
 
@@ -257,7 +271,7 @@ def _empty(weights: ScanWeights) -> ScanWeights:
     return ScanWeights._make(None if t is None else torch.empty_like(t, memory_format=like) for t in weights)
 
 
-def _conv_biases(forward: ScanWeights, backward: ScanWeights) -> tuple[Tensor, Tensor] | None:
+def conv_biases(forward: ScanWeights, backward: ScanWeights) -> tuple[Tensor, Tensor] | None:
     """Of both directions; zeros for the one that has none beside one that has."""
     f, b = forward.conv_bias, backward.conv_bias
     if f is None and b is None:

@@ -150,13 +150,13 @@ def mixer_gradients_kernel(
     dt_bias0_ptr, dt_bias1_ptr, A_log0_ptr, A_log1_ptr, D0_ptr, D1_ptr,  # gradients, filled; shapes as the parameters
     channels, projection_programs, chunks, convolution_programs,
     N: tl.constexpr, STATES: tl.constexpr, WIDTH: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr,
-    PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    SKIP_WITH_TAPS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of channels, 2 RANK + 3 N + 3 + WIDTH, directions). A program sums one number for every channel.
 
     The partial sums are dprojections (q, programs, 2 STATES + 2 RANK_BLOCK, d), drates (q, chunks, STATES, d), sums (q,
-    chunks, 2, d) of D and dt, taps (q, programs, w + 1, d), the bias last. PARTS of them are loaded at a time, each
-    lane keeps a sum of its own, and the lanes are summed at last.
+    chunks, 2, d) of D and dt, taps (q, programs, w + 1, d), the bias last, or behind it D where SKIP_WITH_TAPS. PARTS
+    of them are loaded at a time, each lane keeps a sum of its own, and the lanes are summed at last.
     """
     wanted = tl.program_id(1)
     direction = tl.program_id(2)
@@ -189,8 +189,13 @@ def mixer_gradients_kernel(
     if tap >= 0:
         source_ptr = taps_ptr
         parts = convolution_programs
-        height = WIDTH + 1
+        height = WIDTH + 1 + SKIP_WITH_TAPS
         index = tap
+    if SKIP_WITH_TAPS & (skip == 0):
+        source_ptr = taps_ptr
+        parts = convolution_programs
+        height = WIDTH + 2
+        index = WIDTH + 1
     source_ptr += direction.to(tl.int64) * parts * height * channels + index * channels + d[None, :]
     sums = tl.zeros([PARTS, BLOCK], tl.float32)
     for first in range(0, parts, PARTS):

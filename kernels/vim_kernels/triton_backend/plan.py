@@ -64,6 +64,15 @@ class MixerSizes(NamedTuple):
     stages: int
 
 
+class PooledSizes(NamedTuple):
+    """Lines a program, tokens of each at a time, channels at a time, warps."""
+
+    lines: int
+    steps: int
+    block: int
+    warps: int
+
+
 TILED_FORWARD = ((7, TiledSizes(16, 1, 2, 8, 8)), (4, TiledSizes(8, 1, 2, 8, 8)), (0, TiledSizes(4, 1, 2, 16, 16)))
 """From how many warps a multiprocessor, if a warp holds all states of 32 channels, which sizes. Fewer states a thread
 make more warps, which wait less, of more instructions in all."""
@@ -98,6 +107,25 @@ CONVOLUTION_BACKWARD = {
     "hip": ConvolutionSizes(8, 3, 64, 4),  # more rows a group spill
     "interpreter": ConvolutionSizes(2, 8, 128, 4),
 }
+POOLED_LINES = {
+    "cuda": PooledSizes(1, 4, 256, 2),
+    "hip": PooledSizes(1, 4, 128, 1),
+    "interpreter": PooledSizes(2, 4, 64, 4),
+}
+POOLED_OUTPUT = POOLED_LINES
+POOLED_OUTPUT_BACKWARD = POOLED_LINES | {"cuda": PooledSizes(2, 4, 128, 2)}
+POOLED_NORM = {
+    "cuda": PooledSizes(1, 2, 512, 4),
+    "hip": PooledSizes(1, 1, 128, 2),
+    "interpreter": PooledSizes(2, 4, 64, 4),
+}
+POOLED_CONVOLUTION_BACKWARD = {
+    "cuda": ConvolutionSizes(2, 6, 256, 4),
+    "hip": ConvolutionSizes(4, 2, 64, 4),
+    "interpreter": ConvolutionSizes(2, 8, 128, 4),
+}
+POOLED_PROGRAMS = 1024
+"""Programs that share the lines where the norm's gradients are summed: fixed, so that the sum is always the same."""
 TILE = {"ROWS": 32, "BLOCK": 64}
 """Of the kernels that take every element by itself, and of the convolution of one direction."""
 SUMMING_PROGRAMS = 256
