@@ -34,13 +34,16 @@ def batch_lines(
         share: the mean over a whole line is multiplied by this share.
     """
     rows, columns = grid
-    pictures = torch.arange(batch, device=device)[:, None]
-    patches = torch.arange(rows * columns, device=device).expand(batch, -1) if visible is None else visible
+    if visible is None:
+        visible = torch.arange(rows * columns, device=device).expand(batch, -1)
+    # flat before anything is computed: PyTorch 2.11 compiles no search in a view
+    pictures = torch.arange(visible.numel(), device=device) // visible.shape[1]
+    patches = visible.flatten()
     row, column = patches // columns, patches % columns
-    key = ((pictures * columns + column) * rows + row).flatten()
+    key = (pictures * columns + column) * rows + row
     order = key.argsort()
     return GridLines(
-        _lines((pictures * rows + row).flatten(), key.new_full((batch * rows,), share / columns, dtype=torch.float32)),
+        _lines(pictures * rows + row, key.new_full((batch * rows,), share / columns, dtype=torch.float32)),
         _lines(key[order] // rows, key.new_full((batch * columns,), share / rows, dtype=torch.float32), order),
     )
 
