@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vim_backbone import VimConfig
 from vim_backbone.hand_over import Given, take
+from vim_kernels import Lines
 
 HEAD_WIDTH = 64
 
@@ -26,9 +27,17 @@ class ViTBlock(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(
-        self, h: Given[Tensor], residual: Given[Tensor | None], cu_seqlens: Tensor | None = None
+        self,
+        h: Given[Tensor],
+        residual: Given[Tensor | None],
+        cu_seqlens: Tensor | None = None,
+        lines: Lines | None = None,
     ) -> tuple[Tensor, None]:
-        """(batch, length, d_model) -> the same: a ViT block adds to the stream by itself. Takes no packed pictures."""
+        """(batch, length, d_model) -> the same: a ViT block adds to the stream by itself, and knows no lines.
+
+        It takes no packed pictures.
+        """
+        del lines
         assert take(residual) is None
         assert cu_seqlens is None
         return self.block(take(h)), None
