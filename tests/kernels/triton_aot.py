@@ -217,7 +217,8 @@ def _pooled_cases(column: str) -> list[Case]:
     for packed in (False, True):
         sizes = plan.POOLED_LINES[column]
         found.append(Case(pooled_forward.pooled_lines_kernel, shared(packed, sizes), sizes.warps))
-        constants = {"GROUPS": convolution.groups, "STEPS": convolution.steps, "BLOCK": convolution.block}
+        steps = plan.run_length(convolution, 4)
+        constants = {"GROUPS": convolution.groups, "STEPS": steps, "BLOCK": convolution.block}
         constants |= {"ORDERED": packed, "PACKED": packed, "WIDTH": 4, "HARDWARE": column == "cuda"}
         kernel = pooled_backward.pooled_convolution_backward_kernel
         found.append(Case(kernel, constants, convolution.warps))

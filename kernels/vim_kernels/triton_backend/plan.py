@@ -120,10 +120,11 @@ POOLED_NORM = {
     "interpreter": PooledSizes(2, 4, 64, 4),
 }
 POOLED_CONVOLUTION_BACKWARD = {
-    "cuda": ConvolutionSizes(2, 6, 256, 4),
-    "hip": ConvolutionSizes(4, 2, 64, 4),
+    "cuda": ConvolutionSizes(1, 28, 128, 2),
+    "hip": ConvolutionSizes(1, 28, 128, 1),
     "interpreter": ConvolutionSizes(2, 8, 128, 4),
 }
+"""Rows of a group: those of the loop, see `run_length`."""
 POOLED_PROGRAMS = 1024
 """Programs that share the lines where the norm's gradients are summed: fixed, so that the sum is always the same."""
 TILE = {"ROWS": 32, "BLOCK": 64}
@@ -251,6 +252,11 @@ def mixer(device: torch.device, rank: int, rows: int) -> MixerSizes:
     """Sizes for x_proj and dt_proj of a padded rank, both directions."""
     wide = rank >= MIXER_WIDE_RANK and 2 * cdiv(rows, MIXER_WIDE.rows) >= 1.4 * processors(device)
     return MIXER_WIDE if wide and target(device) == "cuda" else MIXER[target(device)]
+
+
+def run_length(sizes: ConvolutionSizes, width: int) -> int:
+    """Positions of a run of the pooled convolution's backward: whole windows of `width`, and the rows before them."""
+    return max(sizes.steps // width, 1) * width + width - 1
 
 
 def tiled(device: torch.device, states: int) -> bool:

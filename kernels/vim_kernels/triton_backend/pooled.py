@@ -101,7 +101,7 @@ def pooled_scan_forward(arguments: PooledScan, save: bool) -> tuple[Tensor, list
     places, laid_out = _Places(arguments), mixer_weights(xz, forward, backward)
     target, width = plan.target(xz.device), laid_out.taps.shape[1] - 1
     sizes, d = plan.POOLED_LINES[target], places.channels
-    launch(pooled_lines_kernel, (cdiv(lines.total, sizes.lines), cdiv(d, sizes.block)),
+    launch(pooled_lines_kernel, (cdiv(d, sizes.block), cdiv(lines.total, sizes.lines)),
         xz, 2 * d, laid_out.taps, pooled, lines.starts, lines.weights, *places.arguments(), lines.total * d,
         **places.flags(sizes, width),
     )  # fmt: skip
@@ -119,7 +119,7 @@ def pooled_scan_forward(arguments: PooledScan, save: bool) -> tuple[Tensor, list
         want_final=False,
     )
     sizes = (plan.POOLED_OUTPUT if norm is None else plan.POOLED_NORM)[target]
-    launch(pooled_output_kernel, (cdiv(lines.total, sizes.lines), cdiv(d, sizes.block) if norm is None else 1),
+    launch(pooled_output_kernel, (cdiv(d, sizes.block) if norm is None else 1, cdiv(lines.total, sizes.lines)),
         xz, 2 * d, laid_out.taps, *laid_out.skips, y, *(norm or (xz, xz)), out, stats[0] if stats else y,
         lines.starts, *places.arguments(), eps, NORM=norm is not None, **places.flags(sizes, width),
     )  # fmt: skip
@@ -167,7 +167,7 @@ def _output_backward(
     if norm is not None:
         programs = min(programs, plan.POOLED_PROGRAMS)
         partial = xz.new_zeros(programs * sizes.lines, 2, d, dtype=torch.float32)
-    launch(pooled_output_backward_kernel, (programs, cdiv(d, sizes.block) if norm is None else 1),
+    launch(pooled_output_backward_kernel, (cdiv(d, sizes.block) if norm is None else 1, programs),
         dout, xz, 2 * d, laid_out.taps, *laid_out.skips, saved[2], *(norm or (xz, xz)), saved[3] if norm else dy,
         dxz, dsum, dy, partial, lines.starts, *places.arguments(),
         NORM=norm is not None, **places.flags(sizes, width),
@@ -184,12 +184,13 @@ def _convolution_backward(
     """Fills the first half of dxz; gradients (2, programs, w + 2, d) of taps, bias and D in partial sums."""
     lines, d, width = places.lines, places.channels, laid_out.taps.shape[1] - 1
     sizes = plan.POOLED_CONVOLUTION_BACKWARD[plan.target(xz.device)]
-    runs = places.runs(sizes.steps)
+    steps = plan.run_length(sizes, width)
+    runs = places.runs(steps)
     programs = min(SUMMING_PROGRAMS, cdiv(runs[3], sizes.groups))
     partial = xz.new_empty(2, programs, width + 2, d, dtype=torch.float32)
-    launch(pooled_convolution_backward_kernel, (programs, cdiv(d, sizes.block)),
+    launch(pooled_convolution_backward_kernel, (cdiv(d, sizes.block), programs),
         xz, 2 * d, laid_out.taps, *laid_out.skips, dsum, dpooled, dxz, 2 * d, partial,
         lines.line_of, lines.weights, places.order, *runs, d, lines.total * d,
-        GROUPS=sizes.groups, STEPS=sizes.steps, BLOCK=sizes.block, **places.shared_flags(width), num_warps=sizes.warps,
+        GROUPS=sizes.groups, STEPS=steps, BLOCK=sizes.block, **places.shared_flags(width), num_warps=sizes.warps,
     )  # fmt: skip
     return partial

@@ -11,7 +11,16 @@ and whose tokens go back to the convolution, is the only thing between the two k
 import triton
 import triton.language as tl
 
-from vim_kernels.triton_backend.pooled_forward import both_taps, fast_sigmoid, line_bounds, of_line, row_of, summed
+from vim_kernels.triton_backend.pooled_forward import (
+    behind_of,
+    both_taps,
+    fast_sigmoid,
+    line_bounds,
+    of_line,
+    row_of,
+    rows_of,
+    summed,
+)
 
 
 @triton.jit
@@ -30,7 +39,7 @@ def pooled_output_backward_kernel(
     NORM: tl.constexpr, ORDERED: tl.constexpr, PACKED: tl.constexpr, WIDTH: tl.constexpr, LINES: tl.constexpr,
     STEPS: tl.constexpr, BLOCK: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (programs over lines, blocks of channels; 1 with NORM). dz, the gradient of the sum, and its sums of lines.
+    """Grid (blocks of channels; 1 with NORM, programs over lines). dz, the gradient of the sum, and its sums of lines.
 
     With NORM a program takes all channels of its tokens, once for the means, which leaves what was normalised in the
     first half of dxz and its gradient in dsum, and once more for dsum. A program takes every so many-th block of lines,
@@ -38,7 +47,7 @@ def pooled_output_backward_kernel(
     """
     lane = tl.zeros([LINES, 1], tl.int32) + tl.arange(0, BLOCK)[None, :]
     kept = dsum_ptr.dtype.element_ty
-    for group in range(tl.program_id(0), tl.cdiv(lines, LINES), tl.num_programs(0)):
+    for group in range(tl.program_id(1), tl.cdiv(lines, LINES), tl.num_programs(1)):
         line = group * LINES + tl.arange(0, LINES)
         start, stop, first, last = line_bounds(
             line, lines, starts_ptr, sequence_ptr, cu_lines_ptr, lines_per_sequence, length, PACKED
@@ -58,9 +67,11 @@ def pooled_output_backward_kernel(
                     d = block + lane
                     ok = d < channels
                     common = of_line(taps_ptr, skip0_ptr, skip1_ptr, y_ptr, line, lines, d, ok, channels, WIDTH)
-                    sums = summed(
-                        xz_ptr, xz_stride, common, at, first, last, d, ok, order_ptr, ORDERED, WIDTH, STEPS, HARDWARE
-                    )
+                    met = rows_of(
+                        xz_ptr, xz_stride, at - (WIDTH - 1), first, last, d, ok, order_ptr, ORDERED,
+                        STEPS + 2 * (WIDTH - 1),
+                    )  # fmt: skip
+                    sums = summed(met, common, WIDTH, STEPS, HARDWARE)
                     weight = tl.load(norm_weight_ptr + d, mask=ok, other=0.0).to(tl.float32)
                     bias = tl.load(norm_bias_ptr + d, mask=ok, other=0.0).to(tl.float32)
                     new_along = ()
@@ -90,7 +101,7 @@ def pooled_output_backward_kernel(
                         tl.store(dsum_ptr + row * channels + d, dnormed.to(kept), mask=here)
                     along = new_along
                     across = new_across
-                    lane_of = (tl.program_id(0) * LINES + tl.arange(0, LINES))[:, None]
+                    lane_of = (tl.program_id(1) * LINES + tl.arange(0, LINES))[:, None]
                     to_partial = partial_ptr + lane_of * (2 * channels) + d
                     _add(to_partial, dweight, ok)
                     _add(to_partial + channels, dbias, ok)
@@ -116,15 +127,16 @@ def pooled_output_backward_kernel(
                         total += g
                     _add(to_dy + d, total, (line < lines)[:, None] & ok)
         else:
-            d = tl.program_id(1) * BLOCK + lane
+            d = tl.program_id(0) * BLOCK + lane
             ok = d < channels
             common = of_line(taps_ptr, skip0_ptr, skip1_ptr, y_ptr, line, lines, d, ok, channels, WIDTH)
+            x = rows_of(xz_ptr, xz_stride, start - (WIDTH - 1), first, last, d, ok, order_ptr, ORDERED, 2 * (WIDTH - 1))
             total = tl.zeros([LINES, BLOCK], tl.float32)
             for step in range(0, longest, STEPS):
                 at = start + step
-                sums = summed(
-                    xz_ptr, xz_stride, common, at, first, last, d, ok, order_ptr, ORDERED, WIDTH, STEPS, HARDWARE
-                )
+                new = rows_of(xz_ptr, xz_stride, at + (WIDTH - 1), first, last, d, ok, order_ptr, ORDERED, STEPS)
+                sums = summed(x + new, common, WIDTH, STEPS, HARDWARE)
+                x = behind_of(x + new, WIDTH)
                 for i in tl.static_range(STEPS):
                     row = row_of(at + i, at + i < stop, order_ptr, ORDERED)[:, None]
                     here = (at + i < stop)[:, None] & ok
@@ -140,28 +152,46 @@ def pooled_output_backward_kernel(
 
 
 @triton.jit
-def _convolution_row(
-    x, dx, sums, taps, skip, dsum, dpooled,
-    AT: tl.constexpr, SIGN: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, HARDWARE: tl.constexpr,
+def _shifted(window, row):
+    """The window one row on: without its first row, with `row` behind."""
+    rows = ()
+    for i in tl.static_range(len(window) - 1):
+        rows = rows + (window[i + 1],)
+    return rows + (row,)
+
+
+@triton.jit
+def _before_silu(
+    x, sums, taps, skip, dsum, dpooled, SIGN: tl.constexpr, WIDTH: tl.constexpr, COUNTS: tl.constexpr,
+    HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """(dx, sums) with what row AT adds to them, in one direction; rows count as those of x, from WIDTH - 1 before."""
+    """Gradient of what SiLU takes at a position, the last of x in direction 0 (SIGN 1), the first in direction 1 (-1).
+
+    And the sums of taps (nearest first), bias and D, with what it adds to them if it COUNTS.
+    """
     v = taps[WIDTH]
     for k in tl.static_range(WIDTH):
-        v = tl.fma(x[AT - SIGN * k], taps[WIDTH - 1 - k], v)
+        v = tl.fma(x[(WIDTH - 1 - k) if SIGN > 0 else k], taps[WIDTH - 1 - k], v)
     gate = fast_sigmoid(v, HARDWARE)
     g = tl.fma(skip, dsum, dpooled) * gate * (1.0 + v * (1.0 - gate))
-    if (AT >= WIDTH - 1) and (AT < STEPS + WIDTH - 1):
+    if COUNTS:
         added = ()
         for k in tl.static_range(WIDTH):
-            added = added + (tl.fma(g, x[AT - SIGN * k], sums[k]),)
+            added = added + (tl.fma(g, x[(WIDTH - 1 - k) if SIGN > 0 else k], sums[k]),)
         sums = added + (sums[WIDTH] + g, tl.fma(dsum, v * gate, sums[WIDTH + 1]))
-    added = ()
-    for i in tl.static_range(STEPS):
-        if (SIGN * (AT - WIDTH + 1 - i) >= 0) and (SIGN * (AT - WIDTH + 1 - i) < WIDTH):
-            added = added + (tl.fma(g, taps[WIDTH - 1 - SIGN * (AT - WIDTH + 1 - i)], dx[i]),)
-        else:
-            added = added + (dx[i],)
-    return added, sums
+    return g, sums
+
+
+@triton.jit
+def _of_lines(
+    dpooled_ptr, line_of_ptr, weights_ptr, position, first, last, d, ok, channels
+):  # fmt: skip
+    """The gradient of a position's u by the sum of its line, 0 outside of the sequence."""
+    inside = (position >= first) & (position < last)
+    line = tl.load(line_of_ptr + position, mask=inside, other=0)
+    weight = tl.load(weights_ptr + line, mask=inside, other=0.0)[:, None]
+    at = dpooled_ptr + line.to(tl.int64)[:, None] * channels + d
+    return weight * tl.load(at, mask=inside[:, None] & ok, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -182,6 +212,39 @@ def _run(
     return start, first, tl.where(run < runs, last, first)
 
 
+@triton.jit
+def _position(
+    x, ds, g0, g1, sums0, sums1, taps0, taps1, skip0, skip1, at, first, last, d, ok, x_ptr, x_stride,
+    dsum_ptr, dpooled_ptr, line_direction, line_of_ptr, weights_ptr, order_ptr, channels,
+    COUNTS0: tl.constexpr, COUNTS1: tl.constexpr, ORDERED: tl.constexpr, WIDTH: tl.constexpr, HARDWARE: tl.constexpr,
+):  # fmt: skip
+    """All windows one position on, to `at`: x, the gradient of the sum, gradients before SiLU; and the sums."""
+    x = _shifted(x, rows_of(x_ptr, x_stride, at, first, last, d, ok, order_ptr, ORDERED, 1)[0])
+    ds = _shifted(ds, rows_of(dsum_ptr, channels, at, first, last, d, ok, order_ptr, ORDERED, 1)[0])
+    dpooled = _of_lines(dpooled_ptr, line_of_ptr, weights_ptr, at, first, last, d, ok, channels)
+    g, sums0 = _before_silu(x, sums0, taps0, skip0, ds[WIDTH - 1], dpooled, 1, WIDTH, COUNTS0, HARDWARE)
+    g0 = _shifted(g0, g)
+    dpooled = _of_lines(
+        dpooled_ptr + line_direction, line_of_ptr, weights_ptr, at - (WIDTH - 1), first, last, d, ok, channels
+    )
+    g, sums1 = _before_silu(x, sums1, taps1, skip1, ds[0], dpooled, -1, WIDTH, COUNTS1, HARDWARE)
+    return x, ds, g0, _shifted(g1, g), sums0, sums1
+
+
+@triton.jit
+def _store_dx(
+    g0, g1, taps0, taps1, position, last, d, ok, dx_ptr, dx_stride, order_ptr, ORDERED: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Dx of a position: g0 are the gradients from there on in direction 0, g1 those up to it in direction 1."""
+    dx = g0[0] * taps0[WIDTH - 1] + g1[WIDTH - 1] * taps1[WIDTH - 1]
+    for k in tl.static_range(1, WIDTH):
+        dx = tl.fma(g0[k], taps0[WIDTH - 1 - k], tl.fma(g1[WIDTH - 1 - k], taps1[WIDTH - 1 - k], dx))
+    inside = position < last
+    row = row_of(position, inside, order_ptr, ORDERED)[:, None]
+    tl.store(dx_ptr + row * dx_stride + d, dx.to(dx_ptr.dtype.element_ty), mask=inside[:, None] & ok)
+
+
 @triton.jit(do_not_specialize=["runs", "runs_per_sequence", "length"])
 def pooled_convolution_backward_kernel(
     x_ptr, x_stride, taps_ptr, skip0_ptr, skip1_ptr,  # (rows, d), (q, w + 1, d) float32, (d,)
@@ -192,12 +255,15 @@ def pooled_convolution_backward_kernel(
     ORDERED: tl.constexpr, PACKED: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, STEPS: tl.constexpr,
     BLOCK: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (programs over runs, blocks of channels). The gradient of x, and of taps, bias and D in partial sums.
+    """Grid (blocks of channels, programs over runs). The gradient of x, and of taps, bias and D in partial sums.
 
     A run is STEPS positions of one sequence. A program takes every so many-th GROUPS of them, in order: the sums are
-    always the same. What is outside of the sequence is loaded as 0 and adds nothing.
+    always the same. What is outside of the sequence is loaded as 0 and adds nothing. With the row of x at a position,
+    direction 0 goes back through SiLU there, direction 1 WIDTH - 1 positions before, and that position's dx is done:
+    every row is read once and held as long as it is met. WIDTH - 1 positions before the run and as many behind count
+    for dx alone.
     """
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     d = tl.zeros([GROUPS, 1], tl.int32) + column[None, :]  # laid out as the tokens: no exchange between threads
     ok = d < channels
     taps = both_taps(taps_ptr, channels, d, ok, WIDTH)
@@ -213,44 +279,47 @@ def pooled_convolution_backward_kernel(
         sums1 = sums1 + (tl.zeros([GROUPS, BLOCK], tl.float32),)
     skip0 = tl.load(skip0_ptr + d, mask=ok, other=0.0).to(tl.float32)
     skip1 = tl.load(skip1_ptr + d, mask=ok, other=0.0).to(tl.float32)
-    for group in range(tl.program_id(0), tl.cdiv(runs, GROUPS), tl.num_programs(0)):
+    for group in range(tl.program_id(1), tl.cdiv(runs, GROUPS), tl.num_programs(1)):
         run = group * GROUPS + tl.arange(0, GROUPS)
         start, first, last = _run(
             run, runs, sequence_ptr, cu_seqlens_ptr, cu_runs_ptr, runs_per_sequence, length, PACKED, STEPS
         )
-        x = ()
-        dsum = ()
-        dx = ()
-        for i in tl.static_range(STEPS + 2 * (WIDTH - 1)):
-            position = start + (i - (WIDTH - 1))
-            inside = (position >= first) & (position < last)
-            row = row_of(position, inside, order_ptr, ORDERED)[:, None]
-            here = inside[:, None] & ok
-            x = x + (tl.load(x_ptr + row * x_stride + d, mask=here, other=0.0).to(tl.float32),)
-            dsum = dsum + (tl.load(dsum_ptr + row * channels + d, mask=here, other=0.0).to(tl.float32),)
-        for _ in tl.static_range(STEPS):
-            dx = dx + (tl.zeros([GROUPS, BLOCK], tl.float32),)
-        for i in tl.static_range(STEPS + 2 * (WIDTH - 1)):
-            position = start + (i - (WIDTH - 1))
-            inside = (position >= first) & (position < last)
-            line = tl.load(line_of_ptr + position, mask=inside, other=0)
-            weight = tl.load(weights_ptr + line, mask=inside, other=0.0)[:, None]
-            at = dpooled_ptr + line.to(tl.int64)[:, None] * channels + d
-            here = inside[:, None] & ok
-            if i >= WIDTH - 1:
-                dpooled = weight * tl.load(at, mask=here, other=0.0).to(tl.float32)
-                dx, sums0 = _convolution_row(x, dx, sums0, taps0, skip0, dsum[i], dpooled, i, 1, WIDTH, STEPS, HARDWARE)
-            if i < STEPS + WIDTH - 1:
-                dpooled = weight * tl.load(at + line_direction, mask=here, other=0.0).to(tl.float32)
-                dx, sums1 = _convolution_row(
-                    x, dx, sums1, taps1, skip1, dsum[i], dpooled, i, -1, WIDTH, STEPS, HARDWARE
+        nothing = tl.zeros([GROUPS, BLOCK], tl.float32)
+        g0 = ()
+        g1 = ()
+        for _ in tl.static_range(WIDTH):
+            g0 = g0 + (nothing,)
+            g1 = g1 + (nothing,)
+        before = start - (WIDTH - 1)
+        x = (nothing,) + rows_of(x_ptr, x_stride, before, first, last, d, ok, order_ptr, ORDERED, WIDTH - 1)
+        ds = (nothing,) + rows_of(dsum_ptr, channels, before, first, last, d, ok, order_ptr, ORDERED, WIDTH - 1)
+        for i in tl.static_range(WIDTH - 1):
+            x, ds, g0, g1, sums0, sums1 = _position(
+                x, ds, g0, g1, sums0, sums1, taps0, taps1, skip0, skip1, start + i, first, last, d, ok, x_ptr, x_stride,
+                dsum_ptr, dpooled_ptr, line_direction, line_of_ptr, weights_ptr, order_ptr, channels,
+                True, False, ORDERED, WIDTH, HARDWARE,
+            )  # fmt: skip
+        for step in range(WIDTH - 1, STEPS, WIDTH):
+            for i in tl.static_range(WIDTH):
+                at = start + step + i
+                x, ds, g0, g1, sums0, sums1 = _position(
+                    x, ds, g0, g1, sums0, sums1, taps0, taps1, skip0, skip1, at, first, last, d, ok, x_ptr, x_stride,
+                    dsum_ptr, dpooled_ptr, line_direction, line_of_ptr, weights_ptr, order_ptr, channels,
+                    True, True, ORDERED, WIDTH, HARDWARE,
+                )  # fmt: skip
+                _store_dx(
+                    g0, g1, taps0, taps1, at - (WIDTH - 1), last, d, ok, dx_ptr, dx_stride, order_ptr, ORDERED, WIDTH
                 )
-        for i in tl.static_range(STEPS):
-            inside = start + i < last
-            row = row_of(start + i, inside, order_ptr, ORDERED)[:, None]
-            tl.store(dx_ptr + row * dx_stride + d, dx[i].to(dx_ptr.dtype.element_ty), mask=inside[:, None] & ok)
-    partial_ptr += tl.program_id(0) * (WIDTH + 2) * channels + column
-    behind = tl.num_programs(0) * (WIDTH + 2) * channels
+        for i in tl.static_range(WIDTH - 1):
+            at = start + STEPS + i
+            x, ds, g0, g1, sums0, sums1 = _position(
+                x, ds, g0, g1, sums0, sums1, taps0, taps1, skip0, skip1, at, first, last, d, ok, x_ptr, x_stride,
+                dsum_ptr, dpooled_ptr, line_direction, line_of_ptr, weights_ptr, order_ptr, channels,
+                False, True, ORDERED, WIDTH, HARDWARE,
+            )  # fmt: skip
+            _store_dx(g0, g1, taps0, taps1, at - (WIDTH - 1), last, d, ok, dx_ptr, dx_stride, order_ptr, ORDERED, WIDTH)
+    partial_ptr += tl.program_id(1) * (WIDTH + 2) * channels + column
+    behind = tl.num_programs(1) * (WIDTH + 2) * channels
     for k in tl.static_range(WIDTH + 2):
         to = partial_ptr + (WIDTH - 1 - k if k < WIDTH else k) * channels
         tl.store(to, tl.sum(sums0[k], axis=0), mask=column < channels)

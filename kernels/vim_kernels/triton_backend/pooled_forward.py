@@ -52,17 +52,28 @@ def both_taps(taps_ptr, channels, d, ok, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def convolved(
-    x_ptr, x_stride, taps, at, first, last, d, ok, order_ptr,
-    ORDERED: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, HARDWARE: tl.constexpr,
-):  # fmt: skip
-    """U of positions at .. at + STEPS - 1 in direction 0, then in direction 1; every row is read once for all taps."""
-    x = ()
-    for i in tl.static_range(STEPS + 2 * (WIDTH - 1)):
-        position = at + (i - (WIDTH - 1))
-        inside = (position >= first) & (position < last)
-        row = row_of(position, inside, order_ptr, ORDERED)
-        x = x + (tl.load(x_ptr + row[:, None] * x_stride + d, mask=inside[:, None] & ok, other=0.0).to(tl.float32),)
+def rows_of(ptr, stride, at, first, last, d, ok, order_ptr, ORDERED: tl.constexpr, COUNT: tl.constexpr):
+    """Rows of positions at .. at + COUNT - 1 in float32, zeros outside of first .. last - 1."""
+    rows = ()
+    for i in tl.static_range(COUNT):
+        inside = (at + i >= first) & (at + i < last)
+        row = row_of(at + i, inside, order_ptr, ORDERED)
+        rows = rows + (tl.load(ptr + row[:, None] * stride + d, mask=inside[:, None] & ok, other=0.0).to(tl.float32),)
+    return rows
+
+
+@triton.jit
+def behind_of(x, WIDTH: tl.constexpr):
+    """The last 2 (WIDTH - 1) of the rows: the first ones that the next positions meet."""
+    rows = ()
+    for i in tl.static_range(2 * (WIDTH - 1)):
+        rows = rows + (x[len(x) - 2 * (WIDTH - 1) + i],)
+    return rows
+
+
+@triton.jit
+def convolved(x, taps, WIDTH: tl.constexpr, STEPS: tl.constexpr, HARDWARE: tl.constexpr):
+    """U of STEPS positions in direction 0, then in direction 1; of x, rows from WIDTH - 1 before to as many behind."""
     u = ()
     for direction in tl.static_range(2):
         for i in tl.static_range(STEPS):
@@ -82,9 +93,9 @@ def pooled_lines_kernel(
     ORDERED: tl.constexpr, PACKED: tl.constexpr, WIDTH: tl.constexpr, LINES: tl.constexpr, STEPS: tl.constexpr,
     BLOCK: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of lines, blocks of channels). Both convolutions, SiLU and the weighted sums over lines."""
-    line = tl.program_id(0) * LINES + tl.arange(0, LINES)
-    d = tl.zeros([LINES, 1], tl.int32) + (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    """Grid (blocks of channels, blocks of lines). Both convolutions, SiLU and the weighted sums over lines."""
+    line = tl.program_id(1) * LINES + tl.arange(0, LINES)
+    d = tl.zeros([LINES, 1], tl.int32) + (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
     ok = d < channels
     start, stop, first, last = line_bounds(
         line, lines, starts_ptr, sequence_ptr, cu_lines_ptr, lines_per_sequence, length, PACKED
@@ -93,10 +104,11 @@ def pooled_lines_kernel(
     end = tl.minimum(last, stop + (WIDTH - 1))  # no token behind is met
     sum0 = tl.zeros([LINES, BLOCK], tl.float32)
     sum1 = tl.zeros([LINES, BLOCK], tl.float32)
+    x = rows_of(x_ptr, x_stride, start - (WIDTH - 1), first, end, d, ok, order_ptr, ORDERED, 2 * (WIDTH - 1))
     for step in range(0, tl.max(stop - start), STEPS):
-        u = convolved(
-            x_ptr, x_stride, taps, start + step, first, end, d, ok, order_ptr, ORDERED, WIDTH, STEPS, HARDWARE
-        )
+        new = rows_of(x_ptr, x_stride, start + step + (WIDTH - 1), first, end, d, ok, order_ptr, ORDERED, STEPS)
+        u = convolved(x + new, taps, WIDTH, STEPS, HARDWARE)
+        x = behind_of(x + new, WIDTH)
         for i in tl.static_range(STEPS):
             here = (start + step + i < stop)[:, None]
             sum0 += tl.where(here, u[i], 0.0)
@@ -119,12 +131,9 @@ def of_line(taps_ptr, skip0_ptr, skip1_ptr, y_ptr, line, lines, d, ok, channels,
 
 
 @triton.jit
-def summed(
-    x_ptr, x_stride, common, at, first, last, d, ok, order_ptr,
-    ORDERED: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, HARDWARE: tl.constexpr,
-):  # fmt: skip
-    """What comes before norm and gate, of positions at .. at + STEPS - 1: y of the line and skips, the mean of both."""
-    u = convolved(x_ptr, x_stride, common[0], at, first, last, d, ok, order_ptr, ORDERED, WIDTH, STEPS, HARDWARE)
+def summed(x, common, WIDTH: tl.constexpr, STEPS: tl.constexpr, HARDWARE: tl.constexpr):
+    """What comes before norm and gate, of STEPS positions: y of the line and skips, the mean of both directions."""
+    u = convolved(x, common[0], WIDTH, STEPS, HARDWARE)
     sums = ()
     for i in tl.static_range(STEPS):
         sums = sums + (tl.fma(common[2], u[STEPS + i], tl.fma(common[1], u[i], common[3])),)
@@ -145,12 +154,12 @@ def pooled_output_kernel(
     NORM: tl.constexpr, ORDERED: tl.constexpr, PACKED: tl.constexpr, WIDTH: tl.constexpr, LINES: tl.constexpr,
     STEPS: tl.constexpr, BLOCK: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of lines, blocks of channels; 1 with NORM). Fills `out`, and with NORM the statistics of rows.
+    """Grid (blocks of channels; 1 with NORM, blocks of lines). Fills `out`, and with NORM the statistics of rows.
 
     With NORM a program takes all channels of its tokens, once for the statistics, which leaves in `out` what is to be
     normalised, and once more for the output.
     """
-    line = tl.program_id(0) * LINES + tl.arange(0, LINES)
+    line = tl.program_id(1) * LINES + tl.arange(0, LINES)
     start, stop, first, last = line_bounds(
         line, lines, starts_ptr, sequence_ptr, cu_lines_ptr, lines_per_sequence, length, PACKED
     )
@@ -158,9 +167,10 @@ def pooled_output_kernel(
     lane = tl.zeros([LINES, 1], tl.int32) + tl.arange(0, BLOCK)[None, :]
     kept = out_ptr.dtype.element_ty
     if not NORM:
-        d = tl.program_id(1) * BLOCK + lane
+        d = tl.program_id(0) * BLOCK + lane
         ok = d < channels
         common = of_line(taps_ptr, skip0_ptr, skip1_ptr, y_ptr, line, lines, d, ok, channels, WIDTH)
+        x = rows_of(xz_ptr, xz_stride, start - (WIDTH - 1), first, last, d, ok, order_ptr, ORDERED, 2 * (WIDTH - 1))
     for step in range(0, tl.max(stop - start), STEPS):
         at = start + step
         if NORM:
@@ -174,9 +184,10 @@ def pooled_output_kernel(
                 d = block + lane
                 ok = d < channels
                 common = of_line(taps_ptr, skip0_ptr, skip1_ptr, y_ptr, line, lines, d, ok, channels, WIDTH)
-                sums = summed(
-                    xz_ptr, xz_stride, common, at, first, last, d, ok, order_ptr, ORDERED, WIDTH, STEPS, HARDWARE
+                met = rows_of(
+                    xz_ptr, xz_stride, at - (WIDTH - 1), first, last, d, ok, order_ptr, ORDERED, STEPS + 2 * (WIDTH - 1)
                 )
+                sums = summed(met, common, WIDTH, STEPS, HARDWARE)
                 blocks += 1.0
                 new_means = ()
                 new_squares = ()
@@ -217,7 +228,9 @@ def pooled_output_kernel(
                     s = tl.fma((s - centres[i][:, None]) * scales[i][:, None], weight, bias)
                     tl.store(out_ptr + row * channels + d, (s * z * fast_sigmoid(z, HARDWARE)).to(kept), mask=here)
         else:
-            sums = summed(xz_ptr, xz_stride, common, at, first, last, d, ok, order_ptr, ORDERED, WIDTH, STEPS, HARDWARE)
+            new = rows_of(xz_ptr, xz_stride, at + (WIDTH - 1), first, last, d, ok, order_ptr, ORDERED, STEPS)
+            sums = summed(x + new, common, WIDTH, STEPS, HARDWARE)
+            x = behind_of(x + new, WIDTH)
             for i in tl.static_range(STEPS):
                 row = row_of(at + i, at + i < stop, order_ptr, ORDERED)[:, None]
                 here = (at + i < stop)[:, None] & ok
