@@ -9,7 +9,7 @@ from vim_kernels.cpu_backend.plan import thread_count
 from vim_kernels.cpu_backend.records import NORM
 from vim_kernels.cpu_backend.tensors import address, float_rows, kernel_dtype, record
 from vim_kernels.cpu_backend.vector import LANES
-from vim_kernels.dispatch.contract import AddRmsNorm
+from vim_kernels.dispatch.contract import AddRmsNorm, RmsNorm
 from vim_kernels.torch_backend import norm as in_torch
 
 
@@ -32,9 +32,9 @@ def add_rms_norm_forward(arguments: AddRmsNorm) -> tuple[Tensor, Tensor]:
     return normed.to(x.dtype), total
 
 
-def add_rms_norm_backward(arguments: AddRmsNorm, dnormed: Tensor, dtotal: Tensor | None) -> AddRmsNorm:
+def add_rms_norm_backward(arguments: RmsNorm, dnormed: Tensor, dtotal: Tensor | None) -> RmsNorm:
     """See `vim_kernels.dispatch.contract`."""
-    total, _, weight, eps = arguments
+    total, weight, eps = arguments
     channels = total.shape[-1]
     if channels % LANES or not total.numel():
         return in_torch.add_rms_norm_backward(arguments, dnormed, dtotal)
@@ -49,4 +49,4 @@ def add_rms_norm_backward(arguments: AddRmsNorm, dnormed: Tensor, dtotal: Tensor
         dsum=address(dsum), dweight=address(dweight), eps=eps,
     )  # fmt: skip
     norm_backward(d, workers)
-    return AddRmsNorm(dsum, None, dweight.sum(0).to(weight.dtype), eps)
+    return RmsNorm(dsum, dweight.sum(0).to(weight.dtype), eps)

@@ -16,8 +16,7 @@ scratch is allocated inside. Tensors may differ in float dtype (no float64). The
 given, those of the others may be None; all are contiguous and like the outputs. Gradients come back contiguous,
 unaliased, in the shape and dtype of their tensors; None where the tensor is None; for a `Constant` anything. What
 `<op>_saved` allocates depends on the shapes of the arguments only, since fake kernels call it too; a forward that does
-not save returns [] in its place. The backward of `add_rms_norm` is that of the sum alone: its x is residual + x in
-float32, its residual None.
+not save returns [] in its place. The backward of `add_rms_norm` has the arguments `RmsNorm`.
 """
 
 import types
@@ -182,6 +181,14 @@ class AddRmsNorm(NamedTuple):
         return self.x.new_empty(self.x.shape), self.x.new_empty(self.x.shape, dtype=torch.float32)
 
 
+class RmsNorm(NamedTuple):
+    """What the backward of `add_rms_norm` needs of its arguments, which share the gradient of their sum."""
+
+    total: Tensor  # (..., d) float32, residual + x
+    weight: Tensor  # (d,)
+    eps: float
+
+
 class OpSpec(NamedTuple):
     """What `dispatch` has to know of an op."""
 
@@ -193,6 +200,8 @@ class OpSpec(NamedTuple):
     outputs: tuple[str, ...]
     saves: bool = True
     """Whether its forward can leave tensors for its backward."""
+    backward: Any = None
+    """Named tuple of arguments of the backward, where it has others."""
 
 
 OPS = {
@@ -202,7 +211,7 @@ OPS = {
         OpSpec("bidirectional_scan", "mixer", BidirectionalScan, ("y",)),
         OpSpec("pooled_scan", "pooled", PooledScan, ("y",)),
         OpSpec("causal_conv1d", "conv", CausalConv1d, ("y",), saves=False),
-        OpSpec("add_rms_norm", "norm", AddRmsNorm, ("normed", "total"), saves=False),
+        OpSpec("add_rms_norm", "norm", AddRmsNorm, ("normed", "total"), saves=False, backward=RmsNorm),
     )
 }
 
@@ -234,19 +243,16 @@ class Layout:
             start = self.places[-1].stop if self.places else 0
             width = len(bundle._fields) if bundle else 1
             self.places.append(Place(start, start + width, bundle, (None,) * width if is_optional else ()))
-        self.is_flat = not any(place.bundle for place in self.places)
+        if not any(place.bundle for place in self.places):
+            self.flatten, self.unflatten = tuple, kind._make
 
-    def flatten(self, arguments: Any) -> Sequence[Any]:
+    def flatten(self, arguments: Any, /) -> Sequence[Any]:
         """Single values, in order: those of a tuple within in its place, or as many Nones where it is None."""
-        if self.is_flat:
-            return arguments
         values = zip(arguments, self.places, strict=True)
         return [leaf for value, at in values for leaf in ((value,) if at.bundle is None else value or at.absent)]
 
-    def unflatten(self, flat: Sequence[Any]) -> Any:
+    def unflatten(self, flat: Sequence[Any], /) -> Any:
         """The inverse of `flatten`."""
-        if self.is_flat:
-            return self.kind(*flat)
         return self.kind(*[flat[at.start] if at.bundle is None else at.of(flat) for at in self.places])
 
 

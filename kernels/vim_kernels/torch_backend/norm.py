@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vim_kernels.dispatch.contract import AddRmsNorm
+from vim_kernels.dispatch.contract import AddRmsNorm, RmsNorm
 
 
 def add_rms_norm_forward(arguments: AddRmsNorm) -> tuple[Tensor, Tensor]:
@@ -14,9 +14,9 @@ def add_rms_norm_forward(arguments: AddRmsNorm) -> tuple[Tensor, Tensor]:
     return (total * rstd * weight.float()).to(x.dtype), total.contiguous()
 
 
-def add_rms_norm_backward(arguments: AddRmsNorm, dnormed: Tensor, dtotal: Tensor | None) -> AddRmsNorm:
+def add_rms_norm_backward(arguments: RmsNorm, dnormed: Tensor, dtotal: Tensor | None) -> RmsNorm:
     """See `vim_kernels.dispatch.contract`."""
-    total, _, weight, eps = arguments
+    total, weight, eps = arguments
     dnormed = dnormed.float()
     rstd = torch.rsqrt(total.square().mean(-1, keepdim=True) + eps)
     scaled = total * rstd
@@ -24,4 +24,4 @@ def add_rms_norm_backward(arguments: AddRmsNorm, dnormed: Tensor, dtotal: Tensor
     dsum = rstd * (pull - scaled * (pull * scaled).mean(-1, keepdim=True))
     if dtotal is not None:
         dsum += dtotal
-    return AddRmsNorm(dsum, None, (dnormed * scaled).flatten(0, -2).sum(0).to(weight.dtype), eps)
+    return RmsNorm(dsum, (dnormed * scaled).flatten(0, -2).sum(0).to(weight.dtype), eps)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vim_kernels.dispatch.contract import AddRmsNorm
+from vim_kernels.dispatch.contract import AddRmsNorm, RmsNorm
 from vim_kernels.triton_backend.launch import cdiv, launch, power_of_two
 from vim_kernels.triton_backend.norm_backward import add_rms_norm_backward_kernel
 from vim_kernels.triton_backend.norm_forward import add_rms_norm_forward_kernel
@@ -30,13 +30,13 @@ def add_rms_norm_forward(arguments: AddRmsNorm) -> tuple[Tensor, Tensor]:
     return normed, total
 
 
-def add_rms_norm_backward(arguments: AddRmsNorm, dnormed: Tensor, dtotal: Tensor | None) -> AddRmsNorm:
+def add_rms_norm_backward(arguments: RmsNorm, dnormed: Tensor, dtotal: Tensor | None) -> RmsNorm:
     """See `vim_kernels.dispatch.contract`."""
-    total, _, weight, eps = arguments
+    total, weight, eps = arguments
     channels = total.shape[-1]
     rows = total.numel() // max(channels, 1)
     if rows == 0:
-        return AddRmsNorm(torch.zeros_like(total), None, torch.zeros_like(weight), eps)
+        return RmsNorm(torch.zeros_like(total), torch.zeros_like(weight), eps)
     tile = _norm_tile(channels)
     blocks = cdiv(rows, tile["ROWS"])
     programs = max(1, min(SUMMING_PROGRAMS, blocks))
@@ -46,7 +46,7 @@ def add_rms_norm_backward(arguments: AddRmsNorm, dnormed: Tensor, dtotal: Tensor
         dnormed, dtotal if dtotal is not None else dnormed, total, weight.contiguous(), dsum, partial, rows, channels,
         eps, cdiv(blocks, programs), HAS_DTOTAL=dtotal is not None, **tile,
     )  # fmt: skip
-    return AddRmsNorm(dsum, None, partial.sum(0).to(weight.dtype), eps)
+    return RmsNorm(dsum, partial.sum(0).to(weight.dtype), eps)
 
 
 def _norm_tile(channels: int) -> dict[str, int]:
