@@ -128,7 +128,8 @@ def cases(column: str) -> list[Case]:
         "BLOCK": convolution.block,
     }  # fmt: skip
     found.append(Case(conv_forward.mixer_conv_forward_kernel, constants | hardware, convolution.warps))
-    for sizes, rank, columns in ((mixer, 16, 64), *([(plan.MIXER_WIDE, 64, 128)] if column == "cuda" else [])):
+    more = [(plan.MIXER_WIDE, 64, 128), (plan.FEW_ROWS, 64, 128)] if column == "cuda" else []
+    for sizes, rank, columns in ((mixer, 16, 64), *more):
         constants = {
             "STORE_LOW": True, "STATES": 16, "RANK_BLOCK": rank, "COLUMNS": columns, "ROWS": sizes.rows,
             "BLOCK": sizes.block, "EVEN": True, "DOT": tl.bfloat16, "PRECISION": "ieee",
@@ -149,6 +150,10 @@ def _mixer_backward_cases(column: str) -> list[Case]:
         constants = {"STATES": 16, "RANK_BLOCK": 16, "EVEN": even, "DOT": tl.bfloat16, "PRECISION": "ieee"}
         tile = {"COLUMNS": 64, "ROWS": rows.rows, "BLOCK": rows.block, "AHEAD": plan.PARTS_AHEAD}
         found.append(Case(mixer_backward.projections_backward_kernel, constants | tile, rows.warps, rows.stages))
+        if column == "cuda":
+            few = plan.FEW_ROWS
+            tile = {"COLUMNS": 64, "ROWS": few.rows, "BLOCK": few.block, "AHEAD": plan.PARTS_AHEAD}
+            found.append(Case(mixer_backward.projections_backward_kernel, constants | tile, few.warps, few.stages))
         tile = {"ROWS": sums.rows, "BLOCK": sums.block}
         found.append(Case(mixer_backward.projection_sums_kernel, constants | tile, sums.warps, sums.stages))
     constants = {"N": 16, "STATES": 16, "WIDTH": 4, "RANK": 12, "RANK_BLOCK": 16, "SKIP_WITH_TAPS": True}

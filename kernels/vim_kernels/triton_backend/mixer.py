@@ -207,7 +207,7 @@ def projections_backward(grads: ScanGradients, inputs: MixerInputs, weights: Mix
     rank, states, target = weights.rank, pair // 2, plan.target(u.device)
     dot = {"DOT": plan.dot_dtype(u), "PRECISION": "ieee"}
     dprojected = u.new_empty(2, rows, pair + rank)
-    sizes = plan.PROJECTIONS_BACKWARD[target]
+    sizes = plan.projections_backward(u.device, rows)
     launch(projections_backward_kernel, (cdiv(rows, sizes.rows), 2),
         grads.dt, grads.bc, weights.projections, grads.u, dprojected, rows, d, parts, rows * pair, rows * d,
         STATES=states, RANK_BLOCK=rank, COLUMNS=weights.projections.shape[2], ROWS=sizes.rows, BLOCK=sizes.block,

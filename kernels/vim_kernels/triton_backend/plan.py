@@ -85,6 +85,8 @@ STATE = {"cuda": ForwardSizes(32, 1, 2), "hip": ForwardSizes(64, 1, 0), "interpr
 BACKWARD = {"cuda": BackwardSizes(32, 1, 2), "hip": BackwardSizes(64, 1, 2), "interpreter": BackwardSizes(32, 1, 4)}
 MIXER_WIDE, MIXER_WIDE_RANK = MixerSizes(128, 64, 8, 3), 64
 """Where the rank is so large, a block of rows reads many weights, and larger ones are faster if they fill the chip."""
+FEW_ROWS = MixerSizes(16, 128, 4, 3)
+"""Of the projections where larger blocks of rows do not fill the chip, as with the lines of a pooled scan."""
 MIXER = {"cuda": MixerSizes(64, 64, 4, 3), "hip": MixerSizes(64, 32, 4, 1), "interpreter": MixerSizes(16, 64, 4, 1)}
 PROJECTIONS_BACKWARD = {
     "cuda": MixerSizes(64, 64, 4, 3),
@@ -250,8 +252,19 @@ def tiled_forward(warps: int, processors: int) -> TiledSizes:
 
 def mixer(device: torch.device, rank: int, rows: int) -> MixerSizes:
     """Sizes for x_proj and dt_proj of a padded rank, both directions."""
+    if _few(device, MIXER, rows):
+        return FEW_ROWS
     wide = rank >= MIXER_WIDE_RANK and 2 * cdiv(rows, MIXER_WIDE.rows) >= 1.4 * processors(device)
     return MIXER_WIDE if wide and target(device) == "cuda" else MIXER[target(device)]
+
+
+def projections_backward(device: torch.device, rows: int) -> MixerSizes:
+    """Sizes for the path back through both projections, both directions."""
+    return FEW_ROWS if _few(device, PROJECTIONS_BACKWARD, rows) else PROJECTIONS_BACKWARD[target(device)]
+
+
+def _few(device: torch.device, sizes: dict[str, MixerSizes], rows: int) -> bool:
+    return target(device) == "cuda" and 2 * cdiv(rows, sizes["cuda"].rows) < processors(device)
 
 
 def run_length(sizes: ConvolutionSizes, width: int) -> int:

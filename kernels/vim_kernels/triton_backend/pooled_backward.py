@@ -15,6 +15,7 @@ from vim_kernels.triton_backend.pooled_forward import (
     behind_of,
     both_taps,
     fast_sigmoid,
+    floats,
     line_bounds,
     of_line,
     row_of,
@@ -71,7 +72,7 @@ def pooled_output_backward_kernel(
                         xz_ptr, xz_stride, at - (WIDTH - 1), first, last, d, ok, order_ptr, ORDERED,
                         STEPS + 2 * (WIDTH - 1),
                     )  # fmt: skip
-                    sums = summed(met, common, WIDTH, STEPS, HARDWARE)
+                    sums = summed(floats(met), common, WIDTH, STEPS, HARDWARE)
                     weight = tl.load(norm_weight_ptr + d, mask=ok, other=0.0).to(tl.float32)
                     bias = tl.load(norm_bias_ptr + d, mask=ok, other=0.0).to(tl.float32)
                     new_along = ()
@@ -130,18 +131,27 @@ def pooled_output_backward_kernel(
             d = tl.program_id(0) * BLOCK + lane
             ok = d < channels
             common = of_line(taps_ptr, skip0_ptr, skip1_ptr, y_ptr, line, lines, d, ok, channels, WIDTH)
-            x = rows_of(xz_ptr, xz_stride, start - (WIDTH - 1), first, last, d, ok, order_ptr, ORDERED, 2 * (WIDTH - 1))
+            x = floats(
+                rows_of(xz_ptr, xz_stride, start - (WIDTH - 1), first, last, d, ok, order_ptr, ORDERED, 2 * (WIDTH - 1))
+            )
+            ahead = rows_of(xz_ptr, xz_stride, start + (WIDTH - 1), first, last, d, ok, order_ptr, ORDERED, STEPS)
             total = tl.zeros([LINES, BLOCK], tl.float32)
             for step in range(0, longest, STEPS):
                 at = start + step
-                new = rows_of(xz_ptr, xz_stride, at + (WIDTH - 1), first, last, d, ok, order_ptr, ORDERED, STEPS)
+                new = floats(ahead)
+                # all loads before the first store, which could be to where they are from
+                ahead = rows_of(
+                    xz_ptr, xz_stride, at + STEPS + (WIDTH - 1), first, last, d, ok, order_ptr, ORDERED, STEPS
+                )
+                gates = rows_of(xz_ptr + channels, xz_stride, at, start, stop, d, ok, order_ptr, ORDERED, STEPS)
+                douts = rows_of(dout_ptr, channels, at, start, stop, d, ok, order_ptr, ORDERED, STEPS)
                 sums = summed(x + new, common, WIDTH, STEPS, HARDWARE)
                 x = behind_of(x + new, WIDTH)
                 for i in tl.static_range(STEPS):
                     row = row_of(at + i, at + i < stop, order_ptr, ORDERED)[:, None]
                     here = (at + i < stop)[:, None] & ok
-                    z = tl.load(xz_ptr + row * xz_stride + channels + d, mask=here, other=0.0).to(tl.float32)
-                    dout = tl.load(dout_ptr + row * channels + d, mask=here, other=0.0).to(tl.float32)
+                    z = gates[i].to(tl.float32)
+                    dout = douts[i].to(tl.float32)
                     gate = fast_sigmoid(z, HARDWARE)
                     dz = dout * sums[i] * gate * (1.0 + z * (1.0 - gate))
                     g = 0.5 * dout * z * gate
@@ -184,14 +194,17 @@ def _before_silu(
 
 @triton.jit
 def _of_lines(
-    dpooled_ptr, line_of_ptr, weights_ptr, position, first, last, d, ok, channels
+    dpooled_ptr, line_of_ptr, weights_ptr, at, first, last, d, ok, channels, COUNT: tl.constexpr
 ):  # fmt: skip
-    """The gradient of a position's u by the sum of its line, 0 outside of the sequence."""
-    inside = (position >= first) & (position < last)
-    line = tl.load(line_of_ptr + position, mask=inside, other=0)
-    weight = tl.load(weights_ptr + line, mask=inside, other=0.0)[:, None]
-    at = dpooled_ptr + line.to(tl.int64)[:, None] * channels + d
-    return weight * tl.load(at, mask=inside[:, None] & ok, other=0.0).to(tl.float32)
+    """Gradients of u by the sums of lines, of positions at .. at + COUNT - 1, 0 outside of the sequence."""
+    rows = ()
+    for i in tl.static_range(COUNT):
+        inside = (at + i >= first) & (at + i < last)
+        line = tl.load(line_of_ptr + at + i, mask=inside, other=0)
+        weight = tl.load(weights_ptr + line, mask=inside, other=0.0)[:, None]
+        of_line = dpooled_ptr + line.to(tl.int64)[:, None] * channels + d
+        rows = rows + (weight * tl.load(of_line, mask=inside[:, None] & ok, other=0.0).to(tl.float32),)
+    return rows
 
 
 @triton.jit
@@ -214,35 +227,34 @@ def _run(
 
 @triton.jit
 def _position(
-    x, ds, g0, g1, sums0, sums1, taps0, taps1, skip0, skip1, at, first, last, d, ok, x_ptr, x_stride,
-    dsum_ptr, dpooled_ptr, line_direction, line_of_ptr, weights_ptr, order_ptr, channels,
-    COUNTS0: tl.constexpr, COUNTS1: tl.constexpr, ORDERED: tl.constexpr, WIDTH: tl.constexpr, HARDWARE: tl.constexpr,
+    x, ds, g0, g1, sums0, sums1, taps0, taps1, skip0, skip1, new_x, new_ds, dpooled0, dpooled1,
+    COUNTS0: tl.constexpr, COUNTS1: tl.constexpr, WIDTH: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """All windows one position on, to `at`: x, the gradient of the sum, gradients before SiLU; and the sums."""
-    x = _shifted(x, rows_of(x_ptr, x_stride, at, first, last, d, ok, order_ptr, ORDERED, 1)[0])
-    ds = _shifted(ds, rows_of(dsum_ptr, channels, at, first, last, d, ok, order_ptr, ORDERED, 1)[0])
-    dpooled = _of_lines(dpooled_ptr, line_of_ptr, weights_ptr, at, first, last, d, ok, channels)
-    g, sums0 = _before_silu(x, sums0, taps0, skip0, ds[WIDTH - 1], dpooled, 1, WIDTH, COUNTS0, HARDWARE)
+    """All windows one position on: x, the gradient of the sum, gradients before SiLU of both directions; the sums."""
+    x = _shifted(x, new_x.to(tl.float32))
+    ds = _shifted(ds, new_ds.to(tl.float32))
+    g, sums0 = _before_silu(x, sums0, taps0, skip0, ds[WIDTH - 1], dpooled0, 1, WIDTH, COUNTS0, HARDWARE)
     g0 = _shifted(g0, g)
-    dpooled = _of_lines(
-        dpooled_ptr + line_direction, line_of_ptr, weights_ptr, at - (WIDTH - 1), first, last, d, ok, channels
-    )
-    g, sums1 = _before_silu(x, sums1, taps1, skip1, ds[0], dpooled, -1, WIDTH, COUNTS1, HARDWARE)
+    g, sums1 = _before_silu(x, sums1, taps1, skip1, ds[0], dpooled1, -1, WIDTH, COUNTS1, HARDWARE)
     return x, ds, g0, _shifted(g1, g), sums0, sums1
 
 
 @triton.jit
-def _store_dx(
-    g0, g1, taps0, taps1, position, last, d, ok, dx_ptr, dx_stride, order_ptr, ORDERED: tl.constexpr,
-    WIDTH: tl.constexpr,
-):  # fmt: skip
+def _dx(g0, g1, taps0, taps1, WIDTH: tl.constexpr):
     """Dx of a position: g0 are the gradients from there on in direction 0, g1 those up to it in direction 1."""
     dx = g0[0] * taps0[WIDTH - 1] + g1[WIDTH - 1] * taps1[WIDTH - 1]
     for k in tl.static_range(1, WIDTH):
         dx = tl.fma(g0[k], taps0[WIDTH - 1 - k], tl.fma(g1[WIDTH - 1 - k], taps1[WIDTH - 1 - k], dx))
-    inside = position < last
-    row = row_of(position, inside, order_ptr, ORDERED)[:, None]
-    tl.store(dx_ptr + row * dx_stride + d, dx.to(dx_ptr.dtype.element_ty), mask=inside[:, None] & ok)
+    return dx
+
+
+@triton.jit
+def _store(rows, ptr, stride, at, last, d, ok, order_ptr, ORDERED: tl.constexpr):
+    """Rows of positions from `at` on, those before `last`."""
+    for i in tl.static_range(len(rows)):
+        inside = at + i < last
+        row = row_of(at + i, inside, order_ptr, ORDERED)[:, None]
+        tl.store(ptr + row * stride + d, rows[i].to(ptr.dtype.element_ty), mask=inside[:, None] & ok)
 
 
 @triton.jit(do_not_specialize=["runs", "runs_per_sequence", "length"])
@@ -267,6 +279,7 @@ def pooled_convolution_backward_kernel(
     d = tl.zeros([GROUPS, 1], tl.int32) + column[None, :]  # laid out as the tokens: no exchange between threads
     ok = d < channels
     taps = both_taps(taps_ptr, channels, d, ok, WIDTH)
+    dpooled1_ptr = dpooled_ptr + line_direction
     taps0 = ()
     taps1 = ()
     sums0 = ()
@@ -290,34 +303,58 @@ def pooled_convolution_backward_kernel(
         for _ in tl.static_range(WIDTH):
             g0 = g0 + (nothing,)
             g1 = g1 + (nothing,)
-        before = start - (WIDTH - 1)
-        x = (nothing,) + rows_of(x_ptr, x_stride, before, first, last, d, ok, order_ptr, ORDERED, WIDTH - 1)
-        ds = (nothing,) + rows_of(dsum_ptr, channels, before, first, last, d, ok, order_ptr, ORDERED, WIDTH - 1)
+        x = (nothing,) + floats(
+            rows_of(x_ptr, x_stride, start - (WIDTH - 1), first, last, d, ok, order_ptr, ORDERED, WIDTH - 1)
+        )
+        ds = (nothing,) + floats(
+            rows_of(dsum_ptr, channels, start - (WIDTH - 1), first, last, d, ok, order_ptr, ORDERED, WIDTH - 1)
+        )
+        met_x = rows_of(x_ptr, x_stride, start, first, last, d, ok, order_ptr, ORDERED, WIDTH - 1)
+        met_ds = rows_of(dsum_ptr, channels, start, first, last, d, ok, order_ptr, ORDERED, WIDTH - 1)
+        met0 = _of_lines(dpooled_ptr, line_of_ptr, weights_ptr, start, first, last, d, ok, channels, WIDTH - 1)
+        met1 = _of_lines(
+            dpooled1_ptr, line_of_ptr, weights_ptr, start - (WIDTH - 1), first, last, d, ok, channels, WIDTH - 1
+        )
+        at = start + (WIDTH - 1)
+        ahead_x = rows_of(x_ptr, x_stride, at, first, last, d, ok, order_ptr, ORDERED, WIDTH)
+        ahead_ds = rows_of(dsum_ptr, channels, at, first, last, d, ok, order_ptr, ORDERED, WIDTH)
         for i in tl.static_range(WIDTH - 1):
             x, ds, g0, g1, sums0, sums1 = _position(
-                x, ds, g0, g1, sums0, sums1, taps0, taps1, skip0, skip1, start + i, first, last, d, ok, x_ptr, x_stride,
-                dsum_ptr, dpooled_ptr, line_direction, line_of_ptr, weights_ptr, order_ptr, channels,
-                True, False, ORDERED, WIDTH, HARDWARE,
+                x, ds, g0, g1, sums0, sums1, taps0, taps1, skip0, skip1, met_x[i], met_ds[i], met0[i], met1[i],
+                True, False, WIDTH, HARDWARE,
             )  # fmt: skip
         for step in range(WIDTH - 1, STEPS, WIDTH):
+            at = start + step
+            new_x = ahead_x
+            new_ds = ahead_ds
+            # all loads before the first store, which could be to where they are from
+            ahead_x = rows_of(x_ptr, x_stride, at + WIDTH, first, last, d, ok, order_ptr, ORDERED, WIDTH)
+            ahead_ds = rows_of(dsum_ptr, channels, at + WIDTH, first, last, d, ok, order_ptr, ORDERED, WIDTH)
+            dpooled0 = _of_lines(dpooled_ptr, line_of_ptr, weights_ptr, at, first, last, d, ok, channels, WIDTH)
+            dpooled1 = _of_lines(
+                dpooled1_ptr, line_of_ptr, weights_ptr, at - (WIDTH - 1), first, last, d, ok, channels, WIDTH
+            )
+            dx = ()
             for i in tl.static_range(WIDTH):
-                at = start + step + i
                 x, ds, g0, g1, sums0, sums1 = _position(
-                    x, ds, g0, g1, sums0, sums1, taps0, taps1, skip0, skip1, at, first, last, d, ok, x_ptr, x_stride,
-                    dsum_ptr, dpooled_ptr, line_direction, line_of_ptr, weights_ptr, order_ptr, channels,
-                    True, True, ORDERED, WIDTH, HARDWARE,
+                    x, ds, g0, g1, sums0, sums1, taps0, taps1, skip0, skip1, new_x[i], new_ds[i], dpooled0[i],
+                    dpooled1[i], True, True, WIDTH, HARDWARE,
                 )  # fmt: skip
-                _store_dx(
-                    g0, g1, taps0, taps1, at - (WIDTH - 1), last, d, ok, dx_ptr, dx_stride, order_ptr, ORDERED, WIDTH
-                )
+                dx = dx + (_dx(g0, g1, taps0, taps1, WIDTH),)
+            _store(dx, dx_ptr, dx_stride, at - (WIDTH - 1), last, d, ok, order_ptr, ORDERED)
+        at = start + STEPS
+        met0 = _of_lines(dpooled_ptr, line_of_ptr, weights_ptr, at, first, last, d, ok, channels, WIDTH - 1)
+        met1 = _of_lines(
+            dpooled1_ptr, line_of_ptr, weights_ptr, at - (WIDTH - 1), first, last, d, ok, channels, WIDTH - 1
+        )
+        dx = ()
         for i in tl.static_range(WIDTH - 1):
-            at = start + STEPS + i
             x, ds, g0, g1, sums0, sums1 = _position(
-                x, ds, g0, g1, sums0, sums1, taps0, taps1, skip0, skip1, at, first, last, d, ok, x_ptr, x_stride,
-                dsum_ptr, dpooled_ptr, line_direction, line_of_ptr, weights_ptr, order_ptr, channels,
-                False, True, ORDERED, WIDTH, HARDWARE,
+                x, ds, g0, g1, sums0, sums1, taps0, taps1, skip0, skip1, ahead_x[i], ahead_ds[i], met0[i],
+                met1[i], False, True, WIDTH, HARDWARE,
             )  # fmt: skip
-            _store_dx(g0, g1, taps0, taps1, at - (WIDTH - 1), last, d, ok, dx_ptr, dx_stride, order_ptr, ORDERED, WIDTH)
+            dx = dx + (_dx(g0, g1, taps0, taps1, WIDTH),)
+        _store(dx, dx_ptr, dx_stride, at - (WIDTH - 1), last, d, ok, order_ptr, ORDERED)
     partial_ptr += tl.program_id(1) * (WIDTH + 2) * channels + column
     behind = tl.num_programs(1) * (WIDTH + 2) * channels
     for k in tl.static_range(WIDTH + 2):

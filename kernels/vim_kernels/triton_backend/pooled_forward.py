@@ -53,13 +53,22 @@ def both_taps(taps_ptr, channels, d, ok, WIDTH: tl.constexpr):
 
 @triton.jit
 def rows_of(ptr, stride, at, first, last, d, ok, order_ptr, ORDERED: tl.constexpr, COUNT: tl.constexpr):
-    """Rows of positions at .. at + COUNT - 1 in float32, zeros outside of first .. last - 1."""
+    """Rows of positions at .. at + COUNT - 1 as they lie, zeros outside of first .. last - 1."""
     rows = ()
     for i in tl.static_range(COUNT):
         inside = (at + i >= first) & (at + i < last)
         row = row_of(at + i, inside, order_ptr, ORDERED)
-        rows = rows + (tl.load(ptr + row[:, None] * stride + d, mask=inside[:, None] & ok, other=0.0).to(tl.float32),)
+        rows = rows + (tl.load(ptr + row[:, None] * stride + d, mask=inside[:, None] & ok, other=0.0),)
     return rows
+
+
+@triton.jit
+def floats(rows):
+    """The rows in float32."""
+    converted = ()
+    for i in tl.static_range(len(rows)):
+        converted = converted + (rows[i].to(tl.float32),)
+    return converted
 
 
 @triton.jit
@@ -104,9 +113,13 @@ def pooled_lines_kernel(
     end = tl.minimum(last, stop + (WIDTH - 1))  # no token behind is met
     sum0 = tl.zeros([LINES, BLOCK], tl.float32)
     sum1 = tl.zeros([LINES, BLOCK], tl.float32)
-    x = rows_of(x_ptr, x_stride, start - (WIDTH - 1), first, end, d, ok, order_ptr, ORDERED, 2 * (WIDTH - 1))
+    x = floats(rows_of(x_ptr, x_stride, start - (WIDTH - 1), first, end, d, ok, order_ptr, ORDERED, 2 * (WIDTH - 1)))
+    ahead = rows_of(x_ptr, x_stride, start + (WIDTH - 1), first, end, d, ok, order_ptr, ORDERED, STEPS)
     for step in range(0, tl.max(stop - start), STEPS):
-        new = rows_of(x_ptr, x_stride, start + step + (WIDTH - 1), first, end, d, ok, order_ptr, ORDERED, STEPS)
+        new = floats(ahead)
+        ahead = rows_of(
+            x_ptr, x_stride, start + step + STEPS + (WIDTH - 1), first, end, d, ok, order_ptr, ORDERED, STEPS
+        )
         u = convolved(x + new, taps, WIDTH, STEPS, HARDWARE)
         x = behind_of(x + new, WIDTH)
         for i in tl.static_range(STEPS):
@@ -170,7 +183,10 @@ def pooled_output_kernel(
         d = tl.program_id(0) * BLOCK + lane
         ok = d < channels
         common = of_line(taps_ptr, skip0_ptr, skip1_ptr, y_ptr, line, lines, d, ok, channels, WIDTH)
-        x = rows_of(xz_ptr, xz_stride, start - (WIDTH - 1), first, last, d, ok, order_ptr, ORDERED, 2 * (WIDTH - 1))
+        x = floats(
+            rows_of(xz_ptr, xz_stride, start - (WIDTH - 1), first, last, d, ok, order_ptr, ORDERED, 2 * (WIDTH - 1))
+        )
+        ahead = rows_of(xz_ptr, xz_stride, start + (WIDTH - 1), first, last, d, ok, order_ptr, ORDERED, STEPS)
     for step in range(0, tl.max(stop - start), STEPS):
         at = start + step
         if NORM:
@@ -187,7 +203,7 @@ def pooled_output_kernel(
                 met = rows_of(
                     xz_ptr, xz_stride, at - (WIDTH - 1), first, last, d, ok, order_ptr, ORDERED, STEPS + 2 * (WIDTH - 1)
                 )
-                sums = summed(met, common, WIDTH, STEPS, HARDWARE)
+                sums = summed(floats(met), common, WIDTH, STEPS, HARDWARE)
                 blocks += 1.0
                 new_means = ()
                 new_squares = ()
@@ -228,11 +244,14 @@ def pooled_output_kernel(
                     s = tl.fma((s - centres[i][:, None]) * scales[i][:, None], weight, bias)
                     tl.store(out_ptr + row * channels + d, (s * z * fast_sigmoid(z, HARDWARE)).to(kept), mask=here)
         else:
-            new = rows_of(xz_ptr, xz_stride, at + (WIDTH - 1), first, last, d, ok, order_ptr, ORDERED, STEPS)
+            new = floats(ahead)
+            # all loads before the first store, which could be to where they are from
+            ahead = rows_of(xz_ptr, xz_stride, at + STEPS + (WIDTH - 1), first, last, d, ok, order_ptr, ORDERED, STEPS)
+            gates = rows_of(xz_ptr + channels, xz_stride, at, start, stop, d, ok, order_ptr, ORDERED, STEPS)
             sums = summed(x + new, common, WIDTH, STEPS, HARDWARE)
             x = behind_of(x + new, WIDTH)
             for i in tl.static_range(STEPS):
                 row = row_of(at + i, at + i < stop, order_ptr, ORDERED)[:, None]
                 here = (at + i < stop)[:, None] & ok
-                z = tl.load(xz_ptr + row * xz_stride + channels + d, mask=here, other=0.0).to(tl.float32)
+                z = gates[i].to(tl.float32)
                 tl.store(out_ptr + row * channels + d, (sums[i] * z * fast_sigmoid(z, HARDWARE)).to(kept), mask=here)
