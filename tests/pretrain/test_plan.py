@@ -12,23 +12,23 @@ from pretrain.config import ModelConfig, PretrainConfig
 from pretrain.mae.masking import MaskConfig
 from pretrain.mae.model import DecoderConfig, split_patches
 from pretrain.mae.objective import MAE
-from pretrain.plan import main, planned_footprint
+from pretrain.plan import main, planned_footprints
 from pretrain.train import build_model
 from vim_backbone import UserError, named_config
 
 
-def planned(name="vim_tiny", *, ratio=0.75, width=512, depth=2, dtype=torch.float32, recompute=False):
+def planned(name="vim_tiny", *, ratio=0.75, width=512, depth=2, dtype=torch.float32, recompute="inputs"):
     """Footprint on CPU, and (patches, visible patches); the encoder scans these and a class token."""
     config = named_config(name, img_size=224, patch_size=16, num_classes=0, position="sincos")
     objective = MAE(mask=MaskConfig(ratio=ratio), decoder=DecoderConfig(width=width, depth=depth))
     work = objective.work(config, dtype.itemsize, recompute)
-    return planned_footprint(config, objective, work, dtype, "cpu"), (14 * 14, work.stacks[0].tokens - 1)
+    return planned_footprints(config, objective, [work], dtype, "cpu")[0], (14 * 14, work.stacks[0].tokens - 1)
 
 
-def real_peak(name, pictures, tokens, *, width=512, dtype=torch.float32, recompute=False):
+def real_peak(name, pictures, tokens, *, width=512, dtype=torch.float32, recompute="inputs"):
     """Parameters and bytes: all that a second step on the CPU holds at its worst."""
     torch.set_num_threads(1)  # two threads wait for each other where the cores are shared
-    model = ModelConfig(name=name, img_size=224, patch_size=16, depth=None, grad_checkpointing=recompute)
+    model = ModelConfig(name=name, img_size=224, patch_size=16, depth=None, recompute=recompute)
     trained = build_model(PretrainConfig(model=model, decoder=DecoderConfig(width=width)))
     optimizer = build_optimizer(trained, OptimConfig(), 256)
     images = torch.randn(pictures, 3, 224, 224)
@@ -57,7 +57,9 @@ def real_peak(name, pictures, tokens, *, width=512, dtype=torch.float32, recompu
         ("vim_tiny", 12, {}),
         ("vim_small", 4, {}),
         ("vim_tiny", 6, {"dtype": torch.bfloat16}),
-        ("vim_tiny", 6, {"recompute": True, "width": 192}),
+        ("vim_tiny", 6, {"recompute": "states"}),
+        ("vim_tiny", 6, {"recompute": "products"}),
+        ("vim_tiny", 12, {"recompute": "products", "dtype": torch.bfloat16}),
     ],
 )
 def test_the_peak_of_a_real_step_is_foretold(name, pictures, changes):
