@@ -43,8 +43,9 @@ from launch.run.randomness import generator
 from pretrain.mae.masking import MaskConfig, draw_mask
 from pretrain.mae.model import DecoderConfig, MaskedAutoencoder, split_patches
 from vim_backbone import VimConfig, VisionMamba
+from vim_backbone.block import set_recompute
 from vim_backbone.config import named_config
-from vim_backbone.mixer import Mixer
+from vim_backbone.memory import LEVELS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NETS = ("vim", "vit, half depth", "vit, same depth")
@@ -116,7 +117,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, help="of the autocast; on a GPU bf16, else fp32 (none)")
     parser.add_argument("--decoder-width", type=int, help="512; 192, the default job's, where a CPU is given no cases")
     parser.add_argument("--mask", type=float, default=0.75, help="share of the patches that is hidden")
-    parser.add_argument("--keep-inputs", action="store_true", help="Vim keeps the scan's inputs for the backward pass")
+    parser.add_argument("--recompute", choices=LEVELS, default="inputs", help="what Vim's backward pass makes again")
     parser.add_argument("--steps", type=int, default=10, help="measured steps of each model")
     parser.add_argument("--kernels", action="store_true", help="print where the time of a step goes, by groups")
     parser.add_argument("--seconds", type=float, help="start no case after so many")
@@ -138,9 +139,7 @@ class Trainer:
         torch.manual_seed(0)
         self.options = options
         self.model = build(net, case, options.decoder_width).to(options.device)
-        for module in self.model.modules():
-            if isinstance(module, Mixer):
-                module.keep_inputs = options.keep_inputs
+        set_recompute(self.model, options.recompute)
         self.optimizer = build_optimizer(self.model, OptimConfig(), case.batch)
         self.images = torch.randn(case.batch, 3, case.pixels, case.pixels, generator=generator(0)).to(options.device)
         config = case.config()
@@ -365,7 +364,7 @@ def main() -> None:
     rates = Work(product_rate(options.device, dtype), exp_rate(options.device), copy_rate(options.device))
     about = {
         "run": f"training step, {options.dtype}, {options.mask:.0%} hidden, decoder {options.decoder_width} x 2"
-        + ", scan's inputs kept" * options.keep_inputs,
+        + f", made again: {options.recompute}",
         "device": clock(options.device),
         "versions": versions(),
         "date": time.strftime("%Y-%m-%d"),

@@ -24,7 +24,7 @@ from launch.run.config import RunConfig
 from launch.run.optim import OptimConfig, build_optimizer
 from launch.state.checkpoint import Checkpoint, TrainState, newest_valid, snapshot, write_snapshot
 from pretrain.config import PretrainConfig
-from pretrain.plan import planned_footprint
+from pretrain.plan import planned_footprints
 from pretrain.train import build_model
 
 ROOT = Path(__file__).parents[1]
@@ -51,8 +51,8 @@ def strategies(where: Path, options: argparse.Namespace) -> list[dict[str, float
     """Print a row for each strategy."""
     config = PretrainConfig()
     architecture, dtype = config.architecture(), torch.float32
-    work = config.objective.work(architecture, dtype.itemsize, recompute=False)
-    model = planned_footprint(architecture, config.objective, work, dtype, backend="cpu")
+    work = config.objective.work(architecture, dtype.itemsize, config.model.recompute)
+    model = planned_footprints(architecture, config.objective, [work], dtype, backend="cpu")[0]
     print(f"{model.parameters / 1e6:.2f} M parameters, {options.processes} processes, batch {options.batch_size}")
     print("| strategy | s / step | times ddp | held MB | theory | peak MB | plan.py | start s |\n|" + "---|" * 8)
     rows: list[dict[str, float]] = []

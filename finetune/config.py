@@ -4,13 +4,13 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from launch.run.config import TrainingConfig
+from launch.run.config import BlocksConfig, TrainingConfig
 from launch.run.optim import OptimConfig, learning_rate
 from vim_backbone.errors import UserError, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class BackboneConfig:
+class BackboneConfig(BlocksConfig):
     """How the backbone is taken up."""
 
     img_size: int | tuple[int, int] | None = None
@@ -21,8 +21,6 @@ class BackboneConfig:
     """Stochastic depth at the last block."""
     global_pool: Literal["token", "avg"] | None = None
     """What a classifier reads: class token, or mean of the patch tokens. null: as published."""
-    grad_checkpointing: bool = False
-    """Recompute blocks in the backward pass: less memory, about a third more time."""
     from_scratch: bool = False
     """The same net with fresh weights: what pretraining is to be measured against."""
     freeze: bool = False

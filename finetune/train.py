@@ -22,7 +22,7 @@ from launch.run.optim import build_optimizer
 from launch.run.randomness import seed_of
 from launch.run.training import Training, start_training
 from launch.state.sharding import shape_of
-from vim_backbone.block import Block
+from vim_backbone.block import Block, set_recompute
 from vim_backbone.files import write_json, write_text
 from vim_backbone.folder import model_card
 
@@ -117,7 +117,7 @@ def build_model(task: Task[FinetuneConfig]) -> TaskModel:
     torch.manual_seed(seed_of(task.config.seed))
     model = task.new_model()
     task.pretrained.put_into(model.backbone)
-    model.backbone.set_grad_checkpointing(task.config.model.grad_checkpointing)
+    set_recompute(model, task.config.model.recompute)
     if task.config.model.freeze:
         head = {id(p) for p in model.backbone.get_classifier().parameters()}
         for p in model.backbone.parameters():

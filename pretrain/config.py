@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
-from launch.run.config import TrainingConfig
+from launch.run.config import BlocksConfig, TrainingConfig
 from launch.run.optim import OptimConfig
 from pretrain.data import DataConfig
 from pretrain.mae.masking import MaskConfig
@@ -18,7 +18,7 @@ OBJECTIVE = MAE
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(BlocksConfig):
     """The backbone."""
 
     name: str = "vim_tiny"
@@ -40,8 +40,6 @@ class ModelConfig:
     """LayerNorm between scan and gate; steadies Base and larger. null: with scan=pooled alone."""
     drop_path_rate: float = 0.0
     """Stochastic depth at the last block."""
-    grad_checkpointing: bool = False
-    """Recompute blocks in the backward pass: less memory, about a third more time."""
 
     def architecture(self) -> VimConfig:
         """The backbone's full config: no head, fixed sine-cosine positions as MAE has them."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from launch.planning.memory import Work
 from vim_backbone import VimConfig, VisionMamba
+from vim_backbone.memory import Recompute
 from vim_backbone.vim import Images
 
 
@@ -62,12 +63,12 @@ class Objective(Protocol):
         """What was learned, as a function that draws it: (title, path of the PNG). For all processes."""
         ...
 
-    def work(self, architecture: VimConfig, itemsize: int, recompute: bool) -> Work:
+    def work(self, architecture: VimConfig, itemsize: int, recompute: Recompute) -> Work:
         """What one picture of the architecture's size costs.
 
         Args:
             architecture: of the encoder.
             itemsize: bytes of a number in the products, 2 or 4.
-            recompute: the encoder's blocks are computed again in the backward pass.
+            recompute: what of a block the backward pass makes again.
         """
         ...

@@ -12,6 +12,7 @@ if not __package__:  # started as a file: import from this checkout, never from 
 
 import argparse
 import sys
+from collections.abc import Iterable
 from operator import attrgetter
 
 import torch
@@ -23,6 +24,10 @@ from pretrain.config import OBJECTIVE, PretrainConfig
 from pretrain.objective import Objective
 from vim_backbone import VimConfig, VisionMamba
 from vim_backbone.errors import UserError, require
+from vim_backbone.memory import LEVELS, Recompute
+
+FULL_TOKENS = 2**14
+"""Tokens that the encoder scans in a forward pass of the measured steps: with as many a GPU is busy."""
 
 
 def options_of(argv: list[str]) -> argparse.Namespace:
@@ -36,7 +41,11 @@ def options_of(argv: list[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name.replace('.', '-')}", dest=name, type=type(default), default=default, help=text)
     parser.add_argument("--batch-size", type=int, default=4096, help="pictures of a step on all GPUs together")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of the products")
-    parser.add_argument("--grad-checkpointing", action="store_true", help="recompute the encoder's blocks")
+    levels = (*LEVELS, "auto")
+    text = "what the backward pass makes again, from fast to small; auto: the first with which the batch fits"
+    parser.add_argument("--recompute", choices=levels, default="auto", help=text)
+    text = "forward passes of a step; more are planned where memory asks for them"
+    parser.add_argument("--accumulation", type=int, default=1, help=text)
     parser.add_argument("--gpus", type=int, default=8, help="processes in all")
     parser.add_argument("--gpu-memory", type=float, default=80.0, help="GB (1e9 bytes) of each")
     parser.add_argument("--reserve", type=float, default=0.1, help="share of it for CUDA, NCCL and fragmentation")
@@ -45,20 +54,23 @@ def options_of(argv: list[str]) -> argparse.Namespace:
     require(options.gpus >= 1, "gpus", options.gpus, "it must be at least 1")
     require(options.gpu_memory > 0, "gpu-memory", options.gpu_memory, "it must be positive")
     require(0 <= options.reserve < 1, "reserve", options.reserve, "it must lie in [0, 1)")
-    share = options.batch_size // max(1, options.gpus)
-    remedy = f"it must be a multiple of {options.gpus} GPUs"
-    require(share >= 1 and share * options.gpus == options.batch_size, "batch-size", options.batch_size, remedy)
+    require(options.accumulation >= 1, "accumulation", options.accumulation, "it must be at least 1")
+    parts = options.gpus * options.accumulation
+    passes = f" x {options.accumulation} forward passes" if options.accumulation > 1 else ""
+    remedy = f"it must be a multiple of {options.gpus} GPUs{passes}"
+    share = options.batch_size // parts
+    require(share >= 1 and share * parts == options.batch_size, "batch-size", options.batch_size, remedy)
     return options
 
 
-def planned_footprint(
-    config: VimConfig, objective: Objective, work: Work, dtype: torch.dtype, backend: str = "triton"
-) -> Footprint:
+def planned_footprints(
+    config: VimConfig, objective: Objective, works: Iterable[Work], dtype: torch.dtype, backend: str = "triton"
+) -> list[Footprint]:
     """Of the model that the objective builds, without its weights. Raises UserError where the backend is missing."""
     with torch.device("meta"):
         model = objective.build(VisionMamba(config))
     try:
-        return footprint(model, work, dtype, backend)
+        return [footprint(model, work, dtype, backend) for work in works]
     except RuntimeError as error:
         raise UserError(f"the kernels cannot say what they save: {error}") from error
 
@@ -66,44 +78,68 @@ def planned_footprint(
 def main(argv: list[str]) -> None:
     """Print the table, and the command of the first strategy that works on at least one picture at a time."""
     options = options_of(argv)
+    levels: tuple[Recompute, ...] = LEVELS if options.recompute == "auto" else (options.recompute,)
     words = settings(options)
     config = parse(PretrainConfig, words, "launch/plan.py", "")
     objective, architecture = config.objective, config.architecture()
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    work = objective.work(architecture, dtype.itemsize, config.model.grad_checkpointing)
-    model = planned_footprint(architecture, objective, work, dtype)
+    works: dict[Recompute, Work] = {level: objective.work(architecture, dtype.itemsize, level) for level in levels}
+    models = dict(zip(works, planned_footprints(architecture, objective, works.values(), dtype), strict=True))
+    model, work = models[levels[0]], works[levels[0]]
     rows, columns = architecture.grid(*architecture.img_size)
     patches, scanned = rows * columns, work.stacks[0].tokens - architecture.num_special
     print_line(
         f"{objective.title} of {options.model}: {model.parameters / 1e6:.1f} M parameters; of {patches} patches a "
-        f"picture the encoder sees {scanned}; {model.saved / 1e6:.1f} MB of activations a picture"
+        f"picture the encoder sees {scanned}"
     )
+    saved = ", ".join(f"{level} {each.saved / 1e6:.1f}" for level, each in models.items())
+    print_line(f"MB of activations a picture, by what the backward pass makes again: {saved}")
     print_line(f"GB of each of {options.gpus} processes; a batch is the pictures of one forward pass of one process:\n")
-    header = ("strategy", "parameters", "gradients", "optimizer", "batch", "activations", "peak", "sent a step")
+    header = ("strategy", "parameters", "gradients", "optimizer", "recompute", "batch", "activations", "peak", "sent")
     print_line("".join(f"{column:>13}" for column in header))
     memory = options.gpu_memory * 1e9 * (1 - options.reserve)
     chosen = None
     for share in shares(model, options.gpus):
-        batch = micro_batch(model, share, memory, options.batch_size // options.gpus)
-        most = peak(model, share, batch)
+        pictures = options.batch_size // options.gpus // options.accumulation
+        level, batch = fastest(models, share, memory, pictures, work.stacks[0].tokens)
+        most = peak(models[level], share, batch)
         sizes = (share.parameters, share.gradients, share.optimizer)
         cells = "".join(f"{size / 1e9:13.2f}" for size in sizes)
-        tail = f"{batch * model.saved / 1e9:13.2f}{most / 1e9:13.2f}{share.sent / 1e9:13.2f}"
-        print_line(f"{share.strategy:>13}{cells}{batch or 'none fits':>13}{tail}")
+        tail = f"{batch * models[level].saved / 1e9:13.2f}{most / 1e9:13.2f}{share.sent / 1e9:13.2f}"
+        print_line(f"{share.strategy:>13}{cells}{level:>13}{batch or 'none fits':>13}{tail}")
         if batch and chosen is None:
-            chosen = share.strategy, batch
-    a_second = options.gpus / seconds_a_picture(work.stacks, measured(options.device))
+            chosen = share.strategy, level, batch
+    strategy, level, batch = chosen or ("zero3_offload", levels[-1], 1)  # the one that holds the least on the GPU
+    a_second = options.gpus / seconds_a_picture(works[level].stacks, measured(options.device))
     print_line(
         f"\nexpected on {options.gpus} x {options.device}: {a_second:,.0f} pictures/s, {a_second * patches:,.0f} "
         f"patches/s, of which the encoder scans {a_second * scanned:,.0f}; from measured kernels "
         "(launch/planning/speeds.csv), before communication and waiting for data"
     )
-    strategy, batch = chosen or ("zero3_offload", 1)  # the one that holds the least on the GPU
     file = "gpu" if options.gpus == 1 and strategy == "ddp" else strategy
     print_line(
         f"\naccelerate launch --config_file launch/accelerate/{file}.yaml --num_processes {options.gpus} "
-        f"pretrain/main.py {' '.join(words)} --accumulation {options.batch_size // options.gpus // batch}"
+        f"pretrain/main.py {' '.join(words)} --model.recompute {level} "
+        f"--accumulation {options.batch_size // options.gpus // batch}"
     )
+
+
+def fastest(
+    models: dict[Recompute, Footprint], share: Share, memory: float, pictures: int, tokens: int
+) -> tuple[Recompute, int]:
+    """What is made again, and the pictures of a forward pass; `models` by level, the fastest first.
+
+    The first level with which all `pictures`, of so many `tokens`, fit. Where none does, passes are gathered in any
+    case: the first level with which one of them fills a GPU, else the last.
+    """
+    batches: dict[Recompute, int] = {
+        level: micro_batch(model, share, memory, pictures) for level, model in models.items()
+    }
+    for enough in (pictures, -(-FULL_TOKENS // tokens)):
+        for level, batch in batches.items():
+            if batch >= enough:
+                return level, batch
+    return batches.popitem()
 
 
 def micro_batch(model: Footprint, share: Share, memory: float, pictures: int) -> int:
@@ -123,8 +159,6 @@ def settings(options: argparse.Namespace) -> list[str]:
         "precision": options.precision,
     }
     fields |= {name: getattr(options, name) for name in OBJECTIVE.cost_fields}
-    if options.grad_checkpointing:
-        fields["model.grad_checkpointing"] = "true"
     return [word for name, value in fields.items() for word in (f"--{name}", str(value))]
 
 

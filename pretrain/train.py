@@ -24,7 +24,7 @@ from pretrain.config import PretrainConfig
 from pretrain.data import Batch, DataConfig, View, Views, build_loader, collate
 from pretrain.objective import Objective
 from vim_backbone import VisionMamba
-from vim_backbone.block import Block
+from vim_backbone.block import Block, set_recompute
 from vim_backbone.errors import require
 from vim_backbone.folder import model_card
 from vim_backbone.preprocessing import to_model
@@ -105,9 +105,9 @@ def refuse_to_compile_native_sizes(accelerator: Accelerator, data: DataConfig) -
 def build_model(config: PretrainConfig) -> nn.Module:
     """The model as it is before the first step, the same for one seed on every process."""
     torch.manual_seed(seed_of(config.seed))
-    encoder = VisionMamba(config.architecture())
-    encoder.set_grad_checkpointing(config.model.grad_checkpointing)
-    return config.objective.build(encoder)
+    model = config.objective.build(VisionMamba(config.architecture()))
+    set_recompute(model, config.model.recompute)
+    return model
 
 
 def train(run: Run) -> None:

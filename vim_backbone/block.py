@@ -1,10 +1,14 @@
 """One Vim block: add to the residual stream, RMS norm, mixer; with stochastic depth."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vim_backbone.config import VimConfig
 from vim_backbone.hand_over import Given, hand_over, take
+from vim_backbone.memory import Recompute
 from vim_backbone.mixer import Mixer
 from vim_backbone.weights import init_mixer
 from vim_kernels import Lines, add_rms_norm
@@ -52,9 +56,19 @@ class Block(nn.Module):
         if residual is not None:
             h = drop_path(h, self.drop_path, self.training, cu_seqlens)
         normed, stream = self.norm(h, residual)
+        if self.mixer.recompute == "products" and torch.is_grad_enabled():
+            again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # a mixer draws nothing
+            return checkpoint(self.mixer, normed, cu_seqlens, lines, **again), stream
         normed_or_list = hand_over(normed, self.mixer)
         del h, residual, normed
         return self.mixer(normed_or_list, cu_seqlens, lines), stream
+
+
+def set_recompute(model: nn.Module, level: Recompute) -> None:
+    """Choose what the backward pass of all blocks of a model makes again: see `vim_backbone.memory.Recompute`."""
+    for module in model.modules():
+        if isinstance(module, Mixer):
+            module.recompute = level
 
 
 def drop_path(h: Tensor, rate: float, training: bool, cu_seqlens: Tensor | None = None) -> Tensor:

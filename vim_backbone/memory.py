@@ -1,9 +1,21 @@
-"""Bytes that blocks leave for their backward pass, and that the backward pass needs: what a planner counts with."""
+"""What blocks leave for their backward pass, by how much of it is made again: the levels, and bytes for a planner."""
+
+from typing import Any, Literal, get_args
 
 import torch
 
 from vim_backbone.config import VimConfig
 from vim_kernels import saved_bytes
+
+Recompute = Literal["none", "inputs", "states", "products"]
+"""What the backward pass of a block makes again; each level what those before it do, too.
+
+none: nothing. inputs: the scan's inputs, by convolutions and projections; only GPUs can keep them. states: states and
+sum of the scan, by one more forward scan, one layer at a time. products: x, z and the scan's output too, by in_proj; of
+a block only the residual stream and its norm are kept. Gradients are the same at all levels.
+"""
+LEVELS: tuple[Recompute, ...] = get_args(Recompute)
+"""From the fastest to the one that keeps the least."""
 
 FLOAT = 4
 """Bytes of a float32."""
@@ -12,25 +24,29 @@ BACKWARD_FLOATS = 8
 recomputed convolutions and the gradients of both directions. Measured: 7.7 on CPU, 8.0 on an H200."""
 
 
-def block_saved_bytes(config: VimConfig, backend: str, dtype: torch.dtype, tokens: int) -> float:
-    """Bytes a token: residual stream, input of in_proj, its output, what the scan saves, input of out_proj.
+def block_saved_bytes(
+    config: VimConfig, backend: str, dtype: torch.dtype, tokens: int, recompute: Recompute = "inputs"
+) -> float:
+    """Bytes a token: residual stream, input of in_proj; its output, what the scan saves, input of out_proj.
 
     Args:
         backend: fast backend of `vim_kernels` that runs the scan.
         dtype: of the products. The residual stream is float32.
         tokens: of one picture; a pooled scan keeps less where more of them share a line.
     """
-    d, e, size, pooled = config.d_model, config.d_inner, dtype.itemsize, {}
+    d, e, size, between = config.d_model, config.d_inner, dtype.itemsize, 0.0
+    options: dict[str, Any] = {"dt_rank": config.dt_rank, "dtype": dtype, "recompute": recompute}
+    if recompute == "products":
+        return (FLOAT + size) * d
     if config.scan == "pooled":
         lines = sum(config.grid(*config.img_size)) / 2  # rows and columns in turn
-        pooled = {"tokens_a_line": tokens / lines, "norm": config.mixer_norm}
-    scan = saved_bytes(backend, d_inner=e, d_state=config.d_state, dt_rank=config.dt_rank, dtype=dtype, **pooled)
-    return FLOAT * d + size * d + size * 2 * e + scan + size * e
-
-
-def block_input_bytes(config: VimConfig, dtype: torch.dtype) -> float:
-    """Bytes a token that a block leaves which is computed again in the backward pass."""
-    return (FLOAT + dtype.itemsize) * config.d_model
+        options |= {"tokens_a_line": tokens / lines, "norm": config.mixer_norm}
+    elif config.mixer_norm:
+        # x by itself, the gate, and the norm's input and output, which autocast takes in float32 on GPUs
+        between = 2 * size * e + 2 * (FLOAT if backend == "triton" else size) * e
+        options |= {"gated": False}
+    scan = saved_bytes(backend, d_inner=e, d_state=config.d_state, **options)
+    return FLOAT * d + size * d + size * 2 * e + scan + between + size * e
 
 
 def block_backward_bytes(config: VimConfig) -> float:

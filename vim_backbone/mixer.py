@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from vim_backbone.config import VimConfig
 from vim_backbone.hand_over import Given, hooked, take
+from vim_backbone.memory import Recompute
 from vim_kernels import Lines, NormWeights, ScanWeights, bidirectional_scan, pooled_scan
 
 
@@ -31,7 +32,7 @@ class Mixer(nn.Module):
         self.D_b = nn.Parameter(self.in_proj.weight.new_empty(d))
         self.out_proj = nn.Linear(d, d_model, bias=False)
         self.scan_norm = nn.LayerNorm(d) if config.mixer_norm else None
-        self.keep_inputs = False  # see `vim_kernels.bidirectional_scan`
+        self.recompute: Recompute = "inputs"
 
     def forward(self, h: Given[Tensor], cu_seqlens: Tensor | None = None, lines: Lines | None = None) -> Tensor:
         """(batch, length, d_model) -> the same; or (1, total, d_model), pictures packed with borders `cu_seqlens`.
@@ -39,21 +40,21 @@ class Mixer(nn.Module):
         With `lines` it is the pooled scan, whose lines know the borders.
         """
         xz = self.in_proj(take(h))
+        # where all is made again the backward pass follows at once, and convolutions need not run a second time for it
+        recompute = "none" if self.recompute == "products" else self.recompute
         forward = _weights(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
         backward = _weights(self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
         if lines is not None:
             norm, eps = (None, 0.0) if self.scan_norm is None else (_norm_weights(self.scan_norm), self.scan_norm.eps)
-            y = pooled_scan(xz, forward, backward, lines, norm=norm, eps=eps)
+            y = pooled_scan(xz, forward, backward, lines, norm=norm, eps=eps, recompute=recompute)
         elif self.scan_norm is None:
             keeps_xz = torch.is_grad_enabled() or hooked(self.in_proj)
             y = bidirectional_scan(
-                xz, forward, backward, cu_seqlens=cu_seqlens, overwrite=not keeps_xz, keep_inputs=self.keep_inputs
+                xz, forward, backward, cu_seqlens=cu_seqlens, overwrite=not keeps_xz, recompute=recompute
             )
         else:
             x, z = xz.chunk(2, dim=-1)
-            y = bidirectional_scan(
-                x, forward, backward, gated=False, cu_seqlens=cu_seqlens, keep_inputs=self.keep_inputs
-            )
+            y = bidirectional_scan(x, forward, backward, gated=False, cu_seqlens=cu_seqlens, recompute=recompute)
             y = self.scan_norm(y) * F.silu(z)
         return self.out_proj(y)
 

@@ -10,9 +10,8 @@ from typing import Any, Literal, overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from vim_backbone.block import Block, RMSNorm, drop_path
+from vim_backbone.block import Block, RMSNorm, drop_path, set_recompute
 from vim_backbone.config import VimConfig
 from vim_backbone.errors import UserError
 from vim_backbone.folder import save_pretrained
@@ -22,7 +21,6 @@ from vim_backbone.packing import PackedLayout, layout_of
 from vim_backbone.position import resize_table, sincos_table
 from vim_backbone.tokens import TokenLayout
 from vim_backbone.weights import lecun_normal_
-from vim_kernels import Lines
 
 Images = Tensor | Sequence[Tensor]
 """Pictures (b, c, h, w), or a list of pictures (c, h, w) of any sizes."""
@@ -66,7 +64,6 @@ class VisionMamba(nn.Module):
         self.layout = TokenLayout(config.class_token, config.num_registers)
         self.position_layout = TokenLayout(config.class_token, 0)
         self.grid_size = config.grid(*config.img_size)
-        self.grad_checkpointing = False
 
         self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, d_model)) if config.class_token != "none" else None
@@ -186,7 +183,7 @@ class VisionMamba(nn.Module):
         for index, block in enumerate(self.layers):
             given: tuple[Given[Tensor], Given[Tensor | None]] = hand_over(h, block), hand_over(residual, block)
             del h, residual
-            h, residual = self._run(block, *given, cu_seqlens, lines and lines[index % 2])
+            h, residual = block(*given, cu_seqlens, lines and lines[index % 2])
         h = drop_path(h, self.config.drop_path_rate, self.training, cu_seqlens)
         normed, _ = self.norm_f(h, residual)
         return layout.split(normed)
@@ -204,18 +201,6 @@ class VisionMamba(nn.Module):
     def _positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Positions of the class token (1, 0 or 1, d_model) and of the patches of `grid` (1, l, d_model)."""
         return self.position_layout.split(resize_table(self.pos_embed, self.position_layout, self.grid_size, grid))
-
-    def _run(
-        self,
-        block: nn.Module,
-        h: Given[Tensor],
-        residual: Given[Tensor | None],
-        cu_seqlens: Tensor | None,
-        lines: Lines | None,
-    ) -> tuple[Tensor, Tensor]:
-        if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(block, h, residual, cu_seqlens, lines, use_reentrant=False)  # pyright: ignore[reportReturnType]
-        return block(h, residual, cu_seqlens, lines)
 
     def forward_intermediates(
         self,
@@ -255,7 +240,7 @@ class VisionMamba(nn.Module):
             return (patches, special) if return_prefix_tokens else patches
 
         for index, block in enumerate(self.layers[:last]):
-            h, residual = self._run(block, h, residual, cu_seqlens, lines and lines[index % 2])
+            h, residual = block(h, residual, cu_seqlens, lines and lines[index % 2])
             if index in chosen:
                 normed, stream = self.norm_f(h, residual)
                 special, patches = layout.split(normed if norm else stream.to(h.dtype))
@@ -330,8 +315,8 @@ class VisionMamba(nn.Module):
         return {"stem": stem, "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))]}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of storing its activations."""
-        self.grad_checkpointing = enable
+        """Keep as little as `vim_backbone.block.set_recompute` can of a block for the backward pass, as in timm."""
+        set_recompute(self, "products" if enable else "inputs")
 
 
 def lines_of(images: Images, grids: Sequence[Grid], visible: Tensor | None, share: float) -> GridLines:

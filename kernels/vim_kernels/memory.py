@@ -7,7 +7,7 @@ from contextvars import ContextVar
 import torch
 
 from vim_kernels.dispatch.choice import function
-from vim_kernels.dispatch.contract import BidirectionalScan, Lines, NormWeights, PooledScan, ScanWeights
+from vim_kernels.dispatch.contract import BidirectionalScan, Lines, NormWeights, PooledScan, Recompute, ScanWeights
 
 _is_tight: ContextVar[bool] = ContextVar("vim_kernels_less_memory", default=False)
 
@@ -40,12 +40,16 @@ def saved_bytes(
     dtype: torch.dtype,
     tokens_a_line: float | None = None,
     norm: bool = False,
+    gated: bool = True,
+    recompute: Recompute = "inputs",
 ) -> float:
-    """Bytes a token that a gated `bidirectional_scan` of long sequences keeps for its backward pass.
+    """Bytes a token that a `bidirectional_scan` of long sequences keeps for its backward pass, gated or not.
 
-    With `tokens_a_line`, that a `pooled_scan` keeps, with or without `norm`. The fast backend itself says so, on the
-    meta device. Raises RuntimeError where it cannot be imported.
+    With `tokens_a_line`, that a `pooled_scan` keeps, with or without `norm`. Its input xz is not counted. The fast
+    backend itself says so, on the meta device. Raises RuntimeError where it cannot be imported.
     """
+    if recompute == "states":
+        return 0.0
     op = ("mixer", "bidirectional_scan_saved") if tokens_a_line is None else ("pooled", "pooled_scan_saved")
     try:
         saved_of = function(backend, *op)
@@ -53,11 +57,11 @@ def saved_bytes(
         raise RuntimeError(f"backend {backend!r} cannot be imported: {error}") from error
     tokens = 1 << 16
     with torch.device("meta"):
-        xz = torch.empty(1, tokens, 2 * d_inner, dtype=dtype)
+        xz = torch.empty(1, tokens, (1 + gated) * d_inner, dtype=dtype)
         channels, states = torch.empty(d_inner), torch.empty(d_inner, d_state)
         x_proj, dt_proj = torch.empty(dt_rank + 2 * d_state, d_inner), torch.empty(d_inner, dt_rank)
         weights = ScanWeights(torch.empty(d_inner, 4), channels, x_proj, dt_proj, channels, states, channels)
-        arguments = BidirectionalScan(xz, weights, weights, None, gated=True)
+        arguments = BidirectionalScan(xz, weights, weights, None, gated, keep_inputs=recompute == "none")
         if tokens_a_line is not None:
             lines = max(1, round(tokens / tokens_a_line))
             places = Lines(torch.empty(lines + 1), torch.empty(tokens), torch.empty(lines))

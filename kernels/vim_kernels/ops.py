@@ -4,7 +4,7 @@ Tokens are channel-last, `(batch, length, channels)`; packed rows are `(1, total
 """
 
 import functools
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
@@ -19,9 +19,12 @@ from vim_kernels.dispatch.contract import (
     Lines,
     NormWeights,
     PooledScan,
+    Recompute,
     ScanWeights,
     SelectiveScan,
 )
+
+_LEVELS = get_args(Recompute)
 
 
 @overload
@@ -112,7 +115,7 @@ def bidirectional_scan(
     gated: bool = True,
     cu_seqlens: Tensor | None = None,
     overwrite: bool = False,
-    keep_inputs: bool = False,
+    recompute: Recompute = "inputs",
     backend: str | None = None,
 ) -> Tensor:
     """Everything of a Vim mixer between in_proj and out_proj (Vim, arXiv 2401.09417, algorithm 1).
@@ -127,8 +130,9 @@ def bidirectional_scan(
         cu_seqlens: int32 (images + 1,) borders of packed images; convolution and state restart at each.
         overwrite: xz is not needed any more: without gradients the result may take the memory of its first half. What
             xz holds afterwards is undefined.
-        keep_inputs: keep what convolutions and projections make of xz for the backward pass, which makes it again
-            otherwise: faster, and more memory. Only the Triton backend heeds it.
+        recompute: what the backward pass makes again of what it needs beside xz. "none": nothing; only the Triton
+            backend keeps that much. "inputs" of the scans: convolutions and projections. "states": the saved states and
+            the sum before the gate too, by one more forward scan; nothing but xz is kept. Gradients are the same.
 
     Returns:
         (batch, length, d_inner) in the dtype of xz; contiguous unless `overwrite`.
@@ -140,14 +144,9 @@ def bidirectional_scan(
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, xz)
         check_same_device(xz, cu_seqlens=cu_seqlens)
-    arguments, name = (
-        BidirectionalScan(xz.contiguous(), forward, backward, cu_seqlens, gated, keep_inputs),
-        choose(backend, xz.device),
-    )
-    if torch.is_autocast_enabled(xz.device.type):
-        with torch.autocast(xz.device.type, enabled=False):
-            return call(name, arguments, overwrite=overwrite)
-    return call(name, arguments, overwrite=overwrite)
+    keep_inputs = _keeps_inputs(recompute)
+    arguments = BidirectionalScan(xz.contiguous(), forward, backward, cu_seqlens, gated, keep_inputs)
+    return _call_mixer(backend, arguments, save=recompute != "states", overwrite=overwrite)
 
 
 def pooled_scan(
@@ -158,6 +157,7 @@ def pooled_scan(
     *,
     norm: NormWeights | None = None,
     eps: float = 1e-5,
+    recompute: Recompute = "inputs",
     backend: str | None = None,
 ) -> Tensor:
     """Everything of a pooled Vim mixer between in_proj and out_proj (FastVim, arXiv 2502.00594, section 3).
@@ -172,6 +172,7 @@ def pooled_scan(
         lines: which tokens make a line, in which order tokens and lines are scanned, and the borders of packed images.
         norm: (weight, bias) of a LayerNorm over d_inner, of the mean of the directions before the gate.
         eps: of that norm.
+        recompute: as in `bidirectional_scan`; "none" is the same as "inputs" here.
 
     Returns:
         (batch, length, d_inner), contiguous, in the dtype and order of xz.
@@ -185,11 +186,29 @@ def pooled_scan(
         for field, tensor in norm._asdict().items():
             check_shape(f"norm.{field}", tensor.shape, (xz.shape[2] // 2,))
             check_same_device(xz, **{f"norm.{field}": tensor})
-    arguments, name = PooledScan(xz.contiguous(), forward, backward, lines, norm, eps), choose(backend, xz.device)
-    if torch.is_autocast_enabled(xz.device.type):
-        with torch.autocast(xz.device.type, enabled=False):
-            return call(name, arguments)
-    return call(name, arguments)
+    _keeps_inputs(recompute)
+    arguments = PooledScan(xz.contiguous(), forward, backward, lines, norm, eps)
+    return _call_mixer(backend, arguments, save=recompute != "states")
+
+
+def _keeps_inputs(recompute: str) -> bool:
+    """Whether what a forward saves holds the inputs of the scans: where it is made again, its backward follows at once.
+
+    Raises ValueError for an unknown level.
+    """
+    if recompute not in _LEVELS:
+        raise ValueError(f"recompute must be one of {', '.join(_LEVELS)}, got {recompute!r}")
+    return recompute != "inputs"
+
+
+def _call_mixer(backend: str | None, arguments: BidirectionalScan | PooledScan, **options: bool) -> Tensor:
+    """`call`, outside of autocast."""
+    device = arguments.xz.device
+    name = choose(backend, device)
+    if torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False):
+            return call(name, arguments, **options)
+    return call(name, arguments, **options)
 
 
 def _check_mixer(gated: bool, xz: Tensor, forward: ScanWeights, backward: ScanWeights) -> None:

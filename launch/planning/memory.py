@@ -9,7 +9,7 @@ from launch.run.accelerator import BUCKET
 from vim_backbone import VimConfig
 from vim_backbone.block import Block
 from vim_backbone.memory import FLOAT as FLOAT
-from vim_backbone.memory import block_backward_bytes, block_input_bytes, block_saved_bytes
+from vim_backbone.memory import Recompute, block_backward_bytes, block_saved_bytes
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Stack:
 
     config: VimConfig
     tokens: int
-    recompute: bool = False
-    """The blocks are computed again in the backward pass."""
+    recompute: Recompute = "inputs"
+    """What of a block the backward pass makes again."""
 
 
 @dataclass(frozen=True)
@@ -60,19 +60,19 @@ def footprint(model: nn.Module, work: Work, dtype: torch.dtype, backend: str = "
         backend: fast backend of `vim_kernels` that runs the scans.
     """
 
-    def saved_by_block(stack: Stack) -> float:
-        return block_saved_bytes(stack.config, backend, dtype, stack.tokens)
+    def saved_by_block(stack: Stack, recompute: Recompute) -> float:
+        return block_saved_bytes(stack.config, backend, dtype, stack.tokens, recompute)
 
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     sizes = [sum(p.numel() for p in m.parameters()) for m in model.modules() if isinstance(m, Block)]
     saved = work.ends
     for stack in work.stacks:
-        block = block_input_bytes(stack.config, dtype) if stack.recompute else saved_by_block(stack)
-        saved += block * stack.tokens * stack.config.depth
+        saved += saved_by_block(stack, stack.recompute) * stack.tokens * stack.config.depth
 
     def backward(stack: Stack) -> float:
-        again = saved_by_block(stack) if stack.recompute else 0
+        # of what is made again, block_backward_bytes has the inputs of the scan
+        again = saved_by_block(stack, "inputs") - saved_by_block(stack, stack.recompute)
         return (block_backward_bytes(stack.config) + again) * stack.tokens
 
     return Footprint(

@@ -10,6 +10,7 @@ import yaml
 from launch.run.guard import GuardConfig
 from vim_backbone.errors import UserError, require
 from vim_backbone.files import write_text
+from vim_backbone.memory import Recompute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,18 @@ class RunConfig:
     def folder(self) -> Path:
         """The run's folder."""
         return Path(self.out) / self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlocksConfig:
+    """What the blocks of the trained model keep for the backward pass."""
+
+    recompute: Recompute = "inputs"
+    """What the backward pass makes again to save memory; each level makes what those before it do, too. none: nothing,
+    the fastest; keeps half as much more of a block than inputs (on CPU the same). inputs: convolutions and projections
+    before the scan, a twentieth of the time. states: the scan's states by one more forward scan, a tenth of the time;
+    keeps three fifths of inputs, but with scan=pooled, which has few states, hardly less. products: all of a block but
+    its stream and norm, by one product more; keeps a fifth of inputs, with scan=pooled a third."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from pretrain.mae.model import DecoderConfig, MaskedAutoencoder, Reconstruction,
 from pretrain.mae.reconstructions import draw_reconstructions, reconstruction_grid
 from pretrain.objective import Inputs
 from vim_backbone import VimConfig, VisionMamba
+from vim_backbone.memory import Recompute
 from vim_backbone.vim import Images
 
 
@@ -71,7 +72,7 @@ class MAE:
 
         return draw
 
-    def work(self, architecture: VimConfig, itemsize: int, recompute: bool) -> Work:
+    def work(self, architecture: VimConfig, itemsize: int, recompute: Recompute) -> Work:
         """The encoder over the visible tokens, the decoder over all, and the ends: embedding, prediction, targets."""
         rows, columns = architecture.grid(*architecture.img_size)
         patches, special = rows * columns, architecture.num_special
@@ -81,7 +82,7 @@ class MAE:
         return Work(
             stacks=(
                 Stack(architecture, visible, recompute),
-                Stack(self.decoder.blocks(architecture), patches + special),
+                Stack(self.decoder.blocks(architecture), patches + special, recompute),
             ),
             ends=FLOAT * (visible * architecture.d_model + 2 * patches * width + 2 * hidden * pixels)
             + itemsize * hidden * (width + pixels),

@@ -82,7 +82,7 @@ STEP = argparse.Namespace(
     steps=1,
     nets=pretrain_step.NETS,
     kernels=True,
-    keep_inputs=False,
+    recompute="products",
 )
 
 

@@ -133,20 +133,50 @@ def test_mixer(backend, length):
     compare(run_mixer, mixer_tensors(2, length, 32, 16, 12, 4), backend)
 
 
+def kept_by(run, xz):
+    """Gradients of run(xz), and the bytes that autograd keeps for them beside xz and the weights."""
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y, parameters = run(xz)
+    known = {t.untyped_storage().data_ptr() for t in (xz, *parameters) if t is not None}
+    gradients = torch.autograd.grad(y, (xz, *parameters), torch.linspace(-1, 1, y.numel()).to(y).view(y.shape))
+    return [y, *gradients], sum(size for where, size in kept.items() if where not in known)
+
+
+def check_levels(backend, tensors, run):
+    """Levels of recomputation: the same bits of bfloat16 tokens; returns the bytes kept at each."""
+    own = {k: None if t is None else t.to(DEVICES[backend], torch.float32).requires_grad_() for k, t in tensors.items()}
+    xz = own["xz"].detach().bfloat16().requires_grad_()
+    (none, inputs, states), kept = zip(
+        *(kept_by(lambda xz, level=level: run(own, xz, level), xz) for level in ("none", "inputs", "states")),
+        strict=True,
+    )
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(none, inputs, states, strict=True))
+    return kept
+
+
 @every_backend
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("gated", [True, False])
-def test_inputs_of_the_scan_kept_or_made_again_give_the_same_bits(backend, gated):
-    tensors = mixer_tensors(2, 35, 32, 16, 12, 4, gated=gated)
-    dy = draw(2, 35, 32).to(DEVICES[backend], torch.bfloat16)
-    results = []
-    for keep_inputs in (False, True):
-        own = {k: t.to(DEVICES[backend], torch.float32).requires_grad_() for k, t in tensors.items()}
-        forward, backward = (ScanWeights(**{f: own[f"{q}.{f}"] for f in ScanWeights._fields}) for q in "fb")
-        xz = own["xz"].detach().bfloat16().requires_grad_()
-        y = bidirectional_scan(xz, forward, backward, gated=gated, keep_inputs=keep_inputs, backend=backend)
-        results.append([y, *torch.autograd.grad(y, (xz, *forward, *backward), dy)])
-    for again, kept in zip(*results, strict=True):
-        assert torch.equal(again, kept)
+def test_what_is_kept_or_made_again_gives_the_same_bits(backend, gated, packed):
+    borders = torch.tensor(BORDERS[33], dtype=torch.int32) if packed else None
+
+    def run(t, xz, recompute):
+        forward, backward = (ScanWeights(**{f: t[f"{q}.{f}"] for f in ScanWeights._fields}) for q in "fb")
+        cu_seqlens = beside(borders, xz)
+        options = {"gated": gated, "cu_seqlens": cu_seqlens, "recompute": recompute, "backend": backend}
+        return bidirectional_scan(xz, forward, backward, **options), (*forward, *backward)
+
+    none, inputs, states = check_levels(backend, mixer_tensors(1 if packed else 2, 33, 32, 16, 12, 4, gated=gated), run)
+    tables = 4 * 4 * packed  # the borders
+    assert states == tables < inputs
+    assert (none > inputs) == (backend == "triton")
 
 
 @every_backend

@@ -59,8 +59,9 @@ def test_opcheck(backend, packed):
 class Layer(nn.Module):
     """All four public ops in a row."""
 
-    def __init__(self):
+    def __init__(self, recompute="inputs"):
         super().__init__()
+        self.recompute = recompute
         self.norm, self.taps = nn.Parameter(torch.ones(D)), nn.Parameter(draw(D, 4))
         self.into, self.forwards, self.backwards = (
             nn.Linear(D, 2 * D),
@@ -70,7 +71,8 @@ class Layer(nn.Module):
 
     def forward(self, x):
         h, residual = add_rms_norm(x, None, self.norm)
-        h = bidirectional_scan(self.into(h), ScanWeights(*self.forwards), ScanWeights(*self.backwards))
+        forward, backward = ScanWeights(*self.forwards), ScanWeights(*self.backwards)
+        h = bidirectional_scan(self.into(h), forward, backward, recompute=self.recompute)
         h = causal_conv1d(h, self.taps, reverse=True)
         state = self.B(h)
         return scan(h, h.abs(), self.A, state, state, z=h, dt_softplus=True).float() + residual
@@ -107,6 +109,30 @@ def test_a_compiled_training_step_scans_forwards_once():
     counts = {event.key: event.count for event in profiled.key_averages()}
     assert counts["vim_kernels::bidirectional_scan_backward"] == counts["vim_kernels::bidirectional_scan"] == 1
     assert counts["vim_kernels::selective_scan_backward"] == counts["vim_kernels::selective_scan"] == 1
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "aot_eager_decomp_partition"])
+def test_states_made_again_are_not_kept_by_a_compiled_step(backend):
+    """The forward op runs once in each pass, with either of the partitioners that decide what compiled code keeps."""
+    kept, model, x = {}, Layer("states"), draw(2, 70, D)
+    for recompute in ("inputs", "states"):
+        layer = Layer(recompute)
+        layer.load_state_dict(model.state_dict())
+        compiled = torch.compile(layer, fullgraph=True, backend=backend)
+        gradients(layer, compiled, x)
+        shapes = kept.setdefault(recompute, [])
+        with (
+            torch.autograd.graph.saved_tensors_hooks(lambda t, into=shapes: into.append(t) or t, lambda t: t),
+            profile(activities=[ProfilerActivity.CPU]) as profiled,
+        ):
+            got = gradients(layer, compiled, x)
+        counts = {event.key: event.count for event in profiled.key_averages()}
+        assert counts["vim_kernels::bidirectional_scan"] == (2 if recompute == "states" else 1)
+        assert counts["vim_kernels::bidirectional_scan_backward"] == 1
+        for a, b in zip(got, gradients(model, model, x), strict=True):
+            torch.testing.assert_close(a, b)
+    sizes = {recompute: sum(t.untyped_storage().nbytes() for t in kept[recompute]) for recompute in kept}
+    assert sizes["states"] < sizes["inputs"]
 
 
 def test_exported_for_any_length():

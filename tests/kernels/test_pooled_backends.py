@@ -10,6 +10,7 @@ from tests.kernels.test_backends import (
     INTERPRETED,
     LOW_GRADIENT,
     LOW_VALUE,
+    check_levels,
     compare,
     draw,
     every_backend,
@@ -46,6 +47,23 @@ def check(backend, pictures, packed, *sizes, by_column=False, norm=True, bias=Tr
 @pytest.mark.parametrize("case", CASES)
 def test_pooled(backend, case, by_column, norm):
     check(backend, *CASES[case], 32, 16, 12, 4, by_column=by_column, norm=norm)
+
+
+@every_backend
+@pytest.mark.parametrize("case", ["packed", "masked"])
+def test_what_is_kept_or_made_again_gives_the_same_bits(backend, case):
+    pictures, packed = CASES[case]
+    lines = lines_of(pictures, by_column=True, packed=packed)
+
+    def run(t, xz, recompute):
+        forward, backward = (ScanWeights(**{f: t[f"{q}.{f}"] for f in ScanWeights._fields}) for q in "fb")
+        norm = NormWeights(t["norm.weight"], t["norm.bias"])
+        own = Lines._make(None if line is None else line.to(xz.device) for line in lines)
+        y = pooled_scan(xz, forward, backward, own, norm=norm, recompute=recompute, backend=backend)
+        return y, (*forward, *backward, *norm)
+
+    none, inputs, states = check_levels(backend, pooled_tensors(pictures, packed, 32, 16, 12, 4), run)
+    assert states == sum(line.nbytes for line in lines if line is not None) < inputs == none
 
 
 @every_backend

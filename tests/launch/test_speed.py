@@ -5,6 +5,7 @@ import pytest
 from launch.planning.memory import Stack
 from launch.planning.speed import measured, seconds_a_picture
 from vim_backbone import UserError, named_config
+from vim_backbone.memory import LEVELS
 
 
 def test_the_measured_step_is_what_the_speed_starts_from():
@@ -17,9 +18,10 @@ def test_the_measured_step_is_what_the_speed_starts_from():
         measured("abacus")
 
 
-def test_blocks_computed_again_cost_a_forward_pass_more():
-    """A third: the backward pass costs about twice the forward one."""
+def test_what_is_made_again_costs_its_share_of_the_step():
     rows, config = measured("NVIDIA H200"), named_config("vim_small", num_classes=0)
-    once, twice = (seconds_a_picture([Stack(config, 50, recompute)], rows) for recompute in (False, True))
-    assert twice == pytest.approx(once * 4 / 3)
-    assert seconds_a_picture([Stack(config, 50)] * 2, rows) == pytest.approx(2 * once)
+    seconds = [seconds_a_picture([Stack(config, 50, level)], rows) for level in LEVELS]
+    assert seconds == sorted(seconds)
+    inputs, states = seconds[1:3]
+    assert states == pytest.approx(inputs * (1 + 8.7 / 81.9), rel=1e-3)
+    assert seconds_a_picture([Stack(config, 50)] * 2, rows) == pytest.approx(2 * inputs)

@@ -53,7 +53,7 @@ def test_tokens_are_those_that_the_encoder_scans(views):
     inputs = objective.inputs(extras, torch.device("cpu"))
     model(images, *inputs.arguments)
     assert lengths == [inputs.tokens + 3]  # and a class token for each of three pictures
-    work = objective.work(whole.config, 4, recompute=False)
+    work = objective.work(whole.config, 4, recompute="inputs")
     assert 3 * work.stacks[0].tokens == lengths[0]
 
 

@@ -12,23 +12,24 @@ from pretrain.config import ModelConfig, PretrainConfig
 from pretrain.mae.masking import MaskConfig
 from pretrain.mae.model import DecoderConfig, split_patches
 from pretrain.mae.objective import MAE
-from pretrain.plan import main, planned_footprint
+from pretrain.plan import fastest, main, planned_footprints
 from pretrain.train import build_model
 from vim_backbone import UserError, named_config
+from vim_backbone.memory import LEVELS
 
 
-def planned(name="vim_tiny", *, ratio=0.75, width=512, depth=2, dtype=torch.float32, recompute=False):
+def planned(name="vim_tiny", *, ratio=0.75, width=512, depth=2, dtype=torch.float32, recompute="inputs"):
     """Footprint on CPU, and (patches, visible patches); the encoder scans these and a class token."""
     config = named_config(name, img_size=224, patch_size=16, num_classes=0, position="sincos")
     objective = MAE(mask=MaskConfig(ratio=ratio), decoder=DecoderConfig(width=width, depth=depth))
     work = objective.work(config, dtype.itemsize, recompute)
-    return planned_footprint(config, objective, work, dtype, "cpu"), (14 * 14, work.stacks[0].tokens - 1)
+    return planned_footprints(config, objective, [work], dtype, "cpu")[0], (14 * 14, work.stacks[0].tokens - 1)
 
 
-def real_peak(name, pictures, tokens, *, width=512, dtype=torch.float32, recompute=False):
+def real_peak(name, pictures, tokens, *, width=512, dtype=torch.float32, recompute="inputs"):
     """Parameters and bytes: all that a second step on the CPU holds at its worst."""
     torch.set_num_threads(1)  # two threads wait for each other where the cores are shared
-    model = ModelConfig(name=name, img_size=224, patch_size=16, depth=None, grad_checkpointing=recompute)
+    model = ModelConfig(name=name, img_size=224, patch_size=16, depth=None, recompute=recompute)
     trained = build_model(PretrainConfig(model=model, decoder=DecoderConfig(width=width)))
     optimizer = build_optimizer(trained, OptimConfig(), 256)
     images = torch.randn(pictures, 3, 224, 224)
@@ -57,7 +58,9 @@ def real_peak(name, pictures, tokens, *, width=512, dtype=torch.float32, recompu
         ("vim_tiny", 12, {}),
         ("vim_small", 4, {}),
         ("vim_tiny", 6, {"dtype": torch.bfloat16}),
-        ("vim_tiny", 6, {"recompute": True, "width": 192}),
+        ("vim_tiny", 6, {"recompute": "states"}),
+        ("vim_tiny", 6, {"recompute": "products"}),
+        ("vim_tiny", 12, {"recompute": "products", "dtype": torch.bfloat16}),
     ],
 )
 def test_the_peak_of_a_real_step_is_foretold(name, pictures, changes):
@@ -66,6 +69,24 @@ def test_the_peak_of_a_real_step_is_foretold(name, pictures, changes):
     count, measured = real_peak(name, pictures, tokens, **changes)
     assert model.parameters == count
     assert peak(model, shares(model, 1)[0], pictures) == pytest.approx(measured, rel=0.06)
+
+
+def test_the_fastest_level_that_fits_is_taken():
+    """All pictures at once where they fit; else as many as fill a GPU, and the last level where not even they do."""
+    tokens = planned()[1][1] + 1
+    models = {level: planned(recompute=level, dtype=torch.bfloat16)[0] for level in LEVELS}
+    share = shares(models["inputs"], 1)[0]
+
+    def memory(level, pictures):
+        return peak(models[level], share, pictures)
+
+    for level in ("inputs", "states", "products"):  # on CPU none is inputs
+        first = "none" if level == "inputs" else level
+        assert fastest(models, share, memory(level, 64), 64, tokens) == (first, 64)
+        assert fastest(models, share, memory(level, 512), 4096, tokens) == (first, 512)
+    assert memory("states", 64) < memory("inputs", 64)
+    assert fastest(models, share, memory("products", 8), 4096, tokens) == ("products", 8)
+    assert fastest(models, share, memory("products", 1) - 1, 4096, tokens) == ("products", 0)
 
 
 def test_half_the_visible_patches_save_nothing_in_the_decoder():
@@ -85,6 +106,11 @@ def test_the_command_is_printed(capsys):
     config = parse(PretrainConfig, words, "", "")
     assert config.model.architecture().depth == 48
     assert config.batch_size % (8 * config.accumulation) == 0
+    assert config.model.recompute == "none"
+    main(["--model", "vim_base", "--image-size", "1024", "--gpus", "1", "--gpu-memory", "16", "--batch-size", "16"])
+    assert "--model.recompute states --accumulation 1" in capsys.readouterr().out
+    main(["--model", "vim_base", "--gpus", "1", "--recompute", "products", "--batch-size", "64", "--accumulation", "4"])
+    assert "--model.recompute products --accumulation 4" in capsys.readouterr().out
     main(["--model", "vim_huge", "--gpus", "64", "--gpu-memory", "8"])
     printed = capsys.readouterr().out
     assert "zero2.yaml --num_processes 64" in printed
@@ -99,6 +125,8 @@ def test_the_command_is_printed(capsys):
         (["--model", "vim_lage"], "did you mean 'vim_large'"),
         (["--model", "vim_large", "--image-size", "1000"], "image height is 1000"),
         (["--gpus", "3"], "batch-size is 4096: it must be a multiple of 3 GPUs"),
+        (["--accumulation", "3"], "batch-size is 4096: it must be a multiple of 8 GPUs x 3 forward passes"),
+        (["--accumulation", "0"], "accumulation is 0: it must be at least 1"),
         (["--gpu-memory", "0"], "gpu-memory is 0.0: it must be positive"),
     ],
 )

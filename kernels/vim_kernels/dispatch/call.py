@@ -15,8 +15,11 @@ from vim_kernels.dispatch.library import REGISTERED
 PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def call(backend: str, arguments: Any, **allowed: bool) -> Any:
-    """The output of the op whose arguments these are, or a tuple of them; `allowed` as `overwrite` in the contract."""
+def call(backend: str, arguments: Any, *, save: bool = True, **allowed: bool) -> Any:
+    """The output of the op whose arguments these are, or a tuple of them; `allowed` as `overwrite` in the contract.
+
+    Without `save` the backward pass runs the forward again for what it needs, and nothing but the arguments is kept.
+    """
     op = REGISTERED[type(arguments)]
     flat = op.layout.flatten(arguments)
     tensors = [t for t in flat[: op.tensors] if t is not None]
@@ -32,7 +35,7 @@ def call(backend: str, arguments: Any, **allowed: bool) -> Any:
     elif not op.saves:
         return op.forward(*flat, backend)
     else:
-        outputs = op.forward(*flat, backend, needs_grad and not _exporting())[: op.outputs]
+        outputs = op.forward(*flat, backend, save and needs_grad and not _exporting())[: op.outputs]
     return outputs[0] if op.outputs == 1 else tuple(outputs)
 
 

@@ -21,13 +21,16 @@ not save returns [] in its place. The backward of `add_rms_norm` has the argumen
 
 import types
 from collections.abc import Sequence
-from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
 Constant = Annotated[Tensor, "without a gradient"]
 """As cu_seqlens, whose gradient nobody asks for."""
+
+Recompute = Literal["none", "inputs", "states"]
+"""What the backward pass of a mixer makes again: `vim_kernels.ops.bidirectional_scan` explains it."""
 
 
 class ScanWeights(NamedTuple):
@@ -118,6 +121,7 @@ class BidirectionalScan(NamedTuple):
     cu_seqlens: Constant | None
     gated: bool
     keep_inputs: bool = False
+    """A forward that saves keeps what convolutions and projections made too; the Triton backend alone can."""
 
     def outputs(self) -> tuple[Tensor]:
         """Empty y (b, l, d) like x."""
