@@ -114,15 +114,15 @@ POOLED_LINES = {
     "hip": PooledSizes(1, 4, 128, 1),
     "interpreter": PooledSizes(2, 4, 64, 4),
 }
-POOLED_OUTPUT = POOLED_LINES
-POOLED_OUTPUT_BACKWARD = POOLED_LINES | {"cuda": PooledSizes(2, 4, 128, 2)}
+POOLED_OUTPUT = POOLED_LINES | {"cuda": PooledSizes(1, 2, 256, 2)}
+POOLED_OUTPUT_BACKWARD = POOLED_OUTPUT
 POOLED_NORM = {
     "cuda": PooledSizes(1, 2, 512, 4),
     "hip": PooledSizes(1, 1, 128, 2),
     "interpreter": PooledSizes(2, 4, 64, 4),
 }
 POOLED_CONVOLUTION_BACKWARD = {
-    "cuda": ConvolutionSizes(1, 28, 128, 2),
+    "cuda": ConvolutionSizes(1, 20, 128, 2),
     "hip": ConvolutionSizes(1, 28, 128, 1),
     "interpreter": ConvolutionSizes(2, 8, 128, 4),
 }
