@@ -42,9 +42,8 @@ from launch.run.optim import OptimConfig, build_optimizer
 from launch.run.randomness import generator
 from pretrain.mae.masking import MaskConfig, draw_mask
 from pretrain.mae.model import DecoderConfig, MaskedAutoencoder, split_patches
-from vim_backbone import VimConfig, VisionMamba
+from vim_backbone import VimConfig, VisionMamba, named_config
 from vim_backbone.block import set_recompute
-from vim_backbone.config import named_config
 from vim_backbone.memory import LEVELS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -108,9 +107,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=Case.read, nargs="+", metavar="MODEL:PIXELS:BATCH[:PATCH[:DEPTH]]")
-    parser.add_argument(
-        "--scan", choices=("full", "pooled"), default="full", help="Vim's scan, without norm before the gate"
-    )
+    parser.add_argument("--scan", choices=("full", "pooled"), default="full", help="Vim's, no norm before the gate")
     parser.add_argument("--nets", nargs="+", choices=NETS, default=NETS)
     parser.add_argument("--modes", nargs="+", choices=("plain", "compiled"), default=["plain"])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from launch.run.config import BlocksConfig, TrainingConfig
 from launch.run.optim import OptimConfig, learning_rate
 from vim_backbone.errors import UserError, require
+from vim_backbone.memory import LEVELS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,10 @@ class BackboneConfig(BlocksConfig):
     """The same net with fresh weights: what pretraining is to be measured against."""
     freeze: bool = False
     """Train the head alone."""
+
+    def __post_init__(self) -> None:
+        remedy = f"only pretraining counts the memory of its model, choose {', '.join(LEVELS)}"
+        require(self.recompute != "auto", "model.recompute", self.recompute, remedy)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -117,7 +117,7 @@ def build_model(task: Task[FinetuneConfig]) -> TaskModel:
     torch.manual_seed(seed_of(task.config.seed))
     model = task.new_model()
     task.pretrained.put_into(model.backbone)
-    set_recompute(model, task.config.model.recompute)
+    set_recompute(model, task.config.model.level)
     if task.config.model.freeze:
         head = {id(p) for p in model.backbone.get_classifier().parameters()}
         for p in model.backbone.parameters():

@@ -142,6 +142,26 @@ def fastest(
     return batches.popitem()
 
 
+def fitting_level(
+    config: PretrainConfig, *, memory: float, processes: int, stage: int, pictures: int, reserve: float = 0.1
+) -> Recompute:
+    """The fastest level with which so many pictures of a forward pass fit, the last where none does.
+
+    Args:
+        memory: bytes of each device, of which the share `reserve` is left free.
+        stage: of ZeRO; 0 for none.
+    """
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    architecture, objective = config.architecture(), config.objective
+    works = [objective.work(architecture, dtype.itemsize, level) for level in LEVELS]
+    models = planned_footprints(architecture, objective, works, dtype)
+    share = shares(models[0], processes)[stage]
+    for level, model in zip(LEVELS, models, strict=True):
+        if peak(model, share, pictures) <= memory * (1 - reserve):
+            return level
+    return LEVELS[-1]
+
+
 def micro_batch(model: Footprint, share: Share, memory: float, pictures: int) -> int:
     """The largest divisor of the pictures of a process and step that fits into memory; 0 for none."""
     most = min(pictures, fitting(model, share, memory))

@@ -1,7 +1,7 @@
 """The pretraining run: build everything, loop, publish the backbone; how a run lives is launch/run/training.py."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,14 +19,16 @@ from launch.run.metrics import RunLog, Throughput, peak_memory_gb
 from launch.run.optim import build_optimizer, learning_rate
 from launch.run.randomness import seed_of
 from launch.run.training import Training, start_training
-from launch.state.sharding import shape_of
+from launch.state.sharding import shape_of, zero_stage
 from pretrain.config import PretrainConfig
 from pretrain.data import Batch, DataConfig, View, Views, build_loader, collate
 from pretrain.objective import Objective
+from pretrain.plan import fitting_level
 from vim_backbone import VisionMamba
 from vim_backbone.block import Block, set_recompute
 from vim_backbone.errors import require
 from vim_backbone.folder import model_card
+from vim_backbone.memory import Recompute
 from vim_backbone.preprocessing import to_model
 
 SAMPLES_SHOWN = 8
@@ -71,12 +73,14 @@ def pretrain(config: PretrainConfig) -> Path:
         loader = build_loader(source, view, config.seed, plan, number, total_steps, bad.known)
         return (batch for batch in loader if batch is not None)
 
+    level = recompute_level(config, accelerator, plan.micro_batch)
+    settled = replace(config, model=replace(config.model, recompute=level))
     with start_training(
         config,
         accelerator,
         total_steps,
         start.checkpoint,
-        lambda: build_model(config),
+        lambda: build_model(settled),
         lambda model: build_optimizer(model, config.optim, config.batch_size),
         unit=Block,
         micro_batch=plan.micro_batch,
@@ -87,7 +91,8 @@ def pretrain(config: PretrainConfig) -> Path:
         with RunLog(config, accelerator, total_steps, first) as log:
             batches = enduring(batches_from, first * config.accumulation, log.say)
             run = Run(config, objective, source, view, batches, training, log, bad)
-            for line in (introduction(run, pictures), *start.notes):
+            made_again = [f"made again in the backward pass: {level}"] * (config.model.recompute == "auto")
+            for line in (introduction(run, pictures), *made_again, *start.notes):
                 log.say(line)
             train(run)
             publish(run)
@@ -102,11 +107,20 @@ def refuse_to_compile_native_sizes(accelerator: Accelerator, data: DataConfig) -
     require(not (compiled and data.sizes == "native"), "data.sizes", data.sizes, remedy)
 
 
+def recompute_level(config: PretrainConfig, accelerator: Accelerator, pictures: int) -> Recompute:
+    """What the backward pass makes again, where the config leaves it open for forward passes of so many pictures."""
+    if config.model.recompute != "auto" or accelerator.device.type != "cuda":
+        return config.model.level
+    memory = torch.cuda.get_device_properties(accelerator.device).total_memory
+    processes, stage = accelerator.num_processes, zero_stage(accelerator)
+    return fitting_level(config, memory=memory, processes=processes, stage=stage, pictures=pictures)
+
+
 def build_model(config: PretrainConfig) -> nn.Module:
     """The model as it is before the first step, the same for one seed on every process."""
     torch.manual_seed(seed_of(config.seed))
     model = config.objective.build(VisionMamba(config.architecture()))
-    set_recompute(model, config.model.recompute)
+    set_recompute(model, config.model.level)
     return model
 
 

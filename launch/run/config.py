@@ -68,12 +68,18 @@ class RunConfig:
 class BlocksConfig:
     """What the blocks of the trained model keep for the backward pass."""
 
-    recompute: Recompute = "inputs"
+    recompute: Literal[Recompute, "auto"] = "inputs"
     """What the backward pass makes again to save memory; each level makes what those before it do, too. none: nothing,
     the fastest; keeps half as much more of a block than inputs (on CPU the same). inputs: convolutions and projections
     before the scan, a twentieth of the time. states: the scan's states by one more forward scan, a tenth of the time;
     keeps three fifths of inputs, but with scan=pooled, which has few states, hardly less. products: all of a block but
-    its stream and norm, by one product more; keeps a fifth of inputs, with scan=pooled a third."""
+    its stream and norm, by one product more; keeps a fifth of inputs, with scan=pooled a third. auto: the fastest with
+    which the batch fits into the GPU by launch/plan.py's count; on CPU inputs. Only pretraining can count."""
+
+    @property
+    def level(self) -> Recompute:
+        """What the backward pass makes again, where nothing counts."""
+        return "inputs" if self.recompute == "auto" else self.recompute
 
 
 @dataclass(frozen=True, kw_only=True)

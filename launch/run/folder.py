@@ -17,6 +17,8 @@ from vim_backbone.files import write_text
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 LAUNCHER = ".launcher"
+FREE = {"model.recompute"}
+"""Fields that a resumed run can change under any prefix: they take time or memory, and change no weight."""
 
 
 @dataclass
@@ -84,7 +86,7 @@ def _resumed(config: RunConfig, folder: Path, fixed: tuple[str, ...]) -> Start:
         raise UserError(f"nothing to resume: {folder / CHECKPOINTS} has no checkpoint; start with --overwrite instead")
     changed = differences(config, folder / CONFIG)
     for name, (before, now) in changed.items():
-        if name.startswith(fixed):
+        if name.startswith(fixed) and name not in FREE:
             raise UserError(
                 f"{folder} was trained with {name} = {before}, not {now}: resume with the same architecture, "
                 "or start another --name"

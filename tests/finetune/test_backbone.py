@@ -17,6 +17,11 @@ def classifier(depth):
     return Classifier(VimConfig(d_model=32, depth=depth, img_size=(32, 32), patch_size=8, num_classes=5))
 
 
+def test_only_pretraining_counts_what_fits():
+    with pytest.raises(UserError, match=r"model.recompute is 'auto': only pretraining counts .* choose none, inputs"):
+        BackboneConfig(recompute="auto")
+
+
 def by_layer(scales):
     """Stem, each block, final norm, head -> the one scale that all its parameters have."""
     by_key = {}

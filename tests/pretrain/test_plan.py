@@ -1,5 +1,7 @@
 """The planner against what real steps allocate, and the command that it prints."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -12,8 +14,8 @@ from pretrain.config import ModelConfig, PretrainConfig
 from pretrain.mae.masking import MaskConfig
 from pretrain.mae.model import DecoderConfig, split_patches
 from pretrain.mae.objective import MAE
-from pretrain.plan import fastest, main, planned_footprints
-from pretrain.train import build_model
+from pretrain.plan import fastest, fitting_level, main, planned_footprints
+from pretrain.train import build_model, recompute_level
 from vim_backbone import UserError, named_config
 from vim_backbone.memory import LEVELS
 
@@ -87,6 +89,20 @@ def test_the_fastest_level_that_fits_is_taken():
     assert memory("states", 64) < memory("inputs", 64)
     assert fastest(models, share, memory("products", 8), 4096, tokens) == ("products", 8)
     assert fastest(models, share, memory("products", 1) - 1, 4096, tokens) == ("products", 0)
+
+
+def test_a_run_takes_the_fastest_level_that_fits_its_gpu(monkeypatch):
+    model = ModelConfig(name="vim_base", img_size=1024, patch_size=None, depth=None, recompute="auto")
+    config = PretrainConfig(model=model, precision="bf16", decoder=DecoderConfig())
+    sizes = {"processes": 1, "stage": 0, "pictures": 16}
+    levels = [fitting_level(config, memory=gb * 1e9, **sizes) for gb in (80, 19, 14, 10, 1)]
+    assert levels == ["none", "inputs", "states", "products", "products"]
+    assert fitting_level(config, memory=80e9, processes=8, stage=3, pictures=64) == "inputs"  # none is for 36 here
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), num_processes=1, state=SimpleNamespace(deepspeed_plugin=None))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=14e9))
+    assert recompute_level(config, on_gpu, 16) == "states"  # pyright: ignore[reportArgumentType]
+    on_gpu.device = torch.device("cpu")
+    assert recompute_level(config, on_gpu, 16) == "inputs"  # pyright: ignore[reportArgumentType]
 
 
 def test_half_the_visible_patches_save_nothing_in_the_decoder():

@@ -2,10 +2,12 @@
 
 import itertools
 import math
+from collections import Counter
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vim_backbone import VimConfig, VisionMamba, named_config
 from vim_backbone.block import Block, set_recompute
@@ -87,6 +89,34 @@ def test_stochastic_depth_drops_pictures_here():
     first = model(images)
     torch.manual_seed(4)
     assert not torch.equal(first, model(images))
+
+
+class Calls(TorchDispatchMode):
+    """Counts operations that run, below autograd."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func] += 1
+        return func(*args, **kwargs or {})
+
+
+def test_nothing_else_is_made_again():
+    """Of each of three blocks: the scan at `states`, in_proj's product too at `products`; no norm, no out_proj."""
+    model, images, counts = net("full", drop_path_rate=0.0), pictures(packed=False), {}
+    for level in LEVELS:
+        set_recompute(model, level)
+        with Calls() as calls:
+            step(model, model, images)
+        counts[level] = calls.counts
+    aten, own = torch.ops.aten, torch.ops.vim_kernels
+    more = {level: counts[level] - counts["inputs"] for level in LEVELS}
+    assert more["none"] == Counter()
+    assert more["states"] == Counter({own.bidirectional_scan.default: 3})
+    assert more["products"][own.bidirectional_scan.default] == more["products"][aten.mm.default] == 3
+    assert not more["products"][own.add_rms_norm.default]
 
 
 @pytest.mark.parametrize("level", LEVELS)
