@@ -187,7 +187,8 @@ def evaluate(run: Run) -> dict[str, float]:
     if not accelerator.is_main_process:
         return {}
     folder = run.config.folder / EVALUATIONS / f"step-{step:08d}"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(exist_ok=True)  # not its parents: a run's folder that was deleted is not made again
+    folder.mkdir(exist_ok=True)
     result.write(folder)
     write_json(folder / "metrics.json", result.metrics)
     run.log.metrics(step, {f"val_{key}": value for key, value in result.metrics.items()})

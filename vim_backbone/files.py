@@ -98,6 +98,14 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
+def append_lines(path: Path, text: str) -> None:
+    """Add lines to a file, on lines of their own where a killed process left half of one."""
+    with open(path, "ab+") as file:
+        if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) is not None and file.read(1) != b"\n":
+            text = "\n" + text
+        file.write(text.encode("utf-8", "backslashreplace"))
+
+
 def explain(error: OSError | SafetensorError) -> str:
     """What failed and what to do, in a few words."""
     number = getattr(error, "errno", None)

@@ -22,6 +22,11 @@ from vim_backbone.files import explain
 Config = TypeVar("Config")
 SILENT_SECONDS = 3
 """What a process that keeps silent about an error waits for the one that prints it."""
+UNUSABLE = (
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO,
+    errno.ESTALE, errno.ELOOP, errno.ENAMETOOLONG,
+)  # fmt: skip
+"""What happens to a file or folder that is taken away or replaced while the run goes on."""
 
 
 def parse(config_class: type[Config], argv: list[str], prog: str, description: str) -> Config:
@@ -92,6 +97,8 @@ def _known_fault(error: Exception) -> str | None:
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"{explain(error)}; then --resume goes on from the newest checkpoint"
+    if isinstance(error, OSError) and error.filename is not None and error.errno in UNUSABLE:
+        return f"cannot use {error.filename}: {explain(error)}; --resume goes on from what is left of the run"
     lost = ("closed by peer", "reset by peer", "Connection refused", "Broken pipe", "gloo/transport", "NCCL error")
     if isinstance(error, torch.distributed.DistError) or any(words in text for words in lost):
         rank = os.environ.get("RANK", "0")

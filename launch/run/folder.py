@@ -99,8 +99,8 @@ def prepare_folder(folder: Path, kind: str, mark: str, resume: bool) -> None:
         foreign = not os.path.lexists(folder / mark) and not all(_is_leftover(path) for path in folder.iterdir())
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {error.strerror}; choose another --out") from error
-    if foreign and not (resume and kind == "run"):
-        raise UserError(f"{folder} is no {kind}'s folder (it has no {mark}): it is not touched, choose another --name")
+    if foreign and not resume:
+        raise UserError(f"{folder} is no {kind}'s folder (it has no {mark}): it is not deleted, choose another --name")
 
 
 def _is_leftover(path: Path) -> bool:

@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from launch.run.config import RunConfig, plain
-from vim_backbone.errors import UserError
-from vim_backbone.files import explain, json_line, write_text
+from vim_backbone.errors import UserError, first_line
+from vim_backbone.files import append_lines, explain, json_line, write_text
 
 Item = TypeVar("Item")
 
@@ -35,7 +35,11 @@ class RunLog:
         self.total_steps = total_steps
         self.console = Console(stderr=True, quiet=not self.active, highlight=False, soft_wrap=True)
         self._file = config.folder / METRICS
-        accelerator.init_trackers("tracking", config={"config": json.dumps(plain(config))})
+        try:
+            accelerator.init_trackers("tracking", config={"config": json.dumps(plain(config))})
+        except Exception as error:  # each tracker raises its own classes
+            names = ", ".join(config.trackers)
+            raise UserError(f"trackers is {names}: {first_line(error)}; set it up, or take it out") from error
         self._bar = Progress(
             TextColumn("[bold]step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[shown]}"),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
@@ -62,8 +66,7 @@ class RunLog:
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Write one row to metrics.jsonl and the trackers."""
         if self.active:
-            with open(self._file, "a", encoding="utf-8") as file:
-                file.write(json_line({"step": step} | values))
+            append_lines(self._file, json_line({"step": step} | values))
         self.accelerator.log(values, step=step)
 
     def picture(self, step: int, name: str, path: Path) -> None:
