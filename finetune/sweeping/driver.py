@@ -76,15 +76,18 @@ def sweep(config: SweepConfig) -> Path:
 
 @contextmanager
 def sigterm_as_sigint() -> Iterator[None]:
-    """SIGTERM stops the sweep as Ctrl-C and SIGUSR1 do, which are all that Ray Tune heeds."""
+    """SIGTERM and SIGHUP stop the sweep as Ctrl-C and SIGUSR1 do, which are all that Ray Tune heeds."""
     if not in_main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = {n: signal.signal(n, lambda *_: signal.raise_signal(signal.SIGINT)) for n in numbers}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def top_commands(config: SweepConfig) -> list[str]:

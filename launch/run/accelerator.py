@@ -97,7 +97,7 @@ def refuse_what_is_missing() -> None:
 
 
 def refuse_trackers(names: list[str]) -> None:
-    """Raise UserError for an unknown tracker, or one whose package is missing: Accelerate passes over that in silence."""
+    """Raise UserError for an unknown tracker, or one that is not installed, which Accelerate passes over in silence."""
     available = {str(name) for name in get_available_trackers()} | {"all"}
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS and name != "all":

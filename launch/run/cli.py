@@ -1,9 +1,10 @@
 """The command line: a typed config from a YAML file and overrides, and errors as one line with exit code 2."""
 
+import contextlib
 import errno
-import multiprocessing
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from launch.run.accelerator import SilentError
 from launch.run.config import field_types
-from launch.run.signals import Stopped
+from launch.run.signals import Stopped, kill_children
 from vim_backbone.errors import UserError, nearest
 from vim_backbone.files import explain
 
@@ -67,6 +68,9 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int
         if not stopped.quiet:
             _print_error(str(stopped))
         return 128 + stopped.signal
+    except KeyboardInterrupt:
+        kill_children()
+        return 128 + signal.SIGINT
     except (RuntimeError, OSError) as error:
         line = _known_fault(error)
         if line is None or "--debug" in argv:
@@ -83,10 +87,9 @@ def leave(code: int) -> NoReturn:
     In the teardown threads of the process group at times abort (`terminate called without an active exception`, PyTorch
     2.15 with gloo), and the launcher then takes a run that has done and saved everything for a failed one.
     """
+    kill_children()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         sys.exit(code)
-    for child in multiprocessing.active_children():
-        child.terminate()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -129,4 +132,5 @@ def _one_line(message: str, config_class: type) -> str:
 
 
 def _print_error(line: str) -> Any:
-    print(line, file=sys.stderr, flush=True)  # noqa: T201 - command line
+    with contextlib.suppress(OSError):  # the terminal was closed
+        print(line, file=sys.stderr, flush=True)  # noqa: T201 - command line

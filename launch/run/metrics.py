@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -41,7 +42,7 @@ class RunLog:
             names = ", ".join(config.trackers)
             raise UserError(f"trackers is {names}: {first_line(error)}; set it up, or take it out") from error
         self._bar = Progress(
-            TextColumn("[bold]step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[shown]}"),
+            TextColumn("[bold]step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[status]}"),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
             console=self.console, disable=not (self.active and sys.stderr.isatty()),
         )  # fmt: skip
@@ -56,12 +57,14 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        with suppress(OSError):
+            self._bar.stop()
         self.accelerator.end_training()
 
     def say(self, line: str) -> None:
-        """Print one line above the progress bar, on the main process."""
-        self.console.print(line, markup=False)
+        """Print one line above the progress bar, on the main process; to a terminal that was closed, nothing."""
+        with suppress(OSError):
+            self.console.print(line, markup=False)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Write one row to metrics.jsonl and the trackers."""
@@ -80,7 +83,8 @@ class RunLog:
     def progress(self, step: int, latest: dict[str, float]) -> None:
         """Move the bar, with the latest metrics beside it; without a terminal, print a line now and then."""
         status = f"loss {latest['loss']:.4f}  {latest['images_per_second']:.1f} images/s" if latest else ""
-        self._bar.update(self._task, completed=step, status=status)
+        with suppress(OSError):
+            self._bar.update(self._task, completed=step, status=status)
         now = time.monotonic()
         if (
             self.active

@@ -100,8 +100,10 @@ def test_exit_codes(capsys):
 def test_a_file_that_was_taken_away_is_named(number, tmp_path):
     """In a process of its own, because the process is ended."""
     code = (
-        f"import os; from launch.run.cli import run\ndef main(argv): raise OSError({number}, os.strerror({number}), 'x/y')"
-        "\nraise SystemExit(run(main, []))"
+        "import os; from launch.run.cli import run\n"
+        f"def main(argv): raise OSError({number}, os.strerror({number}), 'x/y')"
+        "\n"
+        "raise SystemExit(run(main, []))"
     )
     ended = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment(PYTHONPATH=PATH)
