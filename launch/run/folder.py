@@ -4,7 +4,7 @@ import os
 import re
 import socket
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from launch.run.accelerator import on_main
 from launch.run.config import RunConfig, differences, write_config
 from launch.run.lock import LOCK, FolderLock
 from launch.run.metrics import METRICS, forget_after
-from launch.state.checkpoint import HIDDEN, NAME, Checkpoint, checkpoints, newest_valid, tidy
+from launch.state.checkpoint import HIDDEN, NAME, Checkpoint, checkpoints, newest_valid, rotate, tidy
 from vim_backbone.errors import UserError
 from vim_backbone.files import discard, explain, remove, write_text
 
@@ -151,6 +151,8 @@ def _resumed(config: RunConfig, folder: Path, fixed: tuple[str, ...], total_step
     step = Checkpoint(newest).state["step"]
     if 0 < total_steps < step:
         raise UserError(f"the run has {total_steps} steps, {newest} is of step {step}: give more, or another --name")
+    with suppress(OSError):
+        rotate(newest, config.keep_checkpoints, config.keep_every)  # what a kill left undone
     notes = [f"{line}: going on from {newest.name}" for line in damaged]
     notes += [f"resumed with another {name}: {old} -> {new}" for name, (old, new) in changed.items()]
     notes += forget_after(folder / METRICS, step)

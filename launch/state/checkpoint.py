@@ -107,7 +107,7 @@ def write_snapshot(snapshot: Snapshot, folder: Path, keep: int, keep_every: int 
         raise UserError(f"checkpoint at step {snapshot.step} not saved: {cause}; {_remaining(folder)}") from error
     with suppress(OSError):  # what cannot be deleted now is tried again when the run starts again
         remove(earlier)
-        _rotate(final, keep, keep_every)
+        rotate(final, keep, keep_every)
     return final
 
 
@@ -119,7 +119,7 @@ def _remaining(folder: Path) -> str:
     return f"{newest} is intact, go on from it with --resume" if newest else "no earlier checkpoint is whole"
 
 
-def _rotate(newest: Path, keep: int, keep_every: int) -> None:
+def rotate(newest: Path, keep: int, keep_every: int) -> None:
     """Delete checkpoints before `newest`, but for whole ones up to `keep` with it.
 
     Later ones stay: they were damaged or missing when the run went on from before them, or are no work of this run.
