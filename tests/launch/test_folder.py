@@ -161,6 +161,15 @@ def test_the_config_is_that_of_the_last_start(tmp_path):
     assert (tmp_path / "runs/a/config-to-step-00000003.yaml").read_text() == first  # those since did no step
 
 
+def test_what_a_kill_left_to_delete_goes_when_the_run_goes_on(tmp_path):
+    """Killed when the last checkpoint was in place and the ones before were still there."""
+    with_checkpoint(tmp_path)
+    folder = tmp_path / "runs/a/checkpoints"
+    shutil.copytree(folder / "step-00000003", folder / "step-00000002")
+    open_run(config(tmp_path, resume=True, keep_checkpoints=1), [])
+    assert [path.name for path in folder.iterdir()] == ["step-00000003"]
+
+
 def test_fewer_steps_than_are_done_are_refused_and_change_nothing(tmp_path):
     with_checkpoint(tmp_path)
     before = (tmp_path / "runs/a/config.yaml").read_text()
