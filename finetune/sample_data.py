@@ -213,6 +213,7 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     draw, train, val, size = KINDS[arguments.kind]
     sizes = Sizes(arguments.train or train, arguments.val or val, arguments.size or size, arguments.seed)
+    require(sizes.seed >= 0, "--seed", sizes.seed, "it cannot be negative")
     require(sizes.size >= 16, "--size", sizes.size, "shapes need 16 pixels or more")
     if arguments.folder.exists() and any(arguments.folder.iterdir()):
         raise UserError(f"{arguments.folder} is not empty: choose another folder")

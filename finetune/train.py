@@ -16,7 +16,7 @@ from launch.data.bad_pictures import BadPictures
 from launch.data.loading import enduring
 from launch.data.order import plan_batches
 from launch.run.accelerator import build_accelerator, on_main, strategy
-from launch.run.folder import open_run
+from launch.run.folder import run_folder
 from launch.run.metrics import RunLog, Throughput, peak_memory_gb
 from launch.run.optim import build_optimizer
 from launch.run.randomness import seed_of
@@ -76,39 +76,39 @@ def finetune(task: Task[FinetuneConfig], observe: Observer | None = None) -> Pat
     config = task.config
     accelerator = build_accelerator(config, config.accumulation)
     plan = plan_batches(accelerator, config.batch_size, config.accumulation)
-    start = on_main(accelerator, lambda: open_run(config, FIXED_ON_RESUME))
     total_steps = 0 if task.evaluates_only else config.total_steps(len(task.train))
-    bad = BadPictures(config.folder / "bad_pictures.txt", len(task.train), max_share=0.5)
+    with run_folder(accelerator, config, FIXED_ON_RESUME, total_steps) as start:
+        bad = BadPictures(config.folder / "bad_pictures.txt", len(task.train), max_share=0.5)
 
-    def batches_from(number: int) -> Iterator[LabelledBatch]:
-        return training_batches(task.train, config.seed, plan, number, total_steps, config.data.workers)
+        def batches_from(number: int) -> Iterator[LabelledBatch]:
+            return training_batches(task.train, config.seed, plan, number, total_steps, config.data.workers)
 
-    with start_training(
-        config,
-        accelerator,
-        total_steps,
-        start.checkpoint,
-        lambda: build_model(task),
-        lambda model: build_scaled_optimizer(model, config),
-        unit=Block,
-        micro_batch=plan.micro_batch,
-        clip_grad=config.optim.clip_grad,
-        ema_decay=config.ema_decay,
-    ) as training:
-        first = training.state.step
-        with RunLog(config, accelerator, total_steps, first) as log:
-            batches = enduring(batches_from, first * config.accumulation, log.say)
-            run = Run(task, batches, training, log, bad, observe)
-            for line in (introduction(run), *task.notes, *start.notes):
-                log.say(line)
-            if task.evaluates_only:
-                metrics = evaluate(run)
-            else:
-                metrics = train(run)
-                publish(run)
-            if observe is not None:
-                metrics = evaluate(run) if metrics is None else metrics  # a run that was resumed when all was done
-                observe(Evaluation(training.state.step, total_steps, metrics))
+        with start_training(
+            config,
+            accelerator,
+            total_steps,
+            start.checkpoint,
+            lambda: build_model(task),
+            lambda model: build_scaled_optimizer(model, config),
+            unit=Block,
+            micro_batch=plan.micro_batch,
+            clip_grad=config.optim.clip_grad,
+            ema_decay=config.ema_decay,
+        ) as training:
+            first = training.state.step
+            with RunLog(config, accelerator, total_steps, first) as log:
+                batches = enduring(batches_from, first * config.accumulation, log.say)
+                run = Run(task, batches, training, log, bad, observe)
+                for line in (introduction(run), *task.notes, *start.notes):
+                    log.say(line)
+                if task.evaluates_only:
+                    metrics = evaluate(run)
+                else:
+                    metrics = train(run)
+                    publish(run)
+                if observe is not None:
+                    metrics = evaluate(run) if metrics is None else metrics  # a run that was resumed when all was done
+                    observe(Evaluation(training.state.step, total_steps, metrics))
     return config.folder
 
 
@@ -187,7 +187,8 @@ def evaluate(run: Run) -> dict[str, float]:
     if not accelerator.is_main_process:
         return {}
     folder = run.config.folder / EVALUATIONS / f"step-{step:08d}"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(exist_ok=True)  # not its parents: a run's folder that was deleted is not made again
+    folder.mkdir(exist_ok=True)
     result.write(folder)
     write_json(folder / "metrics.json", result.metrics)
     run.log.metrics(step, {f"val_{key}": value for key, value in result.metrics.items()})

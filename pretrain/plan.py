@@ -10,6 +10,11 @@ if not __package__:  # started as a file: import from this checkout, never from 
     _ROOT = Path(__file__).resolve().parents[1]
     sys.path[:1] = [str(_ROOT), str(_ROOT / "kernels")]
 
+if __name__ == "__main__":
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while all is imported ends this without a traceback
+
 import argparse
 import sys
 from collections.abc import Iterable

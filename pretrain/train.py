@@ -14,7 +14,7 @@ from launch.data.loading import enduring
 from launch.data.order import plan_batches
 from launch.data.sources import Source, StreamCells, open_source
 from launch.run.accelerator import build_accelerator, on_main, strategy
-from launch.run.folder import open_run
+from launch.run.folder import run_folder
 from launch.run.metrics import RunLog, Throughput, peak_memory_gb
 from launch.run.optim import build_optimizer, learning_rate
 from launch.run.randomness import seed_of
@@ -63,39 +63,38 @@ def pretrain(config: PretrainConfig) -> Path:
     plan = plan_batches(accelerator, config.batch_size, config.accumulation)
     on_main(accelerator, lambda: refuse_to_compile_native_sizes(accelerator, data))
     objective = config.objective
-    start = on_main(accelerator, lambda: open_run(config, ("model.", *objective.architecture_fields)))
+    with run_folder(accelerator, config, ("model.", *objective.architecture_fields), total_steps) as start:
+        architecture = config.architecture()
+        view = View(architecture.img_size, architecture.grid(*architecture.img_size), data, objective.draw)
+        bad = BadPictures(config.folder / "bad_pictures.txt", pictures, data.max_bad_share)
 
-    architecture = config.architecture()
-    view = View(architecture.img_size, architecture.grid(*architecture.img_size), data, objective.draw)
-    bad = BadPictures(config.folder / "bad_pictures.txt", pictures, data.max_bad_share)
+        def batches_from(number: int) -> Iterator[Batch]:
+            loader = build_loader(source, view, config.seed, plan, number, total_steps, bad.known)
+            return (batch for batch in loader if batch is not None)
 
-    def batches_from(number: int) -> Iterator[Batch]:
-        loader = build_loader(source, view, config.seed, plan, number, total_steps, bad.known)
-        return (batch for batch in loader if batch is not None)
-
-    level = recompute_level(config, accelerator, plan.micro_batch)
-    settled = replace(config, model=replace(config.model, recompute=level))
-    with start_training(
-        config,
-        accelerator,
-        total_steps,
-        start.checkpoint,
-        lambda: build_model(settled),
-        lambda model: build_optimizer(model, config.optim, config.batch_size),
-        unit=Block,
-        micro_batch=plan.micro_batch,
-        clip_grad=config.optim.clip_grad,
-        ema_decay=config.ema_decay,
-    ) as training:
-        first = training.state.step
-        with RunLog(config, accelerator, total_steps, first) as log:
-            batches = enduring(batches_from, first * config.accumulation, log.say)
-            run = Run(config, objective, source, view, batches, training, log, bad)
-            made_again = [f"made again in the backward pass: {level}"] * (config.model.recompute == "auto")
-            for line in (introduction(run, pictures), *made_again, *start.notes):
-                log.say(line)
-            train(run)
-            publish(run)
+        level = recompute_level(config, accelerator, plan.micro_batch)
+        settled = replace(config, model=replace(config.model, recompute=level))
+        with start_training(
+            config,
+            accelerator,
+            total_steps,
+            start.checkpoint,
+            lambda: build_model(settled),
+            lambda model: build_optimizer(model, config.optim, config.batch_size),
+            unit=Block,
+            micro_batch=plan.micro_batch,
+            clip_grad=config.optim.clip_grad,
+            ema_decay=config.ema_decay,
+        ) as training:
+            first = training.state.step
+            with RunLog(config, accelerator, total_steps, first) as log:
+                batches = enduring(batches_from, first * config.accumulation, log.say)
+                run = Run(config, objective, source, view, batches, training, log, bad)
+                made_again = [f"made again in the backward pass: {level}"] * (config.model.recompute == "auto")
+                for line in (introduction(run, pictures), *made_again, *start.notes):
+                    log.say(line)
+                train(run)
+                publish(run)
     return config.folder
 
 

@@ -2,8 +2,11 @@
 
 import errno
 import json
+import math
 import os
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +20,45 @@ from vim_backbone.errors import UserError
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a file beside `path`, flush it to disk, then put it in place in one step.
 
+    The file has the rights that the umask and the folder give. What a killed process left beside is cleared first.
     Raises UserError where the disk is full or refuses, with any earlier file at `path` untouched.
     """
     aside = path.with_name(f".{path.name}.partial")
     try:
-        write(aside)
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        remove(aside)
+        aside.mkdir()  # a folder, because safetensors in its turn writes beside the file that it is given
+        file = aside / path.name
+        file.touch()
+        rights = file.stat().st_mode
+        write(file)
+        if file.stat().st_mode != rights:  # safetensors puts a file there that its owner alone can read
+            file.chmod(rights & 0o777)
+        flush(file)
+        os.replace(file, path)
+        aside.rmdir()
     except (OSError, SafetensorError) as error:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            remove(aside)
         raise UserError(f"cannot write {path}: {explain(error)}") from error
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write plain data as indented JSON, atomically."""
-    write_atomically(path, lambda aside: _write_text(aside, json.dumps(data, indent=2) + "\n"))
+    """Write plain data as indented JSON, atomically; nan and inf, which JSON lacks, become null."""
+    text = json.dumps(_without_nan(data), indent=2, allow_nan=False)
+    write_atomically(path, lambda aside: _write_text(aside, text + "\n"))
+
+
+def json_line(data: Any) -> str:
+    """Plain data as one line of JSON; nan and inf, which JSON lacks, become null."""
+    return json.dumps(_without_nan(data), allow_nan=False) + "\n"
+
+
+def _without_nan(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _without_nan(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_without_nan(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def write_text(path: Path, text: str) -> None:
@@ -44,6 +70,40 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     """Write tensors as safetensors, atomically."""
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     write_atomically(path, lambda aside: save_file(contiguous, aside, metadata={"format": "pt"} | (metadata or {})))
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a folder with all that is in it; nothing there is no error."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def discard(path: Path) -> None:
+    """As `remove`, but out of place in one step, so that a kill leaves no half of it there."""
+    aside = path.with_name(f".{path.name}.deleted")
+    remove(aside)
+    with suppress(FileNotFoundError):
+        os.replace(path, aside)
+        remove(aside)
+
+
+def flush(path: Path) -> None:
+    """Have a file, or the names in a folder, written to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def append_lines(path: Path, text: str) -> None:
+    """Add lines to a file, on lines of their own where a killed process left half of one."""
+    with open(path, "ab+") as file:
+        if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) is not None and file.read(1) != b"\n":
+            text = "\n" + text
+        file.write(text.encode("utf-8", "backslashreplace"))
 
 
 def explain(error: OSError | SafetensorError) -> str:

@@ -112,6 +112,7 @@ class SweepConfig:
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise UserError(f"name is {self.name!r}: it must be a plain folder name")
+        require(self.seed >= 0, "seed", self.seed, "it cannot be negative")
         require(bool(self.space), "space", self.space, "give at least one field to search over")
         if self.task not in TASKS:
             raise UserError(f"task is {self.task!r}: there is no such task; {nearest(self.task, TASKS)}")

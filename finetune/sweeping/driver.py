@@ -22,7 +22,8 @@ from finetune.sweeping.trial import arguments
 from finetune.sweeping.tuning import build_scheduler, tune_trials
 from launch.run.cli import parse
 from launch.run.config import differences, field_types, write_config
-from launch.run.folder import make_folder
+from launch.run.folder import make_folder, prepare_folder
+from launch.run.lock import FolderLock
 from launch.run.signals import Stopped, in_main_thread
 from vim_backbone.errors import UserError, nearest
 
@@ -75,15 +76,18 @@ def sweep(config: SweepConfig) -> Path:
 
 @contextmanager
 def sigterm_as_sigint() -> Iterator[None]:
-    """SIGTERM stops the sweep as Ctrl-C and SIGUSR1 do, which are all that Ray Tune heeds."""
+    """SIGTERM and SIGHUP stop the sweep as Ctrl-C and SIGUSR1 do, which are all that Ray Tune heeds."""
     if not in_main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = {n: signal.signal(n, lambda *_: signal.raise_signal(signal.SIGINT)) for n in numbers}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def top_commands(config: SweepConfig) -> list[str]:
@@ -173,7 +177,16 @@ def absolute_paths(config: SweepConfig, space: list[Dimension]) -> dict[str, str
 def open_folder(config: SweepConfig) -> None:
     """Make the sweep's folder, or check that the one to be resumed is of the same sweep."""
     folder = config.folder
-    exists = (folder / JOURNAL).exists()
+    prepare_folder(folder, "sweep", JOURNAL, config.resume is True)
+    with FolderLock(folder, "sweep"):  # which the ledger takes again
+        _open_locked(config, folder)
+
+
+def _open_locked(config: SweepConfig, folder: Path) -> None:
+    journal = folder / JOURNAL
+    if journal.exists() and not journal.stat().st_size and not (folder / CONFIG).exists():
+        journal.unlink()  # of a sweep that was killed before it began
+    exists = journal.exists()
     if config.resume is True or (config.resume == "auto" and exists):
         if not exists:
             raise UserError(f"nothing to resume: there is no sweep in {folder}; start without --resume")
@@ -182,6 +195,7 @@ def open_folder(config: SweepConfig) -> None:
                 raise UserError(f"{folder} was begun with {name} = {before}, not {now}: choose another --name")
     else:
         make_folder(folder, "sweep", JOURNAL, config.overwrite)
+        journal.touch()  # first of all: it shows what the folder is
     write_config(config, folder / CONFIG)
 
 

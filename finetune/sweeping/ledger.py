@@ -3,9 +3,7 @@
 Ray Tune keeps its own state too, as pickles; nothing reads those.
 """
 
-import fcntl
 import math
-import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from finetune.sweeping.space import Dimension, combinations, decode
+from launch.run.lock import FolderLock
 from launch.run.randomness import seed_of
 from vim_backbone.errors import UserError
 
@@ -78,7 +77,8 @@ class Ledger:
         self.path = folder / JOURNAL
         self.metric = metric
         self.space = space
-        self._lock = _lock(folder / ".lock")
+        self._lock = FolderLock(folder, "sweep")
+        self._lock.acquire()
         _drop_half_line(self.path)
         # the lock above is what keeps others out; Optuna's own is of use to many writers alone
         storage = JournalStorage(JournalFileBackend(str(self.path)))
@@ -96,7 +96,7 @@ class Ledger:
 
     def close(self) -> None:
         """Let another process have the sweep."""
-        os.close(self._lock)
+        self._lock.release()
 
     def settle(self) -> None:
         """End trials whose last evaluation was already written when the process died."""
@@ -189,17 +189,6 @@ def _entry(trial: FrozenTrial, space: list[Dimension]) -> Entry:
         trial.number, STATES[trial.state], fields, evaluations, attributes.get("checkpoint"),
         bool(attributes.get("stopped")), attributes.get("error"), "fields" in attributes,
     )  # fmt: skip
-
-
-def _lock(path: Path) -> int:
-    handle = os.open(path, os.O_CREAT | os.O_RDWR)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(handle)
-        line = f"another process works on the sweep in {path.parent}: wait for it, or choose --name"
-        raise UserError(line) from error
-    return handle
 
 
 def _drop_half_line(path: Path) -> None:

@@ -183,7 +183,7 @@ def publish_best(config: SweepConfig, best: Entry) -> str:
     shutil.rmtree(aside, ignore_errors=True)
     assert best.checkpoint is not None
     tune.Checkpoint(best.checkpoint).to_directory(str(aside))
-    for name in ("checkpoints", ".launcher"):
+    for name in ("checkpoints", ".launcher", ".lock"):
         path = aside / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     write_json(aside / "metrics.json", best.evaluations[-1].metrics)

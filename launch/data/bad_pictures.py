@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from vim_backbone.errors import UserError, first_line
+from vim_backbone.files import append_lines, explain
 
 Sample = TypeVar("Sample")
 HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
@@ -64,8 +65,7 @@ class BadPictures:
         fresh = {name: why for name, why in batch.bad if name not in self.known}
         if not fresh:
             return []
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.writelines(f"{name}\t{why}\n" for name, why in fresh.items())
+        append_lines(self.path, "".join(f"{name}\t{why}\n" for name, why in fresh.items()))
         self.known = self._read()  # other processes write to it too
         total = self.total or max(self.seen, 1000)
         if len(self.known) > self.max_share * total:
@@ -77,9 +77,12 @@ class BadPictures:
         return [f"skipped {name}: {why} ({len(self.known)} of {total} so far)" for name, why in fresh.items()]
 
     def _read(self) -> dict[str, str]:
-        if not self.path.exists():
+        try:
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        except FileNotFoundError:
             return {}
-        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {explain(error)}; move it away") from error
         return dict(line.split("\t", 1) for line in lines if "\t" in line)
 
 

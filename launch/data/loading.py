@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from launch.run.randomness import generator
-from launch.run.signals import in_main_thread
+from launch.run.signals import STOPPING, die_with_parent, in_main_thread
 from vim_backbone.errors import UserError
 
 Item = TypeVar("Item")
@@ -47,10 +47,11 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:
-    """Let Ctrl-C and SIGTERM reach only the training process, which stops its workers after it has saved."""
+    """Let signals reach only the training process, which stops its workers after it has saved, and die with it."""
     del worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+    die_with_parent(signal.SIGKILL)  # a worker that is stopped does not see by itself that its parent is gone
 
 
 def enduring(loader_from: Callable[[int], Iterable[Item]], start: int, say: Callable[[str], None]) -> Iterator[Item]:

@@ -1,9 +1,10 @@
 """The command line: a typed config from a YAML file and overrides, and errors as one line with exit code 2."""
 
+import contextlib
 import errno
-import multiprocessing
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -15,13 +16,18 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from launch.run.accelerator import SilentError
 from launch.run.config import field_types
-from launch.run.signals import Stopped
+from launch.run.signals import Stopped, kill_children
 from vim_backbone.errors import UserError, nearest
 from vim_backbone.files import explain
 
 Config = TypeVar("Config")
 SILENT_SECONDS = 3
 """What a process that keeps silent about an error waits for the one that prints it."""
+UNUSABLE = (
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO,
+    errno.ESTALE, errno.ELOOP, errno.ENAMETOOLONG,
+)  # fmt: skip
+"""What happens to a file or folder that is taken away or replaced while the run goes on."""
 
 
 def parse(config_class: type[Config], argv: list[str], prog: str, description: str) -> Config:
@@ -62,6 +68,9 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int
         if not stopped.quiet:
             _print_error(str(stopped))
         return 128 + stopped.signal
+    except KeyboardInterrupt:
+        kill_children()
+        return 128 + signal.SIGINT
     except (RuntimeError, OSError) as error:
         line = _known_fault(error)
         if line is None or "--debug" in argv:
@@ -78,10 +87,9 @@ def leave(code: int) -> NoReturn:
     In the teardown threads of the process group at times abort (`terminate called without an active exception`, PyTorch
     2.15 with gloo), and the launcher then takes a run that has done and saved everything for a failed one.
     """
+    kill_children()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         sys.exit(code)
-    for child in multiprocessing.active_children():
-        child.terminate()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -92,6 +100,8 @@ def _known_fault(error: Exception) -> str | None:
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"{explain(error)}; then --resume goes on from the newest checkpoint"
+    if isinstance(error, OSError) and error.filename is not None and error.errno in UNUSABLE:
+        return f"cannot use {error.filename}: {explain(error)}; --resume goes on from what is left of the run"
     lost = ("closed by peer", "reset by peer", "Connection refused", "Broken pipe", "gloo/transport", "NCCL error")
     if isinstance(error, torch.distributed.DistError) or any(words in text for words in lost):
         rank = os.environ.get("RANK", "0")
@@ -122,4 +132,5 @@ def _one_line(message: str, config_class: type) -> str:
 
 
 def _print_error(line: str) -> Any:
-    print(line, file=sys.stderr, flush=True)  # noqa: T201 - command line
+    with contextlib.suppress(OSError):  # the terminal was closed
+        print(line, file=sys.stderr, flush=True)  # noqa: T201 - command line

@@ -54,6 +54,7 @@ class RunConfig:
             raise UserError(f"name is {self.name!r}: it must be a plain folder name")
         for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "it must be at least 1")
+        require(self.seed >= 0, "seed", self.seed, "it cannot be negative")
         require(self.keep_every >= 0, "keep_every", self.keep_every, "it cannot be negative")
         for name in ("hang_seconds", "start_seconds"):
             require(getattr(self, name) > 0, name, getattr(self, name), "it must be positive")
@@ -129,14 +130,22 @@ def write_config(config: Any, path: Path) -> None:
 
 
 def differences(config: Any, path: Path) -> dict[str, tuple[Any, Any]]:
-    """Dotted field -> (value in the file, value now) for every field that differs."""
+    """Dotted field -> (value in the file, value now) for every field that differs.
+
+    Raises UserError where the file cannot be read or holds no fields.
+    """
+    remedy = "put its last version back, or start with --overwrite"
     try:
         saved = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read {path}: {' '.join(str(error).split())[:200]}; {remedy}") from error
+    if not isinstance(saved, dict) or not saved:
+        raise UserError(f"{path} has no fields (it holds {str(saved)[:40]!r}): {remedy}")
     old, new = _flat(saved), _flat(plain(config))
     return {
-        key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
+        key: (old.get(key), new.get(key))
+        for key in sorted(old.keys() | new.keys(), key=str)
+        if old.get(key) != new.get(key)
     }
 
 
@@ -173,5 +182,5 @@ def _listed(value: Any) -> Any:
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

@@ -4,9 +4,10 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import psutil
@@ -17,6 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from launch.run.config import RunConfig, plain
+from vim_backbone.errors import UserError, first_line
+from vim_backbone.files import append_lines, explain, json_line, write_text
 
 Item = TypeVar("Item")
 
@@ -33,11 +36,13 @@ class RunLog:
         self.total_steps = total_steps
         self.console = Console(stderr=True, quiet=not self.active, highlight=False, soft_wrap=True)
         self._file = config.folder / METRICS
-        if self.active:
-            forget_after(self._file, start_step)
-        accelerator.init_trackers("tracking", config={"config": json.dumps(plain(config))})
+        try:
+            accelerator.init_trackers("tracking", config={"config": json.dumps(plain(config))})
+        except Exception as error:  # each tracker raises its own classes
+            names = ", ".join(config.trackers)
+            raise UserError(f"trackers is {names}: {first_line(error)}; set it up, or take it out") from error
         self._bar = Progress(
-            TextColumn("[bold]step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[shown]}"),
+            TextColumn("[bold]step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[status]}"),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
             console=self.console, disable=not (self.active and sys.stderr.isatty()),
         )  # fmt: skip
@@ -52,18 +57,19 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        with suppress(OSError):
+            self._bar.stop()
         self.accelerator.end_training()
 
     def say(self, line: str) -> None:
-        """Print one line above the progress bar, on the main process."""
-        self.console.print(line, markup=False)
+        """Print one line above the progress bar, on the main process; to a terminal that was closed, nothing."""
+        with suppress(OSError):
+            self.console.print(line, markup=False)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Write one row to metrics.jsonl and the trackers."""
         if self.active:
-            with open(self._file, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step} | values) + "\n")
+            append_lines(self._file, json_line({"step": step} | values))
         self.accelerator.log(values, step=step)
 
     def picture(self, step: int, name: str, path: Path) -> None:
@@ -77,7 +83,8 @@ class RunLog:
     def progress(self, step: int, latest: dict[str, float]) -> None:
         """Move the bar, with the latest metrics beside it; without a terminal, print a line now and then."""
         status = f"loss {latest['loss']:.4f}  {latest['images_per_second']:.1f} images/s" if latest else ""
-        self._bar.update(self._task, completed=step, status=status)
+        with suppress(OSError):
+            self._bar.update(self._task, completed=step, status=status)
         now = time.monotonic()
         if (
             self.active
@@ -117,19 +124,36 @@ class Throughput:
         return rates
 
 
-def forget_after(path: Path, step: int) -> None:
-    """Drop rows of a metrics file that come after `step`, so that a resumed run writes none twice."""
-    if not path.exists():
-        return
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # half a line, from a run that was killed while it wrote
-        if row["step"] <= step:
-            rows.append(line + "\n")
-    path.write_text("".join(rows), encoding="utf-8")
+def forget_after(path: Path, step: int) -> list[str]:
+    """Drop rows of a metrics file that come after `step`, so that a resumed run writes none twice.
+
+    Half a row at the end, from a run that was killed while it wrote, goes too, as does any line that is no row.
+
+    Returns:
+        Lines for the user, on what was no row.
+
+    Raises:
+        UserError: the file cannot be read or written.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {explain(error)}; move it away") from error
+    rows = [_row(line) for line in lines]
+    kept = [json_line(row) for row in rows if row is not None and row["step"] <= step]
+    write_text(path, "".join(kept))
+    odd = sum(row is None for row in rows[:-1])
+    return [f"{odd} lines of {path} are no rows of metrics and are left out"] if odd else []
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -1,6 +1,7 @@
 """Interrupts: a run that must stop finishes its step, saves, and leaves with the signal's exit code."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
@@ -10,8 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""SIGUSR1 is what SLURM is asked to send ahead of the time limit, because launchers leave it to the processes."""
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""SIGHUP comes when the terminal is closed; SLURM is asked to send SIGUSR1 ahead of the time limit, because launchers
+leave it to the processes."""
 SAME_REQUEST_SECONDS = 1.0
 
 
@@ -45,12 +47,16 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Catch Ctrl-C, SIGTERM and SIGUSR1 inside the block; in a thread, where Python lets none be caught, do nothing."""
+    """Catch the signals of STOPPING inside the block; in a thread, where Python lets none be caught, do nothing.
+
+    A SIGHUP that is ignored (`nohup`) stays ignored.
+    """
     request = StopRequest()
     if not in_main_thread():
         yield request
         return
-    before = {number: signal.signal(number, request) for number in STOPPING}
+    nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    before = {number: signal.signal(number, request) for number in STOPPING if not (nohup and number == signal.SIGHUP)}
     stop_with_launcher()
     try:
         yield request
@@ -67,6 +73,18 @@ def in_main_thread() -> bool:
 def stop_with_launcher() -> None:
     """Ask Linux to send SIGTERM when the launcher that started this process dies, so that no run is orphaned."""
     launched = any(name.startswith("ACCELERATE_") for name in os.environ)
-    if launched and sys.platform == "linux":
+    if launched:
+        die_with_parent(signal.SIGTERM)
+
+
+def die_with_parent(number: int) -> None:
+    """Ask Linux to send this process the signal when its parent dies, however it dies."""
+    if sys.platform == "linux":
         set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(set_parent_death_signal, number)
+
+
+def kill_children() -> None:
+    """Kill the data-loading processes; SIGTERM they ignore, and one that is stopped would outlive this process."""
+    for child in multiprocessing.active_children():
+        child.kill()

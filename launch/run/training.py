@@ -11,7 +11,6 @@ A caller's loop:
             training.update(rate, names)
 """
 
-import json
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -34,6 +33,7 @@ from launch.state.checkpoint import Checkpoint, TrainState, snapshot
 from launch.state.sharding import WeightAverage, build_sharded, whole_tensors, zero_stage
 from launch.state.writer import CheckpointWriter
 from vim_backbone.errors import UserError
+from vim_backbone.files import append_lines, json_line
 
 BAD_STEPS = "bad_steps.jsonl"
 
@@ -274,8 +274,7 @@ class Training:
                "action": action, "samples": shares}  # fmt: skip
         path = config.folder / BAD_STEPS
         if self.accelerator.is_main_process:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append_lines(path, json_line(row))
         line = f"step {step.number + 1} is bad: {wrong}; not taken, its {len(shares)} samples are in {path}"
         if not self._guard.must_stop():
             return line + ("; learning rate halved" if action == "lower" else "")

@@ -10,6 +10,8 @@ from typing import Any
 import torch.distributed as dist
 from accelerate import Accelerator
 
+from launch.run.signals import kill_children
+
 HUNG = 75
 """Exit code of a run that a watchdog ended (EX_TEMPFAIL: trying again may help)."""
 POLLS = 10
@@ -20,6 +22,7 @@ class Watchdog:
     """A thread that ends the process when a step takes longer than `seconds`, with a line on who holds it up.
 
     Until the first step is done the limit is `start_seconds`: then kernels are compiled, which is not hanging.
+    Time for which the process was suspended (SIGSTOP, `scontrol suspend`) does not count.
     Use as a context around the loop and call `beat` whenever something new begins.
     """
 
@@ -30,7 +33,8 @@ class Watchdog:
         self.start_seconds = start_seconds
         self._pause = min(seconds, start_seconds) / POLLS
         self._first_step: int | None = None
-        self._beat: dict[str, Any] = {"step": -1, "stage": 0, "doing": "starting", "since": time.time()}
+        self._clock = RunningTime(self._pause)
+        self._beat: dict[str, Any] = {"step": -1, "stage": 0, "doing": "starting", "since": 0.0}
         self._done = threading.Event()
         self._store: Any = None
         self._beats: dict[int, dict[str, Any]] = {}
@@ -57,14 +61,15 @@ class Watchdog:
         """Something new begins: the `stage`-th of what `step` consists of."""
         if self._first_step is None:
             self._first_step = step
-        self._beat = {"step": step, "stage": stage, "doing": doing, "since": time.time()}
+        self._beat = {"step": step, "stage": stage, "doing": doing, "since": self._clock.read()}
 
     def _watch(self) -> None:
         while not self._done.wait(self._pause):
+            self._clock.tick()
             beat = self._beat
             # the others give the main process the time to speak first
             patience = self._limit(beat)[1] + (self._pause * 2 if self.rank else 0)
-            if time.time() - beat["since"] > patience:
+            if self._clock.read() - beat["since"] > patience:
                 self._end(beat)
 
     def _limit(self, beat: dict[str, Any]) -> tuple[str, float]:
@@ -86,7 +91,7 @@ class Watchdog:
                 return
 
     def _end(self, beat: dict[str, Any]) -> None:
-        waited = time.time() - beat["since"]
+        waited = self._clock.read() - beat["since"]
         field, limit = self._limit(beat)
         line = f"error: step {beat['step'] + 1} hangs: for {waited:.0f} s ({field} is {limit:g}) "
         line += f"process {self.rank} has been {beat['doing']}"
@@ -96,7 +101,29 @@ class Watchdog:
         elif self._store is not None:
             line += f"; {behind(self._beats, self.world, self.rank, stale)}"
         print(line + "; --resume goes on from the newest checkpoint", file=sys.stderr, flush=True)  # noqa: T201
+        kill_children()
         os._exit(HUNG)
+
+
+class RunningTime:
+    """Seconds that this process ran for; no clock of the system stops while a process is suspended.
+
+    Args:
+        period: seconds between calls of `tick`. A longer gap counts as twice that, however long it was.
+    """
+
+    def __init__(self, period: float) -> None:
+        self._longest = 2 * period
+        self._at = 0.0, time.monotonic()
+
+    def read(self) -> float:
+        """Seconds since this was made, as far as the process ran."""
+        before, ticked = self._at
+        return before + min(time.monotonic() - ticked, self._longest)
+
+    def tick(self) -> None:
+        """To be called every `period` seconds, in one thread."""
+        self._at = self.read(), time.monotonic()
 
 
 def behind(beats: dict[int, dict[str, Any]], world: int, me: int, stale: float) -> str:

@@ -8,8 +8,8 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,16 @@ from torch import Tensor, nn
 from launch.state.optim_state import restore_state, whole_state
 from launch.state.sharding import WeightAverage, fill, shape_of, whole_tensors
 from vim_backbone.errors import UserError
-from vim_backbone.files import explain, write_json, write_tensors
+from vim_backbone.files import discard, explain, flush, remove, write_json, write_tensors
 
-NAME = re.compile(r"step-(\d{8})")
+NAME = re.compile(r"step-(\d{8,})")
+HIDDEN = re.compile(r"\.(step-\d{8,})\.(partial|deleted)")
+"""What a killed process leaves beside the checkpoints: one that was being written, one that was being deleted."""
 FORMAT = 1
 MANIFEST = "manifest.json"
+STATE = "state.json"
+NEEDED = ("model.safetensors", "optimizer.safetensors", STATE)
+"""Files of every checkpoint."""
 
 
 @dataclass
@@ -69,7 +74,8 @@ def write_snapshot(snapshot: Snapshot, folder: Path, keep: int, keep_every: int 
     """Write a checkpoint aside, flush it to disk, rename it into place, then delete what need not be kept.
 
     Args:
-        keep: newest checkpoints that stay.
+        folder: is made where only it is missing, in a run's folder that is there.
+        keep: newest checkpoints that stay, this one among them.
         keep_every: checkpoints of steps that this divides stay too; 0 for none.
 
     Raises:
@@ -77,36 +83,96 @@ def write_snapshot(snapshot: Snapshot, folder: Path, keep: int, keep_every: int 
     """
     final = folder / f"step-{snapshot.step:08d}"
     aside = folder / f".{final.name}.partial"
+    earlier = folder / f".{final.name}.deleted"
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        folder.mkdir(exist_ok=True)
+        remove(aside)
+        aside.mkdir()
         for name, tensors in snapshot.files.items():
             write_tensors(aside / name, tensors)
-        write_json(aside / "state.json", snapshot.state)
+        write_json(aside / STATE, snapshot.state)
         write_json(aside / MANIFEST, {path.name: _identity(path) for path in sorted(aside.iterdir())})
-        _flush(aside)
-        shutil.rmtree(final, ignore_errors=True)
+        flush(aside)
+        remove(earlier)
+        with suppress(FileNotFoundError):
+            os.replace(final, earlier)  # `tidy` puts it back after a kill here
         os.replace(aside, final)
-        _flush(folder)
+        flush(folder)
     except (OSError, UserError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        with suppress(OSError):
+            remove(aside)
         cause = explain(error) if isinstance(error, OSError) else str(error)
-        whole = checkpoints(folder)
-        remaining = f"{whole[-1]} is intact, go on from it with --resume" if whole else "no earlier checkpoint exists"
-        raise UserError(f"checkpoint at step {snapshot.step} not saved: {cause}; {remaining}") from error
-    for old in checkpoints(folder)[:-keep]:
-        if not (keep_every and int(old.name[5:]) % keep_every == 0):
-            shutil.rmtree(old, ignore_errors=True)
+        if not folder.parent.is_dir():
+            raise UserError(f"checkpoint at step {snapshot.step} not saved: {folder.parent} was deleted") from error
+        raise UserError(f"checkpoint at step {snapshot.step} not saved: {cause}; {_remaining(folder)}") from error
+    with suppress(OSError):  # what cannot be deleted now is tried again when the run starts again
+        remove(earlier)
+        rotate(final, keep, keep_every)
     return final
 
 
+def _remaining(folder: Path) -> str:
+    try:
+        newest, _ = newest_valid(folder)
+    except UserError as error:
+        return str(error)
+    return f"{newest} is intact, go on from it with --resume" if newest else "no earlier checkpoint is whole"
+
+
+def rotate(newest: Path, keep: int, keep_every: int) -> None:
+    """Delete checkpoints before `newest`, but for whole ones up to `keep` with it.
+
+    Later ones stay: they were damaged or missing when the run went on from before them, or are no work of this run.
+    """
+    whole = 1
+    for path in reversed([path for path in checkpoints(newest.parent) if _number(path) < _number(newest)]):
+        if keep_every and _number(path) % keep_every == 0:
+            continue
+        try:
+            stays = whole < keep and damage(path, known=True) is None
+        except UserError:
+            continue
+        if stays:
+            whole += 1
+        else:
+            discard(path)
+
+
 def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints that were put in place, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if NAME.fullmatch(path.name)) if folder.is_dir() else []
+    """Checkpoints that were put in place, oldest first. Raises UserError where the folder may not be read."""
+    return sorted((path for path in _entries(folder) if NAME.fullmatch(path.name)), key=_number)
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UserError(f"cannot read {folder}: {error.strerror}; resume as the user who may") from error
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def tidy(folder: Path) -> None:
+    """Clear what a killed process left half-written or half-deleted; one that was still whole is put back."""
+    for path in _entries(folder):
+        if (name := HIDDEN.fullmatch(path.name)) is None:
+            continue
+        final = folder / name[1]
+        if name[2] == "deleted" and not final.exists() and damage(path) is None:
+            os.replace(path, final)
+        else:
+            remove(path)
 
 
 def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is as it was written, and a line for each newer one that is damaged."""
+    """The newest checkpoint that is as it was written, and a line for each newer one that is damaged.
+
+    Raises UserError where one may not be read, which is no damage.
+    """
     damaged = []
     for path in reversed(checkpoints(folder)):
         wrong = damage(path)
@@ -116,19 +182,43 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     return None, damaged
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, None where every file has the size and sha256 that were written down."""
+def damage(path: Path, known: bool = False) -> str | None:
+    """What is wrong with a checkpoint, None where every file has the size and sha256 that were written down.
+
+    Args:
+        known: of a file that this process has summed up and that was not touched since, the sum is not taken again.
+
+    Raises:
+        UserError: permission is missing.
+    """
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        for name, written in manifest.items():
-            if not (path / name).exists():
+        try:
+            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            written = {str(name): (str(entry["sha256"]), int(entry["bytes"])) for name, entry in manifest.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            return f"{MANIFEST} cannot be read: {' '.join(str(error).split())}"
+        if missing := [name for name in NEEDED if name not in written]:
+            return f"{MANIFEST} names no {missing[0]}"
+        for name, (digest, size) in written.items():
+            if Path(name).name != name:
+                return f"{MANIFEST} names {name!r}, which is no file's name"
+            if not (path / name).is_file():
                 return f"{name} is missing"
-            if (size := (path / name).stat().st_size) != written["bytes"]:
-                return f"{name} has {size} bytes, {written['bytes']} were written"
-            if _identity(path / name) != written:
+            if (found := (path / name).stat().st_size) != size:
+                return f"{name} has {found} bytes, {size} were written"
+            if _identity(path / name, known)["sha256"] != digest:
                 return f"{name} has another sha256 than was written"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} cannot be read: {error}"
+    except PermissionError as error:
+        raise UserError(
+            f"cannot read {error.filename}: {error.strerror}; resume as the user who may, or move {path} away to go on "
+            "from an earlier checkpoint"
+        ) from error
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except NotADirectoryError:
+        return "it is no folder"
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        return f"it cannot be read: {explain(error) if isinstance(error, OSError) else error}"
     return None
 
 
@@ -138,13 +228,20 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {path / 'state.json'}: {error}") from error
+            self.state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"cannot read {path / STATE}: {' '.join(str(error).split())}") from error
+        if not isinstance(self.state, dict):
+            raise UserError(f"{path / STATE} is no JSON object: delete {path} to go on from an earlier checkpoint")
         if self.state.get("format") != FORMAT:
             raise UserError(
                 f"{path} has checkpoint format {self.state.get('format')}, this code reads {FORMAT}: "
                 "resume it with the version of the code that wrote it"
+            )
+        step = self.state.get("step")
+        if type(step) is not int or step < 0:
+            raise UserError(
+                f"{path / STATE} has step {step!r}, no whole number: delete {path} to go on from an earlier checkpoint"
             )
 
     def load(
@@ -162,7 +259,7 @@ class Checkpoint:
         self._fill(state.model, "model.safetensors")
         prepared = prepare(state)
         self._fill_optimizer(state)
-        state.step = int(self.state["step"])
+        state.step = self.state["step"]
         state.extra = {key: value for key, value in self.state.items() if key not in ("format", "step", "torch")}
         return prepared
 
@@ -197,14 +294,14 @@ class Checkpoint:
         return list(opened.keys()), opened.get_tensor
 
 
-def _identity(path: Path) -> dict[str, Any]:
+_sums: dict[tuple[int, ...], str] = {}
+"""sha256 of files that this process has read, by device, inode, size and time of the last change."""
+
+
+def _identity(path: Path, known: bool = False) -> dict[str, Any]:
     with open(path, "rb") as file:
-        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
-
-
-def _flush(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        status = os.fstat(file.fileno())
+        key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        if not known or key not in _sums:
+            _sums[key] = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"sha256": _sums[key], "bytes": status.st_size}

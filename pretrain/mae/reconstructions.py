@@ -41,5 +41,5 @@ def draw_reconstructions(grid: list[np.ndarray], title: str, path: Path) -> None
             if index < 2:
                 axis.set_title(label, fontsize=11)
     figure.suptitle(title, fontsize=12)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     figure.savefig(path)

@@ -130,7 +130,7 @@ def test_nothing_in_the_record_is_a_pickle(ledger):
 
 
 def test_one_process_at_a_time(ledger):
-    with pytest.raises(UserError, match="another process works on the sweep"):
+    with pytest.raises(UserError, match="is in use by process"):
         Ledger(ledger.path.parent, "max", "top1", ledger.space)
 
 

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import given, settings
@@ -105,3 +106,19 @@ def test_given_up_pictures_are_counted_once_each(tmp_path):
     batch.images = None
     with pytest.raises(UserError, match=r"^3 pictures in a row cannot be used, the last 3\.jpg"):
         BadPictures(tmp_path / "bad.txt", 3, 1.0).add(batch)
+
+
+@given(st.binary(max_size=40))
+def test_any_list_of_an_earlier_run_is_read_and_added_to(content):
+    with TemporaryDirectory() as place:
+        path = Path(place) / "bad_pictures.txt"
+        path.write_bytes(content)
+        bad = BadPictures(path, 100, max_share=1.0)
+        before = bad.known
+        bad.add(Batch([1], [2]))
+        assert BadPictures(path, 100, max_share=1.0).known == before | {"2.jpg": "why"}
+
+
+def test_a_folder_in_place_of_the_list_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"cannot read .*: Is a directory; move it away"):
+        BadPictures(tmp_path, 100, max_share=1.0)

@@ -1,5 +1,10 @@
 """The command line: overrides, files, and one line for everything a user gets wrong."""
 
+import errno
+import os
+import subprocess
+import sys
+
 import pytest
 import yaml
 
@@ -7,7 +12,10 @@ from launch.run.cli import parse, run
 from launch.run.config import differences, field_types, write_config
 from launch.run.signals import Stopped
 from pretrain.config import PretrainConfig
+from tests.launch.real import ROOT, environment
 from vim_backbone import UserError
+
+PATH = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
 
 
 def parsed(*argv):
@@ -48,6 +56,7 @@ def test_the_resolved_config_reads_back(tmp_path):
         (["--name", "a/b"], "name is 'a/b': it must be a plain folder name"),
         (["--batch_size", "0"], "batch_size is 0: it must be at least 1"),
         (["--ema_decay", "1"], "ema_decay is 1.0"),
+        (["--seed", "-1"], "seed is -1: it cannot be negative"),
     ],
 )
 def test_mistakes_get_one_line(argv, words):
@@ -85,3 +94,21 @@ def test_exit_codes(capsys):
     assert run(stop, []) == 143
     with pytest.raises(UserError):
         run(fail, ["--debug"])
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EISDIR])
+def test_a_file_that_was_taken_away_is_named(number, tmp_path):
+    """In a process of its own, because the process is ended."""
+    code = (
+        "import os; from launch.run.cli import run\n"
+        f"def main(argv): raise OSError({number}, os.strerror({number}), 'x/y')"
+        "\n"
+        "raise SystemExit(run(main, []))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment(PYTHONPATH=PATH)
+    )
+    assert ended.returncode == 1
+    assert ended.stderr == (
+        f"error: cannot use x/y: {os.strerror(number)}; --resume goes on from what is left of the run\n"
+    )

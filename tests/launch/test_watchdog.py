@@ -1,10 +1,16 @@
 """When the watchdog ends a process: by one limit while the run starts, by another from its second step on."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 
-from launch.run.watchdog import Watchdog
+from launch.run.watchdog import HUNG, RunningTime, Watchdog
+from tests.launch.real import ROOT, environment
 from tests.waiting import LIMIT, wait_for
 
 
@@ -38,3 +44,48 @@ def test_a_start_that_hangs_ends_by_its_own_limit(watchdog):
         wait_for(lambda: ended, "the end of a start that hangs")
     assert ended[0]["doing"] == "starting"
     assert dog._limit(ended[0]) == ("start_seconds", 0.01)
+
+
+def test_time_in_suspension_does_not_count(monkeypatch):
+    """A clock that jumps by an hour between two ticks counts as two periods; one that ticks on time counts all."""
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    clock = RunningTime(0.5)
+    for _ in range(10):
+        now[0] += 0.5
+        clock.tick()
+    assert clock.read() == pytest.approx(5.0)
+    now[0] += 3600
+    assert clock.read() == pytest.approx(6.0)
+    clock.tick()
+    now[0] += 0.25
+    assert clock.read() == pytest.approx(6.25)
+
+
+SUSPENDED = """
+import os, sys, time
+from types import SimpleNamespace
+from launch.run.watchdog import Watchdog
+with Watchdog(SimpleNamespace(process_index=0, num_processes=1), 3.0, 3.0) as dog:
+    for step in range({steps}):
+        dog.beat(step, 0, "computing")
+        print(step, flush=True)
+        time.sleep({pause})
+print("done", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("pause", "code"), [(0.5, 0), (60, HUNG)])
+def test_a_suspended_run_goes_on_when_it_wakes(pause, code):
+    """Stopped for longer than its limit; what does hang is still ended."""
+    source = SUSPENDED.format(steps=6, pause=pause)
+    environ = environment(PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'kernels'}")
+    process = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True, env=environ)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "0\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(LIMIT) == code
+    assert process.stdout.read().endswith("done\n") == (code == 0)

@@ -1,0 +1,211 @@
+"""`kill -9` at each file operation of a small run and at random moments: is what comes after `--resume auto` the same?
+
+`python -m benchmarks.kills` counts an operation for each file or folder below the run's that Python opens for writing,
+renames, makes, deletes, changes the rights of or flushes, and two for each safetensors file. Each kill is a run of its
+own, resumed once; its losses, gradient norms and published weights must equal those of a run that was left alone, bit
+for bit, and nothing of a half-written or half-deleted file may be left.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import vim_backbone.files
+from benchmarks.machine import versions
+from launch.run.cli import leave, run
+from pretrain import main
+from vim_backbone.files import remove
+
+ARGUMENTS = [
+    "--model.img_size=32", "--model.depth=2", "--decoder.width=32", "--decoder.depth=1", "--batch_size=8", "--steps=6",
+    "--checkpoint_every=2", "--keep_checkpoints=1", "--picture_every=3", "--optim.warmup_steps=1", "--log_every=1",
+    "--data.workers=0", "--trackers=[]", "--name=run", "--resume=auto",
+]  # fmt: skip
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+EVENTS = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.chmod")
+context = multiprocessing.get_context("fork")
+# in the children nothing of this is imported again, and no kernel was called before the fork
+
+
+class Operations:
+    """Counts the operations on files below a folder, and kills the process at the one asked for."""
+
+    def __init__(self, folder: Path, kill_at: int | None) -> None:
+        self.folder = str(folder)
+        self.kill_at = kill_at
+        self.count = 0
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        """An audit hook of Python, which is called before the operation."""
+        if event == "open":
+            if isinstance(arguments[2], int) and arguments[2] & WRITING and self._is_below(arguments[0]):
+                self.one()
+        elif event in EVENTS and (self._is_below(arguments[0]) or arguments[-1] not in (-1, None)):
+            self.one()
+
+    def one(self) -> None:
+        """Count an operation."""
+        self.count += 1
+        if self.count == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def _is_below(self, path: Any) -> bool:
+        return isinstance(path, (str, Path)) and str(path).startswith(self.folder)
+
+
+def child(out: Path, rank: int, processes: int, port: int, kill_at: int | None) -> None:
+    """One process of a run, with its file operations counted where it is the main one."""
+    sink = os.open(out.parent / f"{out.name}-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(sink, 1)
+    os.dup2(sink, 2)
+    if processes > 1:
+        os.environ |= {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
+            "LOCAL_WORLD_SIZE": str(processes), "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
+        }  # fmt: skip
+    operations = Operations(out, kill_at)
+    if rank == 0:
+        count_rust_and_fsync(operations)
+        sys.addaudithook(operations)
+    code = run(main.main, [*ARGUMENTS, f"--out={out}"])
+    if rank == 0:
+        (out.parent / f"{out.name}.count").write_text(str(operations.count))
+    sys.stdout.flush()
+    leave(code)
+
+
+def count_rust_and_fsync(operations: Operations) -> None:
+    """What Python's audit hooks do not show: flushing, and safetensors' writing, which may end halfway."""
+    save, fsync = vim_backbone.files.save_file, os.fsync
+
+    def counted_save(tensors: Any, path: Path, metadata: Any) -> None:
+        half = path.with_name(".tmpAbCdEf")
+        if operations.count + 1 == operations.kill_at:
+            half.write_bytes(b"half of it")
+        operations.one()
+        save(tensors, path, metadata)
+        operations.one()
+
+    def counted_fsync(handle: int) -> None:
+        operations.one()
+        fsync(handle)
+
+    vim_backbone.files.save_file = counted_save
+    os.fsync = counted_fsync
+
+
+def start(out: Path, processes: int, kill_at: int | None = None) -> list[Any]:
+    """Start a run, and kill it at an operation of its main process."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = [
+        context.Process(target=child, args=(out, rank, processes, port, kill_at if rank == 0 else None))
+        for rank in range(processes)
+    ]
+    for process in started:
+        process.start()
+    return started
+
+
+def finish(started: list[Any], seconds: float | None = None) -> int:
+    """Exit code of the main process, which is killed after so many seconds; the others are killed after it."""
+    main_process, *others = started
+    main_process.join(seconds)
+    if main_process.is_alive():
+        main_process.kill()
+        main_process.join()
+    for process in others:
+        if main_process.exitcode:
+            process.kill()
+        process.join()
+    return main_process.exitcode
+
+
+def outcome(folder: Path) -> tuple[Any, ...]:
+    """What must be the same: rows without times, published weights, names of all that is in the folder."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [(row["step"], row["loss"], row["grad_norm"], row["lr"]) for row in rows]
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    return steps, (folder / "backbone/model.safetensors").read_bytes(), names
+
+
+def resumed(out: Path, processes: int, wanted: tuple[Any, ...]) -> str | None:
+    """What is wrong with a killed run after it was resumed; None for nothing."""
+    if (code := finish(start(out, processes))) != 0:
+        return f"the resumed run ended with {code}"
+    got = outcome(out / "run")
+    for name, a, b in zip(("losses", "weights", "files"), wanted, got, strict=True):
+        if a != b:
+            return f"other {name}" + (f": {a} and {b}" if name != "weights" else "")
+    return None
+
+
+def measure(processes: int, every: int, first: int, moments: int, place: Path) -> int:
+    """Print a row for a number of processes; returns how many kills were not survived."""
+    whole = place / f"whole-{processes}"
+    began = time.perf_counter()
+    if (code := finish(start(whole, processes))) != 0:
+        raise SystemExit(f"the run ended with {code}: " + (place / f"{whole.name}-0.txt").read_text())
+    seconds = time.perf_counter() - began
+    count = int((place / f"{whole.name}.count").read_text())
+    wanted = outcome(whole / "run")
+    numbers = range(first, count + 1, every) if every else range(0)
+    draw = random.Random(0)
+    kills: list[tuple[str, int | None, float | None]] = [(f"operation {n}", n, None) for n in numbers]
+    kills += [(f"{s:.2f} s", None, s) for s in (draw.uniform(0, seconds) for _ in range(moments))]
+    failed = killed = 0
+    for name, operation, moment in kills:
+        out = place / f"killed-{processes}"
+        code = finish(start(out, processes, operation), moment)
+        killed += code == -signal.SIGKILL
+        wrong = resumed(out, processes, wanted)
+        if wrong is not None:
+            failed += 1
+            print(
+                f"{processes} processes, killed at {name}: {wrong}", (place / f"{out.name}-0.txt").read_text()[-2000:]
+            )
+        for path in place.glob(f"{out.name}*"):
+            remove(path)
+    print(f"| {processes} | {count} | {len(numbers)} | {moments} | {killed} | {len(kills) - failed} |", flush=True)
+    return failed
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser("benchmarks.kills", description=__doc__)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="processes of a run, under DDP")
+    parser.add_argument("--every", type=int, default=1, help="kill at every so many-th operation; 0 for none")
+    parser.add_argument("--first", type=int, default=1, help="the first of these operations")
+    parser.add_argument("--moments", type=int, default=50, help="kills at random moments")
+    return parser.parse_args(argv)
+
+
+def table(argv: list[str]) -> int:
+    """Print the table; returns 1 where a kill was not survived."""
+    options = parse(argv)
+    torch.set_num_threads(1)
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {versions()}\n")
+    print("| processes | file operations | killed at | random moments | died of it | the same after --resume |")
+    print("|---|---|---|---|---|---|", flush=True)
+    place = Path(tempfile.mkdtemp(prefix="kills-"))
+    try:
+        return min(1, sum(measure(n, options.every, options.first, options.moments, place) for n in options.processes))
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(table(sys.argv[1:]))
