@@ -101,7 +101,7 @@ def main(argv: list[str]) -> None:
     strategy, batch = chosen or ("zero3_offload", 1)  # the one that holds the least on the GPU
     file = "gpu" if options.gpus == 1 and strategy == "ddp" else strategy
     print_line(
-        f"\naccelerate launch --config_file launch/accelerate/{file}.yaml --num_processes {options.gpus} "
+        f"\npython -m launch --config_file launch/accelerate/{file}.yaml --num_processes {options.gpus} "
         f"pretrain/main.py {' '.join(words)} --accumulation {options.batch_size // options.gpus // batch}"
     )
 

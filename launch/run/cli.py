@@ -1,6 +1,7 @@
 """The command line: a typed config from a YAML file and overrides, and errors as one line with exit code 2."""
 
 import errno
+import json
 import multiprocessing
 import os
 import re
@@ -8,7 +9,8 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
-from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+from pathlib import Path
+from typing import NoReturn, TypeVar, get_args, get_type_hints
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -121,5 +123,8 @@ def _one_line(message: str, config_class: type) -> str:
     return text.replace("Parser key ", "field ")
 
 
-def _print_error(line: str) -> Any:
+def _print_error(line: str) -> None:
     print(line, file=sys.stderr, flush=True)  # noqa: T201 - command line
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun ends its own table with
+        message = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
