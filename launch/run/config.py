@@ -6,9 +6,10 @@ from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from launch.run.guard import GuardConfig
-from vim_backbone.errors import UserError, require
+from vim_backbone.errors import UserError, nearest, require
 from vim_backbone.files import write_text
 
 
@@ -54,6 +55,11 @@ class RunConfig:
         for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "it must be at least 1")
         require(self.keep_every >= 0, "keep_every", self.keep_every, "it cannot be negative")
+        for tracker in self.trackers:
+            known = tracker in LOGGER_TYPE_TO_CLASS
+            require(known, "trackers", tracker, f"there is no such tracker, {nearest(tracker, LOGGER_TYPE_TO_CLASS)}")
+            installed = tracker in [str(available) for available in get_available_trackers()]
+            require(installed, "trackers", tracker, f"it is not installed: pip install {tracker.replace('_', '-')}")
         for name in ("hang_seconds", "start_seconds"):
             require(getattr(self, name) > 0, name, getattr(self, name), "it must be positive")
 

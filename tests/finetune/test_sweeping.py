@@ -347,3 +347,13 @@ def test_the_shipped_sweeps_read(task, monkeypatch, tmp_path, backbone):
     names = {d.field for d in space}
     assert {"optim.base_lr", "optim.layer_decay", "model.drop_path_rate", "optim.weight_decay"} <= names
     assert {"model.img_size", "backbone"} <= names
+
+
+def test_grids_and_choices_of_millions_are_refused():
+    types = dict.fromkeys(("a", "b", "c"), "a whole number")
+    grid = {"grid": list(range(100))}
+    with pytest.raises(UserError, match="space is 1000000: combinations of a grid, 100000 at most"):
+        combinations(read_space({"a": grid, "b": grid, "c": grid}, types))
+    assert len(combinations(read_space({"a": grid, "b": grid}, types))) == 10_000
+    with pytest.raises(UserError, match=r"space.a is 1000000: values, 1000 at most: give a range"):
+        read_space({"a": {"choice": list(range(10**6))}}, types)
