@@ -22,7 +22,7 @@ LARGEST = {
     "num_classes": 2**24, "num_registers": 2**12, "d_state": 2**12, "d_conv": 2**8, "expand": 2**6, "dt_rank": 2**16,
 }  # fmt: skip
 """Bounds of the whole numbers, beyond any model: what is above comes from a damaged file."""
-LARGEST_TABLE = 2**31
+LARGEST_TABLE = 2**30
 """Numbers in a table of positions, at most."""
 
 

@@ -53,6 +53,11 @@ def check_sizes(config: VimConfig, state: dict[str, Tensor], source: Path) -> No
     }
     if config.num_classes:
         expected["head.weight"] = (config.num_classes, config.d_model)
+    rows, columns = config.grid(*config.img_size)
+    if "pos_embed" in state:
+        tokens = state["pos_embed"].shape[1] if state["pos_embed"].dim() == 3 else 0
+        extra = min(max(0, tokens - rows * columns), config.num_special)
+        expected["pos_embed"] = (1, rows * columns + extra, config.d_model)
     for name, shape in expected.items():
         got = tuple(state[name].shape) if name in state else "missing"
         if got != shape:
