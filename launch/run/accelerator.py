@@ -181,13 +181,14 @@ def fit_buffers(accelerator: Accelerator, model: nn.Module, unit: type[nn.Module
     if plugin is None:
         return
     zero = plugin.deepspeed_config["zero_optimization"]
+    whole = sum(shape_of(p).numel() for p in model.parameters())
     trained = sum(shape_of(p).numel() for p in model.parameters() if p.requires_grad)
     zero.setdefault("reduce_bucket_size", min(BUCKET, trained))
     units = [sum(shape_of(p).numel() for p in m.parameters()) for m in model.modules() if isinstance(m, unit)]
     if plugin.zero_stage == 3:
         zero.setdefault("stage3_max_reuse_distance", 0)
         zero.setdefault("stage3_prefetch_bucket_size", max(units))
-        zero.setdefault("stage3_max_live_parameters", trained - sum(units) + 2 * max(units))
+        zero.setdefault("stage3_max_live_parameters", whole - sum(units) + 2 * max(units))
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
