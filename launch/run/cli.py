@@ -16,13 +16,12 @@ from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from launch.data.bad_pictures import escaped
 from launch.run.accelerator import SilentError
 from launch.run.config import field_types
 from launch.run.hints import meant
 from launch.run.signals import Stopped
 from launch.run.yaml_files import read_yaml
-from vim_backbone.errors import UserError
+from vim_backbone.errors import UserError, escaped
 from vim_backbone.files import explain
 
 Config = TypeVar("Config")

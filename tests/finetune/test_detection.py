@@ -292,7 +292,5 @@ def test_files_and_pictures_at_other_places(sample_data, tmp_path):
     )
     assert got.ground_truth() == want.ground_truth()
     assert np.array_equal(np.asarray(got.picture(0)), np.asarray(want.picture(0)))
-    with pytest.raises(
-        UserError, match=r"instances_train.json does not exist, but train.json does: make it a"
-    ):
+    with pytest.raises(UserError, match=r"instances_train.json does not exist, but train.json does: make it a"):
         open_coco(DetectionData(source=str(tmp_path)), "train", masks=True)
