@@ -130,8 +130,11 @@ def resolve(config: SweepConfig) -> tuple[SweepConfig, list[Dimension], str]:
         config = replace(config, trials=count)
     base = ""
     if config.base is not None:
-        read_yaml(Path(config.base))
-        base = read_text(Path(config.base))
+        try:
+            read_yaml(Path(config.base))
+            base = read_text(Path(config.base))
+        except UserError as error:
+            raise UserError(f"base: {error}") from error
     check_values(config, config_class, space)
     build_scheduler(config, space)
     return config, space, base

@@ -214,8 +214,8 @@ def test_the_command_of_a_trial_is_read_back_exactly(ledger):
     )
     spec = {"backbone": "a folder/b", "data.source": "c", "augment.auto_augment": None}
     words = shlex.split(command(sweep_config(fields=spec), entry))
-    assert words[:5] == ["OMP_NUM_THREADS=1", "accelerate", "launch", "finetune/main.py", "classification"]
-    config = parse(ClassificationConfig, words[5:], "", "")
+    assert words[:5] == ["OMP_NUM_THREADS=1", "python", "-m", "launch", "finetune/main.py"]
+    config = parse(ClassificationConfig, words[6:], "", "")
     assert (config.optim.base_lr, tuple(config.model.img_size)) == (1e-5 / 3, (32, 48))
     assert (config.backbone, config.augment.auto_augment) == ("a folder/b", None)
 

@@ -3,6 +3,7 @@
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ ONE = {"plain": [], "configured": [f"--config_file={CONFIGS}/cpu.yaml"]}
 TWO = {name: ["--num_processes=2", f"--config_file={CONFIGS}/{name}.yaml"] for name in ("ddp", "zero2")}
 
 
-def started(where: Path, options: list[str], *fields: str):
+def started(where: Path, options: list[str], *fields: str) -> Any:
     for name in ("launch", "vim_backbone", "kernels", "pretrain"):
         (where / name).symlink_to(ROOT / name)
     on_cpu = {"ACCELERATE_USE_CPU": "true"} if "--num_processes=2" in options and "ddp" in options[-1] else {}

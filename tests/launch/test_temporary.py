@@ -30,6 +30,7 @@ def test_folders_of_killed_runs_do_not_pile_up(tmp_path, monkeypatch):
     assert killed.returncode == -signal.SIGKILL
     assert os.path.exists(f"{left}/{LOCK}")
     alive = started("signal.pause()", tmp_path)
+    assert alive.stdout is not None
     held = alive.stdout.readline().strip()
     assert os.path.basename(held).startswith(PREFIX)
     assert not os.path.exists(left)
