@@ -23,7 +23,7 @@ setup: .venv/done  ## make .venv with the exact versions of constraints.txt
 	touch $@
 
 pretrain: setup  ## pretrain a small Vim on built-in photographs: make pretrain ARGS='--steps 50'
-	$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	$(BIN)/python -m launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		pretrain/main.py --overwrite $(ARGS)
 
 test: setup  ## all tests that CI runs

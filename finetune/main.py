@@ -1,4 +1,4 @@
-"""Entry of fine-tuning: `accelerate launch finetune/main.py TASK --backbone FOLDER --data.source FOLDER [...]`."""
+"""Entry of fine-tuning: `python -m launch finetune/main.py TASK --backbone FOLDER --data.source FOLDER [...]`."""
 
 if not __package__:  # started as a file: import from this checkout, never from the folder of this file
     import sys

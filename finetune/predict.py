@@ -3,9 +3,11 @@
 import argparse
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from finetune.model_folder import read_description, read_weights
 from finetune.registry import TASKS
@@ -14,11 +16,13 @@ from launch.data.bad_pictures import escaped, reason
 from launch.data.images import open_picture, to_rgb
 from launch.data.sources import files_below
 from launch.run.cli import run
+from launch.run.progress import ProgressReport
 from vim_backbone.errors import UserError, nearest, require
 from vim_backbone.files import write_text
 from vim_backbone.pretrained import check_names
 
 MAX_MEGAPIXELS = 200.0
+ROWS = "predictions.jsonl"
 MAX_STEM = 200
 """Bytes of a picture's name that the names of what is written for it take up: of 255, some are added to it."""
 
@@ -47,30 +51,60 @@ def picture_files(paths: list[Path]) -> list[Path]:
 
 
 @torch.inference_mode()
-def predict(predictor: Predictor, files: list[Path], out: Path, batch_size: int) -> list[Prediction]:
-    """Predict on picture files; write predictions.json and a picture of each.
+def predict(
+    predictor: Predictor, files: list[Path], out: Path, batch_size: int, resume: bool = False
+) -> Iterator[Prediction]:
+    """Predict on picture files; give each prediction when it is in predictions.jsonl, with its picture drawn.
 
-    Those that cannot be read have an "error" in place of a prediction.
+    Those that cannot be read have an "error" in place of a prediction. All are in predictions.json at the end.
+
+    Args:
+        resume: keep what predictions.jsonl has of these files.
     """
     out.mkdir(parents=True, exist_ok=True)
-    rows: list[Prediction] = []
-    for start in range(0, len(files), batch_size):
-        images, drawings, readable = [], [], []
-        for number, file in enumerate(files[start : start + batch_size], start=start):
-            row: Prediction = {"file": str(file)}
+    rows = {row["file"]: row for row in read_rows(out / ROWS)} if resume else {}
+    rows = {str(file): rows[str(file)] for file in files if str(file) in rows}
+    write_text(out / ROWS, "".join(json.dumps(row) + "\n" for row in rows.values()))
+    left = [(number, file) for number, file in enumerate(files) if str(file) not in rows]
+    for batch in (left[start : start + batch_size] for start in range(0, len(left), batch_size)):
+        made = predict_batch(predictor, batch, out)
+        with open(out / ROWS, "a", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(row) + "\n" for row in made)
+        rows |= {row["file"]: row for row in made}
+        yield from made
+    write_text(out / "predictions.json", json.dumps([rows[str(file)] for file in files], indent=1) + "\n")
+
+
+def predict_batch(predictor: Predictor, batch: Sequence[tuple[int, Path]], out: Path) -> list[Prediction]:
+    """A row for each of the numbered files."""
+    rows, images, drawings, readable = [], [], [], []
+    for number, file in batch:
+        row: Prediction = {"file": str(file)}
+        rows.append(row)
+        try:
+            with open_picture(file) as image:
+                images.append(to_rgb(image, MAX_MEGAPIXELS))
+        except Exception as error:  # a decoder may raise anything on damaged data
+            row["error"] = reason(error)
+            continue
+        row["drawing"] = f"{number:05d}_{shortened(file.stem)}.png"
+        drawings.append(out / row["drawing"])
+        readable.append(row)
+    for row, prediction in zip(readable, predictor.predict(images, drawings) if images else [], strict=True):
+        row.update(prediction)
+    return rows
+
+
+def read_rows(path: Path) -> list[Prediction]:
+    """The rows of an earlier predictions.jsonl, but half of one; none where there is no such file."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # from a process that was killed while it wrote
+        if isinstance(row, dict) and isinstance(row.get("file"), str):
             rows.append(row)
-            try:
-                with open_picture(file) as image:
-                    images.append(to_rgb(image, MAX_MEGAPIXELS))
-            except Exception as error:  # a decoder may raise anything on damaged data
-                row["error"] = reason(error)
-                continue
-            row["drawing"] = f"{number:05d}_{shortened(file.stem)}.png"
-            drawings.append(out / row["drawing"])
-            readable.append(row)
-        for row, prediction in zip(readable, predictor.predict(images, drawings) if images else [], strict=True):
-            row.update(prediction)
-    write_text(out / "predictions.json", json.dumps(rows, indent=1) + "\n")
     return rows
 
 
@@ -87,14 +121,24 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, help="where predictions go; RUN/predictions when not given")
     parser.add_argument("--batch_size", type=int, default=8, help="pictures of one forward pass")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    parser.add_argument("--resume", action="store_true", help="keep what an earlier command left in predictions.jsonl")
     arguments = parser.parse_args(argv)
     require(arguments.batch_size >= 1, "--batch_size", arguments.batch_size, "it must be at least 1")
     files = picture_files(arguments.pictures)
     predictor = load_predictor(arguments.run, torch.device(arguments.device))
     out = arguments.out or arguments.run / "predictions"
-    for row in predict(predictor, files, out, arguments.batch_size):
-        words = f"not read, {row['error']}" if "error" in row else predictor.in_words(row)
-        print(f"{escaped(row['file'])}: {words}")  # noqa: T201 - the command's result
+    predictions = predict(predictor, files, out, arguments.batch_size, arguments.resume)
+    done = before = (
+        sum(str(file) in {row["file"] for row in read_rows(out / ROWS)} for file in files) if arguments.resume else 0
+    )
+    with ProgressReport(Console(stderr=True, highlight=False, soft_wrap=True), "pictures", len(files), done) as report:
+        for row in predictions:
+            words = f"not read, {row['error']}" if "error" in row else predictor.in_words(row)
+            print(f"{escaped(row['file'])}: {words}", flush=True)  # noqa: T201 - the command's result
+            done += 1
+            whole_batch = (done - before) % arguments.batch_size == 0
+            if whole_batch or done == len(files):
+                report.update(done, report.rate())
     print(out)  # noqa: T201
 
 

@@ -1,4 +1,4 @@
-"""Entry of pretraining: `accelerate launch pretrain/main.py [--config FILE.yaml] [--field VALUE ...]`."""
+"""Entry of pretraining: `python -m launch pretrain/main.py [--config FILE.yaml] [--field VALUE ...]`."""
 
 if not __package__:  # started as a file: import from this checkout, never from the folder of this file
     import sys

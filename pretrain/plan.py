@@ -123,7 +123,7 @@ def main(argv: list[str]) -> None:
     )
     file = "gpu" if options.gpus == 1 and strategy == "ddp" else strategy
     print_line(
-        f"\naccelerate launch --config_file launch/accelerate/{file}.yaml --num_processes {options.gpus} "
+        f"\npython -m launch --config_file launch/accelerate/{file}.yaml --num_processes {options.gpus} "
         f"pretrain/main.py {' '.join(words)} --model.recompute {level} "
         f"--accumulation {options.batch_size // options.gpus // batch}"
     )

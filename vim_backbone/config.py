@@ -1,5 +1,6 @@
 """Architecture of a Vim backbone: every size, checked once, and the named sizes of the papers."""
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -14,6 +15,15 @@ SIZES: dict[str, dict[str, Any]] = {
     "vim_huge": {"d_model": 1280, "depth": 64, "patch_size": 14},
 }
 """Ti, S, B of Vim (arXiv 2401.09417); L, H as FastVim (arXiv 2502.00594) pretrains them."""
+
+
+LARGEST = {
+    "d_model": 2**16, "depth": 2**12, "img_size": 2**17, "patch_size": 2**12, "stride": 2**12, "in_chans": 2**12,
+    "num_classes": 2**24, "num_registers": 2**12, "d_state": 2**12, "d_conv": 2**8, "expand": 2**6, "dt_rank": 2**16,
+}  # fmt: skip
+"""Bounds of the whole numbers, beyond any model: what is above comes from a damaged file."""
+LARGEST_TABLE = 2**30
+"""Numbers in a table of positions, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +72,7 @@ class VimConfig:
     """Stochastic depth at the last block; rises linearly from 0."""
 
     def __post_init__(self) -> None:
+        self._check_types()
         size = self.img_size
         size = (size, size) if isinstance(size, int) else tuple(size)
         object.__setattr__(self, "img_size", size)
@@ -95,7 +106,24 @@ class VimConfig:
             raise UserError(f"d_model is {self.d_model}: sine-cosine positions need a multiple of 4")
         if not 0.0 <= self.drop_path_rate < 1.0:
             raise UserError(f"drop_path_rate is {self.drop_path_rate}: it must lie in [0, 1)")
-        self.grid(*size)
+        rows, columns = self.grid(*size)
+        if rows * columns * self.d_model > LARGEST_TABLE:
+            raise UserError(f"img_size is {size}: {rows} x {columns} patches of {self.d_model} channels are too many")
+
+    def _check_types(self) -> None:
+        """Raise UserError for a field of another type, or beyond what any machine could hold."""
+        for field in fields(self):
+            name, value, limit = field.name, getattr(self, field.name), LARGEST.get(field.name)
+            unstated = value is None and name in ("stride", "dt_rank")
+            sides = value if name == "img_size" and isinstance(value, (list, tuple)) else [value]
+            if limit is not None and not unstated:
+                for side in sides:
+                    if type(side) is not int or side > limit:
+                        raise UserError(f"{name} is {value!r}: it must be a whole number, {limit} at most")
+            elif type(field.default) is bool and type(value) is not bool:
+                raise UserError(f"{name} is {value!r}: it must be true or false")
+            elif type(field.default) is float and not (isinstance(value, (int, float)) and math.isfinite(value)):
+                raise UserError(f"{name} is {value!r}: it must be a number")
 
     @property
     def d_inner(self) -> int:

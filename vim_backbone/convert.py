@@ -1,6 +1,7 @@
 """Official hustvl/Vim checkpoints to the folder format: `python -m vim_backbone.convert CHECKPOINT.pth OUT_DIR`."""
 
 import argparse
+import math
 import pickle
 import sys
 from pathlib import Path
@@ -11,8 +12,12 @@ from torch import Tensor
 
 from vim_backbone.config import VimConfig
 from vim_backbone.errors import UserError, first_line
-from vim_backbone.pretrained import load_state
+from vim_backbone.files import refuse_what_is_no_file
+from vim_backbone.pretrained import check_sizes, load_state
 from vim_backbone.vim import VisionMamba
+
+SHARED = 8
+"""How often tensors may share the bytes of a file, such as tied weights."""
 
 
 def convert(checkpoint: str | Path, out_dir: str | Path, *, ema: bool = False, img_size: int | None = None) -> Path:
@@ -30,6 +35,7 @@ def convert(checkpoint: str | Path, out_dir: str | Path, *, ema: bool = False, i
     path = Path(checkpoint)
     state, trained_side = read_checkpoint(path, ema)
     config = infer_config(state, path, img_size or trained_side)
+    check_sizes(config, state, path)
     model = VisionMamba(config)
     load_state(model, {name: tensor.float() for name, tensor in state.items()}, config, path)
     return model.save_pretrained(out_dir)
@@ -37,16 +43,15 @@ def convert(checkpoint: str | Path, out_dir: str | Path, *, ema: bool = False, i
 
 def read_checkpoint(path: Path, ema: bool) -> tuple[dict[str, Tensor], int | None]:
     """The state dict, and the picture side that the training arguments in the file name, if any."""
+    refuse_what_is_no_file(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             data = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder: give the .pth file inside") from None
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is no checkpoint that can be read safely: {first_line(error)}") from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # the reader of a damaged file may raise anything
         raise UserError(f"{path} is damaged or no PyTorch checkpoint: {first_line(error)}") from error
     if not isinstance(data, dict):
         raise UserError(f"{path} holds a {type(data).__name__}, wanted a dict of tensors or a training checkpoint")
@@ -62,38 +67,48 @@ def read_checkpoint(path: Path, ema: bool) -> tuple[dict[str, Tensor], int | Non
     for name, tensor in data.items():
         if not isinstance(tensor, Tensor):
             raise UserError(f"{path}: {name!r} is a {type(tensor).__name__}, wanted a tensor")
+        if not isinstance(name, str):
+            raise UserError(f"{path}: a tensor is called {name!r}, wanted a text")
+        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise UserError(f"{path}: {name!r} is {tensor.dtype}, {tensor.layout}, wanted plain floating-point numbers")
+    if sum(tensor.nbytes for tensor in data.values()) > SHARED * path.stat().st_size:
+        raise UserError(f"{path}: its tensors are larger than the file: it is no checkpoint that training wrote")
+    if side is not None and (type(side) is not int or side < 1):
+        raise UserError(f"{path}: the training arguments have input_size {side!r}, wanted a side in pixels")
     return data, side
 
 
 def infer_config(state: dict[str, Tensor], path: Path, img_size: int | None) -> VimConfig:
     """The architecture behind an official state dict, from the shapes of its tensors."""
 
-    def tensor(name: str) -> Tensor:
+    def shape(name: str, dimensions: int) -> torch.Size:
         if name not in state:
             raise UserError(f"{path} lacks the tensor {name!r}: it is no official Vim checkpoint")
-        return state[name]
+        if state[name].dim() != dimensions or 0 in state[name].shape:
+            raise UserError(f"{path}: {name} has shape {tuple(state[name].shape)}, wanted {dimensions} dimensions")
+        return state[name].shape
 
     mixer = "layers.0.mixer"
-    d_model, in_chans, patch_size, _ = tensor("patch_embed.proj.weight").shape
-    d_inner, d_state = tensor(f"{mixer}.A_log").shape
-    tensor("cls_token")
-    num_patches = tensor("pos_embed").shape[1] - 1
-    side = round(num_patches**0.5)
-    if side * side != num_patches:
+    d_model, in_chans, patch_size, _ = shape("patch_embed.proj.weight", 4)
+    d_inner, d_state = shape(f"{mixer}.A_log", 2)
+    shape("cls_token", 3)
+    num_patches = shape("pos_embed", 3)[1] - 1
+    side = math.isqrt(num_patches)
+    if side < 1 or side * side != num_patches:
         raise UserError(f"{path}: pos_embed has {num_patches} patches, which is no square grid")
     stride, img_size = _stride_and_size(side, patch_size, img_size, path)
     return VimConfig(
         d_model=d_model,
-        depth=1 + max((int(name.split(".")[1]) for name in state if name.startswith("layers.")), default=0),
+        depth=len({name.split(".")[1] for name in state if name.startswith("layers.")}),
         img_size=(img_size, img_size),
         patch_size=patch_size,
         stride=stride,
         in_chans=in_chans,
-        num_classes=state["head.weight"].shape[0] if "head.weight" in state else 0,
+        num_classes=shape("head.weight", 2)[0] if "head.weight" in state else 0,
         d_state=d_state,
-        d_conv=tensor(f"{mixer}.conv1d.weight").shape[-1],
-        expand=d_inner // d_model,
-        dt_rank=tensor(f"{mixer}.dt_proj.weight").shape[1],
+        d_conv=shape(f"{mixer}.conv1d.weight", 3)[-1],
+        expand=max(1, d_inner // d_model),
+        dt_rank=shape(f"{mixer}.dt_proj.weight", 2)[1],
     )
 
 

@@ -1,8 +1,12 @@
 """The one class of errors that a user can cause and mend."""
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 from typing import Any
+
+HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Unicode's categories of characters that are not shown as such."""
 
 
 class UserError(ValueError):
@@ -25,3 +29,16 @@ def require(condition: bool, name: str, value: Any, remedy: str) -> None:
 def first_line(error: BaseException) -> str:
     """The first line of what an error of another package says, or its class where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def escaped(name: str) -> str:
+    r"""A name of a file as one line of text that can be printed and written as UTF-8.
+
+    Control and formatting characters, and bytes that are no UTF-8, become \x1b, \u202e, \xe9 and the like.
+    """
+    return "".join(_escape(c) if unicodedata.category(c) in HIDDEN else c for c in name)
+
+
+def _escape(character: str) -> str:
+    byte = ord(character) - 0xDC00  # as Python holds a byte that is no UTF-8 (PEP 383)
+    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else character.encode("unicode_escape").decode()

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from vim_backbone.errors import UserError
 
+TEXT_LIMIT = 1_000_000
+"""Bytes of a file of settings, at most."""
+
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a file beside `path`, flush it to disk, then put it in place in one step.
@@ -104,6 +107,44 @@ def append_lines(path: Path, text: str) -> None:
         if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) is not None and file.read(1) != b"\n":
             text = "\n" + text
         file.write(text.encode("utf-8", "backslashreplace"))
+
+
+def refuse_what_is_no_file(path: Path) -> None:
+    """Raise UserError for a folder, a device or a pipe, at which a reader may wait for ever."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is {'a folder' if path.is_dir() else 'no plain file'}: give a file")
+
+
+def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
+    """The text of a plain file of UTF-8, a byte-order mark left out.
+
+    Raises UserError, which quotes nothing of the file, for what is no such file or has more than `limit` bytes.
+    """
+    refuse_what_is_no_file(path)
+    try:
+        with open(path, "rb") as file:
+            content = file.read(limit + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    if len(content) > limit:
+        raise UserError(f"{path} has more than {limit / 1e6:g} MB: is it the right file?")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text in UTF-8 (byte {error.start}): is it the right file?") from error
+
+
+def read_json(path: Path, limit: int = TEXT_LIMIT) -> Any:
+    """The content of a JSON file. Raises UserError, which quotes nothing of the file."""
+    text = read_text(path, limit)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"cannot read {path}: no JSON, {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from error
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"cannot read {path}: JSON nested too deeply, or a number too long") from error
 
 
 def explain(error: OSError | SafetensorError) -> str:

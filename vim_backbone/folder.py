@@ -1,13 +1,12 @@
 """The folder of a backbone: which files it has, what is in them, and how they are written."""
 
-import json
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from vim_backbone.config import VimConfig
 from vim_backbone.errors import UserError
-from vim_backbone.files import write_json, write_tensors, write_text
+from vim_backbone.files import read_json, write_json, write_tensors, write_text
 from vim_backbone.preprocessing import IMAGENET_MEAN, IMAGENET_STD, preprocessor
 
 MODEL_TYPE = "vim"
@@ -56,15 +55,15 @@ def read_config(folder: Path) -> VimConfig:
     path = folder / "config.json"
     if not folder.is_dir():
         raise UserError(f"no backbone at {folder}: the folder does not exist")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"no backbone at {folder}: config.json is missing") from None
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+    if not path.exists():
+        raise UserError(f"no backbone at {folder}: config.json is missing")
+    data = read_json(path)
     if not isinstance(data, dict) or data.get("model_type") != MODEL_TYPE:
         raise UserError(f"{path} describes no Vim backbone: its model_type is not {MODEL_TYPE!r}")
-    return VimConfig.from_dict({k: v for k, v in data.items() if k not in ("model_type", "architectures")})
+    try:
+        return VimConfig.from_dict({k: v for k, v in data.items() if k not in ("model_type", "architectures")})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def model_card(config: VimConfig, name: str) -> str:

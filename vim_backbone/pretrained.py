@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vim_backbone.config import VimConfig
 from vim_backbone.errors import UserError
+from vim_backbone.files import refuse_what_is_no_file
 from vim_backbone.folder import WEIGHTS, read_config
 from vim_backbone.position import resize_table
 from vim_backbone.vim import VisionMamba
@@ -27,13 +28,40 @@ def from_pretrained(folder: str | Path, **overrides: Any) -> VisionMamba:
     folder = Path(folder)
     saved = read_config(folder)
     config = VimConfig.from_dict(saved.to_dict() | overrides)
+    refuse_what_is_no_file(folder / WEIGHTS)
     try:
         state = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read {folder / 'model.safetensors'}: {error}") from error
+    check_sizes(saved, state, folder / WEIGHTS)
     model = VisionMamba(config)
     load_state(model, state, saved, folder / WEIGHTS)
     return model.eval()
+
+
+def check_sizes(config: VimConfig, state: dict[str, Tensor], source: Path) -> None:
+    """Raise UserError where the sizes of a config are not those of the weights, before a model of them takes memory."""
+    depth = len({name.split(".")[1] for name in state if name.startswith("layers.")})
+    if depth != config.depth:
+        raise UserError(f"{source} has {depth} blocks but depth is {config.depth} in config.json: one of them is wrong")
+    mixer, d = "layers.0.mixer", config.d_inner
+    expected = {
+        "patch_embed.proj.weight": (config.d_model, config.in_chans, config.patch_size, config.patch_size),
+        f"{mixer}.A_log": (d, config.d_state),
+        f"{mixer}.conv1d.weight": (d, 1, config.d_conv),
+        f"{mixer}.dt_proj.weight": (d, config.dt_rank),
+    }
+    if config.num_classes:
+        expected["head.weight"] = (config.num_classes, config.d_model)
+    rows, columns = config.grid(*config.img_size)
+    if "pos_embed" in state:
+        tokens = state["pos_embed"].shape[1] if state["pos_embed"].dim() == 3 else 0
+        extra = min(max(0, tokens - rows * columns), config.num_special)
+        expected["pos_embed"] = (1, rows * columns + extra, config.d_model)
+    for name, shape in expected.items():
+        got = tuple(state[name].shape) if name in state else "missing"
+        if got != shape:
+            raise UserError(f"{source}: {name} is {got}, config.json wants {shape}: one of them is wrong")
 
 
 def load_state(model: VisionMamba, state: dict[str, Tensor], saved: VimConfig, source: Path) -> None:

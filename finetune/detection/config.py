@@ -13,6 +13,10 @@ class DetectionData(LabelledData):
 
     source: str = ""
     """Folder with SPLIT/* and annotations/instances_SPLIT.json, as COCO has them; any category ids will do."""
+    annotations: str = "annotations/instances_{split}.json"
+    """File of a split below the source, where it lies elsewhere, such as {split}.json."""
+    images: str = "{split}"
+    """Folder of the pictures of a split below the source, such as images where all splits share one."""
     train_split: str = "train"
     """Split to train on; train2017 for COCO."""
     val_split: str = "val"

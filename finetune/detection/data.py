@@ -66,7 +66,12 @@ def open_coco(data: DetectionData, split: str, masks: bool) -> CocoSplit:
     Raises UserError where the file or the folder is missing or is not in COCO's format.
     """
     root = Path(data.source).expanduser()
-    path, folder = root / f"annotations/instances_{split}.json", root / split
+    path, folder = (root / place.replace("{split}", split) for place in (data.annotations, data.images))
+    if root.is_dir() and not path.exists() and (others := sorted(root.glob("*.json"))):
+        raise UserError(
+            f"{path} does not exist, but {others[0].name} does: make it a file for each split, such as train.json and "
+            "val.json, and set data.annotations to {split}.json, data.images to the folder of the pictures"
+        )
     file = read_coco(path, masks)
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist: it must hold the pictures that {path} names")

@@ -46,6 +46,8 @@ class DetectionTask(Task[DetectionConfig]):
         self.tta = tta_of(self.pretrained.config, config.test, config.head.detections)
         self.val = WholePictures(self.split, self.tta)
         self.notes = [*train.notes, *self.split.notes]
+        if "{split}" not in config.data.annotations or config.data.train_split == config.data.val_split:
+            self.notes.append("the splits are the same file: the scores are of pictures that are trained on")
 
     def new_model(self) -> Detector:
         """The detector with fresh weights."""

@@ -124,6 +124,11 @@ def open_pairs(data: SegmentationData, split: str, classes: list[str]) -> tuple[
     root = Path(data.source).expanduser()
     images, maps = root / data.images / split, root / data.maps / split
     for folder, setting in ((images, "data.images"), (maps, "data.maps")):
+        if not folder.is_dir() and any(path.is_file() for path in folder.parent.glob("*")):
+            raise UserError(
+                f"{folder} does not exist, but files in {folder.parent} do: move them into {data.train_split}/ and "
+                f"{data.val_split}/ there, pictures and maps alike"
+            )
         if not folder.is_dir():
             raise UserError(f"{folder} does not exist: set {setting}, or the split ({split!r})")
     files = files_below(images)

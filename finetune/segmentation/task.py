@@ -34,6 +34,8 @@ class SegmentationTask(Task[SegmentationConfig]):
         train, notes = open_pairs(config.data, config.data.train_split, self.classes)
         val, more = open_pairs(config.data, config.data.val_split, self.classes)
         self.notes = [*notes, *more]
+        if config.data.train_split == config.data.val_split:
+            self.notes.append("the splits are the same folder: the scores are of pictures that are trained on")
         self.pretrained = read_backbone(find_backbone(config.backbone), config.model, config.seed, 0)
         feature_layers(config.head.layers, self.pretrained.config.depth)
         size = self.pretrained.config.img_size

@@ -25,7 +25,9 @@ from launch.run.config import differences, field_types, write_config
 from launch.run.folder import make_folder, prepare_folder
 from launch.run.lock import FolderLock
 from launch.run.signals import Stopped, in_main_thread
+from launch.run.yaml_files import read_yaml
 from vim_backbone.errors import UserError, nearest
+from vim_backbone.files import read_text
 
 CONFIG = "sweep.yaml"
 SET_BY_SWEEP = ("name", "out", "resume", "overwrite", "checkpoint_every", "keep_checkpoints", "debug")
@@ -133,9 +135,10 @@ def resolve(config: SweepConfig) -> tuple[SweepConfig, list[Dimension], str]:
     base = ""
     if config.base is not None:
         try:
-            base = Path(config.base).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"base: cannot read {config.base}: {error}") from error
+            read_yaml(Path(config.base))
+            base = read_text(Path(config.base))
+        except UserError as error:
+            raise UserError(f"base: {error}") from error
     check_values(config, config_class, space)
     build_scheduler(config, space)
     return config, space, base

@@ -199,7 +199,7 @@ def publish_best(config: SweepConfig, best: Entry) -> str:
 def command(config: SweepConfig, entry: Entry) -> str:
     """The command that repeats a trial outside of Ray."""
     resources = config.resources
-    launch = f"accelerate launch --num_processes {resources.workers}" if resources.workers > 1 else "accelerate launch"
+    launch = f"python -m launch --num_processes {resources.workers}" if resources.workers > 1 else "python -m launch"
     if not resources.gpus:  # sums on CPU depend on the number of threads, which Ray sets to a trial's cores
         launch = f"OMP_NUM_THREADS={max(1, int(resources.cpus))} {launch}"
     base = [f"--config={config.base}"] if config.base else []

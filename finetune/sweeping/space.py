@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from ray import tune
 
-from vim_backbone.errors import UserError, nearest
+from vim_backbone.errors import UserError, nearest, require
 
+MOST_COMBINATIONS = 100_000
+MOST_VALUES = 1000
 KINDS = ("choice", "grid", "uniform", "loguniform")
 
 
@@ -62,6 +65,8 @@ def read_space(space: dict[str, Any], types: dict[str, str]) -> list[Dimension]:
 def combinations(dimensions: Iterable[Dimension]) -> list[dict[str, Any]]:
     """Every combination of the values of the dimensions of kind `grid`: field -> value; without such, one empty one."""
     grids = [d for d in dimensions if d.kind == "grid"]
+    count = math.prod(len(d.values) for d in grids)
+    require(count <= MOST_COMBINATIONS, "space", count, f"combinations of a grid, {MOST_COMBINATIONS} at most")
     return [dict(zip((d.field for d in grids), c, strict=True)) for c in itertools.product(*(d.values for d in grids))]
 
 
@@ -81,7 +86,8 @@ def _dimension(field: str, spec: Any, types: dict[str, str]) -> Dimension:
         raise UserError(f"space.{field}: {kind} is {values!r}, an empty space: give a list of values")
     if kind in ("choice", "grid"):
         texts = [json.dumps(value) for value in values]
-        if twice := [text for text in texts if texts.count(text) > 1]:
+        require(len(texts) <= MOST_VALUES, f"space.{field}", len(texts), f"values, {MOST_VALUES} at most: give a range")
+        if twice := [text for text, count in Counter(texts).items() if count > 1]:
             raise UserError(f"space.{field}: {kind} has {twice[0]} twice")
         return Dimension(field, kind, values, whole=False)
     whole = types[field].startswith("a whole number")

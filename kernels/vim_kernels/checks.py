@@ -16,6 +16,13 @@ def check_float(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} has dtype {tensor.dtype}, wanted one of {[str(t)[6:] for t in FLOATS]}")
 
 
+def check_floats(**tensors: Tensor | None) -> None:
+    """Raise TypeError unless every tensor given has one of the dtypes of the ops."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in FLOATS:
+            check_float(name, tensor)
+
+
 def check_shape(name: str, shape: tuple[int, ...], expected: tuple[int | None, ...]) -> None:
     """Raise ValueError unless the shape matches; None stands for any size."""
     if shape == expected:

@@ -9,7 +9,15 @@ from typing import Any, Literal, get_args, overload
 import torch
 from torch import Tensor
 
-from vim_kernels.checks import check_cu_seqlens, check_float, check_lines, check_same_device, check_shape
+from vim_kernels.checks import (
+    FLOATS,
+    check_cu_seqlens,
+    check_float,
+    check_floats,
+    check_lines,
+    check_same_device,
+    check_shape,
+)
 from vim_kernels.dispatch.call import call
 from vim_kernels.dispatch.choice import choose
 from vim_kernels.dispatch.contract import (
@@ -94,8 +102,7 @@ def selective_scan(
         check_shape("z", z.shape, (b, l, d))
     if dt_bias is not None:
         check_shape("dt_bias", dt_bias.shape, (d,))
-    for name, tensor in (("dt", dt), ("A", A), ("B", B), ("C", C)):
-        check_float(name, tensor)
+    check_floats(dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_state=initial_state)
     sequences = check_cu_seqlens(cu_seqlens, x)
     if initial_state is not None:
         check_shape("initial_state", initial_state.shape, (sequences, d, n))
@@ -185,6 +192,7 @@ def pooled_scan(
     if norm is not None:
         for field, tensor in norm._asdict().items():
             check_shape(f"norm.{field}", tensor.shape, (xz.shape[2] // 2,))
+            check_float(f"norm.{field}", tensor)
             check_same_device(xz, **{f"norm.{field}": tensor})
     _keeps_inputs(recompute)
     arguments = PooledScan(xz.contiguous(), forward, backward, lines, norm, eps)
@@ -219,6 +227,8 @@ def _check_mixer(gated: bool, xz: Tensor, forward: ScanWeights, backward: ScanWe
     check_shapes = _check_mixer_shapes if torch.compiler.is_compiling() else _check_mixer_shapes_once
     check_shapes(gated, xz.shape, *shapes)
     for name, weights in (("forward", forward), ("backward", backward)):
+        if any(tensor is not None and tensor.dtype not in FLOATS for tensor in weights):
+            check_floats(**{f"{name}.{field}": tensor for field, tensor in weights._asdict().items()})
         if any(tensor is not None and tensor.device != xz.device for tensor in weights):
             check_same_device(xz, **{f"{name}.{field}": tensor for field, tensor in weights._asdict().items()})
 
@@ -270,6 +280,7 @@ def causal_conv1d(
     if activation not in ("silu", None):
         raise ValueError(f"activation must be 'silu' or None, got {activation!r}")
     check_cu_seqlens(cu_seqlens, x)
+    check_floats(weight=weight, bias=bias)
     check_same_device(x, weight=weight, bias=bias, cu_seqlens=cu_seqlens)
     return call(choose(backend, x.device), CausalConv1d(x, weight, bias, cu_seqlens, activation, reverse))
 
@@ -291,5 +302,6 @@ def add_rms_norm(
     check_shape("weight", weight.shape, (x.shape[-1],))
     if residual is not None:
         check_shape("residual", residual.shape, tuple(x.shape))
+    check_floats(weight=weight, residual=residual)
     check_same_device(x, weight=weight, residual=residual)
     return call(choose(backend, x.device), AddRmsNorm(x, residual, weight, eps))

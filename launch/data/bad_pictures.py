@@ -1,16 +1,13 @@
 """Pictures that cannot be used: replaced, counted, named, and fatal only when they are many."""
 
-import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from vim_backbone.errors import UserError, first_line
+from vim_backbone.errors import UserError, escaped, first_line
 from vim_backbone.files import append_lines, explain
 
 Sample = TypeVar("Sample")
-HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
-"""Unicode's categories of characters that are not shown as such."""
 MAX_TRIES = 100
 """Bad pictures in a row, after which a sample is given up and the run ends."""
 
@@ -84,19 +81,6 @@ class BadPictures:
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {explain(error)}; move it away") from error
         return dict(line.split("\t", 1) for line in lines if "\t" in line)
-
-
-def escaped(name: str) -> str:
-    r"""A name of a file as one line of text that can be printed and written as UTF-8.
-
-    Control and formatting characters, and bytes that are no UTF-8, become \x1b, \u202e, \xe9 and the like.
-    """
-    return "".join(_escape(c) if unicodedata.category(c) in HIDDEN else c for c in name)
-
-
-def _escape(character: str) -> str:
-    byte = ord(character) - 0xDC00  # as Python holds a byte that is no UTF-8 (PEP 383)
-    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else character.encode("unicode_escape").decode()
 
 
 def first_usable(

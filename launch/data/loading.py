@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from launch.data.temporary import take_temporary_folder
 from launch.run.randomness import generator
 from launch.run.signals import STOPPING, die_with_parent, in_main_thread
 from vim_backbone.errors import UserError
@@ -28,6 +29,8 @@ def loader_of(
         ahead: batches that each of them reads ahead.
         options: which samples are in a batch, and more for `DataLoader`.
     """
+    if workers:
+        take_temporary_folder()
     return DataLoader(
         dataset,
         num_workers=workers,

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import (
     DataLoaderConfiguration,
     DeepSpeedPlugin,
@@ -23,7 +22,7 @@ from torch import nn
 
 from launch.run.config import RunConfig
 from launch.state.sharding import shape_of, zero_stage
-from vim_backbone.errors import UserError, nearest
+from vim_backbone.errors import UserError
 
 Result = TypeVar("Result")
 BUCKET = 50_000_000
@@ -47,7 +46,6 @@ def build_accelerator(config: RunConfig, accumulation: int) -> Accelerator:
     Raises UserError where the launcher asked for what is not there, or for what Accelerate did not set up.
     """
     refuse_what_is_missing()
-    refuse_trackers(config.trackers)
     zero = _is_set("ACCELERATE_USE_DEEPSPEED")
     # gradients that are views of DDP's buckets, not copies
     handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
@@ -94,17 +92,6 @@ def refuse_what_is_missing() -> None:
     wrong = _missing()
     if wrong is not None:
         raise _printed_once(wrong)
-
-
-def refuse_trackers(names: list[str]) -> None:
-    """Raise UserError for an unknown tracker, or one that is not installed, which Accelerate passes over in silence."""
-    available = {str(name) for name in get_available_trackers()} | {"all"}
-    for name in names:
-        if name not in LOGGER_TYPE_TO_CLASS and name != "all":
-            raise _printed_once(f"trackers has {name!r}: {nearest(str(name), [*LOGGER_TYPE_TO_CLASS, 'all'])}")
-        if name not in available:
-            package = name.replace("_", "-")
-            raise _printed_once(f"trackers has {name!r}, which is not installed: pip install {package}, or take it out")
 
 
 def _printed_once(wrong: str) -> UserError:
@@ -194,13 +181,14 @@ def fit_buffers(accelerator: Accelerator, model: nn.Module, unit: type[nn.Module
     if plugin is None:
         return
     zero = plugin.deepspeed_config["zero_optimization"]
+    whole = sum(shape_of(p).numel() for p in model.parameters())
     trained = sum(shape_of(p).numel() for p in model.parameters() if p.requires_grad)
     zero.setdefault("reduce_bucket_size", min(BUCKET, trained))
     units = [sum(shape_of(p).numel() for p in m.parameters()) for m in model.modules() if isinstance(m, unit)]
     if plugin.zero_stage == 3:
         zero.setdefault("stage3_max_reuse_distance", 0)
         zero.setdefault("stage3_prefetch_bucket_size", max(units))
-        zero.setdefault("stage3_max_live_parameters", trained - sum(units) + 2 * max(units))
+        zero.setdefault("stage3_max_live_parameters", whole - sum(units) + 2 * max(units))
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:

@@ -2,6 +2,8 @@
 
 import contextlib
 import errno
+import itertools
+import json
 import os
 import re
 import signal
@@ -9,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import torch
@@ -16,11 +19,15 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from launch.run.accelerator import SilentError
 from launch.run.config import field_types
+from launch.run.hints import meant
 from launch.run.signals import Stopped, kill_children
-from vim_backbone.errors import UserError, nearest
+from launch.run.yaml_files import read_yaml
+from vim_backbone.errors import UserError, escaped
 from vim_backbone.files import explain
 
 Config = TypeVar("Config")
+QUOTED = 200
+"""Characters of a wrong value that are shown, at most."""
 SILENT_SECONDS = 3
 """What a process that keeps silent about an error waits for the one that prints it."""
 UNUSABLE = (
@@ -40,6 +47,8 @@ def parse(config_class: type[Config], argv: list[str], prog: str, description: s
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the fields below")
     parser.add_class_arguments(config_class, None)
+    for file in _config_files(argv):
+        argv = [*argv, *_overruled(read_yaml(Path(file)), argv)]
     try:
         parsed = parser.parse_args(_spell_out_flags(config_class, argv))
         values = parser.instantiate(parsed)
@@ -59,9 +68,9 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int
     except UserError as error:
         if "--debug" in argv:
             raise
-        if isinstance(error, SilentError):
+        if isinstance(error, SilentError) or os.environ.get("RANK", "0") != "0":
             time.sleep(SILENT_SECONDS)  # the launcher ends all when one ends, the one that prints among them
-        else:
+        if not isinstance(error, SilentError):
             _print_error(f"error: {error}")
         return 2
     except Stopped as stopped:
@@ -109,6 +118,20 @@ def _known_fault(error: Exception) -> str | None:
     return None
 
 
+def _config_files(argv: list[str]) -> list[str]:
+    after = [after for here, after in itertools.pairwise(argv) if here == "--config"]
+    return after + [word.partition("=")[2] for word in argv if word.startswith("--config=")]
+
+
+def _overruled(content: dict[str, Any], argv: list[str]) -> list[str]:
+    """What of a file an argument replaces that has another name: a length given there, in steps or epochs."""
+    given = {word.partition("=")[0] for word in argv}
+    pairs = (("steps", "epochs"), ("epochs", "steps"))
+    return [
+        f"--{b}=null" for a, b in pairs if f"--{a}" in given and f"--{b}" not in given and content.get(b) is not None
+    ]
+
+
 def _spell_out_flags(config_class: type, argv: list[str]) -> list[str]:
     hints = get_type_hints(config_class)
     flags = {f"--{name}" for name, hint in hints.items() if hint is bool or bool in get_args(hint)}
@@ -121,16 +144,32 @@ def _spell_out_flags(config_class: type, argv: list[str]) -> list[str]:
 def _one_line(message: str, config_class: type) -> str:
     """Jsonargparse's message of several lines as one of ours."""
     text = " ".join(message.split())
-    unknown = re.search(r"unrecognized arguments: --([\w.\-]+)", text) or re.search(r"'([\w.]+)' is not accepted", text)
     types = field_types(config_class)
-    if unknown:
-        return f"no such field: {unknown[1]}; {nearest(unknown[1], types)} (--help explains all)"
+    unknown = re.search(r"unrecognized arguments: --([\w.\-]+)", text) or re.search(r"'([\w.]+)' is not accepted", text)
+    inside = re.search(r"Group '([\w.]+)' does not accept (?:option|nested key) '([\w.\-]+)'", text)
+    if unknown or inside:
+        name = unknown[1] if unknown else ".".join(inside.groups()) if inside else ""
+        return f"no such field: {name}; {meant(name, types)} (--help explains all)"
+    if stray := re.search(r"unrecognized arguments: ([^-].*)$", text):
+        return f"{stray[1]!r} belongs to no field: fields are given as --field VALUE, {_source(types)}"
+    if group := re.search(r'(?:Parser key|field) "([\w.]+)":.*?Unable to load config [\'"](.*?)[\'"]', text):
+        return f"{group[1]} is {group[2][:QUOTED]!r}: it is a group of fields; {meant(group[1], types)}"
     wrong = re.search(r'Parser key "([\w.]+)":.*(?:Got|Given) value: (.*)$', text)
     if wrong and wrong[1] in types:
-        return f"{wrong[1]} is {wrong[2]}: it must be {types[wrong[1]]}"
+        must = types[wrong[1]]
+        example = f", such as [{wrong[2]}]" if must == "[text]" and re.fullmatch(r"[\w,-]+", wrong[2]) else ""
+        return f"{wrong[1]} is {wrong[2][:QUOTED]}: it must be {must}{example}"
     return text.replace("Parser key ", "field ")
 
 
-def _print_error(line: str) -> Any:
+def _source(types: dict[str, str]) -> str:
+    return "pictures as --data.source FOLDER" if "data.source" in types else "--help lists all"
+
+
+def _print_error(line: str) -> None:
+    line = escaped(line)
     with contextlib.suppress(OSError):  # the terminal was closed
         print(line, file=sys.stderr, flush=True)  # noqa: T201 - command line
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun ends its own table with
+        message = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")

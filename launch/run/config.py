@@ -6,9 +6,10 @@ from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from launch.run.guard import GuardConfig
-from vim_backbone.errors import UserError, require
+from vim_backbone.errors import UserError, nearest, require
 from vim_backbone.files import write_text
 from vim_backbone.memory import Recompute
 
@@ -56,6 +57,11 @@ class RunConfig:
             require(getattr(self, name) >= 1, name, getattr(self, name), "it must be at least 1")
         require(self.seed >= 0, "seed", self.seed, "it cannot be negative")
         require(self.keep_every >= 0, "keep_every", self.keep_every, "it cannot be negative")
+        for tracker in (name for name in self.trackers if name != "all"):
+            known = tracker in LOGGER_TYPE_TO_CLASS
+            require(known, "trackers", tracker, f"there is no such tracker, {nearest(tracker, LOGGER_TYPE_TO_CLASS)}")
+            installed = tracker in [str(available) for available in get_available_trackers()]
+            require(installed, "trackers", tracker, f"it is not installed: pip install {tracker.replace('_', '-')}")
         for name in ("hang_seconds", "start_seconds"):
             require(getattr(self, name) > 0, name, getattr(self, name), "it must be positive")
 

@@ -1,7 +1,6 @@
 """What a run reports while it goes: metrics.jsonl, trackers, and a progress bar or plain lines on the main process."""
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,16 +14,15 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from launch.run.config import RunConfig, plain
+from launch.run.progress import ProgressReport
 from vim_backbone.errors import UserError, first_line
 from vim_backbone.files import append_lines, explain, json_line, write_text
 
 Item = TypeVar("Item")
 
 METRICS = "metrics.jsonl"
-PLAIN_LINE_SECONDS = 10.0
 
 
 class RunLog:
@@ -33,7 +31,6 @@ class RunLog:
     def __init__(self, config: RunConfig, accelerator: Accelerator, total_steps: int, start_step: int) -> None:
         self.accelerator = accelerator
         self.active = accelerator.is_main_process
-        self.total_steps = total_steps
         self.console = Console(stderr=True, quiet=not self.active, highlight=False, soft_wrap=True)
         self._file = config.folder / METRICS
         try:
@@ -41,24 +38,16 @@ class RunLog:
         except Exception as error:  # each tracker raises its own classes
             names = ", ".join(config.trackers)
             raise UserError(f"trackers is {names}: {first_line(error)}; set it up, or take it out") from error
-        self._bar = Progress(
-            TextColumn("[bold]step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-            console=self.console, disable=not (self.active and sys.stderr.isatty()),
-        )  # fmt: skip
-        self._task = self._bar.add_task("train", total=total_steps, completed=start_step, status="")
-        self._started = self._last_line = time.monotonic()
-        self._start_step = start_step
+        self._progress = ProgressReport(self.console, "step", total_steps, start_step)
 
     def __enter__(self) -> "RunLog":
-        self._bar.start()
+        self._progress.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with suppress(OSError):
-            self._bar.stop()
+        self._progress.__exit__()
         self.accelerator.end_training()
 
     def say(self, line: str) -> None:
@@ -82,18 +71,8 @@ class RunLog:
 
     def progress(self, step: int, latest: dict[str, float]) -> None:
         """Move the bar, with the latest metrics beside it; without a terminal, print a line now and then."""
-        status = f"loss {latest['loss']:.4f}  {latest['images_per_second']:.1f} images/s" if latest else ""
-        with suppress(OSError):
-            self._bar.update(self._task, completed=step, status=status)
-        now = time.monotonic()
-        if (
-            self.active
-            and self._bar.disable
-            and (now - self._last_line > PLAIN_LINE_SECONDS or step == self.total_steps)
-        ):
-            self._last_line = now
-            remaining = (now - self._started) / max(1, step - self._start_step) * (self.total_steps - step)
-            self.say(f"step {step}/{self.total_steps}  {status}  about {remaining:.0f} s left")
+        shown = f"loss {latest['loss']:.4f}  {latest['images_per_second']:.1f} images/s" if latest else ""
+        self._progress.update(step, shown)
 
 
 class Throughput:

@@ -280,3 +280,17 @@ def test_files_and_folders_that_are_missing(config, spoiled):
     shutil.rmtree(folder / "val")
     with pytest.raises(UserError, match=r"/val does not exist: it must hold the pictures"):
         run(config(f"--data.source={folder}"))
+
+
+def test_files_and_pictures_at_other_places(sample_data, tmp_path):
+    data = sample_data("detection")
+    want = open_coco(DetectionData(source=str(data)), "train", masks=True)
+    (tmp_path / "images").symlink_to(data / "train")
+    shutil.copy(data / ANNOTATIONS, tmp_path / "train.json")
+    got = open_coco(
+        DetectionData(source=str(tmp_path), annotations="{split}.json", images="images"), "train", masks=True
+    )
+    assert got.ground_truth() == want.ground_truth()
+    assert np.array_equal(np.asarray(got.picture(0)), np.asarray(want.picture(0)))
+    with pytest.raises(UserError, match=r"instances_train.json does not exist, but train.json does: make it a"):
+        open_coco(DetectionData(source=str(tmp_path)), "train", masks=True)

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
 from finetune.main import main as finetune
-from finetune.predict import main
+from finetune.predict import load_predictor, main, picture_files, predict
 from finetune.registry import TASKS
 from vim_backbone import UserError
 
@@ -115,3 +116,25 @@ def test_pictures_of_any_name(task, finished, photo, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5
     assert sum(r"caf\xe9.png: " in line for line in lines) == 1
+
+
+def test_predictions_are_there_as_they_are_made_and_resumed(finished, sample_data, tmp_path):
+    run, out = finished("classification"), tmp_path / "out"
+    predictor = load_predictor(run, torch.device("cpu"))
+    files = picture_files([sample_data("classification") / "val"])
+    whole = list(predict(predictor, files, tmp_path / "whole", 2))
+    for number, row in enumerate(predict(predictor, files, out, 2), start=1):
+        rows = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+        assert row in rows
+        assert len(rows) == -(-number // 2) * 2
+        if number == 4:
+            break
+    assert not (out / "predictions.json").exists()
+    with open(out / "predictions.jsonl", "a") as lines:
+        lines.write('{"file": "gone.png"}\n[1]\n{"file": "ha')
+    again = list(predict(predictor, files, out, 2, resume=True))
+    assert [row["file"] for row in again] == [str(file) for file in files[4:]]
+    rows = json.loads((out / "predictions.json").read_text())
+    assert rows == [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert [(row["file"], row["class"]) for row in rows] == [(row["file"], row["class"]) for row in whole]
+    assert len(list(predict(predictor, files, out, 2))) == len(files)

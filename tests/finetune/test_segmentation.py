@@ -230,3 +230,13 @@ def test_single_bad_maps_are_skipped_counted_and_named(config, spoiled, capsys):
     folder = run(config(f"--data.source={spoiled}", "--steps=6", "--log_every=6"))
     assert "1 pairs of training skipped, picture and map differ in size: 000001.jpg" in capsys.readouterr().err
     assert (folder / "bad_pictures.txt").read_text().startswith("000002.jpg\t")
+
+
+def test_pictures_and_maps_without_splits_are_explained(tmp_path):
+    for name in ("images/a.jpg", "masks/a.png"):
+        (tmp_path / name).parent.mkdir()
+        Image.new("L", (8, 8)).save(tmp_path / name)
+    data = SegmentationData(source=str(tmp_path), maps="masks", num_classes=2)
+    words = r"images/training does not exist, but files in .*images do: move them into training/ and validation/ there"
+    with pytest.raises(UserError, match=words):
+        open_pairs(data, "training", ["a", "b"])

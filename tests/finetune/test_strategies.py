@@ -83,3 +83,15 @@ def test_detection_is_the_same_under_ddp_and_zero_3(tmp_path, backbone, sample_d
     for key in ("loss", "loss_mask", "val_box_AP", "val_mask_AP"):
         assert rows(zero, key) == pytest.approx(rows(ddp, key), rel=1e-4)
     same_model(zero, ddp)
+
+
+def test_zero_3_trains_the_head_alone_as_one_process(tmp_path, backbone, sample_data):
+    data = ("classification", f"--backbone={backbone}", f"--data.source={sample_data('classification')}", *PLAIN,
+            "--model.freeze=true")  # fmt: skip
+    one, three = run(tmp_path / "one", "one", *data), run(tmp_path / "three", "zero3", *data)
+    for key in ("loss", "grad_norm", "val_loss"):
+        assert rows(three, key) == pytest.approx(rows(one, key), rel=1e-4)
+    same_model(three, one)
+    before, after = load_file(backbone / "model.safetensors"), load_file(three / "backbone/model.safetensors")
+    for name in before.keys() & after.keys():
+        assert torch.equal(before[name], after[name]), name

@@ -93,8 +93,8 @@ def test_classification_with_a_trial_killed_on_purpose(make_sweep, backbone, tmp
     best = max(trials, key=lambda e: (e.score("top1"), -e.number))
     comment, command = top_commands(replace(config, top=1))
     assert f"trial {best.number}" in comment
-    assert "accelerate launch finetune/main.py classification" in command
-    outside = command.replace("accelerate launch finetune", f"{sys.executable} {ROOT}/finetune")
+    assert "python -m launch finetune/main.py classification" in command
+    outside = command.replace("python -m launch finetune", f"{sys.executable} {ROOT}/finetune")
     outside = outside.replace("file://", "")
     subprocess.run(outside, shell=True, check=True, cwd=tmp_path, env=environment(), capture_output=True)
     ours = load_file(folder / "best/model/model.safetensors")

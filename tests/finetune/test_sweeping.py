@@ -214,8 +214,8 @@ def test_the_command_of_a_trial_is_read_back_exactly(ledger):
     )
     spec = {"backbone": "a folder/b", "data.source": "c", "augment.auto_augment": None}
     words = shlex.split(command(sweep_config(fields=spec), entry))
-    assert words[:5] == ["OMP_NUM_THREADS=1", "accelerate", "launch", "finetune/main.py", "classification"]
-    config = parse(ClassificationConfig, words[5:], "", "")
+    assert words[:5] == ["OMP_NUM_THREADS=1", "python", "-m", "launch", "finetune/main.py"]
+    config = parse(ClassificationConfig, words[6:], "", "")
     assert (config.optim.base_lr, tuple(config.model.img_size)) == (1e-5 / 3, (32, 48))
     assert (config.backbone, config.augment.auto_augment) == ("a folder/b", None)
 
@@ -347,3 +347,13 @@ def test_the_shipped_sweeps_read(task, monkeypatch, tmp_path, backbone):
     names = {d.field for d in space}
     assert {"optim.base_lr", "optim.layer_decay", "model.drop_path_rate", "optim.weight_decay"} <= names
     assert {"model.img_size", "backbone"} <= names
+
+
+def test_grids_and_choices_of_millions_are_refused():
+    types = dict.fromkeys(("a", "b", "c"), "a whole number")
+    grid = {"grid": list(range(100))}
+    with pytest.raises(UserError, match="space is 1000000: combinations of a grid, 100000 at most"):
+        combinations(read_space({"a": grid, "b": grid, "c": grid}, types))
+    assert len(combinations(read_space({"a": grid, "b": grid}, types))) == 10_000
+    with pytest.raises(UserError, match=r"space.a is 1000000: values, 1000 at most: give a range"):
+        read_space({"a": {"choice": list(range(10**6))}}, types)

@@ -19,6 +19,7 @@ from unittest import mock
 
 LAUNCHERS = (
     "accelerate.commands.launch",
+    "launch.run.launcher",
     "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler",
 )
 MODULES = [
@@ -100,8 +101,9 @@ def _become(argv: list[str], cwd: str, env: dict[str, str], output: tuple[str, s
     def fork(argv: Iterable[str], env: dict[str, str]) -> Popen:
         return Popen(list(argv), Path.cwd(), env, output)
 
-    launch, agent = (sys.modules[name] for name in LAUNCHERS)
-    launch.__dict__["subprocess"] = SimpleNamespace(**vars(subprocess) | {"Popen": fork})  # of one process
+    *launchers, agent = (sys.modules[name] for name in LAUNCHERS)
+    for launcher in launchers:
+        launcher.__dict__["subprocess"] = SimpleNamespace(**vars(subprocess) | {"Popen": fork})  # of one process
     agent.__dict__["SubprocessHandler"]._popen = lambda _, argv, env: fork(argv, env)  # of several
     if words[0] == "-m":
         sys.argv = words[1:]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from launch.run import accelerator
-from launch.run.accelerator import SilentError, refuse_trackers, refuse_what_is_missing
+from launch.run.accelerator import SilentError, refuse_what_is_missing
 from launch.run.config import RunConfig
 from launch.run.metrics import RunLog
 from vim_backbone import UserError
@@ -67,27 +67,6 @@ def test_what_is_not_there_gets_one_line_from_one_process(env, gpus, absent, wor
 def test_what_is_there_is_let_through(env, gpus, absent, machine):
     machine(env, gpus, absent)
     refuse_what_is_missing()
-
-
-@pytest.mark.parametrize(
-    ("names", "words"),
-    [
-        (["tensorboad"], "trackers has 'tensorboad': did you mean 'tensorboard'"),
-        (["x"], "trackers has 'x': choose from aim, all"),
-        (["tensorboard", "comet_ml"], "trackers has 'comet_ml', which is not installed: pip install comet-ml, or take"),
-        ([""], "trackers has ''"),
-        (["all"], None),
-        ([], None),
-        (["tensorboard", "tensorboard"], None),
-    ],
-)
-def test_trackers_that_would_not_track_are_refused(machine, monkeypatch, names, words):
-    monkeypatch.setattr(accelerator, "get_available_trackers", lambda: ["tensorboard"])
-    if words is None:
-        refuse_trackers(names)
-    else:
-        with pytest.raises(UserError, match=words):
-            refuse_trackers(names)
 
 
 def test_a_tracker_that_does_not_start_is_a_mistake_of_one_line(tmp_path):

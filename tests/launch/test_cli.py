@@ -8,8 +8,11 @@ import sys
 import pytest
 import yaml
 
+from finetune.registry import TASKS
+from finetune.sweeping.config import SweepConfig
 from launch.run.cli import parse, run
 from launch.run.config import differences, field_types, write_config
+from launch.run.hints import SYNONYMS, meant
 from launch.run.signals import Stopped
 from pretrain.config import PretrainConfig
 from tests.launch.real import ROOT, environment
@@ -52,11 +55,28 @@ def test_the_resolved_config_reads_back(tmp_path):
         (["--model.img_size", "97"], "image height is 97 pixels: it must be a multiple of the stride 8"),
         (["--model.name", "vim_tny"], "unknown model 'vim_tny': did you mean 'vim_tiny'"),
         (["--steps", "3", "--epochs", "2"], "give steps or epochs, not both"),
-        (["--config", "nowhere.yaml"], "File does not exist"),
+        (["--config", "nowhere.yaml"], "cannot read nowhere.yaml: No such file"),
         (["--name", "a/b"], "name is 'a/b': it must be a plain folder name"),
         (["--batch_size", "0"], "batch_size is 0: it must be at least 1"),
         (["--ema_decay", "1"], "ema_decay is 1.0"),
         (["--seed", "-1"], "seed is -1: it cannot be negative"),
+        (["--lr", "1e-3"], "no such field: lr; did you mean 'optim.base_lr'"),
+        (["--learning_rate=1e-3"], "no such field: learning_rate; did you mean 'optim.base_lr'"),
+        (["--learning-rate=1e-3"], "no such field: learning-rate; did you mean 'optim.base_lr'"),
+        (["--output_dir", "x"], "no such field: output_dir; did you mean 'out'"),
+        (["--gpus", "2"], "no such field: gpus; it is the launcher's: python -m launch --num_processes 2"),
+        (["--num_workers", "2"], "did you mean 'data.workers'"),
+        (["--img_size", "64"], "did you mean 'model.img_size'"),
+        (["--mask_ratio", "0.5"], "did you mean 'mask.ratio'"),
+        (["--model.lr", "0.5"], "no such field: model.lr"),
+        (["--data", "photos"], "data is 'photos': it is a group of fields; did you mean 'data.source'"),
+        (["--model", "vim_base"], "model is 'vim_base': it is a group of fields; did you mean 'model.name'"),
+        (["photos"], "'photos' belongs to no field: fields are given as --field VALUE, pictures as --data.source"),
+        (["--trackers", "tensorboard"], r"trackers is tensorboard: it must be \[text\], such as \[tensorboard\]"),
+        (["--trackers", "[tensorbord]"], "trackers is 'tensorbord': there is no such tracker, did you mean 'tensorb"),
+        (["--trackers", "[tensorboard,'']"], "trackers is '': there is no such tracker"),
+        (["--trackers", "[all,x]"], "trackers is 'x': there is no such tracker"),
+        (["--trackers", "[dvclive]"], "trackers is 'dvclive': it is not installed: pip install dvclive"),
     ],
 )
 def test_mistakes_get_one_line(argv, words):
@@ -69,6 +89,54 @@ def test_a_misspelt_field_in_a_file(tmp_path):
     (tmp_path / "recipe.yaml").write_text("data: {sauce: photos}\n")
     with pytest.raises(UserError, match="sauce"):
         parsed("--config", str(tmp_path / "recipe.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "words"),
+    [
+        ("asha", "scheduler is 'asha': it is a group of fields; did you mean 'scheduler.kind'"),
+        ("{name: none}", "no such field: scheduler.name; choose from scheduler.grace, scheduler.kind, scheduler.reduc"),
+        ("{kind: ash}", "scheduler.kind is ash: it must be one of none, asha, median, pbt"),
+    ],
+)
+def test_schedulers_of_a_sweep_file(scheduler, words, tmp_path):
+    text = "task: classification\nmetric: top1\nspace: {batch_size: {grid: [2]}}\nscheduler: "
+    (tmp_path / "sweep.yaml").write_text(f"{text}{scheduler}\n")
+    with pytest.raises(UserError, match=words):
+        parse(SweepConfig, [f"--config={tmp_path}/sweep.yaml"], "sweep", "")
+
+
+def test_every_synonym_leads_to_its_field():
+    types = [field_types(c) for c in (PretrainConfig, SweepConfig, *(t.config_class for t in TASKS.values()))]
+    for name, others in SYNONYMS.items():
+        having = [fields for fields in types if name in fields or any(field.startswith(f"{name}.") for field in fields)]
+        assert having, name
+        for fields in having:
+            if name in fields:
+                assert all(f"'{name}'" in meant(other, fields) for other in others if other not in fields), name
+
+
+@pytest.mark.parametrize(("in_file", "given"), [("steps", "epochs"), ("epochs", "steps")])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_length_given_replaces_that_of_the_file(in_file, given, first, joined, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(f"{in_file}: 7\n")
+    file = [f"--config={tmp_path}/recipe.yaml"] if joined else ["--config", f"{tmp_path}/recipe.yaml"]
+    length = [f"--{given}=3"] if joined else [f"--{given}", "3"]
+    config = parsed(*(file + length if first else length + file))
+    assert (getattr(config, given), getattr(config, in_file)) == (3, None)
+    (tmp_path / "recipe.yaml").write_text("steps: 7\nepochs: 7\n")
+    with pytest.raises(UserError, match="give steps or epochs, not both"):
+        parsed(*file)
+    assert getattr(parsed(*file, *length), given) == 3
+
+
+def test_the_line_of_an_error_is_one_line_that_a_terminal_can_show(capsys):
+    def fail(argv):
+        raise UserError("a\nb\x1b[2Jc\udce9d cannot be read: é 画")
+
+    assert run(fail, []) == 2
+    assert capsys.readouterr().err == "error: a\\nb\\x1b[2Jc\\xe9d cannot be read: é 画\n"
 
 
 def test_every_field_is_explained(capsys):

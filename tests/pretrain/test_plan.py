@@ -116,7 +116,7 @@ def test_half_the_visible_patches_save_nothing_in_the_decoder():
 def test_the_command_is_printed(capsys):
     main(["--model", "vim_large", "--image-size", "1024", "--gpus", "8", "--gpu-memory", "80"])
     printed = capsys.readouterr().out
-    assert "accelerate launch --config_file launch/accelerate/ddp.yaml --num_processes 8" in printed
+    assert "python -m launch --config_file launch/accelerate/ddp.yaml --num_processes 8" in printed
     assert "pictures/s" in printed
     words = printed.splitlines()[-1].split("pretrain/main.py ")[1].split()
     config = parse(PretrainConfig, words, "", "")

@@ -1,17 +1,22 @@
 """Official checkpoints: read safely, converted, and equal to the official equations in float64."""
 
 import argparse
+import contextlib
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import strategies as st
 
 from tests.vim_backbone import official
 from vim_backbone import UserError, from_pretrained
 from vim_backbone.convert import convert, main
 from vim_kernels import available_backends, use_backend
 
+MORE = int(os.environ.get("FUZZ", "0"))
 SMALL = {"d": 32, "depth": 2, "patches": 16, "patch": 16, "classes": 5}
 
 
@@ -132,3 +137,79 @@ def test_the_command(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "out")
     assert from_pretrained(tmp_path / "out").num_classes == 5
+
+
+def altered(state, change, name, size):
+    """A state dict of which one thing is wrong."""
+    tensor = state[name]
+    if change == "renamed layer":
+        state[f"layers.{size}.extra"] = tensor
+    elif change == "renamed":
+        state[name + "x"] = state.pop(name)
+    elif change == "key":
+        state[size] = tensor
+    elif change == "missing":
+        del state[name]
+    elif change == "empty":
+        state[name] = tensor[:0]
+    elif change == "scalar":
+        state[name] = torch.tensor(1.0)
+    elif change == "flat":
+        state[name] = tensor.flatten()
+    elif change == "deeper":
+        state[name] = tensor[None]
+    elif change == "longer":
+        state[name] = torch.cat([tensor, tensor])
+    elif change == "expanded":
+        state[name] = tensor.flatten()[:1].expand(*(size if side > 1 else 1 for side in tensor.shape))
+    elif change == "sparse":
+        state[name] = tensor.to_sparse()
+    else:
+        state[name] = tensor.to(getattr(torch, change))
+    return state
+
+
+def structure(state):
+    return {name: (tensor.shape, tensor.dtype, tensor.layout) for name, tensor in state.items()}
+
+
+CHANGES = ("renamed layer", "renamed", "key", "missing", "empty", "scalar", "flat", "deeper", "longer", "expanded",
+           "sparse", "int64", "bool", "complex64")  # fmt: skip
+PARTS = sorted(official.random_state(**SMALL))
+
+
+@settings(max_examples=MORE or 150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(CHANGES), st.sampled_from(PARTS), st.sampled_from([7, 10**4, 999_999_999, 10**30]))
+@example("renamed layer", PARTS[0], 999_999_999)
+def test_every_structure_that_is_wrong_is_refused(tmp_path, change, name, size):
+    assume(change != "expanded" or size <= 10**4)
+    before = official.random_state(**SMALL)
+    state = altered(dict(before), change, name, size)
+    assume(structure(state) != structure(before))
+    with pytest.raises(UserError) as caught:
+        convert(deit_file(tmp_path / "odd.pth", state), tmp_path / "out")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("side", ["224", -1, 0, 2.5, [64], 10**12])
+def test_sides_of_the_training_pictures_that_cannot_be(tmp_path, side):
+    with pytest.raises(UserError, match=r"input_size|fit no stride|no multiple|img_size|must be"):
+        convert(deit_file(tmp_path / "vim.pth", official.random_state(**SMALL), input_size=side), tmp_path / "out")
+
+
+@settings(max_examples=MORE or 100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_damaged_files_are_refused_or_converted(tmp_path, data):
+    path = deit_file(tmp_path / "vim.pth", official.random_state(**SMALL))
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 8))):
+        content[data.draw(st.integers(0, min(4000, len(content) - 1)))] = data.draw(st.integers(0, 255))
+    path.write_bytes(bytes(content[: data.draw(st.sampled_from([len(content), len(content) // 2, 100, 0]))]))
+    with contextlib.suppress(UserError):
+        convert(path, tmp_path / "out")
+
+
+def test_a_pipe_in_place_of_a_checkpoint(tmp_path):
+    os.mkfifo(tmp_path / "vim.pth")
+    with pytest.raises(UserError, match="no plain file"):
+        convert(tmp_path / "vim.pth", tmp_path / "out")

@@ -1,17 +1,22 @@
 """The backbone folder: what is written loads equal, elsewhere and resized; what is damaged is named."""
 
+import contextlib
 import errno
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import vim_backbone.files
 from vim_backbone import UserError, VimConfig, VisionMamba, create_model, from_pretrained
 
+MORE = int(os.environ.get("FUZZ", "0"))
 SIZES = {"d_model": 32, "depth": 2, "img_size": 64, "num_classes": 5}
 
 
@@ -114,3 +119,75 @@ def test_every_channel_has_its_mean_and_deviation(tmp_path):
     preprocessor = json.loads((folder / "preprocessor_config.json").read_text())
     assert (preprocessor["image_mean"], preprocessor["image_std"]) == ([0.1, 0.2, 0.3, 0.4], [1.0] * 4)
     assert "4 channels in [0, 1]" in (folder / "README.md").read_text()
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+)
+WRONG_FIELDS = [
+    ("d_model", "a", "d_model is 'a': it must be a whole number, 65536 at most"),
+    ("d_model", 32.0, "d_model is 32.0: it must be a whole number"),
+    ("d_model", True, "d_model is True"),
+    ("d_model", None, "d_model is None"),
+    ("depth", 10**9, "depth is 1000000000: it must be a whole number, 4096 at most"),
+    ("depth", 4000, "has 2 blocks but depth is 4000"),
+    ("depth", -1, "depth is -1: it must be at least 1"),
+    ("img_size", [2**17, 2**17], "are too many"),
+    ("img_size", [2**15, 2**15], "pos_embed is .1, 17, 32., config.json wants"),
+    ("d_model", 2**14, "patch_embed.proj.weight is .32, 3"),
+    ("img_size", [64, "64"], "img_size is .*it must be a whole number"),
+    ("img_size", [64, 64, 64], "img_size is .* give one side"),
+    ("img_size", {"height": 64}, "img_size is .*it must be a whole number"),
+    ("num_classes", 2**24, "head.weight is .5, 32., config.json wants .16777216, 32."),
+    ("d_state", 4096, "A_log is .64, 16., config.json wants .64, 4096."),
+    ("mixer_norm", "no", "mixer_norm is 'no': it must be true or false"),
+    ("norm_eps", "small", "norm_eps is 'small': it must be a number"),
+    ("norm_eps", float("nan"), "norm_eps is nan: it must be a number"),
+    ("class_token", ["middle"], "class_token is"),
+    ("scan", {}, "scan is {}: choose from"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "words"), WRONG_FIELDS)
+def test_a_config_of_other_types_and_sizes(folder, name, value, words):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(UserError, match=words):
+        from_pretrained(folder)
+
+
+@settings(max_examples=MORE or 300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.sampled_from([*VimConfig.__dataclass_fields__, "model_type", "architectures"]), value=ANYTHING)
+def test_any_field_of_a_config_loads_or_is_refused(folder, name, value):
+    path = folder / "config.json"
+    whole = path.read_text()
+    path.write_text(json.dumps(json.loads(whole) | {name: value}))
+    try:
+        with contextlib.suppress(UserError):
+            assert from_pretrained(folder).num_classes == 5
+    finally:
+        path.write_text(whole)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_pipe_or_a_folder_in_place_of_a_file(folder, file):
+    (folder / file).unlink()
+    os.mkfifo(folder / file)
+    with pytest.raises(UserError, match="is no plain file: give a file"):
+        from_pretrained(folder)
+    (folder / file).unlink()
+    (folder / file).mkdir()
+    with pytest.raises(UserError, match="is a folder: give a file"):
+        from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 100_000, b"\xff{}", b"{", b"[]", b"null", b'{"d_model": ' + b"9" * 5000 + b"}"]
+)
+def test_a_config_that_is_no_config(folder, content):
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"config\.json") as caught:
+        from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500

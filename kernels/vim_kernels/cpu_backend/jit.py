@@ -1,7 +1,9 @@
 """How the kernels are compiled: without the GIL, and cached on disk where a folder can be written."""
 
+import contextlib
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numba
 
@@ -25,10 +27,31 @@ def serial_kernel(function: Callable) -> Callable:
 
 def _cached(function: Callable, *, parallel: bool) -> Callable:
     try:
-        return numba.njit(parallel=parallel, cache=True, **_OPTIONS)(function)
+        return _forgiving(numba.njit(parallel=parallel, cache=True, **_OPTIONS)(function))
     except RuntimeError as error:  # Numba found no folder for its cache
         _tell_no_cache(str(error))
         return numba.njit(parallel=parallel, **_OPTIONS)(function)
+
+
+def _forgiving(dispatcher: Any) -> Callable:
+    """Compile anew what cannot be read from the cache: a crash or a full disk leaves files that are empty or cut."""
+    cache = dispatcher._cache
+    load, save = cache.load_overload, cache.save_overload
+
+    def load_overload(*arguments: Any) -> Any:
+        try:
+            return load(*arguments)
+        except Exception:  # unpickling damaged bytes may raise anything
+            with contextlib.suppress(OSError):
+                cache.flush()
+            return None
+
+    def save_overload(*arguments: Any) -> None:
+        with contextlib.suppress(OSError):
+            save(*arguments)
+
+    cache.load_overload, cache.save_overload = load_overload, save_overload
+    return dispatcher
 
 
 def _tell_no_cache(reason: str) -> None:
