@@ -8,11 +8,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # several tests at a time s
 if not os.path.exists("/dev/nvidiactl") and not os.path.exists("/dev/kfd"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # without a GPU; read when Triton is first imported
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
+
+# no test depends on how fast the machine is, or on the day; more examples than CI's (FUZZ=n) are drawn anew each time
+hypothesis.settings.register_profile("anywhere", deadline=None, derandomize="FUZZ" not in os.environ)
+hypothesis.settings.load_profile("anywhere")
 
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 

@@ -104,7 +104,7 @@ PLACES = [(group, place, key) for group, places, keys in (
 
 
 @given(st.sampled_from(PLACES), st.just("delete") | st.just("repeat") | st.just("replace") | ODD, st.booleans())
-@settings(max_examples=MORE or 150, deadline=None)
+@settings(max_examples=MORE or 150)
 def test_a_spoiled_field_is_used_as_pycocotools_does_or_named(read, place, value, masks):
     group, index, key = place
     content = example()
@@ -140,7 +140,7 @@ def test_a_spoiled_field_is_used_as_pycocotools_does_or_named(read, place, value
 
 
 @given(st.data())
-@settings(max_examples=MORE or 40, deadline=None)
+@settings(max_examples=MORE or 40)
 def test_several_spoiled_fields_end_nothing(read, data):
     content = example()
     for _ in range(data.draw(st.integers(1, 6))):

@@ -56,7 +56,7 @@ def test_masks_of_0_and_255(tmp_path):
 
 
 @given(st.data())
-@settings(max_examples=MORE or 40, deadline=None)
+@settings(max_examples=MORE or 40)
 def test_maps_of_any_values(data):
     values = data.draw(st.lists(st.integers(0, 65535), min_size=2, max_size=9, unique=True))
     pixels = data.draw(st.lists(st.sampled_from(values), min_size=4, max_size=4))
@@ -80,7 +80,7 @@ def test_maps_of_few_bits_are_read_by_their_values(tmp_path, bits, kind):
 
 
 @given(st.sampled_from(["png", "tiff"]), st.lists(st.tuples(st.integers(0, 999), st.integers(0, 255)), max_size=6))
-@settings(max_examples=MORE or 60, deadline=None)
+@settings(max_examples=MORE or 60)
 @pytest.mark.filterwarnings("ignore")  # Pillow's on damaged metadata
 def test_damaged_maps_are_read_or_refused_on_one_line(kind, changes):
     values = np.arange(16, dtype=np.uint8).reshape(2, 8)

@@ -11,7 +11,7 @@ BACKENDS = [name for name in ("cpu", "torch") if available_backends()[name] is N
 VALUE, GRADIENT = 3e-6, 1e-5
 
 few = settings(
-    max_examples=25, deadline=None, derandomize=True, database=None,
+    max_examples=25, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)

@@ -76,5 +76,5 @@ def test_a_tracker_that_does_not_start_is_a_mistake_of_one_line(tmp_path):
         def init_trackers(self, *args, **options):
             raise ValueError("no API key configured\nsee the docs")
 
-    with pytest.raises(UserError, match="trackers is wandb: no API key configured; set it up, or take it out"):
-        RunLog(RunConfig(out=str(tmp_path), trackers=["wandb"]), Refusing(), 1, 0)
+    with pytest.raises(UserError, match="trackers is tensorboard: no API key configured; set it up, or take it out"):
+        RunLog(RunConfig(out=str(tmp_path), trackers=["tensorboard"]), Refusing(), 1, 0)

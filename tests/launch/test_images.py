@@ -56,7 +56,7 @@ def spread(shape=(40, 50)):
     st.sampled_from([0.0, -0.5, -1.0, -30.0]),
     st.lists(st.tuples(st.integers(0, 1999), st.sampled_from([np.nan, np.inf, -np.inf, 3e38, -3e38])), max_size=2),
 )
-@settings(max_examples=MORE or 60, deadline=None)
+@settings(max_examples=MORE or 60)
 def test_floats_keep_their_contrast_whatever_their_range_and_strays(scale, offset, strays):
     values, want = spread()
     pixels = ((values + np.float32(offset)) * np.float32(scale)).ravel()
@@ -178,7 +178,7 @@ GOOD = [
 @given(
     st.sampled_from(GOOD), st.lists(st.tuples(st.integers(0, 9999), st.integers(0, 255)), max_size=8), st.floats(0, 1)
 )
-@settings(max_examples=MORE or 200, deadline=None)
+@settings(max_examples=MORE or 200)
 @pytest.mark.filterwarnings("ignore")  # Pillow's on damaged metadata
 def test_damaged_files_are_pictures_or_refused_on_one_line(content, changes, kept):
     damaged = bytearray(content)

@@ -106,7 +106,7 @@ def test_readers_share_each_epoch_of_a_stream(tmp_path, counts, readers):
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=5).filter(any), st.integers(1, 7))
-@settings(max_examples=MORE or 12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=MORE or 12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_reader_gets_rows_whatever_the_files(counts, readers):
     with tempfile.TemporaryDirectory() as folder:
         pattern, rows = rows_of_files(Path(folder), counts)

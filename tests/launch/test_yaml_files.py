@@ -76,7 +76,7 @@ def test_byte_order_mark_and_empty_file(tmp_path):
     assert read_yaml(tmp_path / "empty.yaml") == {}
 
 
-@settings(max_examples=MORE or 100, deadline=None)
+@settings(max_examples=MORE or 100)
 @given(st.dictionaries(st.text(LETTERS, min_size=1, max_size=5), VALUES, max_size=4))
 def test_every_mapping_is_read_back(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("yaml") / "settings.yaml"
@@ -84,7 +84,7 @@ def test_every_mapping_is_read_back(tmp_path_factory, content):
     assert read_yaml(path) == content
 
 
-@settings(max_examples=MORE or 200, deadline=None)
+@settings(max_examples=MORE or 200)
 @given(st.binary(max_size=60) | st.text("abc: -[]{}&*!|>#'\"\n\t%@`,?0189.", max_size=60).map(str.encode))
 def test_any_bytes_are_read_or_refused(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("yaml") / "settings.yaml"

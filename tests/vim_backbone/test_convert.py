@@ -178,7 +178,7 @@ CHANGES = ("renamed layer", "renamed", "key", "missing", "empty", "scalar", "fla
 PARTS = sorted(official.random_state(**SMALL))
 
 
-@settings(max_examples=MORE or 150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=MORE or 150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(CHANGES), st.sampled_from(PARTS), st.sampled_from([7, 10**4, 999_999_999, 10**30]))
 @example("renamed layer", PARTS[0], 999_999_999)
 def test_every_structure_that_is_wrong_is_refused(tmp_path, change, name, size):
@@ -197,7 +197,7 @@ def test_sides_of_the_training_pictures_that_cannot_be(tmp_path, side):
         convert(deit_file(tmp_path / "vim.pth", official.random_state(**SMALL), input_size=side), tmp_path / "out")
 
 
-@settings(max_examples=MORE or 100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=MORE or 100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_damaged_files_are_refused_or_converted(tmp_path, data):
     path = deit_file(tmp_path / "vim.pth", official.random_state(**SMALL))

@@ -157,7 +157,7 @@ def test_a_config_of_other_types_and_sizes(folder, name, value, words):
         from_pretrained(folder)
 
 
-@settings(max_examples=MORE or 300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=MORE or 300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=st.sampled_from([*VimConfig.__dataclass_fields__, "model_type", "architectures"]), value=ANYTHING)
 def test_any_field_of_a_config_loads_or_is_refused(folder, name, value):
     path = folder / "config.json"
