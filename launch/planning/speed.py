@@ -14,10 +14,9 @@ from vim_backbone import VimConfig
 from vim_backbone.errors import UserError
 from vim_backbone.memory import Recompute
 
-RELATIVE: dict[Recompute, float] = {"none": 0.943, "inputs": 1.0, "states": 1.106, "products": 1.144}
-"""Time of a step beside that at `inputs`, which the table was measured at. `none` is measured: 79.2 and 84.0 ms, Vim-B
-at 1024 pixels, docs/results-h100-2026-11-26.md. The others are predicted from the kernels of that step: one more
-forward scan, 8.7 of 81.9 ms, and in_proj's product, two ninths of 14.1 ms."""
+RELATIVE: dict[Recompute, float] = {"none": 0.943, "inputs": 1.0, "states": 1.097, "products": 1.150}
+"""Time of a step beside that at `inputs`, which the table was measured at: 78.9, 83.7, 91.8 and 96.3 ms, Vim-B at 1024
+pixels, docs/results-h100-2026-11-26.md."""
 TABLE = Path(__file__).with_name("speeds.csv")
 
 
