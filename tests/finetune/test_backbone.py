@@ -130,6 +130,6 @@ def test_a_folder_of_another_width(backbone, tmp_path):
     folder = shutil.copytree(backbone, tmp_path / "wide")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"d_model": 48}))
-    with pytest.raises(UserError, match=r"wide/model.safetensors: .* has shape .*32.*, the model wants .*48") as caught:
+    with pytest.raises(UserError, match=r"wide/model.safetensors: .* is \(32, .*\), config.json wants .*48") as caught:
         read_backbone(folder, BackboneConfig(), seed=0, num_classes=3)
     assert "\n" not in str(caught.value)

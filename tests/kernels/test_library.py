@@ -1,14 +1,19 @@
 """The custom ops under PyTorch's own machinery on CPU tensors: opcheck, compile, export, autocast, checkpointing."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
+import vim_kernels
 from tests.kernels.pooled_cases import draw_picture, lines_of
 from vim_kernels import ScanWeights, add_rms_norm, available_backends, bidirectional_scan, causal_conv1d
 from vim_kernels import selective_scan as scan
+from vim_kernels.dispatch.library import fingerprint
 
 BACKENDS = [name for name in ("cpu", "torch") if available_backends()[name] is None]
 D, N, R = 16, 4, 2
@@ -176,3 +181,13 @@ def test_an_op_that_did_not_save_can_still_be_differentiated(backend):
         calls.append(torch.autograd.grad(y.square().sum(), [xz, *parameters]))
     for a, b in zip(*calls, strict=True):
         assert torch.equal(a, b)
+
+
+def test_compiled_graphs_on_disk_are_of_this_version_of_the_ops(tmp_path):
+    package = Path(vim_kernels.__file__).parent
+    assert fingerprint(package) in torch.compiler.config.cache_key_tag
+    copy = shutil.copytree(package, tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
+    assert fingerprint(copy) == fingerprint(package)
+    contract = copy / "dispatch" / "contract.py"
+    contract.write_text(contract.read_text() + "\n")
+    assert fingerprint(copy) != fingerprint(package)

@@ -6,8 +6,10 @@ checkpointing and `opcheck` see one opaque node. Schemas come from the named tup
 op cannot return None. An op called with save=False can still be differentiated: its backward runs the forward again.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from inspect import Parameter, Signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -139,3 +141,25 @@ def _custom_op(name: str, run: Callable[..., Any], values: list[Leaf], results: 
 
 REGISTERED = {spec.arguments: AddRmsNormOp(spec) if spec.arguments is AddRmsNorm else Op(spec) for spec in OPS.values()}
 """Named tuple of arguments -> its op."""
+
+
+def fingerprint(package: Path) -> str:
+    """Of all Python files of a package, names and contents."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _tag_compiled_graphs() -> None:
+    """Have what `torch.compile` keeps on disk be of this version of the ops.
+
+    Its keys hold the ops' names, not their fake kernels, formulas of autograd or layouts of what is saved: a graph kept
+    by another version would run against these, wrong or not at all.
+    """
+    config = getattr(torch.compiler, "config", None)
+    if hasattr(config, "cache_key_tag"):
+        config.cache_key_tag += f" vim_kernels {fingerprint(Path(__file__).parents[1])}"  # pyright: ignore[reportOptionalMemberAccess]
+
+
+_tag_compiled_graphs()
