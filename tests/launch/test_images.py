@@ -161,6 +161,8 @@ def encoded(kind, mode):
     y, x = np.mgrid[:24, :32]
     ramp = Image.fromarray((x * 8).astype(np.uint8))
     image = Image.merge("RGB", [ramp, ramp, Image.fromarray((y * 10).astype(np.uint8))]).convert(mode)
+    if mode == "I;16":  # over the whole range, as the reader takes it
+        image = Image.fromarray(np.asarray(image) * 257)
     buffer = io.BytesIO()
     image.save(buffer, kind)
     return buffer.getvalue()

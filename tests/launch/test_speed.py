@@ -23,5 +23,5 @@ def test_what_is_made_again_costs_its_share_of_the_step():
     seconds = [seconds_a_picture([Stack(config, 50, level)], rows) for level in LEVELS]
     assert seconds == sorted(seconds)
     inputs, states = seconds[1:3]
-    assert states == pytest.approx(inputs * (1 + 8.7 / 81.9), rel=1e-3)
+    assert states == pytest.approx(inputs * 91.8 / 83.7, rel=1e-3)  # ms of a step on an H100
     assert seconds_a_picture([Stack(config, 50)] * 2, rows) == pytest.approx(2 * inputs)
