@@ -12,12 +12,12 @@ from rich.console import Console
 from finetune.model_folder import read_description, read_weights
 from finetune.registry import TASKS
 from finetune.task import Prediction, Predictor
-from launch.data.bad_pictures import escaped, reason
+from launch.data.bad_pictures import reason
 from launch.data.images import open_picture, to_rgb
 from launch.data.sources import files_below
 from launch.run.cli import run
 from launch.run.progress import ProgressReport
-from vim_backbone.errors import UserError, nearest, require
+from vim_backbone.errors import UserError, escaped, nearest, require
 from vim_backbone.files import write_text
 from vim_backbone.pretrained import check_names
 

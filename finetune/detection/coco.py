@@ -9,8 +9,7 @@ from typing import Any, TypeGuard
 
 from faster_coco_eval.core import mask as coco_mask
 
-from launch.data.bad_pictures import escaped
-from vim_backbone.errors import UserError
+from vim_backbone.errors import UserError, escaped
 
 MOST_PIXELS = 10**6
 """Largest height or width of a picture."""

@@ -18,9 +18,8 @@ from torchvision.transforms.v2 import functional as transforms
 from finetune.detection.coco import CocoFile, read_coco
 from finetune.detection.config import DetectionData, JitterConfig
 from finetune.detection.tta import GREY, Sizes, TestTimeAugmentation
-from launch.data.bad_pictures import escaped
 from launch.data.images import BadPictureError, open_picture, to_rgb
-from vim_backbone.errors import UserError
+from vim_backbone.errors import UserError, escaped
 
 
 @dataclass

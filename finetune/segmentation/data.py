@@ -14,10 +14,9 @@ from torch.utils.data import default_collate
 from torchvision.transforms import v2
 
 from finetune.segmentation.config import CropConfig, SegmentationData
-from launch.data.bad_pictures import escaped
 from launch.data.images import BadPictureError, check_size, open_picture, to_rgb, upright, upright_size
 from launch.data.sources import files_below
-from vim_backbone.errors import UserError
+from vim_backbone.errors import UserError, escaped
 
 IGNORED = 255
 WRONG = 254
