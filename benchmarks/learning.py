@@ -1,9 +1,11 @@
-"""Does masked pretraining help? Scikit-learn's digits, few labels, several seeds; a ViT of the same size beside Vim.
+"""Does masked pretraining help? Few labels, several seeds; Vim with the full and the pooled scan beside a ViT.
 
-`python -m benchmarks.learning` draws the digits, pretrains on the training pictures without their labels, judges the
-frozen features at several points on the way, and fine-tunes on a few labels of each class, from the pretrained and from
-fresh weights. Both nets go through the engines of pretrain/ and finetune/, and differ in their blocks alone. Each seed
-has its own split, weights, masks and labels. Prints means and spreads; `--out` gets learning.csv and learning.png.
+`python -m benchmarks.learning` draws scikit-learn's digits, pretrains on the training pictures without their labels,
+evaluates the frozen features at several points on the way, and fine-tunes on a few labels of each class, from the
+pretrained and from fresh weights. `--data cifar10 --folder FOLDER` does the same with CIFAR-10's parquet files, and
+`--data tinyimagenet` with Tiny ImageNet's. All nets go through the engines of pretrain/ and finetune/, and differ in
+their blocks alone. Each seed has weights, masks and labels of its own. Prints means and spreads; `--out` gets
+learning.csv and learning.png.
 """
 
 import argparse
@@ -11,6 +13,10 @@ import contextlib
 import io
 import json
 import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -30,40 +36,96 @@ from launch.run.folder import CHECKPOINTS
 from pretrain.config import PretrainConfig
 from pretrain.train import build_model, pretrain
 
-DEPTHS = {"vim": 4, "vit": 2}
-"""Blocks of width 192; a ViT's block has about twice the parameters of a Vim's."""
-SIZE, PATCH = 32, 4
+NETS = {"vim": "tab:blue", "pooled": "tab:green", "vit": "tab:orange"}
+"""Nets, each with its colour: Vim by its full and by its pooled scan, and a ViT of half the blocks, which have about
+twice the parameters of a Vim's."""
+STYLES = {"linear": "-", "knn": "--"}
 TRAIN, VAL = 1297, 500
-RATES = {"vim": {"pretrained": 1e-2, "scratch": 1e-2}, "vit": {"pretrained": 1e-2, "scratch": 3e-3}}
-"""Learning rates of fine-tuning per 256 pictures: the better one of 3e-3 and 1e-2 on seed 100."""
-POINTS = (0.0, 0.1, 0.3, 1.0)
-"""Shares of the pretraining after which frozen features are judged."""
-QUIET = ["--trackers=[]", "--data.workers=0", "--overwrite", "--model.drop_path_rate=0"]
+"""Pictures of the digits."""
+QUIET = ["--trackers=[]", "--overwrite", "--model.drop_path_rate=0"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A set of pictures, and how nets are pretrained and fine-tuned on it."""
+
+    size: int
+    """Side of the pictures in pixels."""
+    patch: int
+    depth: int
+    """Blocks of Vim."""
+    decoder: tuple[int, int]
+    """Width, and Vim blocks."""
+    pictures: int
+    """To pretrain on."""
+    pretraining_batch: int
+    pretraining: list[str]
+    augmentation: list[str]
+    tuning: list[tuple[int | None, int]]
+    """Labels of each class, None for all of them, and steps of fine-tuning with them."""
+    batch: int
+    """Of fine-tuning."""
+    rates: dict[str, dict[str, float]]
+    """Net -> learning rates of fine-tuning per 256 pictures."""
+    points: tuple[float, ...]
+    """Shares of the pretraining after which frozen features are evaluated."""
+
+
 PLAIN = ["--augment.auto_augment=null", "--augment.color_jitter=0", "--augment.mixup=0", "--augment.cutmix=0",
-         "--augment.erasing=0", "--augment.flip=0", "--augment.min_scale=0.6", "--augment.crop_pct=1"]  # fmt: skip
+         "--augment.erasing=0", "--augment.crop_pct=1"]  # fmt: skip
+REAL = Recipe(
+    size=32, patch=4, depth=12, decoder=(192, 2),
+    pictures=50000, pretraining_batch=1024,
+    pretraining=["--optim.base_lr=1e-3", "--optim.warmup_steps=100", "--data.min_scale=0.4"],
+    augmentation=[*PLAIN, "--augment.flip=0.5", "--augment.min_scale=0.4"],
+    tuning=[(500, 200), (None, 500)], batch=512,
+    rates={net: {"pretrained": 1e-3, "scratch": 1e-3} for net in NETS},
+    points=(0.0, 1.0),
+)  # fmt: skip
+RECIPES = {
+    "digits": Recipe(
+        size=32, patch=4, depth=4, decoder=(96, 1),
+        pictures=TRAIN, pretraining_batch=64,
+        pretraining=["--optim.base_lr=4e-3", "--optim.warmup_steps=20", "--data.flip=false", "--data.min_scale=0.6"],
+        augmentation=[*PLAIN, "--augment.flip=0", "--augment.min_scale=0.6"],
+        tuning=[(5, 100)], batch=50,
+        rates={"vim": {"pretrained": 1e-2, "scratch": 1e-2}, "pooled": {"pretrained": 1e-2, "scratch": 1e-2},
+               "vit": {"pretrained": 1e-2, "scratch": 3e-3}},  # the better of 3e-3 and 1e-2 on seed 100
+        points=(0.0, 0.1, 0.3, 1.0),
+    ),
+    "cifar10": REAL,
+    "tinyimagenet": replace(REAL, size=64, patch=8, tuning=[(25, 200), (None, 500)]),
+}  # fmt: skip
 
 
-def options_given() -> argparse.Namespace:
+def options_given(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=RECIPES, default="digits")
+    parser.add_argument("--folder", type=Path, help="the parquet files of the real sets")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--nets", nargs="+", choices=DEPTHS, default=list(DEPTHS))
+    parser.add_argument("--nets", nargs="+", choices=NETS, default=["vim", "vit"])
     parser.add_argument("--epochs", type=int, default=15, help="of pretraining")
-    parser.add_argument("--shots", type=int, default=5, help="labelled pictures of each class")
-    parser.add_argument("--steps", type=int, default=100, help="of fine-tuning, of 50 pictures each")
+    parser.add_argument("--rates", type=float, nargs="+", help="try these rates of fine-tuning instead of the recipe's")
+    parser.add_argument("--processes", type=int, default=1, help="seeds and nets that run at the same time")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read pictures, for each of them")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--work", type=Path, default=Path("runs/learning"), help="folder for data and runs")
     parser.add_argument("--out", type=Path, help="folder for learning.csv and learning.png")
-    return parser.parse_args()
+    options = parser.parse_args(arguments)
+    if options.data != "digits" and not options.folder:
+        parser.error(f"--data {options.data} needs --folder, with its parquet files")
+    return options
 
 
 class Seed:
     """One net, all of whose randomness follows from one seed."""
 
     def __init__(self, net: str, seed: int, options: argparse.Namespace) -> None:
-        self.net, self.seed, self.options = net, seed, options
+        self.net, self.seed, self.options, self.recipe = net, seed, options, RECIPES[options.data]
         self.work = options.work / f"{net}-{seed}"
-        self.data = options.work / f"digits-{seed}"
+        self.data = options.folder or options.work / f"digits-{seed}"
+        self.quiet = [*QUIET, f"--data.workers={options.workers}"]
         self.rows: list[dict[str, Any]] = []
 
     def note(self, what: str, labels: int, step: int, top1: float) -> None:
@@ -74,42 +136,53 @@ class Seed:
 
     def run(self) -> list[dict[str, Any]]:
         """Pretrain, probe, fine-tune."""
-        if not self.data.exists():
-            digits(self.data, Sizes(TRAIN, VAL, SIZE, self.seed))
-        with blocks_of(self.net):
+        if not self.options.folder and not self.data.exists():
+            digits(self.data, Sizes(TRAIN, VAL, self.recipe.size, self.seed))
+        with blocks_of("vit" if self.net == "vit" else "vim"):
             backbones = self.pretrained()
             for step, folder in backbones.items():
-                for mode in ("linear", "knn"):
-                    self.note(mode, TRAIN, step, self.classify(folder, f"--mode={mode}"))
-            last, shots = max(backbones), self.options.shots
-            few = (f"--data.shots={shots}", f"--steps={self.options.steps}", "--batch_size=50")
-            warm = (f"--optim.warmup_steps={self.options.steps // 10}", "--optim.clip_grad=1")
-            for what, rate in RATES[self.net].items():
-                fresh = what == "scratch"
-                how = (f"--optim.base_lr={rate}", f"--optim.layer_decay={1 if fresh else 0.65}",
-                       f"--model.from_scratch={str(fresh).lower()}")  # fmt: skip
-                self.note(what, 10 * shots, last, self.classify(backbones[last], *few, *warm, *how))
+                for mode in STYLES:
+                    self.note(mode, 0, step, self.classify(folder, f"--mode={mode}"))
+            last = max(backbones)
+            for (shots, steps), (start, rate) in self.tunings():
+                few = [f"--data.shots={shots}"] if shots else []
+                how = (f"--steps={steps}", f"--batch_size={self.recipe.batch}", f"--optim.warmup_steps={steps // 10}",
+                       "--optim.clip_grad=1", f"--optim.base_lr={rate}",
+                       f"--optim.layer_decay={1 if start == 'scratch' else 0.65}",
+                       f"--model.from_scratch={str(start == 'scratch').lower()}")  # fmt: skip
+                what = f"{start} {rate:g}" if self.options.rates else start
+                self.note(what, shots or -1, last, self.classify(backbones[last], *few, *how))
         return self.rows
+
+    def tunings(self) -> Iterator[tuple[tuple[int | None, int], tuple[str, float]]]:
+        """Labels of each class and steps, with the start and the rate."""
+        for budget in self.recipe.tuning:
+            for start, rate in self.recipe.rates[self.net].items():
+                for tried in self.options.rates or [rate]:
+                    yield budget, (start, tried)
 
     def pretrained(self) -> dict[int, Path]:
         """Step -> the folder of the backbone as it was then."""
-        batch = 64
-        total = self.options.epochs * TRAIN // batch
-        points = [round(total * share) for share in POINTS]
-        every = max(1, points[1])
+        recipe, halves = self.recipe, 2 if self.net == "vit" else 1
+        width, depth = recipe.decoder
+        source = self.data / ("train*.parquet" if self.options.folder else "train")
+        total = self.options.epochs * recipe.pictures // recipe.pretraining_batch
+        wanted = [round(total * share) for share in recipe.points[1:]]
+        every = max(1, wanted[0])
         config = parse(PretrainConfig, [
-            f"--data.source={self.data}/train", f"--out={self.work}", f"--seed={self.seed}", *QUIET,
-            f"--steps={total}", f"--batch_size={batch}", "--optim.base_lr=4e-3",
-            "--optim.warmup_steps=20", "--optim.clip_grad=1",
-            f"--model.img_size={SIZE}", f"--model.patch_size={PATCH}", f"--model.depth={DEPTHS[self.net]}",
-            "--decoder.width=96", "--decoder.depth=1", "--data.flip=false", "--data.min_scale=0.6",
+            f"--data.source={source}", f"--out={self.work}", f"--seed={self.seed}", *self.quiet, *recipe.pretraining,
+            f"--steps={total}", f"--batch_size={recipe.pretraining_batch}", "--optim.clip_grad=1",
+            f"--model.img_size={recipe.size}", f"--model.patch_size={recipe.patch}",
+            f"--model.depth={recipe.depth // halves}",
+            f"--model.scan={'pooled' if self.net == 'pooled' else 'full'}",
+            f"--decoder.width={width}", f"--decoder.depth={max(1, depth // halves)}",
             f"--checkpoint_every={every}", f"--keep_every={every}", f"--picture_every={total}",
         ], "pretrain/main.py", "")  # fmt: skip
         encoder = config.objective.encoder(build_model(config))  # the weights that the run starts with
         backbones = {0: encoder.save_pretrained(self.work / "at-0")}
         with contextlib.redirect_stderr(io.StringIO()):
             folder = pretrain(config)
-        for step in points[1:]:
+        for step in wanted:
             saved = min((folder / CHECKPOINTS).glob("step-*"), key=lambda path: abs(int(path.name[5:]) - step))
             tensors = load_file(saved / "model.safetensors")
             encoder.load_state_dict({k[8:]: v for k, v in tensors.items() if k.startswith("encoder.")})
@@ -119,10 +192,12 @@ class Seed:
 
     def classify(self, backbone: Path, *how: str) -> float:
         """Top-1 on the validation pictures."""
-        halved = str(self.net == "vim").lower()  # a ViT's block counts for two of Vim's
+        source = f"hf:{self.data}" if self.options.folder else self.data
+        halved = str(self.net != "vit").lower()  # a ViT's block counts for two of Vim's
         config = parse(ClassificationConfig, [
-            f"--backbone={backbone}", f"--data.source={self.data}", f"--out={self.work}", f"--seed={self.seed}",
-            *QUIET, *PLAIN, "--model.global_pool=avg", "--pictures=1", f"--optim.half_rate={halved}", *how,
+            f"--backbone={backbone}", f"--data.source={source}", f"--out={self.work}", f"--seed={self.seed}",
+            *self.quiet, *self.recipe.augmentation, "--model.global_pool=avg", "--pictures=1",
+            f"--optim.half_rate={halved}", *how,
         ], "finetune/main.py", "")  # fmt: skip
         with contextlib.redirect_stderr(io.StringIO()):
             folder = finetune(ClassificationTask(config))
@@ -142,50 +217,77 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def labels_of(count: int) -> str:
+    """A number of labels of each class, in words."""
+    return {-1: "all labels", 0: "frozen"}.get(count, f"{count} labels a class")
+
+
 def draw(path: Path, rows: list[dict[str, Any]], about: dict[str, str]) -> None:
-    """Probes over the pretraining, and few labels with and without it; a line or dot for each seed, bars for means."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    colours, styles = {"vim": "tab:blue", "vit": "tab:orange"}, {"linear": "-", "knn": "--"}
+    """Probes over the pretraining, and fine-tuning with and without it; a dot for each seed, bars for means."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     means = summary(rows)
-    for (net, colour), (what, style) in ((n, w) for n in colours.items() for w in styles.items()):
+    for (net, colour), (what, style) in ((n, w) for n in NETS.items() for w in STYLES.items()):
         points = [entry for entry in means if (entry["net"], entry["what"]) == (net, what)]
         if points:
             steps, scores = [e["step"] for e in points], [e["mean"] for e in points]
             left.errorbar(steps, scores, [e["deviation"] for e in points], label=f"{net}, {what}", color=colour,
                           linestyle=style, marker="o", markersize=4, capsize=3)  # fmt: skip
-    left.set(title="frozen features", xlabel="steps of pretraining", ylabel="top-1 of ten digits")
+    left.set(title="frozen features", xlabel="steps of pretraining", ylabel="top-1 on the validation pictures")
     left.legend(loc="lower right", fontsize=9)
-    tuned = [entry for entry in means if entry["what"] in ("pretrained", "scratch")]
+    tuned = sorted((e for e in means if e["what"] not in STYLES), key=lambda e: (e["labels"] % 2**31, e["net"]))
     for place, entry in enumerate(tuned):
-        scores = [r["top1"] for r in rows if (r["net"], r["what"]) == (entry["net"], entry["what"])]
-        right.bar(place, entry["mean"], color=colours[entry["net"]], alpha=1 if entry["what"] == "pretrained" else 0.4)
+        key = {name: entry[name] for name in ("net", "what", "labels")}
+        scores = [row["top1"] for row in rows if row.items() >= key.items()]
+        alpha = 1 if entry["what"].startswith("pretrained") else 0.4
+        right.bar(place, entry["mean"], color=NETS[entry["net"]], alpha=alpha)
         right.plot([place] * len(scores), scores, "o", color="black", markersize=4)
-    right.set_xticks(range(len(tuned)), [f"{entry['net']}\n{entry['what']}" for entry in tuned])
-    right.set(title=f"fine-tuned on {tuned[0]['labels']} labels", ylim=(0, 1))
+    names = [f"{entry['net']}, {entry['what']}, {labels_of(entry['labels'])}" for entry in tuned]
+    right.set_xticks(range(len(tuned)), names, rotation=30, ha="right", fontsize=8)
+    right.set(title="fine-tuned", ylim=(0, 1))
     figure.suptitle(f"{about['run']}; {about['device']}", fontsize=9)
     figure.savefig(path, dpi=130)
+
+
+def run_seed(net: str, seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All scores of one net and seed."""
+    torch.set_num_threads(options.threads)
+    return Seed(net, seed, options).run()
+
+
+def scores(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Those of each net and seed, as they are done."""
+    cases = [(net, seed, options) for seed in options.seeds for net in options.nets]
+    if options.processes == 1:
+        yield from (run_seed(*case) for case in cases)
+        return
+    with ProcessPoolExecutor(options.processes, get_context("spawn"), max_tasks_per_child=1) as pool:
+        yield from (done.result() for done in as_completed([pool.submit(run_seed, *case) for case in cases]))
 
 
 def main() -> None:
     """Run all seeds, print and draw."""
     options = options_given()
-    torch.set_num_threads(options.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     about = {
-        "run": f"digits, {options.epochs} epochs of MAE, {options.steps} steps of fine-tuning",
-        "device": clock("cpu"),
+        "run": f"{options.data}, {options.epochs} epochs of MAE",
+        "device": clock(device),
         "versions": versions(),
         "date": time.strftime("%Y-%m-%d"),
     }
-    rows = [row for seed in options.seeds for net in options.nets for row in Seed(net, seed, options).run()]
+    rows: list[dict[str, Any]] = []
+    for done in scores(options):
+        rows += done
+        if options.out:
+            write_csv(options.out / "learning.csv", rows, about)
     print("\n" + "\n".join(about.values()) + "\n")
-    print("| net | judged by | labels | steps of pretraining | top-1, mean | deviation | seeds |\n" + "|---" * 7 + "|")
+    print(
+        "| net | evaluated by | labels | steps of pretraining | top-1, mean | deviation | seeds |\n" + "|---" * 7 + "|"
+    )
     for entry in summary(rows):
-        scores = f"{entry['mean']:.3f} | {entry['deviation']:.3f}"
-        print(
-            f"| {entry['net']} | {entry['what']} | {entry['labels']} | {entry['step']} | {scores} | {entry['seeds']} |"
-        )
+        values = (entry["net"], entry["what"], labels_of(entry["labels"]), entry["step"])
+        print("| " + " | ".join(map(str, values)), end=" | ")
+        print(f"{entry['mean']:.3f} | {entry['deviation']:.3f} | {entry['seeds']} |")
     if options.out:
-        write_csv(options.out / "learning.csv", rows, about)
         draw(options.out / "learning.png", rows, about)
 
 

@@ -4,7 +4,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from benchmarks.vit import blocks_of
-from vim_backbone import VimConfig, VisionMamba
+from vim_backbone import VimConfig, VisionMamba, from_pretrained
 from vim_backbone.block import Block
 
 
@@ -27,3 +27,11 @@ def test_a_vit_in_the_place_of_vim_is_timms():
         _, maps = ours.eval().forward_intermediates(images, [1])
         _, expected = theirs.eval().forward_intermediates(images, [1])
     torch.testing.assert_close(maps[0], expected[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_backbone_of_vit_blocks_is_published_and_read_again(tmp_path):
+    with blocks_of("vit"):
+        ours = VisionMamba(VimConfig(d_model=64, depth=1, img_size=(16, 16), patch_size=8, num_classes=0)).eval()
+        again = from_pretrained(ours.save_pretrained(tmp_path))
+    images = torch.randn(1, 3, 16, 16)
+    assert torch.equal(again(images), ours(images))
