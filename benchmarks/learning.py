@@ -109,6 +109,7 @@ def options_given(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rates", type=float, nargs="+", help="try these rates of fine-tuning instead of the recipe's")
     parser.add_argument("--processes", type=int, default=1, help="seeds and nets that run at the same time")
     parser.add_argument("--workers", type=int, default=0, help="processes that read pictures, for each of them")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--work", type=Path, default=Path("runs/learning"), help="folder for data and runs")
     parser.add_argument("--out", type=Path, help="folder for learning.csv and learning.png")
@@ -125,7 +126,7 @@ class Seed:
         self.net, self.seed, self.options, self.recipe = net, seed, options, RECIPES[options.data]
         self.work = options.work / f"{net}-{seed}"
         self.data = options.folder or options.work / f"digits-{seed}"
-        self.quiet = [*QUIET, f"--data.workers={options.workers}"]
+        self.quiet = [*QUIET, f"--data.workers={options.workers}", f"--precision={options.precision}"]
         self.rows: list[dict[str, Any]] = []
 
     def note(self, what: str, labels: int, step: int, top1: float) -> None:

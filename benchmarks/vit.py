@@ -50,6 +50,6 @@ def blocks_of(net: str) -> Iterator[None]:
         yield
         return
     blocks = patch("vim_backbone.vim.Block", ViTBlock), patch("pretrain.mae.model.Block", ViTBlock)
-    # the sizes that a Vim's config gives are not those of a ViT's blocks; `load_state` looks at every tensor all the same
+    # config.json gives the sizes of a Vim's blocks; `load_state` looks at every tensor all the same
     with blocks[0], blocks[1], patch("vim_backbone.pretrained.check_sizes"):
         yield
