@@ -80,7 +80,7 @@ REAL = Recipe(
     augmentation=[*PLAIN, "--augment.flip=0.5", "--augment.min_scale=0.4"],
     tuning=[(500, 200), (None, 500)], batch=512,
     rates={net: {"pretrained": 1e-3, "scratch": 1e-3} for net in NETS},
-    points=(0.0, 1.0),
+    points=(1.0,),
 )  # fmt: skip
 RECIPES = {
     "digits": Recipe(
@@ -143,7 +143,9 @@ class Seed:
             backbones = self.pretrained()
             for step, folder in backbones.items():
                 for mode in STYLES:
-                    self.note(mode, 0, step, self.classify(folder, f"--mode={mode}"))
+                    self.note(
+                        mode, 0, step, self.classify(folder, f"--mode={mode}", f"--batch_size={self.recipe.batch}")
+                    )
             last = max(backbones)
             for (shots, steps), (start, rate) in self.tunings():
                 few = [f"--data.shots={shots}"] if shots else []
@@ -168,7 +170,7 @@ class Seed:
         width, depth = recipe.decoder
         source = self.data / ("train*.parquet" if self.options.folder else "train")
         total = self.options.epochs * recipe.pictures // recipe.pretraining_batch
-        wanted = [round(total * share) for share in recipe.points[1:]]
+        wanted = [round(total * share) for share in recipe.points if share]
         every = max(1, wanted[0])
         config = parse(PretrainConfig, [
             f"--data.source={source}", f"--out={self.work}", f"--seed={self.seed}", *self.quiet, *recipe.pretraining,
@@ -180,7 +182,7 @@ class Seed:
             f"--checkpoint_every={every}", f"--keep_every={every}", f"--picture_every={total}",
         ], "pretrain/main.py", "")  # fmt: skip
         encoder = config.objective.encoder(build_model(config))  # the weights that the run starts with
-        backbones = {0: encoder.save_pretrained(self.work / "at-0")}
+        backbones = {0: encoder.save_pretrained(self.work / "at-0")} if 0.0 in recipe.points else {}
         with contextlib.redirect_stderr(io.StringIO()):
             folder = pretrain(config)
         for step in wanted:

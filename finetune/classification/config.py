@@ -74,7 +74,7 @@ class ProbeConfig:
     """Nearest neighbours that vote, weighted by exp(cosine / temperature)."""
     temperature: float = 0.07
     """Sharpness of the vote (DINO, arXiv 2104.14294)."""
-    penalties: list[float] = field(default_factory=lambda: [10.0**k for k in range(-6, 0)])
+    penalties: list[float] = field(default_factory=lambda: [10.0**k for k in range(-6, 1)])
     """Penalties on the linear probe's weights to choose from, by a tenth of the training pictures held out."""
 
     def __post_init__(self) -> None:

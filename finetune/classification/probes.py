@@ -88,21 +88,29 @@ def linear_probe(
     bank, queries = (bank - mean) / deviation, (queries - mean) / deviation
     held_out = torch.arange(len(bank), device=bank.device) % HELD_OUT == 0
     if len(penalties) > 1:
-        hits = []
-        for penalty in penalties:
-            weight, bias = logistic_regression(bank[~held_out], labels[~held_out], classes, penalty)
-            hits.append(int(((bank[held_out] @ weight.T + bias).argmax(1) == labels[held_out]).sum()))
-        penalties = [penalties[max(range(len(hits)), key=lambda i: (hits[i], penalties[i]))]]
+        hits: list[tuple[int, float]] = []
+        start = None  # from the largest penalty down, each solution where the next search begins
+        for penalty in sorted(penalties, reverse=True):
+            start = weight, bias = logistic_regression(bank[~held_out], labels[~held_out], classes, penalty, start)
+            hits.append((int(((bank[held_out] @ weight.T + bias).argmax(1) == labels[held_out]).sum()), penalty))
+        penalties = [max(hits)[1]]
     weight, bias = logistic_regression(bank, labels, classes, penalties[0])
     return queries @ weight.T + bias, penalties[0]
 
 
 @torch.enable_grad()
-def logistic_regression(x: Tensor, labels: Tensor, classes: int, penalty: float) -> tuple[Tensor, Tensor]:
-    """Weight (classes, d) and bias that minimise mean cross-entropy + penalty / 2 * |weight|^2, by L-BFGS."""
-    weight = torch.zeros(classes, x.shape[1], device=x.device, requires_grad=True)
-    bias = torch.zeros(classes, device=x.device, requires_grad=True)
-    solver = torch.optim.LBFGS([weight, bias], max_iter=ITERATIONS, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
+def logistic_regression(
+    x: Tensor, labels: Tensor, classes: int, penalty: float, start: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Weight (classes, d) and bias that minimise mean cross-entropy + penalty / 2 * |weight|^2, by L-BFGS.
+
+    The search begins at `start`, or at zeros.
+    """
+    weight, bias = start or (torch.zeros(classes, x.shape[1], device=x.device), torch.zeros(classes, device=x.device))
+    weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
+    solver = torch.optim.LBFGS(
+        [weight, bias], max_iter=ITERATIONS, tolerance_grad=1e-5, history_size=10, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> float:
         solver.zero_grad()
