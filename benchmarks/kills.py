@@ -1,12 +1,15 @@
-"""`kill -9` at each file operation of a small run and at random moments: is what comes after `--resume auto` the same?
+"""`kill -9` or a full disk at each file operation of a small run, and kills at random moments; then `--resume auto`.
 
 `python -m benchmarks.kills` counts an operation for each file or folder below the run's that Python opens for writing,
 renames, makes, deletes, changes the rights of or flushes, and two for each safetensors file. Each kill is a run of its
 own, resumed once; its losses, gradient norms and published weights must equal those of a run that was left alone, bit
-for bit, and nothing of a half-written or half-deleted file may be left.
+for bit, and nothing of a half-written or half-deleted file may be left. With `--what full` the disk is full from that
+operation on instead: whatever would write fails, pictures and the published backbone included. Such a run must say so
+in a line, and must be the same after it is resumed on a disk with room.
 """
 
 import argparse
+import errno
 import json
 import multiprocessing
 import os
@@ -21,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 import vim_backbone.files
 from benchmarks.machine import versions
@@ -35,47 +39,62 @@ ARGUMENTS = [
 ]  # fmt: skip
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 EVENTS = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.chmod")
+TAKING_ROOM = ("open", "os.rename", "os.mkdir")
+ZERO2 = {
+    "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
+}  # fmt: skip
+"""What `accelerate launch` sets for launch/accelerate/zero2.yaml."""
+PROCESSES = {"one": 1, "ddp": 2, "zero2": 2}
+"""Strategy -> processes of a run."""
 context = multiprocessing.get_context("fork")
 # in the children nothing of this is imported again, and no kernel was called before the fork
 
 
 class Operations:
-    """Counts the operations on files below a folder, and kills the process at the one asked for."""
+    """Counts the operations on files below a folder; at one of them the process is killed, or the disk becomes full."""
 
-    def __init__(self, folder: Path, kill_at: int | None) -> None:
+    def __init__(self, folder: Path, at: int | None, what: str) -> None:
         self.folder = str(folder)
-        self.kill_at = kill_at
+        self.at = at
+        self.what = what
         self.count = 0
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
         """An audit hook of Python, which is called before the operation."""
         if event == "open":
             if isinstance(arguments[2], int) and arguments[2] & WRITING and self._is_below(arguments[0]):
-                self.one()
+                self.one(event)
         elif event in EVENTS and (self._is_below(arguments[0]) or arguments[-1] not in (-1, None)):
-            self.one()
+            self.one(event)
 
-    def one(self) -> None:
-        """Count an operation."""
+    def one(self, event: str) -> None:
+        """Count an operation. Raises OSError for one that needs room on a full disk."""
         self.count += 1
-        if self.count == self.kill_at:
+        if self.at is None or self.count < self.at:
+            return
+        if self.what == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        elif event in TAKING_ROOM:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _is_below(self, path: Any) -> bool:
-        return isinstance(path, (str, Path)) and str(path).startswith(self.folder)
+        return isinstance(path, (str, Path)) and f"{path}/".startswith(f"{self.folder}/")
 
 
-def child(out: Path, rank: int, processes: int, port: int, kill_at: int | None) -> None:
+def child(out: Path, rank: int, strategy: str, port: int, at: int | None, what: str) -> None:
     """One process of a run, with its file operations counted where it is the main one."""
     sink = os.open(out.parent / f"{out.name}-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
-    if processes > 1:
+    if strategy != "one":
         os.environ |= {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
-            "LOCAL_WORLD_SIZE": str(processes), "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+            "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
         }  # fmt: skip
-    operations = Operations(out, kill_at)
+    if strategy == "zero2":
+        os.environ |= ZERO2
+    operations = Operations(out, at, what)
     if rank == 0:
         count_rust_and_fsync(operations)
         sys.addaudithook(operations)
@@ -91,29 +110,31 @@ def count_rust_and_fsync(operations: Operations) -> None:
     save, fsync = vim_backbone.files.save_file, os.fsync
 
     def counted_save(tensors: Any, path: Path, metadata: Any) -> None:
-        half = path.with_name(".tmpAbCdEf")
-        if operations.count + 1 == operations.kill_at:
-            half.write_bytes(b"half of it")
-        operations.one()
+        if operations.count + 1 == operations.at:
+            path.with_name(".tmpAbCdEf").write_bytes(b"half of it")
+        try:
+            operations.one("open")
+        except OSError as error:
+            raise SafetensorError(f"Error while serializing: I/O error: {error.strerror} (os error 28)") from None
         save(tensors, path, metadata)
-        operations.one()
+        operations.one("written")
 
     def counted_fsync(handle: int) -> None:
-        operations.one()
+        operations.one("fsync")
         fsync(handle)
 
     vim_backbone.files.save_file = counted_save
     os.fsync = counted_fsync
 
 
-def start(out: Path, processes: int, kill_at: int | None = None) -> list[Any]:
-    """Start a run, and kill it at an operation of its main process."""
+def start(out: Path, strategy: str, at: int | None = None, what: str = "kill") -> list[Any]:
+    """Start a run, which fares ill at an operation of its main process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     started = [
-        context.Process(target=child, args=(out, rank, processes, port, kill_at if rank == 0 else None))
-        for rank in range(processes)
+        context.Process(target=child, args=(out, rank, strategy, port, None if rank else at, what))
+        for rank in range(PROCESSES[strategy])
     ]
     for process in started:
         process.start()
@@ -142,9 +163,9 @@ def outcome(folder: Path) -> tuple[Any, ...]:
     return steps, (folder / "backbone/model.safetensors").read_bytes(), names
 
 
-def resumed(out: Path, processes: int, wanted: tuple[Any, ...]) -> str | None:
-    """What is wrong with a killed run after it was resumed; None for nothing."""
-    if (code := finish(start(out, processes))) != 0:
+def resumed(out: Path, strategy: str, wanted: tuple[Any, ...]) -> str | None:
+    """What is wrong with an ended run after it was resumed; None for nothing."""
+    if (code := finish(start(out, strategy))) != 0:
         return f"the resumed run ended with {code}"
     got = outcome(out / "run")
     for name, a, b in zip(("losses", "weights", "files"), wanted, got, strict=True):
@@ -153,56 +174,71 @@ def resumed(out: Path, processes: int, wanted: tuple[Any, ...]) -> str | None:
     return None
 
 
-def measure(processes: int, every: int, first: int, moments: int, place: Path) -> int:
-    """Print a row for a number of processes; returns how many kills were not survived."""
-    whole = place / f"whole-{processes}"
+def said_so(log: str) -> str | None:
+    """What is wrong with the words of a run whose disk became full; None for nothing."""
+    if "Traceback" in log:
+        return "a traceback"
+    return None if "the disk is full" in log else "it does not say that the disk is full"
+
+
+def measure(strategy: str, what: str, every: int, first: int, moments: int, place: Path) -> int:
+    """Print a row for a strategy; returns how many kills were not survived."""
+    whole = place / f"whole-{strategy}"
     began = time.perf_counter()
-    if (code := finish(start(whole, processes))) != 0:
+    if (code := finish(start(whole, strategy))) != 0:
         raise SystemExit(f"the run ended with {code}: " + (place / f"{whole.name}-0.txt").read_text())
     seconds = time.perf_counter() - began
     count = int((place / f"{whole.name}.count").read_text())
     wanted = outcome(whole / "run")
     numbers = range(first, count + 1, every) if every else range(0)
     draw = random.Random(0)
-    kills: list[tuple[str, int | None, float | None]] = [(f"operation {n}", n, None) for n in numbers]
-    kills += [(f"{s:.2f} s", None, s) for s in (draw.uniform(0, seconds) for _ in range(moments))]
-    failed = killed = 0
-    for name, operation, moment in kills:
-        out = place / f"killed-{processes}"
-        code = finish(start(out, processes, operation), moment)
-        killed += code == -signal.SIGKILL
-        wrong = resumed(out, processes, wanted)
+    cases: list[tuple[str, int | None, float | None]] = [(f"operation {n}", n, None) for n in numbers]
+    cases += [(f"{s:.2f} s", None, s) for s in (draw.uniform(0, seconds) for _ in range(moments))]
+    failed = ended = 0
+    for name, operation, moment in cases:
+        out = place / f"ended-{strategy}"
+        code = finish(start(out, strategy, operation, what), moment)
+        ended += code != 0
+        log = (place / f"{out.name}-0.txt").read_text()
+        wrong = (said_so(log) if what == "full" else None) or resumed(out, strategy, wanted)
         if wrong is not None:
             failed += 1
-            print(
-                f"{processes} processes, killed at {name}: {wrong}", (place / f"{out.name}-0.txt").read_text()[-2000:]
-            )
+            print(f"{strategy}, {what} at {name}: {wrong}", (place / f"{out.name}-0.txt").read_text()[-2000:])
         for path in place.glob(f"{out.name}*"):
             remove(path)
-    print(f"| {processes} | {count} | {len(numbers)} | {moments} | {killed} | {len(kills) - failed} |", flush=True)
+    print(
+        f"| {strategy} | {what} | {count} | {len(numbers)} | {moments} | {ended} | {len(cases) - failed} |", flush=True
+    )
     return failed
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser("benchmarks.kills", description=__doc__)
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="processes of a run, under DDP")
-    parser.add_argument("--every", type=int, default=1, help="kill at every so many-th operation; 0 for none")
+    parser.add_argument("--strategies", nargs="+", choices=PROCESSES, default=list(PROCESSES))
+    parser.add_argument("--what", choices=["kill", "full"], default="kill", help="kill -9, or a full disk")
+    parser.add_argument("--every", type=int, default=1, help="at every so many-th operation; 0 for none")
     parser.add_argument("--first", type=int, default=1, help="the first of these operations")
     parser.add_argument("--moments", type=int, default=50, help="kills at random moments")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.what == "full" and options.moments:
+        parser.error("--what full needs --moments 0: a disk becomes full at an operation")
+    return options
 
 
 def table(argv: list[str]) -> int:
-    """Print the table; returns 1 where a kill was not survived."""
+    """Print the table; returns 1 where a run was not the same afterwards."""
     options = parse(argv)
     torch.set_num_threads(1)
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {versions()}\n")
-    print("| processes | file operations | killed at | random moments | died of it | the same after --resume |")
-    print("|---|---|---|---|---|---|", flush=True)
+    print(
+        "| strategy | what | file operations | of them met | random moments | ended by it | the same after --resume |"
+    )
+    print("|---|---|---|---|---|---|---|", flush=True)
     place = Path(tempfile.mkdtemp(prefix="kills-"))
+    how = (options.what, options.every, options.first, options.moments, place)
     try:
-        return min(1, sum(measure(n, options.every, options.first, options.moments, place) for n in options.processes))
+        return min(1, sum(measure(strategy, *how) for strategy in options.strategies))
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
