@@ -40,8 +40,9 @@ class DataConfig:
     """Smallest share of a picture's area that a random crop takes."""
     flip: bool = True
     """Mirror half of the crops left to right."""
-    workers: int = 2
-    """Processes that read and decode pictures, for each training process; 0 reads in the training process."""
+    workers: int | None = None
+    """Processes that read and decode pictures, for each training process; 0 reads in the training process. null: its
+    share of the cores but one, 2 to 16."""
     max_bad_share: float = 0.5
     """Share of the pictures that may be unreadable or too large before the run fails."""
     max_megapixels: float = 200.0
@@ -49,7 +50,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(0.0 < self.min_scale <= 1.0, "data.min_scale", self.min_scale, "it must lie in (0, 1]")
-        require(self.workers >= 0, "data.workers", self.workers, "it cannot be negative")
+        require((self.workers or 0) >= 0, "data.workers", self.workers, "it cannot be negative")
         require(0.0 <= self.max_bad_share <= 1.0, "data.max_bad_share", self.max_bad_share, "it must lie in [0, 1]")
         require(self.max_megapixels > 0, "data.max_megapixels", self.max_megapixels, "it must be positive")
 
@@ -253,14 +254,12 @@ def build_loader(
 
     `known_bad` names the pictures that an earlier part of the run found to be bad.
     """
-    workers = view.data.workers
     loader = partial(
         loader_of,
         collate=partial(collate, native=view.native),
         seed=seed,
-        workers=workers,
+        workers=view.data.workers,
         ahead=4,
-        persistent_workers=workers > 0,
     )
     if isinstance(source, StreamCells):
         streamed = StreamedViews(source, view, seed, plan, start_batch, frozenset(known_bad))
