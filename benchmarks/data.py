@@ -12,16 +12,17 @@ CSV and a plot, `--plot CSV PNG` draws a table measured before.
 """
 
 import argparse
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import joblib
 import matplotlib.pyplot as plt
 import psutil
 import torch
+from matplotlib.ticker import LogLocator
 from PIL import Image
 from timm.data.dataset_factory import create_dataset
 from timm.data.loader import create_loader
@@ -39,7 +40,7 @@ from finetune.detection.data import CocoSplit, TrainPictures
 from finetune.segmentation.config import CropConfig, SegmentationData
 from finetune.segmentation.data import Pairs, TrainCrops
 from launch.data.images import open_picture
-from launch.data.loading import loader_of
+from launch.data.loading import loader_of, number_of_workers
 from launch.data.order import BatchPlan, StepSampler
 from launch.data.sources import ImageFiles
 from launch.run.randomness import generator
@@ -171,7 +172,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--megapixels", type=float, nargs="+", default=[0.2, 1.0, 4.0, 20.0])
     parser.add_argument("--pixels", type=int, help="side of the views of every reader")
-    parser.add_argument("--workers", type=int, nargs="+", default=[len(os.sched_getaffinity(0))])
+    parser.add_argument("--workers", type=int, nargs="+", default=[number_of_workers(None)])
     parser.add_argument("--steps", type=int, default=300, help="batches that are measured")
     parser.add_argument("--skip", type=int, default=40, help="batches before them, and all that can be read ahead")
     parser.add_argument("--batch", type=int, help="pictures; without it 16 a megapixel, from 1 to 64")
@@ -251,16 +252,19 @@ def plot(table: Path, picture: Path) -> None:
     x, y = ("workers", "waiting") if waits else ("megapixels", "megapixels/s a core")
     kinds = list(dict.fromkeys(row["format"] for row in rows))
     figure, axes = plt.subplots(
-        1, len(kinds), figsize=(1.5 + 3.2 * len(kinds), 4), layout="constrained", sharey=True, squeeze=False
+        1, len(kinds), figsize=(4.5 + 2.8 * len(kinds), 4), layout="constrained", sharey=True, squeeze=False
     )
+    ticks = sorted({float(row[x]) for row in rows})
+    colours: dict[str, str] = {}
     for axis, kind in zip(axes[0], kinds, strict=True):
         lines: dict[str, list[tuple[float, float]]] = {}
         for row in (row for row in rows if row["format"] == kind):
             name = f"{row['reader']}, {row['megapixels']} MP" if waits else row["reader"]
             lines.setdefault(name, []).append((float(row[x]), float(row[y])))
         for name, points in lines.items():
-            floor = name.startswith(("decode", "draft"))
-            axis.plot(*zip(*points, strict=True), "--" if floor else "-", marker="o", markersize=3, label=name)
+            style = "o--" if name.startswith(("decode", "draft")) else "o-"
+            colour = colours.setdefault(name, f"C{len(colours)}")
+            axis.plot(*zip(*sorted(points), strict=True), style, color=colour, markersize=3, label=name)
         axis.set_title(kind, fontsize=9)
         axis.set_xlabel(x)
         axis.grid(alpha=0.3)
@@ -268,9 +272,14 @@ def plot(table: Path, picture: Path) -> None:
             axis.set_ylim(0, 1)
         else:
             axis.set(xscale="log", yscale="log")
+            axis.minorticks_off()
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes[0][0].set_ylabel(f"share of the time waiting, steps of {rows[0]['step ms']} ms" if waits else y)
-    axes[0][-1].legend(fontsize=7)
-    figure.suptitle(f"{rows[0]['run']}; {rows[0]['device']}", fontsize=8)
+    shown = {str(line.get_label()): line for axis in axes[0] for line in axis.lines}
+    figure.legend(list(shown.values()), list(shown), loc="outside right center", fontsize=7)
+    figure.suptitle(f"{rows[0]['run']}\n{rows[0]['device']}", fontsize=8)
     figure.savefig(picture, dpi=150)
     plt.close(figure)
 
@@ -292,7 +301,7 @@ def main() -> None:
     name = "waiting" if options.step else "data"
     about = {
         "run": f"{name}, {options.steps} batches after {options.skip} or all that can be read ahead",
-        "device": f"{clock('cpu')}, {len(os.sched_getaffinity(0))} cores",
+        "device": f"{clock('cpu')}, {joblib.cpu_count()} cores",
         "versions": versions(),
         "date": time.strftime("%Y-%m-%d"),
     }
