@@ -129,7 +129,10 @@ def enduring(loader_from: Callable[[int], Iterable[Item]], start: int, say: Call
                 start, lost = start + 1, 0
             return
         except UserError as error:  # from another process it comes with that one's traceback
-            raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from error
+            # frames would hold the loader until this process ends, which would then wait for the loader's processes
+            batches = None
+            line = str(error).strip().splitlines()[-1].split("UserError: ")[-1]
+            raise UserError(line) from error.with_traceback(None)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise

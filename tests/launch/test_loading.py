@@ -1,5 +1,7 @@
 """How many processes read; batches outlive them; loaders draw from no global generator."""
 
+import multiprocessing
+
 import joblib
 import pytest
 import torch
@@ -56,6 +58,7 @@ def test_what_a_user_can_mend_is_one_line_whichever_process_says_it(workers):
     with pytest.raises(UserError) as caught:
         list(enduring(lambda start: loader, 0, lambda line: None))
     assert str(caught.value) == "the stream has no rows: set data.split"
+    assert not multiprocessing.active_children(), "it ends, or this process would wait for it when it ends itself"
 
 
 def test_a_loader_leaves_the_global_generator_alone():
