@@ -8,13 +8,15 @@ CSV and a plot, `--plot CSV PNG` draws a table measured before.
 `--step 37 --batch 256 --workers 2 4 8 14` measures waiting: the share of the time that a consumer whose steps take
 37 ms waits for the next batch, with so many workers, and the cores that would have to read for it not to wait.
 
-"decode" decodes whole pictures, "draft" what pretraining has to: a JPEG at the scale that holds the crop.
+"decode" decodes whole pictures, "draft" what pretraining has to: a JPEG at the scale that holds the crop; "torch" is
+`data.resize`.
 """
 
 import argparse
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +36,7 @@ from benchmarks.pictures import FORMATS, instances, write_maps, write_pictures
 from finetune.batches import training_batches
 from finetune.classification.config import AugmentConfig
 from finetune.classification.data import ClassSamples, Labelled
-from finetune.classification.transforms import training_transform
+from finetune.classification.transforms import mend_posterize, training_transform
 from finetune.detection.config import JitterConfig
 from finetune.detection.data import CocoSplit, TrainPictures
 from finetune.segmentation.config import CropConfig, SegmentationData
@@ -42,6 +44,7 @@ from finetune.segmentation.data import Pairs, TrainCrops
 from launch.data.images import open_picture
 from launch.data.loading import loader_of, number_of_workers
 from launch.data.order import BatchPlan, StepSampler
+from launch.data.resize import Resizer
 from launch.data.sources import ImageFiles
 from launch.run.randomness import generator
 from pretrain.data import DataConfig, View, build_loader, random_crop
@@ -90,9 +93,9 @@ def decoding(case: Case, pixels: int | None) -> Iterable[Any]:
     return loader_of(Decoded(case.paths, pixels), len, 0, case.workers, AHEAD, batch_sampler=sampler)
 
 
-def pretraining(case: Case, pixels: int) -> Iterable[Any]:
+def pretraining(case: Case, pixels: int, resize: Resizer = "pillow") -> Iterable[Any]:
     """Views of masked pretraining."""
-    data = DataConfig(workers=case.workers, max_bad_share=0.0)
+    data = DataConfig(workers=case.workers, max_bad_share=0.0, resize=resize)
     view = View((pixels, pixels), (pixels // 16, pixels // 16), data, MAE().draw)
     return build_loader(ImageFiles(case.paths), view, 0, BatchPlan(case.batch, 1, 1, 0), 0, case.batches)
 
@@ -138,6 +141,7 @@ def timm_loader(case: Case, pixels: int, **augmentation: Any) -> Iterable[Any]:
         dataset, (3, pixels, pixels), case.batch, is_training=True, interpolation="bicubic", num_workers=case.workers,
         device=torch.device("cpu"), pin_memory=torch.cuda.is_available(), **augmentation,
     )  # fmt: skip
+    mend_posterize(dataset.transform)
     return loader.loader
 
 
@@ -156,6 +160,7 @@ READERS: dict[str, tuple[int, Callable[[Case, int], Iterable[Any]]]] = {
     "decode": (0, lambda case, pixels: decoding(case, None)),  # noqa: ARG005
     "draft": (224, decoding),
     "pretraining": (224, pretraining),
+    "pretraining, torch": (224, partial(pretraining, resize="torch")),
     "timm": (224, timm_plain),
     "classification": (224, classification),
     "timm, augmented": (224, timm_augmented),
