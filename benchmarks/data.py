@@ -215,9 +215,8 @@ def consume(batches: Iterable[Any], skip: int, steps: int, step_seconds: float =
 
 def cpu_seconds() -> float:
     """Of this process and its children."""
-    here = psutil.Process()
-    times = [process.cpu_times() for process in (here, *here.children(recursive=True))]
-    return sum(each.user + each.system for each in times)
+    children = [process.cpu_times() for process in psutil.Process().children(recursive=True)]
+    return time.process_time() + sum(times.user + times.system for times in children)
 
 
 def measure(reader: str, case: Case, options: argparse.Namespace) -> dict[str, Any]:

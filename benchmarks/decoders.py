@@ -127,12 +127,13 @@ def main() -> None:
     torch.set_num_threads(1)
     head = "\n| decoded | by | ms | / Pillow | the same bytes |\n|---|---|---|---|---|"
     print(f"{clock('cpu')}; Pillow with libjpeg-turbo {features.version('libjpeg_turbo')}, {time.strftime('%Y-%m-%d')}")
+    ways_of = decoders()
     with tempfile.TemporaryDirectory() as temporary:
         for megapixels in options.megapixels:
             paths = write_pictures(options.pictures or Path(temporary), "jpeg", megapixels, options.files)
             contents = [path.read_bytes() for path in paths]
             print(f"\n{megapixels:g} megapixels\n{head}")
-            for of, ways in decoders().items():
+            for of, ways in ways_of.items():
                 times: dict[str, list[float]] = {name: [] for name in ways}
                 same = dict.fromkeys(ways, True)
                 for content in contents * options.repeats:
