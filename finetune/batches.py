@@ -68,7 +68,7 @@ class Collate:
 
 
 def training_batches(
-    samples: Samples, seed: int, plan: BatchPlan, start_batch: int, total_steps: int, workers: int
+    samples: Samples, seed: int, plan: BatchPlan, start_batch: int, total_steps: int, workers: int | None
 ) -> Iterator[LabelledBatch]:
     """Batches of this process, each for one forward pass, from number `start_batch` on."""
     sampler = StepSampler(len(samples), seed, plan, start_batch, total_steps)
@@ -76,7 +76,7 @@ def training_batches(
 
 
 def evaluation_batches(
-    samples: Samples, accelerator: Accelerator, batch_size: int, workers: int
+    samples: Samples, accelerator: Accelerator, batch_size: int, workers: int | None
 ) -> Iterator[LabelledBatch]:
     """The share of this process of all samples, each sample counted on one process alone.
 
@@ -94,7 +94,7 @@ def evaluation_batches(
         yield batch
 
 
-def _loader(samples: Samples, seed: int, workers: int, **options: Any) -> DataLoader[LabelledBatch]:
+def _loader(samples: Samples, seed: int, workers: int | None, **options: Any) -> DataLoader[LabelledBatch]:
     return cast(
         "DataLoader[LabelledBatch]",
         loader_of(KeyedSamples(samples, seed), Collate(samples), seed, workers, 2, **options),

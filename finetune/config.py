@@ -75,13 +75,14 @@ class LabelledData:
 
     source: str = ""
     """Where the data is."""
-    workers: int = 2
-    """Processes that read and augment pictures, for each training process."""
+    workers: int | None = None
+    """Processes that read and augment pictures, for each training process; 0 reads in the training process. null: its
+    share of the cores but one, 2 to 16; in a sweep of the CPUs of the trial."""
     max_megapixels: float = 200.0
     """Largest picture that is decoded, in millions of pixels."""
 
     def __post_init__(self) -> None:
-        require(self.workers >= 0, "data.workers", self.workers, "it cannot be negative")
+        require((self.workers or 0) >= 0, "data.workers", self.workers, "it cannot be negative")
 
 
 @dataclass(frozen=True, kw_only=True)

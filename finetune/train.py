@@ -13,7 +13,7 @@ from finetune.config import FinetuneConfig
 from finetune.model_folder import MODEL, write_model
 from finetune.task import LabelledBatch, Task, TaskModel
 from launch.data.bad_pictures import BadPictures
-from launch.data.loading import enduring
+from launch.data.loading import enduring, number_of_workers
 from launch.data.order import plan_batches
 from launch.run.accelerator import build_accelerator, on_main, strategy
 from launch.run.folder import run_folder
@@ -238,5 +238,6 @@ def introduction(run: Run) -> str:
         f"{run.task.name} ({millions:.1f} M parameters, {weights} {config.backbone}): {len(run.task.train)} pictures, "
         f"{len(run.task.val)} for validation, {len(run.task.classes)} classes, {height} x {width}, "
         f"{f'from step {done} ' if done else ''}to step {run.training.total_steps}, "
-        f"{accelerator.num_processes} x {accelerator.device.type} {strategy(accelerator)}, {config.precision}"
+        f"{accelerator.num_processes} x {accelerator.device.type} {strategy(accelerator)}, {config.precision}, "
+        f"data.workers {number_of_workers(config.data.workers)}"
     )

@@ -10,7 +10,7 @@ from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 
 from launch.data.bad_pictures import BadPictures
-from launch.data.loading import enduring
+from launch.data.loading import enduring, number_of_workers, workers_of_stream
 from launch.data.order import plan_batches
 from launch.data.sources import Source, StreamCells, open_source
 from launch.run.accelerator import build_accelerator, on_main, strategy
@@ -65,13 +65,7 @@ def pretrain(config: PretrainConfig) -> Path:
     objective = config.objective
     with run_folder(accelerator, config, ("model.", *objective.architecture_fields), total_steps) as start:
         architecture = config.architecture()
-        view = View(architecture.img_size, architecture.grid(*architecture.img_size), data, objective.draw)
         bad = BadPictures(config.folder / "bad_pictures.txt", pictures, data.max_bad_share)
-
-        def batches_from(number: int) -> Iterator[Batch]:
-            loader = build_loader(source, view, config.seed, plan, number, total_steps, bad.known)
-            return (batch for batch in loader if batch is not None)
-
         level = recompute_level(config, accelerator, plan.micro_batch)
         settled = replace(config, model=replace(config.model, recompute=level))
         with start_training(
@@ -87,15 +81,31 @@ def pretrain(config: PretrainConfig) -> Path:
             ema_decay=config.ema_decay,
         ) as training:
             first = training.state.step
+            workers, lines = settled_workers(data, source, training)
+            settled_data = replace(data, workers=workers)
+            view = View(architecture.img_size, architecture.grid(*architecture.img_size), settled_data, objective.draw)
+
+            def batches_from(number: int) -> Iterator[Batch]:
+                loader = build_loader(source, view, config.seed, plan, number, total_steps, bad.known)
+                return (batch for batch in loader if batch is not None)
+
             with RunLog(config, accelerator, total_steps, first) as log:
                 batches = enduring(batches_from, first * config.accumulation, log.say)
                 run = Run(config, objective, source, view, batches, training, log, bad)
                 made_again = [f"made again in the backward pass: {level}"] * (config.model.recompute == "auto")
-                for line in (introduction(run, pictures), *made_again, *start.notes):
+                for line in (introduction(run, pictures), *made_again, *start.notes, *lines):
                     log.say(line)
                 train(run)
                 publish(run)
     return config.folder
+
+
+def settled_workers(data: DataConfig, source: Source, training: Training) -> tuple[int, list[str]]:
+    """Data-loading processes of each training process, and lines for the user. For all processes."""
+    if not isinstance(source, StreamCells):
+        return number_of_workers(data.workers), []
+    accelerator = training.accelerator  # hosts may differ in cores, and all must count the readers alike
+    return on_main(accelerator, lambda: workers_of_stream(data.workers, accelerator.num_processes, training.state))
 
 
 def refuse_to_compile_native_sizes(accelerator: Accelerator, data: DataConfig) -> None:
@@ -216,5 +226,5 @@ def introduction(run: Run, pictures: int | None) -> str:
         f"{config.model.name} ({millions:.1f} M parameters) on {pictures if pictures is not None else 'streamed'} "
         f"pictures of {config.data.source!r}, {run.view.sizes}, {start}"
         f"to step {run.training.total_steps}, {accelerator.num_processes} x {accelerator.device.type} "
-        f"{strategy(accelerator)}, {config.precision}"
+        f"{strategy(accelerator)}, {config.precision}, data.workers {run.view.data.workers}"
     )

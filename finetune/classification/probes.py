@@ -41,7 +41,7 @@ def probe(task: Task[ClassificationConfig], model: nn.Module, accelerator: Accel
 
 
 def extract(
-    samples: Samples, model: nn.Module, accelerator: Accelerator, batch_size: int, workers: int
+    samples: Samples, model: nn.Module, accelerator: Accelerator, batch_size: int, workers: int | None
 ) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
     """Features (n, d) and classes (n,) of all samples, in their order, on all processes; and the unreadable ones."""
     numbers, features, labels = [], [], []

@@ -22,11 +22,16 @@ def training_transform(size: tuple[int, int], augment: AugmentConfig) -> Any:
         re_prob=augment.erasing,
         re_mode="pixel",
     )
+    mend_posterize(transform)
+    return transform
+
+
+def mend_posterize(transform: Any) -> None:
+    """Have timm's augmentation ask Pillow for no less than it gives."""
     for step in transform.transforms:
         for op in [*getattr(step, "ops", []), *chain(*getattr(step, "policy", []))]:
             if op.name.startswith("Posterize"):
                 op.aug_fn = posterize
-    return transform
 
 
 def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -20,6 +21,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from finetune.registry import TASKS
 from finetune.train import Evaluation, finetune
+from launch.data.loading import workers_for
 from launch.run.cli import parse
 from vim_backbone.errors import UserError
 
@@ -136,7 +138,10 @@ def _run(spec: TrialSpec, checkpoint: Any, work: Path, report: Reporter) -> None
         fields = {name: fetch(paths.get(v, v) if isinstance(v, str) else v) for name, v in settings.items()}
         base = [f"--config={work / 'base.yaml'}"] if spec["base"] else []
         argv = [*base, "--trackers=[]", *arguments(fields), *SET_BY_SWEEP, f"--out={work}"]
-        finetune(task(parse(task.config_class, argv, "trial", "")), observe)
+        config = parse(task.config_class, argv, "trial", "")
+        if config.data.workers is None:  # Ray limits nobody to the CPUs that it counts
+            config = replace(config, data=replace(config.data, workers=workers_for(spec["resources"]["cpus"])))
+        finetune(task(config), observe)
     except UserError as error:  # would fail again: reported, and not tried again
         report({"failed": str(error), "metrics": {}}, None)
 

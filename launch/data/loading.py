@@ -1,9 +1,11 @@
-"""The processes that read pictures: how they are started, and batches that outlive them."""
+"""The processes that read pictures: how many there are, how they are started, and batches that outlive them."""
 
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
+import joblib
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -11,24 +13,70 @@ from torch.utils.data import DataLoader, Dataset
 from launch.data.temporary import take_temporary_folder
 from launch.run.randomness import generator
 from launch.run.signals import STOPPING, die_with_parent, in_main_thread
+from launch.state.checkpoint import TrainState
 from vim_backbone.errors import UserError
 
 Item = TypeVar("Item")
 RESTARTS = 3
 """Losses of a data-loading process with no batch in between, after which the run ends."""
+MOST_WORKERS = 16
+"""Data-loading processes of a training process that is not told how many it has."""
+STREAM = "stream"
+"""Where a checkpoint keeps how many processes read its stream."""
+
+
+def workers_for(cores: float) -> int:
+    """Data-loading processes for a training process that may use so many cores: all but one, at most MOST_WORKERS.
+
+    On two cores both, because decoding waits for files and training for pictures; never none.
+    """
+    whole = max(1, int(cores))
+    return max(min(2, whole), min(MOST_WORKERS, whole - 1))
+
+
+def number_of_workers(workers: int | None) -> int:
+    """As asked for, else by this training process's share of the cores that affinity and the container's quota leave.
+
+    LOKY_MAX_CPU_COUNT lowers the number of cores.
+    """
+    if workers is None:
+        return workers_for(joblib.cpu_count() / int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return workers
+
+
+def workers_of_stream(workers: int | None, processes: int, state: TrainState) -> tuple[int, list[str]]:
+    """How many processes read a stream for each of so many training processes, and lines where it is not as it was.
+
+    Which rows come next depends on it: where nothing is asked for, a resumed run has as many as before, whatever the
+    machine. What is taken is noted in the state, which a checkpoint keeps.
+    """
+    before = state.extra.get(STREAM)
+    taken = before["workers"] if workers is None and before else number_of_workers(workers)
+    state.extra[STREAM] = now = {"processes": processes, "workers": taken}
+    if not state.step or before == now:
+        return taken, []
+    known = f"{before['processes']} x {before['workers']}" if before else "an unknown number of"
+    return taken, [
+        f"the stream was read by {known} processes and is by {processes} x {taken} now: it does not go on exactly, "
+        "rows of this pass may come again or not at all"
+    ]
 
 
 def loader_of(
-    dataset: Dataset[Any], collate: Callable[[list[Any]], Item], seed: int, workers: int, ahead: int, **options: Any
-) -> DataLoader[Any]:
+    dataset: Dataset[Any], collate: Callable[[list[Any]], Item], seed: int, workers: int | None, ahead: int,
+    **options: Any,
+) -> DataLoader[Any]:  # fmt: skip
     """A loader whose processes leave signals to the trainer and draw from no global generator.
 
     Args:
         collate: samples -> a batch.
-        workers: processes that read; 0 reads in this one.
+        workers: processes that read, no more than there are batches; 0 reads in this one. None: `number_of_workers`.
         ahead: batches that each of them reads ahead.
         options: which samples are in a batch, and more for `DataLoader`.
     """
+    workers = number_of_workers(workers)
+    if "batch_sampler" in options:
+        workers = min(workers, len(options["batch_sampler"]))
     if workers:
         take_temporary_folder()
     return DataLoader(
@@ -81,7 +129,10 @@ def enduring(loader_from: Callable[[int], Iterable[Item]], start: int, say: Call
                 start, lost = start + 1, 0
             return
         except UserError as error:  # from another process it comes with that one's traceback
-            raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from error
+            # frames would hold the loader until this process ends, which would then wait for the loader's processes
+            batches = None
+            line = str(error).strip().splitlines()[-1].split("UserError: ")[-1]
+            raise UserError(line) from error.with_traceback(None)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise

@@ -12,7 +12,9 @@ import pytest
 from optuna.trial import TrialState
 from rich.console import Console
 
+from finetune.classification.config import ClassificationConfig
 from finetune.sweep import main
+from finetune.sweeping import trial
 from finetune.sweeping.config import ResourceConfig, SchedulerConfig, SweepConfig
 from finetune.sweeping.driver import check_storage, open_folder, resolve
 from finetune.sweeping.ledger import Ledger, TrialEvaluation
@@ -357,3 +359,25 @@ def test_grids_and_choices_of_millions_are_refused():
     assert len(combinations(read_space({"a": grid, "b": grid}, types))) == 10_000
     with pytest.raises(UserError, match=r"space.a is 1000000: values, 1000 at most: give a range"):
         read_space({"a": {"choice": list(range(10**6))}}, types)
+
+
+class AnyTask:
+    config_class = ClassificationConfig
+
+    def __init__(self, config):
+        self.config = config
+
+
+@pytest.mark.parametrize(
+    ("cpus", "asked", "workers"), [(1, {}, 1), (0.5, {}, 1), (2, {}, 2), (14, {}, 13), (2, {"data.workers": 9}, 9)]
+)
+def test_a_trial_reads_with_the_cpus_that_ray_gives_it(tmp_path, monkeypatch, cpus, asked, workers):
+    started = []
+    monkeypatch.setattr(trial, "TASKS", {"any": AnyTask})
+    monkeypatch.setattr(trial, "finetune", lambda task, observe: started.append(task.config))
+    spec = {
+        "task": "any", "base": "", "common": {"backbone": "b", "data.source": "d"}, "paths": {}, "storage": "",
+        "start": None, "resources": {"cpus": cpus, "gpus": 0, "workers": 1}, "fields": asked,
+    }  # fmt: skip
+    trial._run(spec, None, tmp_path, lambda metrics, folder: pytest.fail(str(metrics)))
+    assert started[0].data.workers == workers

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
+import joblib
 import pytest
 import torch
 from PIL import Image
@@ -120,6 +122,32 @@ def test_resume_is_exact(tmp_path, options):
     parts = ["model", "optimizer", *(["ema"] if "--ema_decay=0.9" in options else [])]
     for part in parts:
         torch.testing.assert_close(weights(cut, 6, part), weights(whole, 6, part), rtol=0, atol=0)
+
+
+def test_a_stream_resumes_exactly_on_a_machine_with_other_cores(tmp_path, picture_folder, monkeypatch, capsys):
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+    cells = [{"bytes": path.read_bytes(), "path": None} for path in sorted(picture_folder.rglob("*.*"))]
+    rows = datasets.Dataset.from_dict({"image": cells}, features=datasets.Features({"image": datasets.Image()}))
+    rows.to_parquet(tmp_path / "rows.parquet")
+    stream = ("--steps=4", "--checkpoint_every=2", f"--data.source={tmp_path}/rows.parquet", "--data.streaming=true")
+
+    def train(name, cores, *argv):
+        monkeypatch.setattr(joblib, "cpu_count", lambda: cores)
+        folder = pretrain(config(tmp_path / name, *stream, "--data.workers=null", *argv))
+        return folder, " ".join(capsys.readouterr().err.split())
+
+    whole, printed = train("whole", 4)
+    assert "fp32, data.workers 3" in printed
+    for name in ("cut", "told"):
+        shutil.copytree(whole, tmp_path / name / "pretrain")
+        shutil.rmtree(tmp_path / name / "pretrain/checkpoints/step-00000004")
+    cut, printed = train("cut", 1, "--resume")
+    assert "fp32, data.workers 3" in printed
+    assert "not go on exactly" not in printed
+    assert losses(cut) == losses(whole)
+    told, printed = train("told", 1, "--resume", "--data.workers=1")
+    assert "was read by 1 x 3 processes and is by 1 x 1 now: it does not go on exactly" in printed
+    assert losses(told) != losses(whole)
 
 
 def test_a_pooled_run_publishes_what_fine_tuning_needs(tmp_path):
