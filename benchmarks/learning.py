@@ -23,6 +23,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.axes import Axes
 from safetensors.torch import load_file
 
 from benchmarks.machine import clock, versions, write_csv
@@ -226,29 +227,46 @@ def labels_of(count: int) -> str:
 
 
 def draw(path: Path, rows: list[dict[str, Any]], about: dict[str, str]) -> None:
-    """Probes over the pretraining, and fine-tuning with and without it; a dot for each seed, bars for means."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    """Frozen features over the pretraining, or at its end, and fine-tuning with and without it."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     means = summary(rows)
+    frozen = [entry for entry in means if entry["what"] in STYLES]
+    if len({entry["step"] for entry in frozen}) > 1:
+        lines(left, frozen)
+    else:
+        bars(left, frozen, rows)
+    left.set(title="frozen features")
+    bars(right, [entry for entry in means if entry["what"] not in STYLES], rows)
+    right.set(title="fine-tuned")
+    figure.suptitle(f"{about['run']}; {about['device']}", fontsize=9)
+    figure.savefig(path, dpi=130)
+
+
+def lines(axes: Axes, means: list[dict[str, Any]]) -> None:
+    """Scores over the steps of pretraining; a bar is a deviation of the seeds."""
     for (net, colour), (what, style) in ((n, w) for n in NETS.items() for w in STYLES.items()):
         points = [entry for entry in means if (entry["net"], entry["what"]) == (net, what)]
         if points:
             steps, scores = [e["step"] for e in points], [e["mean"] for e in points]
-            left.errorbar(steps, scores, [e["deviation"] for e in points], label=f"{net}, {what}", color=colour,
+            axes.errorbar(steps, scores, [e["deviation"] for e in points], label=f"{net}, {what}", color=colour,
                           linestyle=style, marker="o", markersize=4, capsize=3)  # fmt: skip
-    left.set(title="frozen features", xlabel="steps of pretraining", ylabel="top-1 on the validation pictures")
-    left.legend(loc="lower right", fontsize=9)
-    tuned = sorted((e for e in means if e["what"] not in STYLES), key=lambda e: (e["labels"] % 2**31, e["net"]))
-    for place, entry in enumerate(tuned):
+    axes.set(xlabel="steps of pretraining")
+    axes.legend(loc="lower right", fontsize=9)
+
+
+def bars(axes: Axes, means: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
+    """Means with their values, best at the top, and a dot for each seed."""
+    means = sorted(means, key=lambda entry: entry["mean"])
+    for place, entry in enumerate(means):
         key = {name: entry[name] for name in ("net", "what", "labels")}
         scores = [row["top1"] for row in rows if row.items() >= key.items()]
-        alpha = 1 if entry["what"].startswith("pretrained") else 0.4
-        right.bar(place, entry["mean"], color=NETS[entry["net"]], alpha=alpha)
-        right.plot([place] * len(scores), scores, "o", color="black", markersize=4)
-    names = [f"{entry['net']}, {entry['what']}, {labels_of(entry['labels'])}" for entry in tuned]
-    right.set_xticks(range(len(tuned)), names, rotation=30, ha="right", fontsize=8)
-    right.set(title="fine-tuned", ylim=(0, 1))
-    figure.suptitle(f"{about['run']}; {about['device']}", fontsize=9)
-    figure.savefig(path, dpi=130)
+        plain = entry["what"].startswith("scratch") or entry["what"] == "knn"
+        axes.barh(place, entry["mean"], color=NETS[entry["net"]], alpha=0.4 if plain else 1)
+        axes.plot(scores, [place] * len(scores), "o", color="black", markersize=3)
+        axes.text(0.01, place, f"{entry['mean']:.3f}", va="center")
+    shown = [f"{e['net']}, {e['what']}" + (f"\n{labels_of(e['labels'])}" if e["labels"] else "") for e in means]
+    axes.set_yticks(range(len(means)), shown, fontsize=8)
+    axes.set(xlim=(0, 1), xlabel="top-1")
 
 
 def run_seed(net: str, seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
