@@ -10,6 +10,7 @@ from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 
 from launch.data.bad_pictures import BadPictures
+from launch.data.first_look import look_at_first
 from launch.data.loading import enduring
 from launch.data.order import plan_batches
 from launch.data.sources import Source, StreamCells, open_source
@@ -62,8 +63,10 @@ def pretrain(config: PretrainConfig) -> Path:
     accelerator = build_accelerator(config, config.accumulation)
     plan = plan_batches(accelerator, config.batch_size, config.accumulation)
     on_main(accelerator, lambda: refuse_to_compile_native_sizes(accelerator, data))
+    on_main(accelerator, lambda: look_at_first(source, data.preprocessing, data.max_megapixels, data.max_bad_share))
     objective = config.objective
-    with run_folder(accelerator, config, ("model.", *objective.architecture_fields), total_steps) as start:
+    fixed = ("model.", "data.bands", "data.statistics", *objective.architecture_fields)
+    with run_folder(accelerator, config, fixed, total_steps) as start:
         architecture = config.architecture()
         view = View(architecture.img_size, architecture.grid(*architecture.img_size), data, objective.draw)
         bad = BadPictures(config.folder / "bad_pictures.txt", pictures, data.max_bad_share)
@@ -126,6 +129,7 @@ def build_model(config: PretrainConfig) -> nn.Module:
 def train(run: Run) -> None:
     """The loop: steps until the last one, or until a signal; what was done is saved either way."""
     config, training, device = run.config, run.training, run.training.accelerator.device
+    preprocessing = config.data.preprocessing
     speed = Throughput()
     latest: dict[str, float] = {}
     for step in training.steps():
@@ -139,7 +143,7 @@ def train(run: Run) -> None:
             inputs = run.objective.inputs(batch.extras, device)
             speed.tokens += inputs.tokens * training.accelerator.num_processes
             with part:
-                training.backward(training.model(to_model(images, device), *inputs.arguments))
+                training.backward(training.model(to_model(images, device, preprocessing), *inputs.arguments))
         training.update(learning_rate(step, config.optim, config.batch_size, training.total_steps), names)
         speed.images += config.batch_size
 
@@ -177,9 +181,10 @@ def show(run: Run, batch: Batch | None) -> None:
         crops = "crops never trained on"
     assert batch is not None
     assert batch.images is not None
-    images = to_model(batch.images[:SAMPLES_SHOWN], training.accelerator.device)
+    preprocessing = run.config.data.preprocessing
+    images = to_model(batch.images[:SAMPLES_SHOWN], training.accelerator.device, preprocessing)
     with training.evaluating() as model:
-        draw = run.objective.show(model, images, batch.extras[:SAMPLES_SHOWN])
+        draw = run.objective.show(model, images, batch.extras[:SAMPLES_SHOWN], preprocessing)
     if training.accelerator.is_main_process:
         path = run.config.folder / run.objective.picture_folder / f"step-{step:08d}.png"
         draw(f"{run.config.name}: step {step}, {crops}", path)
@@ -200,7 +205,8 @@ def publish(run: Run) -> None:
         f"seed {config.seed}{f', weights averaged with decay {config.ema_decay}' if config.ema_decay else ''}.\n"
     )
     card = model_card(encoder.config, "backbone") + history
-    on_main(training.accelerator, lambda: encoder.save_pretrained(folder, card=card, tensors=tensors))
+    more = {"preprocessing": config.data.preprocessing, "card": card, "tensors": tensors}
+    on_main(training.accelerator, lambda: encoder.save_pretrained(folder, **more))
     run.log.say(
         f"{training.state.step} steps done, {len(run.bad.known)} bad pictures skipped; the backbone is in {folder}"
     )

@@ -4,7 +4,6 @@ A source hands out undecoded bytes, so that a picture that cannot be decoded is 
 """
 
 import glob
-import io
 import json
 import math
 import os
@@ -16,10 +15,11 @@ from typing import Any, Protocol
 import datasets
 import fsspec
 from datasets.distributed import split_dataset_by_node
-from PIL import Image
 
 from launch.data.bad_pictures import Named, escaped
-from launch.data.images import SUFFIXES, BadPictureError, open_picture
+from launch.data.images import BadPictureError
+from launch.data.pictures import Picture
+from launch.data.reading import SUFFIXES, open_bytes, open_file
 from vim_backbone.errors import UserError, first_line
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset", ".zip": "imagefolder"}
@@ -31,7 +31,7 @@ FAIR = 8
 class ImageSource(Named, Protocol):
     """Pictures by index, undecoded."""
 
-    def open(self, index: int) -> Image.Image:
+    def open(self, index: int) -> Picture:
         """Picture `index`, opened but not decoded. Raises OSError or BadPictureError."""
         ...
 
@@ -51,9 +51,9 @@ class ImageFiles:
         path = self.paths[index]
         return escaped(str(path.relative_to(self.root)) if self.root else path.name)
 
-    def open(self, index: int) -> Image.Image:
+    def open(self, index: int) -> Picture:
         """The file, opened but not decoded."""
-        return open_picture(self.paths[index])
+        return open_file(self.paths[index])
 
 
 class HubDataset:
@@ -71,7 +71,7 @@ class HubDataset:
         """Row number, after the prefix."""
         return f"{self.prefix}row {index}"
 
-    def open(self, index: int) -> Image.Image:
+    def open(self, index: int) -> Picture:
         """The row's picture, opened but not decoded."""
         return open_cell(self.data[index][self.column])
 
@@ -216,6 +216,10 @@ class StreamCells:
         self.data = data.select_columns([column]).cast_column(column, datasets.Image(decode=False))
         self.column = column
 
+    def first(self, count: int) -> list[Any]:
+        """The first cells, unshuffled."""
+        return [row[self.column] for row in self.data.take(count)]
+
     def cells(self, seed: int, reader: int, readers: int) -> Iterator[tuple[str, Any]]:
         """Cells of one of the processes that read the stream, whatever the number of its files.
 
@@ -241,7 +245,7 @@ class StreamCells:
         raise UserError("the stream has no rows: set data.split, or data.source")
 
 
-def open_cell(cell: Any) -> Image.Image:
+def open_cell(cell: Any) -> Picture:
     """An undecoded cell of an image column ({"bytes", "path"}) as a picture, opened but not decoded.
 
     A path may be one of fsspec's, as zip://0.jpg::pictures.zip or hf://.
@@ -249,11 +253,11 @@ def open_cell(cell: Any) -> Image.Image:
     if not isinstance(cell, dict) or not (cell.get("bytes") or cell.get("path")):
         raise BadPictureError("the cell is empty")
     if cell.get("bytes"):
-        return open_picture(io.BytesIO(cell["bytes"]))
+        return open_bytes(cell["bytes"])
     if "://" not in cell["path"]:
-        return open_picture(cell["path"])
+        return open_file(cell["path"])
     with fsspec.open(cell["path"], "rb") as file:
-        return open_picture(io.BytesIO(file.read()))  # pyright: ignore[reportAttributeAccessIssue]
+        return open_bytes(file.read())  # pyright: ignore[reportAttributeAccessIssue]
 
 
 Source = ImageSource | StreamCells

@@ -12,6 +12,7 @@ from PIL import Image
 
 from launch.data.bad_pictures import BadPictures
 from launch.data.order import BatchPlan
+from launch.data.pictures import PillowPicture
 from launch.data.sources import open_source
 from launch.run.randomness import generator
 from pretrain.data import DataConfig, View, Views, build_loader, native_size, random_crop
@@ -76,8 +77,10 @@ def test_reduced_jpeg_decoding_gives_the_same_view(photo):
     jpeg = io.BytesIO()
     smooth.save(jpeg, "jpeg", quality=95)
     for key in range(5):
-        reduced = view().cut(Image.open(io.BytesIO(jpeg.getvalue())), generator(key)).float()
-        whole = view().cut(Image.open(io.BytesIO(jpeg.getvalue())).convert("RGB"), generator(key)).float()
+        reduced = view().cut(PillowPicture(Image.open(io.BytesIO(jpeg.getvalue()))), generator(key)).float()
+        whole = (
+            view().cut(PillowPicture(Image.open(io.BytesIO(jpeg.getvalue())).convert("RGB")), generator(key)).float()
+        )
         assert (reduced - whole).abs().mean().item() < 2.0
 
 

@@ -1,0 +1,126 @@
+"""A file of any format as a `Picture`, and a picture as what a model takes: its bands, their values, at a size."""
+
+import io
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from launch.data import npy, tiff
+from launch.data.images import SUFFIXES as PILLOW_SUFFIXES
+from launch.data.images import BadPictureError, open_picture
+from launch.data.npy import NpyPicture
+from launch.data.pictures import Box, Picture, PillowPicture
+from launch.data.tiff import TiffPicture
+from vim_backbone.preprocessing import Preprocessing, invalid
+
+TIFF_SUFFIXES = frozenset({".tif", ".tiff", ".btf", ".tf8", ".svs"})
+SUFFIXES = PILLOW_SUFFIXES | TIFF_SUFFIXES | {".npy"}
+"""Ends of the names of picture files, in lower case."""
+PLUGINS = {
+    ".heic": ("pillow_heif", "pillow-heif"),
+    ".heif": ("pillow_heif", "pillow-heif"),
+    ".jxl": ("pillow_jxl", "pillow-jxl-plugin"),
+}
+"""Ends of names -> the module that teaches Pillow to read such files, and what to install for it."""
+
+
+def open_file(file: str | Path | IO[bytes]) -> Picture:
+    """A picture of any format, by its content. Raises OSError, ValueError or BadPictureError for anything else."""
+    if isinstance(file, (str, Path)):
+        with open(file, "rb") as opened:
+            magic = opened.read(12)
+    else:
+        magic = file.read(12)
+        file.seek(0)
+    if magic.startswith(tiff.MAGIC):
+        return TiffPicture(file)
+    if magic.startswith(npy.MAGIC):
+        return NpyPicture(file)
+    return PillowPicture(open_picture(file))
+
+
+def open_bytes(content: bytes) -> Picture:
+    """A picture in memory."""
+    return open_file(io.BytesIO(content))
+
+
+def read_pixels(
+    picture: Picture,
+    preprocessing: Preprocessing,
+    max_megapixels: float,
+    box: Box | None = None,
+    size: tuple[int, int] | None = None,
+) -> Tensor:
+    """The pixels of a box (all when None), as (c, h, w) of uint8, uint16 or float32: the input of `to_model`.
+
+    Args:
+        preprocessing: which bands, and what is done where they hold nothing.
+        max_megapixels: most pixels that are decoded, in millions.
+        size: height and width to make of the box; as many pixels as it has when None.
+
+    Raises:
+        BadPictureError: too large, without the bands, of another type, or with numbers that are none.
+    """
+    if preprocessing.bands is None:
+        limits = preprocessing.range
+        span = (limits[0][0], limits[1][0]) if isinstance(limits, tuple) else limits
+        image, near = picture.rgb(max_megapixels, box, size, span, preprocessing.nodata)
+        if size is not None:
+            image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=near, reducing_gap=3.0)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    values, near = read_bands(picture, preprocessing, max_megapixels, box, size)
+    if size is None:
+        left, top, right, bottom = (round(edge) for edge in near)
+        return torch.from_numpy(values[:, top:bottom, left:right])
+    return torch.from_numpy(resized(values, size, near))
+
+
+def read_bands(
+    picture: Picture,
+    preprocessing: Preprocessing,
+    max_megapixels: float,
+    box: Box | None = None,
+    size: tuple[int, int] | None = None,
+) -> tuple[np.ndarray, Box]:
+    """The chosen bands around a box, filled where they hold nothing, and where the box lies in them."""
+    bands = preprocessing.bands
+    assert bands is not None
+    if max(bands) >= picture.bands:
+        raise BadPictureError(f"it holds {picture.words}, and band {max(bands)} is wanted (data.bands {list(bands)})")
+    if preprocessing.dtype is not None and picture.dtype != preprocessing.dtype:
+        raise BadPictureError(
+            f"it holds {picture.words}, and {preprocessing.dtype} is wanted, as of the other pictures"
+        )
+    values, near = picture.values(max_megapixels, box, size)
+    chosen = values if bands == tuple(range(len(values))) else values[list(bands)]
+    missing = invalid(chosen, preprocessing.nodata)
+    if picture.nodata is not None and (more := invalid(chosen, picture.nodata)) is not None:
+        missing = more if missing is None else missing | more
+    if chosen.dtype.kind == "f":
+        finite = np.isfinite(chosen) if missing is None else np.isfinite(chosen) | missing
+        if not finite.all():
+            share = 1 - finite.mean()
+            raise BadPictureError(
+                f"{share:.2%} of its values are NaN or infinite: set data.nodata nan where they are meant"
+            )
+    return preprocessing.filled(chosen, missing), near
+
+
+def resized(
+    values: np.ndarray,
+    size: tuple[int, int],
+    box: Box | None = None,
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
+    reducing_gap: float | None = 3.0,
+) -> np.ndarray:
+    """Bands (c, h, w) of uint8, uint16 or float32, resized band by band to a height and width, by Pillow's filter."""
+    made = np.empty((len(values), *size), values.dtype)
+    for band, out in zip(values, made, strict=True):
+        image = Image.fromarray(np.ascontiguousarray(band if band.dtype == np.uint8 else band.astype(np.float32)))
+        new = np.asarray(image.resize((size[1], size[0]), resample, box=box, reducing_gap=reducing_gap))
+        out[...] = new if out.dtype != np.uint16 else new.round().clip(0, 65535)
+    return made
