@@ -75,8 +75,14 @@ class Preprocessing:
         return to_model(torch.from_numpy(filled)[None], torch.device(device), self)
 
     def filled(self, values: np.ndarray, missing: np.ndarray | None) -> np.ndarray:
-        """A copy of the channels (c, h, w) with the mean where they are missing; other types become float32."""
+        """A copy of the channels (c, h, w) with the mean where they are missing; other types become float32.
+
+        Floats are kept within one width of the range on either side of it, or a stray 3e38 would make a loss infinite.
+        """
         keep = values.dtype if values.dtype in (np.uint8, np.uint16) else np.float32
+        if values.dtype.kind == "f":
+            low, high = (np.array(edge)[:, None, None] for edge in self.scale)
+            values = np.clip(values, 2 * low - high, 2 * high - low)
         copy = values.astype(keep)
         if missing is not None:
             fill = np.array(self.fill)

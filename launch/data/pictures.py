@@ -2,8 +2,9 @@
 
 import math
 from abc import ABC, abstractmethod
+from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import IO, Self
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -151,15 +152,17 @@ def value_span(values: np.ndarray, span: Span) -> tuple[float, float]:
     return 0.0, 65535.0
 
 
-def refuse_dark(values: np.ndarray, top: int, bits: int = 16) -> None:
-    """Raise BadPictureError where all values but a thousandth lie in the lowest sixteenth of their range."""
-    few = values.size // 1000
-    high = np.partition(values, values.size - 1 - few, axis=None)[values.size - 1 - few] if values.size else 0
+def refuse_dark(values: np.ndarray, top: int) -> None:
+    """Raise BadPictureError where all values but a thousandth lie in the lowest sixteenth of 16 bits, 0 to `top`."""
+    if not values.size:
+        return
+    place = values.size - 1 - values.size // 1000
+    high = int(np.partition(values, place, axis=None)[place])
     if 0 < high < top * DARK:
         share = f"{100 * high / top:.2g} %"
         raise BadPictureError(
-            f"its {bits}-bit values end at {high * (65535 // top)}, {share} of their range, and would be almost black: "
-            "set data.range, such as [0, 4095] for 12 bits, or data.range type where it is meant"
+            f"its 16-bit values end at {high * (65535 // top)}, {share} of their range, and would be almost black: set "
+            "data.range, such as [0, 4095] for 12 bits, or data.range type where it is meant"
         )
 
 
@@ -174,15 +177,17 @@ def window(box: Box, shape: tuple[int, int], size: tuple[int, int] | None) -> tu
 class PillowPicture(Picture):
     """What Pillow opens."""
 
-    def __init__(self, image: Image.Image) -> None:
+    def __init__(self, image: Image.Image, file: str | Path | IO[bytes] | None = None) -> None:
+        """An opened image, and the file that it was opened from."""
         self.image = image
-        width, height = upright_size(image)
-        self.size = (height, width)
+        self.file = file
         tile = image.tile[0] if isinstance(image, ImageFile.ImageFile) and image.tile else None
         raw_mode = tile[3] if tile else ""
         raw_mode = str(raw_mode[0] if isinstance(raw_mode, tuple) and raw_mode else raw_mode)
         self.deep_colours = image.mode in ("RGB", "RGBA") and ";16" in raw_mode
         """Whether Pillow drops the lower 8 of 16 bits."""
+        width, height = upright_size(image)  # of a PNG this decodes, after which no tile is left
+        self.size = (height, width)
         grey = {"1": np.uint8, "L": np.uint8, "I": np.int32, "F": np.float32}
         if image.mode in grey or image.mode.startswith("I;16"):
             self.bands, self.dtype = 1, np.dtype(grey.get(image.mode, np.uint16))
@@ -192,8 +197,8 @@ class PillowPicture(Picture):
             self.dtype = np.dtype(np.uint16 if self.deep_colours else np.uint8)
 
     def close(self) -> None:
-        """Close its file."""
-        self.image.close()
+        """Close its file; what was decoded stays, which Pillow's own `close` would take away."""
+        self.image.__exit__()
 
     def _draft(self, box: Box | None, size: tuple[int, int] | None, mode: str) -> None:
         """Let a JPEG be decoded at the lowest of its scales (1/2, 1/4, 1/8) that holds the box in full detail."""
@@ -237,7 +242,7 @@ class PillowPicture(Picture):
         check_megapixels(*self.size, max_megapixels)
         image = self.image
         if self.deep_colours:
-            values = _all_16_bits(image)
+            values = self._all_16_bits()
         else:
             self._draft(box, size, "L" if self.bands == 1 else "RGB")
             image.seek(0)
@@ -249,21 +254,24 @@ class PillowPicture(Picture):
         values = np.moveaxis(values, -1, 0) if values.ndim == 3 else values[None]
         return values, self._scaled(box, *values.shape[1:])
 
+    def _all_16_bits(self) -> np.ndarray:
+        """Colours of 16 bits (h, w, bands), of which Pillow keeps 8."""
+        if self.image.format != "PNG" or self.file is None:
+            raise BadPictureError(
+                f"its colours have 16 bits, which are read of TIFF, PNG and npy, not of {self.image.format}"
+            )
+        try:
+            import imagecodecs
+        except ImportError as error:
+            raise BadPictureError("16-bit colours in PNG are read by imagecodecs: pip install imagecodecs") from error
+        if isinstance(self.file, (str, Path)):
+            return imagecodecs.png_decode(Path(self.file).read_bytes())
+        self.file.seek(0)
+        return imagecodecs.png_decode(self.file.read())
+
     def _scaled(self, box: Box | None, height: int, width: int) -> Box:
         """The box in a picture that was decoded at this size."""
         if box is None:
             return 0.0, 0.0, float(width), float(height)
         x, y = width / self.size[1], height / self.size[0]
         return box[0] * x, box[1] * y, box[2] * x, box[3] * y
-
-
-def _all_16_bits(image: Image.Image) -> np.ndarray:
-    """Colours of 16 bits (h, w, bands), of which Pillow keeps 8."""
-    if image.format != "PNG" or not isinstance(image, ImageFile.ImageFile):
-        raise BadPictureError(f"its colours have 16 bits, which are read of TIFF, PNG and npy, not of {image.format}")
-    try:
-        import imagecodecs
-    except ImportError as error:
-        raise BadPictureError("16-bit colours in PNG are read by imagecodecs: pip install imagecodecs") from error
-    image.fp.seek(0)  # pyright: ignore[reportOptionalMemberAccess]
-    return imagecodecs.png_decode(image.fp.read())  # pyright: ignore[reportOptionalMemberAccess]

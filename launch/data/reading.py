@@ -40,7 +40,7 @@ def open_file(file: str | Path | IO[bytes]) -> Picture:
         return TiffPicture(file)
     if magic.startswith(npy.MAGIC):
         return NpyPicture(file)
-    return PillowPicture(open_picture(file))
+    return PillowPicture(open_picture(file), file)
 
 
 def open_bytes(content: bytes) -> Picture:
@@ -92,9 +92,7 @@ def read_bands(
     if max(bands) >= picture.bands:
         raise BadPictureError(f"it holds {picture.words}, and band {max(bands)} is wanted (data.bands {list(bands)})")
     if preprocessing.dtype is not None and picture.dtype != preprocessing.dtype:
-        raise BadPictureError(
-            f"it holds {picture.words}, and {preprocessing.dtype} is wanted, as of the other pictures"
-        )
+        raise BadPictureError(f"it holds {picture.words}, the other pictures {preprocessing.dtype}")
     values, near = picture.values(max_megapixels, box, size)
     chosen = values if bands == tuple(range(len(values))) else values[list(bands)]
     missing = invalid(chosen, preprocessing.nodata)
