@@ -98,7 +98,7 @@ def preprocessing_of(
     chosen = found.bands if bands is None else bands
     if absent := sorted(set(chosen) - set(found.bands)):
         raise UserError(
-            f"data.bands has {absent[0]}, data.statistics {statistics} have the bands {found.bands}: add it"
+            f"data.bands has {absent[0]}, data.statistics {statistics} have the bands {found.bands}: choose of these"
         )
     places = [found.bands.index(band) for band in chosen]
     lowest, highest = (
