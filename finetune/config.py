@@ -79,6 +79,9 @@ class LabelledData:
     """Processes that read and augment pictures, for each training process."""
     max_megapixels: float = 200.0
     """Largest picture that is decoded, in millions of pixels."""
+    statistics: str | None = None
+    """File of `python -m pretrain.statistics`, for pictures of other bands or ranges than those of pretraining; the
+    first convolution is adapted to another number of bands. null: bands, range, mean and nodata are the backbone's."""
 
     def __post_init__(self) -> None:
         require(self.workers >= 0, "data.workers", self.workers, "it cannot be negative")

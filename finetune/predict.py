@@ -10,10 +10,10 @@ import torch
 from rich.console import Console
 
 from finetune.model_folder import read_description, read_weights
+from finetune.pixels import read_file
 from finetune.registry import TASKS
 from finetune.task import Prediction, Predictor
 from launch.data.bad_pictures import reason
-from launch.data.images import open_picture, to_rgb
 from launch.data.sources import files_below
 from launch.run.cli import run
 from launch.run.progress import ProgressReport
@@ -82,8 +82,7 @@ def predict_batch(predictor: Predictor, batch: Sequence[tuple[int, Path]], out: 
         row: Prediction = {"file": str(file)}
         rows.append(row)
         try:
-            with open_picture(file) as image:
-                images.append(to_rgb(image, MAX_MEGAPIXELS))
+            images.append(read_file(file, predictor.preprocessing, MAX_MEGAPIXELS))
         except Exception as error:  # a decoder may raise anything on damaged data
             row["error"] = reason(error)
             continue

@@ -12,13 +12,13 @@ from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from torch import Tensor, nn
 
 from finetune.backbone import Pretrained, undecayed
 from finetune.config import FinetuneConfig
 from launch.data.bad_pictures import Named
 from vim_backbone import VimConfig, VisionMamba
+from vim_backbone.preprocessing import RGB, Preprocessing
 
 ConfigT = TypeVar("ConfigT", bound=FinetuneConfig, covariant=True)
 Prediction = dict[str, Any]
@@ -88,6 +88,8 @@ class Predictor(ABC):
         self.device = device
         self.classes: list[str] = description["classes"]
         self.config = VimConfig.from_dict(description["backbone"])
+        saved = description.get("preprocessing")  # not in those of older versions
+        self.preprocessing = RGB if saved is None else Preprocessing.from_dict(saved)
         self.model = self.new_model().to(device).eval()
 
     @abstractmethod
@@ -95,8 +97,8 @@ class Predictor(ABC):
         """The model with fresh weights."""
 
     @abstractmethod
-    def predict(self, images: list[Image.Image], drawings: list[Path]) -> list[Prediction]:
-        """Predict on RGB pictures, as one batch where the task can, and draw each into its file."""
+    def predict(self, images: list[Tensor], drawings: list[Path]) -> list[Prediction]:
+        """Predict on pictures as `pixels_of` gives them, in one batch where the task can, and draw each in its file."""
 
     @abstractmethod
     def in_words(self, prediction: Prediction) -> str:
@@ -143,7 +145,7 @@ class Task(ABC, Generic[ConfigT]):
 
     @abstractmethod
     def description(self) -> dict[str, Any]:
-        """What the predictor needs to use the trained model, as plain data; `classes` and `backbone` among it."""
+        """What the predictor needs, as plain data; `classes`, `backbone` and `preprocessing` among it."""
 
     @property
     def evaluates_only(self) -> bool:

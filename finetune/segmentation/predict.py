@@ -4,7 +4,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
+from finetune.pixels import displayed
 from finetune.segmentation.config import SegmentationHead, TestConfig
 from finetune.segmentation.data import to_test_size
 from finetune.segmentation.evaluate import draw_overlays
@@ -21,7 +23,7 @@ class SegmentationPredictor(Predictor):
         """The segmenter with fresh weights."""
         return Segmenter(self.config, SegmentationHead(**self.description["head"]), len(self.classes))
 
-    def predict(self, images: list[Image.Image], drawings: list[Path]) -> list[Prediction]:
+    def predict(self, images: list[Tensor], drawings: list[Path]) -> list[Prediction]:
         """`labels`: file of the map, labels as in the training data; `shares` of the pixels by class."""
         windows = windows_of(self.config, TestConfig(**self.description["test"]))
         first = int(self.description["zero_is_ignored"])
@@ -29,9 +31,11 @@ class SegmentationPredictor(Predictor):
         of_classes = np.array(values, np.uint8 if max(values) < 256 else np.uint16)
         predictions = []
         for image, path in zip(images, drawings, strict=True):  # one by one, because sizes differ
-            logits = windows.logits(self.model, to_model(to_test_size(image, self.config.img_size)[None], self.device))
-            labels = resize(logits, (image.height, image.width)).argmax(1)[0].cpu().numpy()
-            draw_overlays(path, [(np.asarray(image) / 255, None, labels)], self.classes)
+            scaled = to_test_size(image, self.config.img_size)[None]
+            logits = windows.logits(self.model, to_model(scaled, self.device, self.preprocessing))
+            labels = resize(logits, (image.shape[1], image.shape[2])).argmax(1)[0].cpu().numpy()
+            picture = displayed(image, self.preprocessing).permute(1, 2, 0).numpy() / 255
+            draw_overlays(path, [(picture, None, labels)], self.classes)
             file = path.with_name(f"{path.stem}_labels.png")
             Image.fromarray(of_classes[labels]).save(file)
             counts = np.bincount(labels.ravel(), minlength=len(self.classes)) / labels.size

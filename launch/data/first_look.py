@@ -17,7 +17,9 @@ SIDE = 512
 """Of the middle of a picture that is read."""
 
 
-def look_at_first(source: Source, preprocessing: Preprocessing, max_megapixels: float, max_bad_share: float) -> None:
+def look_at_first(
+    source: Source, preprocessing: Preprocessing, max_megapixels: float, max_bad_share: float = 0.5
+) -> None:
     """Raise UserError where more than a share of a few pictures, spread over the source, cannot be what is meant.
 
     Files that are damaged count for nothing here: they are named when they are met.
