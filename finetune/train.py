@@ -219,7 +219,7 @@ def publish(run: Run) -> None:
 
     def write() -> None:
         write_model(config.folder, task.name, task.description(), whole)
-        card = model_card(backbone.config, "backbone") + history
+        card = model_card(backbone.config, "backbone", task.pretrained.preprocessing) + history
         more = {"preprocessing": task.pretrained.preprocessing, "card": card, "tensors": inside}
         backbone.save_pretrained(config.folder / "backbone", **more)
 

@@ -204,7 +204,7 @@ def publish(run: Run) -> None:
         f"{config.batch_size} pictures, {run.view.sizes}, {run.objective.summary}, {config.precision}, "
         f"seed {config.seed}{f', weights averaged with decay {config.ema_decay}' if config.ema_decay else ''}.\n"
     )
-    card = model_card(encoder.config, "backbone") + history
+    card = model_card(encoder.config, "backbone", config.data.preprocessing) + history
     more = {"preprocessing": config.data.preprocessing, "card": card, "tensors": tensors}
     on_main(training.accelerator, lambda: encoder.save_pretrained(folder, **more))
     run.log.say(

@@ -180,12 +180,12 @@ def preprocessor(config: VimConfig, preprocessing: Preprocessing) -> dict[str, A
     } | preprocessing.to_dict()
 
 
-def read_preprocessing(folder: Path) -> Preprocessing:
+def read_preprocessing(folder: str | Path) -> Preprocessing:
     """What is done to pictures for the backbone in a folder; `RGB` where its preprocessor_config.json is missing.
 
     Raises UserError for a damaged file.
     """
-    path = folder / PREPROCESSOR
+    path = Path(folder) / PREPROCESSOR
     if not path.exists():
         return RGB
     data = read_json(path)
