@@ -72,18 +72,18 @@ class Preprocessing:
             )
         chosen = values[list(self.bands)] if self.bands is not None else values[:count]
         filled = self.filled(chosen, invalid(chosen, self.nodata))
-        return to_model(torch.from_numpy(filled)[None], torch.device(device), self)
+        return to_model(torch.tensor(filled)[None], torch.device(device), self)
 
     def filled(self, values: np.ndarray, missing: np.ndarray | None) -> np.ndarray:
-        """A copy of the channels (c, h, w) with the mean where they are missing; other types become float32.
+        """The channels (c, h, w) with the mean where they are missing, a copy where it is; other types become float32.
 
         Floats are kept within one width of the range on either side of it, or a stray 3e38 would make a loss infinite.
         """
         keep = values.dtype if values.dtype in (np.uint8, np.uint16) else np.float32
         if values.dtype.kind == "f":
-            low, high = (np.array(edge)[:, None, None] for edge in self.scale)
+            low, high = (np.array(edge, np.float32)[:, None, None] for edge in self.scale)
             values = np.clip(values, 2 * low - high, 2 * high - low)
-        copy = values.astype(keep)
+        copy = values.astype(keep, copy=missing is not None)
         if missing is not None:
             fill = np.array(self.fill)
             fill = fill.round() if keep != np.float32 else fill

@@ -75,7 +75,7 @@ def read_pixels(
     values, near = read_bands(picture, preprocessing, max_megapixels, box, size)
     if size is None:
         left, top, right, bottom = (round(edge) for edge in near)
-        return torch.from_numpy(values[:, top:bottom, left:right])
+        return torch.from_numpy(values[:, top:bottom, left:right].copy())
     return torch.from_numpy(resized(values, size, near))
 
 
@@ -117,8 +117,31 @@ def resized(
 ) -> np.ndarray:
     """Bands (c, h, w) of uint8, uint16 or float32, resized band by band to a height and width, by Pillow's filter."""
     made = np.empty((len(values), *size), values.dtype)
+    across, down = 1, 1
+    if values.dtype != np.uint8 and box is not None and reducing_gap is not None:
+        # as Pillow would with its gap, but before every pixel becomes a float of its own
+        across, down = (
+            max(1, int((end - start) / side / reducing_gap))
+            for start, end, side in ((box[0], box[2], size[1]), (box[1], box[3], size[0]))
+        )
+        box = (box[0] / across, box[1] / down, box[2] / across, box[3] / down)
+        reducing_gap = None
     for band, out in zip(values, made, strict=True):
-        image = Image.fromarray(np.ascontiguousarray(band if band.dtype == np.uint8 else band.astype(np.float32)))
+        if band.dtype != np.uint8:
+            band = block_means(band, down, across)
+        image = Image.fromarray(np.ascontiguousarray(band))
         new = np.asarray(image.resize((size[1], size[0]), resample, box=box, reducing_gap=reducing_gap))
         out[...] = new if out.dtype != np.uint16 else new.round().clip(0, 65535)
     return made
+
+
+def block_means(band: np.ndarray, down: int, across: int) -> np.ndarray:
+    """Means of blocks of so many rows and columns (h, w) -> float32; the last ones repeat the edge."""
+    height, width = band.shape
+    if height % down or width % across:
+        band = np.pad(band, ((0, -height % down), (0, -width % across)), mode="edge")
+    rows = band[::down].astype(np.float32)
+    for offset in range(1, down):
+        rows += band[offset::down]
+    means = rows[:, ::across] if across == 1 else sum(rows[:, offset::across] for offset in range(across))
+    return np.asarray(means, np.float32) / np.float32(down * across) if down * across > 1 else rows
