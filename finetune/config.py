@@ -80,7 +80,7 @@ class LabelledData:
     max_megapixels: float = 200.0
     """Largest picture that is decoded, in millions of pixels."""
     statistics: str | None = None
-    """File of `python -m pretrain.statistics`, for pictures of other bands or ranges than those of pretraining; the
+    """File of `python -m pretrain.bands`, for pictures of other bands or ranges than those of pretraining; the
     first convolution is adapted to another number of bands. null: bands, range, mean and nodata are the backbone's."""
 
     def __post_init__(self) -> None:

@@ -60,7 +60,7 @@ class DataConfig:
     nodata: NodataField = None
     """Value of pixels that hold nothing, or nan; null: what the file, or `statistics`, says."""
     statistics: str | None = None
-    """File of `python -m pretrain.statistics`, which says bands, range, mean, deviation and nodata."""
+    """File of `python -m pretrain.bands`, which says bands, range, mean, deviation and nodata."""
 
     def __post_init__(self) -> None:
         require(0.0 < self.min_scale <= 1.0, "data.min_scale", self.min_scale, "it must lie in (0, 1]")

@@ -13,7 +13,7 @@ from launch.data.bad_pictures import BadPictures
 from launch.data.first_look import look_at_first
 from launch.data.loading import enduring
 from launch.data.order import plan_batches
-from launch.data.sources import Source, StreamCells, open_source
+from launch.data.sources import Source, StreamCells, open_source, what_was_left_out
 from launch.run.accelerator import build_accelerator, on_main, strategy
 from launch.run.folder import run_folder
 from launch.run.metrics import RunLog, Throughput, peak_memory_gb
@@ -94,7 +94,7 @@ def pretrain(config: PretrainConfig) -> Path:
                 batches = enduring(batches_from, first * config.accumulation, log.say)
                 run = Run(config, objective, source, view, batches, training, log, bad)
                 made_again = [f"made again in the backward pass: {level}"] * (config.model.recompute == "auto")
-                for line in (introduction(run, pictures), *made_again, *start.notes):
+                for line in (introduction(run, pictures), *what_was_left_out(source), *made_again, *start.notes):
                     log.say(line)
                 train(run)
                 publish(run)

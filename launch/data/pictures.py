@@ -115,7 +115,7 @@ class Picture(ABC):
         if self.bands not in (1, 3):
             raise BadPictureError(
                 f"it holds {self.words}, and RGB takes 1 or 3: choose with data.statistics (see python -m "
-                "pretrain.statistics) and data.bands"
+                "pretrain.bands) and data.bands"
             )
 
     @property

@@ -1,6 +1,8 @@
 """A file of any format as a `Picture`, and a picture as what a model takes: its bands, their values, at a size."""
 
 import io
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import IO
 
@@ -17,29 +19,57 @@ from launch.data.pictures import Box, Picture, PillowPicture
 from launch.data.tiff import TiffPicture
 from vim_backbone.preprocessing import Preprocessing, invalid
 
+
+@dataclass(frozen=True)
+class Plugin:
+    """What teaches Pillow another format."""
+
+    kind: str
+    """Pillow's name of the format."""
+    module: str
+    package: str
+    """What pip installs."""
+    suffixes: frozenset[str]
+
+    def teach(self) -> None:
+        """Let Pillow know the format. Raises BadPictureError where the package is missing."""
+        try:
+            module = import_module(self.module)
+        except ImportError as error:
+            raise BadPictureError(f"{self.kind} is read with {self.package}: pip install {self.package}") from error
+        getattr(module, "register_heif_opener", bool)()
+
+
+HEIF = Plugin("HEIF", "pillow_heif", "pillow-heif", frozenset({".heic", ".heif", ".hif"}))
+JXL = Plugin("JXL", "pillow_jxl", "pillow-jxl-plugin", frozenset({".jxl"}))
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 TIFF_SUFFIXES = frozenset({".tif", ".tiff", ".btf", ".tf8", ".svs"})
-SUFFIXES = PILLOW_SUFFIXES | TIFF_SUFFIXES | {".npy"}
+SUFFIXES = PILLOW_SUFFIXES | TIFF_SUFFIXES | HEIF.suffixes | JXL.suffixes | {".npy"}
 """Ends of the names of picture files, in lower case."""
-PLUGINS = {
-    ".heic": ("pillow_heif", "pillow-heif"),
-    ".heif": ("pillow_heif", "pillow-heif"),
-    ".jxl": ("pillow_jxl", "pillow-jxl-plugin"),
-}
-"""Ends of names -> the module that teaches Pillow to read such files, and what to install for it."""
+
+
+def plugin_of(magic: bytes) -> Plugin | None:
+    """What reads a file that begins so, where Pillow alone does not."""
+    if magic[4:8] == b"ftyp" and magic[8:12] in HEIF_BRANDS and b"avif" not in magic:  # AVIF may have these too
+        return HEIF
+    return JXL if magic.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")) else None
 
 
 def open_file(file: str | Path | IO[bytes]) -> Picture:
     """A picture of any format, by its content. Raises OSError, ValueError or BadPictureError for anything else."""
     if isinstance(file, (str, Path)):
         with open(file, "rb") as opened:
-            magic = opened.read(12)
+            magic = opened.read(64)
     else:
-        magic = file.read(12)
+        magic = file.read(64)
         file.seek(0)
     if magic.startswith(tiff.MAGIC):
         return TiffPicture(file)
     if magic.startswith(npy.MAGIC):
         return NpyPicture(file)
+    if plugin := plugin_of(magic):
+        plugin.teach()
+        return PillowPicture(Image.open(file, formats=(plugin.kind,)), file)
     return PillowPicture(open_picture(file), file)
 
 

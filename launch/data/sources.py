@@ -7,6 +7,7 @@ import glob
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,9 +40,11 @@ class ImageSource(Named, Protocol):
 class ImageFiles:
     """Picture files, named by their path below `root`."""
 
-    def __init__(self, paths: list[Path], root: Path | None = None) -> None:
+    def __init__(self, paths: list[Path], root: Path | None = None, left_out: Counter[str] | None = None) -> None:
+        """`left_out`: files beside them, by the end of their names."""
         self.paths = paths
         self.root = root
+        self.left_out = left_out or Counter()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -94,7 +97,8 @@ def open_source(source: str, *, split: str, column: str | None, streaming: bool)
     if source.startswith("hf:"):
         return _dataset(source[3:], None, split, column, streaming)
     if path.is_dir():
-        return ImageFiles(files_below(path), path)
+        left_out: Counter[str] = Counter()
+        return ImageFiles(files_below(path, left_out), path, left_out)
     if path.suffix.lower() in BUILDERS:
         return _dataset(BUILDERS[path.suffix.lower()], _matches(path), split, column, streaming)
     what = "is no folder and no data set" if path.exists() else "does not exist"
@@ -111,21 +115,40 @@ def _matches(pattern: Path) -> list[str]:
     return files
 
 
-def files_below(folder: Path) -> list[Path]:
-    """All picture files below a folder, in sorted order. Raises UserError where there are none."""
-    paths = picture_paths(folder)
+def files_below(folder: Path, left_out: Counter[str] | None = None) -> list[Path]:
+    """All picture files below a folder, in sorted order; `left_out` counts the others by the end of their names.
+
+    Raises UserError where there are none.
+    """
+    paths = picture_paths(folder, left_out)
     if not paths:
         raise UserError(f"no pictures below {folder}: {_what_else(folder)}")
     return paths
 
 
-def picture_paths(folder: Path) -> list[Path]:
-    """Picture files below a folder, at any depth and through symbolic links, in sorted order.
+def picture_paths(folder: Path, left_out: Counter[str] | None = None) -> list[Path]:
+    """Picture files below a folder, at any depth and through symbolic links, in sorted order; `left_out` as there.
 
     Names that begin with a dot, and __MACOSX, are passed over: what file managers and editors leave behind. Raises
     UserError for a folder below it that cannot be read.
     """
-    return sorted(path for path in _walk(folder, ()) if path.suffix.lower() in SUFFIXES and path.is_file())
+    paths = []
+    for path in _walk(folder, ()):
+        suffix = path.suffix.lower()
+        if suffix in SUFFIXES and path.is_file():
+            paths.append(path)
+        elif left_out is not None:
+            left_out[suffix] += 1
+    return sorted(paths)
+
+
+def what_was_left_out(source: "Source") -> list[str]:
+    """A line on the files of a folder that are no pictures by the end of their names; none where there are none."""
+    left_out = source.left_out if isinstance(source, ImageFiles) else Counter[str]()
+    if not left_out:
+        return []
+    kinds = ", ".join(f"{count} {escaped(suffix) or 'without one'}" for suffix, count in left_out.most_common(5))
+    return [f"{left_out.total()} files are left out for their ending: {kinds}"]
 
 
 def left_behind(name: str) -> bool:

@@ -15,7 +15,7 @@ RangeField = Literal["type", "percentiles"] | list[float] | None
 """Type of the field `data.range`."""
 NodataField = float | Literal["nan"] | None
 """Type of the field `data.nodata`."""
-COMMAND = "python -m pretrain.statistics SOURCE --out FILE.json"
+COMMAND = "python -m pretrain.bands SOURCE --out FILE.json"
 
 
 @dataclass(frozen=True, kw_only=True)

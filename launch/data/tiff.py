@@ -110,7 +110,7 @@ class TiffPicture(Picture):
         if self.bands == 3 and not self._colours() and self.key.samplesperpixel == 1:
             raise BadPictureError(
                 f"it holds 3 pages of {self.dtype}, which need not be red, green and blue: choose with "
-                "data.statistics (see python -m pretrain.statistics)"
+                "data.statistics (see python -m pretrain.bands)"
             )
         super().require_colours()
 

@@ -18,7 +18,7 @@ from finetune.detection.tta import fit
 from finetune.main import main as finetune
 from finetune.pixels import displayed, resize_pixels
 from finetune.predict import main as predict
-from pretrain.statistics import main as statistics
+from pretrain.bands import main as statistics
 from tests.finetune.conftest import ARCHITECTURE
 from tests.finetune.test_predict import MORE, PICTURES, SMALL
 from vim_backbone import UserError, VimConfig, VisionMamba, from_pretrained

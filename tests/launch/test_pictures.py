@@ -7,9 +7,11 @@ import pytest
 import tifffile
 from PIL import Image
 
+import launch.data.reading
 from launch.data.bad_pictures import reason
 from launch.data.images import ORIENTATION, BadPictureError
 from launch.data.reading import open_bytes, open_file, read_pixels
+from launch.data.sources import open_source, what_was_left_out
 from vim_backbone.preprocessing import RGB, Preprocessing
 
 SHAPE = (300, 420)
@@ -293,6 +295,40 @@ def test_sparse_tiles_hold_nodata(tmp_path):
     pixels = read_pixels(open_bytes(bytes(content)), chosen(0, dtype="uint8"), 1).numpy()[0]
     assert (pixels[:64, :64] == 128).all()
     assert np.array_equal(pixels[64:, 64:], values[64:, 64:])
+
+
+@pytest.mark.parametrize(("kind", "module"), [("HEIF", "pillow_heif"), ("JXL", "pillow_jxl")])
+def test_formats_that_plugins_read(photo, kind, module, monkeypatch):
+    plugin = pytest.importorskip(module, reason="writes and reads the format")
+    if kind == "HEIF":
+        plugin.register_heif_opener()
+    buffer = io.BytesIO()
+    photo(48, 64).save(buffer, kind, quality=95)
+    view = read_pixels(open_bytes(buffer.getvalue()), RGB, 1).numpy()
+    assert np.abs(np.moveaxis(view, 0, -1).astype(int) - np.asarray(photo(48, 64))).mean() < 12
+
+    def absent(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(launch.data.reading, "import_module", absent)
+    assert f"{kind} is read with {module.replace('_', '-')}" in refused(buffer.getvalue())
+
+
+def test_avif_is_read_by_pillow_whatever_brand_it_has_first(photo):
+    buffer = io.BytesIO()
+    photo(48, 64).save(buffer, "avif", quality=95)
+    content = buffer.getvalue()
+    assert content[4:12] == b"ftypavif"
+    for first in (b"avif", b"mif1"):
+        assert read_pixels(open_bytes(content[:8] + first + content[12:]), RGB, 1).shape == (3, 48, 64)
+
+
+def test_files_left_out_for_their_ending_are_counted(picture_folder):
+    for name in ("a.txt", "b.txt", "c.dcm", "none"):
+        (picture_folder / name).write_text("x")
+    source = open_source(str(picture_folder), split="train", column=None, streaming=False)
+    assert len(source) == 10
+    assert what_was_left_out(source) == ["4 files are left out for their ending: 2 .txt, 1 .dcm, 1 without one"]
 
 
 def npy(array, pickled=False):

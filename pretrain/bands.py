@@ -1,4 +1,4 @@
-"""Statistics of a source's bands: `python -m pretrain.statistics SOURCE --out FILE.json`, for `--data.statistics`."""
+"""Statistics of a source's bands: `python -m pretrain.bands SOURCE --out FILE.json`, for `--data.statistics`."""
 
 import argparse
 import sys
@@ -174,7 +174,7 @@ def numbers(text: str) -> list[int]:
 
 def main(argv: list[str]) -> None:
     """Read the pictures, write the file, and print it as a table."""
-    parser = argparse.ArgumentParser("pretrain.statistics", description=__doc__)
+    parser = argparse.ArgumentParser("pretrain.bands", description=__doc__)
     parser.add_argument("source", help="as data.source: a folder, .parquet, .tar or .zip files, hf:NAME")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write, for --data.statistics")
     parser.add_argument("--pictures", type=int, default=1000, help="how many are read, drawn at random")

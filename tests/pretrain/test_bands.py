@@ -13,9 +13,9 @@ from launch.data.sources import open_source
 from launch.data.statistics import Statistics, preprocessing_of
 from launch.run.cli import parse
 from launch.run.randomness import generator
+from pretrain.bands import gather, main
 from pretrain.config import PretrainConfig
 from pretrain.data import DataConfig, random_crop
-from pretrain.statistics import gather, main
 from pretrain.train import pretrain
 from tests.pretrain.test_train import SMALL
 from tests.rows import read_metrics
