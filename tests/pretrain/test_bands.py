@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import tifffile
@@ -198,6 +199,23 @@ def test_native_sizes_of_bands(scenes, tmp_path):
         )
     )
     assert all(0.2 < row["loss"] < 3 for row in read_metrics(folder / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_cells_of_a_data_set_hold_bands_too(scenes, tmp_path, streaming):
+    cells = [{"bytes": path.read_bytes(), "path": None} for path in sorted(scenes.glob("*.tif"))]
+    data = datasets.Dataset.from_dict({"image": cells}, features=datasets.Features(image=datasets.Image()))
+    (tmp_path / "parquet").mkdir()
+    data.to_parquet(tmp_path / "parquet/part.parquet")
+    source = f"{tmp_path}/parquet/part.parquet"
+    more = ["--streaming"] if streaming else []
+    main([source, "--out", str(tmp_path / "cells.json"), *more])
+    assert Statistics.read(tmp_path / "cells.json").mean == pytest.approx(Statistics.read(made(scenes)).mean)
+    argv = [f"--data.source={source}", f"--data.streaming={str(streaming).lower()}"]
+    folder = pretrain(config(tmp_path, "--steps=1", *argv, f"--data.statistics={tmp_path}/cells.json"))
+    assert 0.2 < read_metrics(folder / "metrics.jsonl")[0]["loss"] < 3
+    with pytest.raises(UserError, match="6 of 6 pictures cannot be what is meant, such as row 0: it holds 4 bands"):
+        pretrain(config(tmp_path, "--name=rgb", "--steps=1", *argv))
 
 
 @pytest.mark.parametrize(("argv", "line"), [
