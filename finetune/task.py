@@ -17,10 +17,14 @@ from torch import Tensor, nn
 from finetune.backbone import Pretrained, undecayed
 from finetune.config import FinetuneConfig
 from launch.data.bad_pictures import Named
+from launch.data.images import check_megapixels
+from launch.data.pictures import Picture
 from vim_backbone import VimConfig, VisionMamba
 from vim_backbone.preprocessing import RGB, Preprocessing
 
 ConfigT = TypeVar("ConfigT", bound=FinetuneConfig, covariant=True)
+MAX_MEGAPIXELS = 200.0
+"""Largest picture that is decoded whole for a prediction, in millions of pixels."""
 Prediction = dict[str, Any]
 """What a model says of one picture, as plain data: a row of predictions.json."""
 
@@ -99,6 +103,12 @@ class Predictor(ABC):
     @abstractmethod
     def predict(self, images: list[Tensor], drawings: list[Path]) -> list[Prediction]:
         """Predict on pictures as `pixels_of` gives them, in one batch where the task can, and draw each in its file."""
+
+    def predict_huge(self, picture: Picture, drawing: Path) -> Prediction:
+        """Predict on a picture that is larger than memory. Raises BadPictureError where the task has no such way."""
+        del drawing
+        check_megapixels(*picture.size, MAX_MEGAPIXELS)
+        raise NotImplementedError
 
     @abstractmethod
     def in_words(self, prediction: Prediction) -> str:

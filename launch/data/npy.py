@@ -14,6 +14,8 @@ MAGIC = b"\x93NUMPY"
 class NpyPicture(Picture):
     """An array (h, w), (bands, h, w) or (h, w, bands): of three axes, the shorter one of the first and the last."""
 
+    windowed = True
+
     def __init__(self, file: str | Path | IO[bytes]) -> None:
         mapped = "r" if isinstance(file, (str, Path)) else None
         array = np.load(file, mmap_mode=mapped, allow_pickle=False)  # a pickle could start any program

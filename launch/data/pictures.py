@@ -40,6 +40,8 @@ class Picture(ABC):
     """Type of the file's values."""
     nodata: float | None = None
     """What the file says that pixels without a value have."""
+    windowed: bool = False
+    """Whether a box of it is read without the rest."""
 
     @abstractmethod
     def values(

@@ -101,6 +101,8 @@ def read_pixels(
         image, near = picture.rgb(max_megapixels, box, size, span, preprocessing.nodata)
         if size is not None:
             image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=near, reducing_gap=3.0)
+        elif box is not None:
+            image = image.crop((round(near[0]), round(near[1]), round(near[2]), round(near[3])))
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
     values, near = read_bands(picture, preprocessing, max_megapixels, box, size)
     if size is None:

@@ -1,6 +1,7 @@
 """TIFF of any kind, by tifffile: bands, pages, planes and pyramids, of which only the tiles around a view are read."""
 
 import math
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
@@ -50,6 +51,7 @@ class TiffPicture(Picture):
         if not height or not width or not 1 <= self.bands <= MOST_BANDS or self.dtype.kind not in "biuf":
             raise BadPictureError(f"it is {series.shape} of {self.dtype}: no picture of numbers")
         self.nodata = self._nodata()
+        self.windowed = self.orientation == 1
 
     def _nodata(self) -> float | None:
         text = self.key.tags.valueof(NODATA)
@@ -81,9 +83,10 @@ class TiffPicture(Picture):
         """As Pillow makes it where it reads the file faithfully, else from `values`."""
         grey = self.bands == 1 and self.key.photometric.name in ("MINISBLACK", "MINISWHITE")
         windows = grey or (self.key.photometric.name in ("RGB", "YCBCR") and self.bands == 3)
-        large = self.size[0] * self.size[1] > WHOLE and windows
+        decodable = self.key.compression == 1 or find_spec("imagecodecs") is not None
+        by_window = windows and decodable and self.size[0] * self.size[1] > WHOLE
         plain = self._colours() and nodata is None and self.nodata is None and (grey or self.dtype == np.uint8)
-        if plain and not (large and (self.key.is_tiled or len(self.levels) > 1)):
+        if plain and not by_window:
             if hasattr(self.source, "seek"):
                 self.source.seek(0)  # pyright: ignore[reportAttributeAccessIssue]
             try:

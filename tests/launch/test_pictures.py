@@ -76,6 +76,18 @@ def test_tiffs_give_the_values_that_were_written_whole_and_by_window(tmp_path, w
             assert np.array_equal(swapped.numpy(), values[[3, 1]])
 
 
+@pytest.mark.parametrize("name", ["colours.png", "colours.tif", "tiled.tif", "colours.npy"])
+def test_a_box_of_colours(tmp_path, photo, name):
+    colours = np.asarray(photo(90, 120))
+    Image.fromarray(colours).save(tmp_path / "colours.png")
+    Image.fromarray(colours).save(tmp_path / "colours.tif")
+    tifffile.imwrite(tmp_path / "tiled.tif", colours, photometric="rgb", tile=(32, 32))
+    np.save(tmp_path / "colours.npy", colours)
+    with open_file(tmp_path / name) as picture:
+        part = read_pixels(picture, RGB, 1, (30, 40, 70, 85)).numpy()
+    assert np.array_equal(part, np.moveaxis(colours[40:85, 30:70], -1, 0))
+
+
 @pytest.mark.parametrize("axes", ["bhw", "hwb", "hw"])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.float64])
 def test_arrays(tmp_path, axes, dtype):
