@@ -63,8 +63,11 @@ class TiffPicture(Picture):
             raise BadPictureError(f"its nodata is {str(text)[:40]!r}, which is no number") from error
 
     def close(self) -> None:
-        """Close its file."""
+        """Close its file, and let its header go: objects of tifffile hold each other, megabytes for a slide."""
         self.file.close()
+        for holder in (*(level.keyframe for level in self.levels), self.file):
+            vars(holder).clear()
+        self.levels, self.key = [], None
 
     @property
     def words(self) -> str:
