@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import tifffile
+import torch
 from PIL import Image
 
 import finetune.predict
@@ -44,6 +45,21 @@ def test_tiles_fit_together_whatever_the_shape(tmp_path, shape, window):
     picture, labels = huge.thumbnail()
     assert np.array_equal(labels, want)
     assert np.allclose(picture, values / 255)
+
+
+def test_what_a_window_says_near_its_edge_is_not_used_inside_a_picture(tmp_path):
+    np.save(tmp_path / "picture.npy", np.zeros((200, 300, 3), np.uint8))
+
+    def near_the_edge(pixels):
+        labels = torch.ones(pixels.shape[2:], dtype=torch.long)
+        labels[8:-8, 8:-8] = 0
+        return labels
+
+    with open_file(tmp_path / "picture.npy") as picture:
+        HugeMap(picture, RGB, (64, 64)).write(tmp_path / "map.tif", np.arange(2, dtype=np.uint8), near_the_edge)
+    labels = tifffile.imread(tmp_path / "map.tif")
+    assert not labels[8:-8, 8:-8].any()
+    assert labels[:8].all()
 
 
 def test_what_is_drawn_is_small(tmp_path, monkeypatch):

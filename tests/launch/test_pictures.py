@@ -10,7 +10,7 @@ from PIL import Image
 import launch.data.reading
 from launch.data.bad_pictures import reason
 from launch.data.images import ORIENTATION, BadPictureError
-from launch.data.reading import open_bytes, open_file, read_pixels
+from launch.data.reading import block_means, open_bytes, open_file, read_pixels, resized
 from launch.data.sources import open_source, what_was_left_out
 from vim_backbone.preprocessing import RGB, Preprocessing
 
@@ -118,6 +118,34 @@ def test_a_window_gives_the_view_that_the_whole_picture_gives(tmp_path, dtype):
     assert error.mean() < 0.7
 
 
+@pytest.mark.parametrize("size", [(48, 60), (240, 300), (500, 400)])
+def test_a_window_has_all_that_the_filter_needs(tmp_path, size):
+    values, box = scene(4), (41.0, 22.0, 341.0, 262.0)
+    planes(tmp_path / "scene.tif", values)
+    with open_file(tmp_path / "scene.tif") as picture:
+        view = read_pixels(picture, chosen(0, 1, 2, 3), 1, box, size).numpy()
+    assert np.array_equal(view, resized(values, size, box))
+
+
+def test_overshoot_of_16_bits_is_cut_and_fractions_are_rounded():
+    step = np.zeros((1, 40, 40), np.uint16)
+    step[:, :, 20:] = 65535
+    sharp = resized(step, (40, 93), (0, 0, 40, 40))
+    assert (sharp[0, :, :40] == 0).all()
+    assert (sharp[0, :, 60:] == 65535).all()
+    values = scene(1)
+    whole, exact = (resized(each, (70, 90), (0, 0, 420, 300)) for each in (values, values.astype(np.float32)))
+    assert np.abs(whole - exact).max() <= 0.5
+
+
+@pytest.mark.parametrize(("down", "across"), [(1, 1), (2, 1), (1, 3), (3, 4)])
+def test_means_of_blocks(down, across):
+    band = np.random.default_rng(0).integers(0, 65535, (13, 17), dtype=np.uint16)
+    padded = np.pad(band.astype(np.float64), ((0, -13 % down), (0, -17 % across)), mode="edge")
+    blocks = padded.reshape(padded.shape[0] // down, down, padded.shape[1] // across, across)
+    assert np.allclose(block_means(band, down, across), blocks.mean((1, 3)))
+
+
 def pyramid(path, colours, **options):
     with tifffile.TiffWriter(path) as file:
         file.write(colours, tile=(64, 64), photometric="rgb", subifds=2, **options)
@@ -154,6 +182,16 @@ def test_a_crop_of_a_huge_file_takes_no_more_than_its_own_tiles(tmp_path):
         assert view.shape == (3, 224, 224)
         with pytest.raises(BadPictureError, match=r"10000 megapixels, over data\.max_megapixels 2"):
             read_pixels(picture, RGB, 2)
+
+
+def test_a_closed_tiff_keeps_nothing_of_its_header(tmp_path):
+    """Objects of tifffile hold each other: a slide's offsets of tiles, megabytes, would wait for the collector."""
+    planes(tmp_path / "scene.tif", scene())
+    with open_file(tmp_path / "scene.tif") as picture:
+        picture.values(1)
+        header = picture.key
+        assert len(header.dataoffsets) == 4 * 5 * 7
+    assert not vars(header)
 
 
 @pytest.mark.parametrize("value", range(1, 9))
