@@ -84,8 +84,11 @@ class Picture(ABC):
         values, near = self.values(max_megapixels, box, size)
         missing = self.missing(values, nodata)
         if values.dtype != np.uint8:
-            sample = self.sample(max_megapixels)  # of the whole picture, or each crop would have a contrast of its own
-            values = np.stack(levels(values, value_span(sample[:, ~self.missing(sample, nodata)], span)))
+            if not isinstance(span, tuple):
+                # of the whole picture, or each crop would have a contrast of its own
+                sample = self.sample(max_megapixels)
+                span = value_span(sample[:, ~self.missing(sample, nodata)], span)
+            values = np.stack(levels(values, span))
         pixels = np.moveaxis(values if len(values) == 3 else np.repeat(values, 3, 0), 0, -1)
         pixels = np.where(missing[..., None], np.array(MEAN_COLOUR, np.uint8), pixels)
         return Image.fromarray(np.ascontiguousarray(pixels)), near
@@ -139,10 +142,11 @@ Span = tuple[float, float] | str | None
 """Lowest and highest value that is meant, "type", or None where the picture is to say."""
 
 
-def value_span(values: np.ndarray, span: Span) -> tuple[float, float]:
-    """The values that become 0 and 255. Raises BadPictureError for 16-bit values that would be black."""
-    if span is not None and not isinstance(span, str):
-        return span
+def value_span(values: np.ndarray, span: str | None) -> tuple[float, float]:
+    """The values that become 0 and 255, where no numbers are given: see `Span`.
+
+    Raises BadPictureError for 16-bit values that would be black.
+    """
     if values.dtype == np.bool_:
         return 0.0, 1.0
     if values.dtype != np.uint16:

@@ -50,7 +50,7 @@ SUFFIXES = PILLOW_SUFFIXES | TIFF_SUFFIXES | HEIF.suffixes | JXL.suffixes | {".n
 
 def plugin_of(magic: bytes) -> Plugin | None:
     """What reads a file that begins so, where Pillow alone does not."""
-    if magic[4:8] == b"ftyp" and magic[8:12] in HEIF_BRANDS and b"avif" not in magic:  # AVIF may have these too
+    if magic[4:8] == b"ftyp" and magic[8:12] in HEIF_BRANDS and b"avif" not in magic[:64]:  # AVIF may have these too
         return HEIF
     return JXL if magic.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")) else None
 
@@ -59,14 +59,16 @@ def open_file(file: str | Path | IO[bytes]) -> Picture:
     """A picture of any format, by its content. Raises OSError, ValueError or BadPictureError for anything else."""
     if isinstance(file, (str, Path)):
         with open(file, "rb") as opened:
-            magic = opened.read(64)
+            magic = opened.read(132)
     else:
-        magic = file.read(64)
+        magic = file.read(132)
         file.seek(0)
     if magic.startswith(tiff.MAGIC):
         return TiffPicture(file)
     if magic.startswith(npy.MAGIC):
         return NpyPicture(file)
+    if magic[128:] == b"DICM":
+        raise BadPictureError("it is DICOM, which is not read: save its pixels as TIFF or .npy, with pydicom")
     if plugin := plugin_of(magic):
         plugin.teach()
         return PillowPicture(Image.open(file, formats=(plugin.kind,)), file)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from launch.data.bad_pictures import reason
 from launch.data.reading import open_bytes, read_pixels
-from tests.launch.test_pictures import chosen, npy, saved, scene
+from tests.launch.test_pictures import chosen, npy, refused, saved, scene
 from vim_backbone.preprocessing import RGB
 
 MORE = int(os.environ.get("FUZZ", "0"))
@@ -45,3 +45,7 @@ def test_damaged_files_are_pictures_or_refused_on_one_line(content, changes, kep
             assert len(line.splitlines()) == 1
         else:
             assert view.shape == (bands, 20, 16)
+
+
+def test_dicom_is_named():
+    assert "it is DICOM, which is not read" in refused(b"\0" * 128 + b"DICM" + b"\2\0")
