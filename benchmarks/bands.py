@@ -95,11 +95,11 @@ def main() -> None:
         tifffile.imwrite(folder / "bands16.tif", deep, tile=(TILE, TILE), compression="zlib", **extra)
         write_pyramid(folder / "slide.tif", options.side, colours)
         per_band = [0.0] * BANDS, [10_000.0] * BANDS
-        found = Statistics(
+        measured = Statistics(
             bands=list(range(BANDS)), dtype="uint16", mean=[5000.0] * BANDS, deviation=[2000.0] * BANDS,
             minimum=per_band[0], maximum=per_band[1], percentiles=list(per_band), nodata=None, pictures=1,
         )  # fmt: skip
-        found.write(folder / "statistics.json")
+        measured.write(folder / "statistics.json")
         plain, bands = DataConfig(), DataConfig(statistics=str(folder / "statistics.json"))
         crops = DataConfig(crop_megapixels=1.0)
         rows = [

@@ -191,25 +191,25 @@ def main(argv: list[str]) -> None:
     total = options.pictures if isinstance(source, StreamCells) else min(options.pictures, len(source))
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     with ProgressReport(console, "pictures", total) as report:
-        found, notes = gather(
+        measured, notes = gather(
             source, options.pictures, options.seed, options.bands, options.nodata, options.max_megapixels, report
         )
     for note in notes:
         console.print(note, markup=False)
     try:
-        found.write(options.out)
+        measured.write(options.out)
     except OSError as error:
         raise UserError(f"cannot write {options.out}: {error.strerror}") from error
-    print_table(found)
+    print_table(measured)
     print(options.out)  # noqa: T201 - the command's result
 
 
-def print_table(found: Statistics) -> None:
+def print_table(measured: Statistics) -> None:
     """A line for each band."""
-    print(f"{found.pictures} pictures of {found.dtype}, nodata {found.nodata}")  # noqa: T201
+    print(f"{measured.pictures} pictures of {measured.dtype}, nodata {measured.nodata}")  # noqa: T201
     print("".join(f"{name:>12}" for name in ("band", "mean", "deviation", "lowest", "0.1 %", "99.9 %", "highest")))  # noqa: T201
-    names = ["red", "green", "blue"] if found.bands is None else found.bands
-    columns = (found.mean, found.deviation, found.minimum, *found.percentiles, found.maximum)
+    names = ["red", "green", "blue"] if measured.bands is None else measured.bands
+    columns = (measured.mean, measured.deviation, measured.minimum, *measured.percentiles, measured.maximum)
     for name, *values in zip(names, *columns, strict=True):
         print(f"{name:>12}" + "".join(f"{value:12.5g}" for value in values))  # noqa: T201
 

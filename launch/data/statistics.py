@@ -84,38 +84,39 @@ def preprocessing_of(
         blank = (0.5,) * len(bands)
         whole = ((limits[0],) * len(bands), (limits[1],) * len(bands)) if isinstance(limits, list) else limits
         return Preprocessing(mean=blank, std=blank, bands=tuple(bands), range=whole, nodata=nothing)
-    found = Statistics.read(Path(statistics).expanduser())
-    nothing = nothing if nodata is not None else nan if found.nodata == "nan" else found.nodata
+    measured = Statistics.read(Path(statistics).expanduser())
+    nothing = nothing if nodata is not None else nan if measured.nodata == "nan" else measured.nodata
     assert not isinstance(nothing, str)
-    if found.bands is None:
+    if measured.bands is None:
         if bands is not None:
             raise UserError(
                 f"data.bands is {bands}, but data.statistics {statistics} are of 8-bit RGB: add --bands there"
             )
         pair = ((limits[0],), (limits[1],)) if isinstance(limits, list) else None if limits is None else "type"
-        mean, std = (tuple(value / 255 for value in values) for values in (found.mean, found.deviation))
+        mean, std = (tuple(value / 255 for value in values) for values in (measured.mean, measured.deviation))
         return checked(Preprocessing(mean=mean, std=std, range=pair, nodata=nothing), statistics)
-    chosen = found.bands if bands is None else bands
-    if absent := sorted(set(chosen) - set(found.bands)):
+    chosen = measured.bands if bands is None else bands
+    if absent := sorted(set(chosen) - set(measured.bands)):
         raise UserError(
-            f"data.bands has {absent[0]}, data.statistics {statistics} have the bands {found.bands}: choose of these"
+            f"data.bands has {absent[0]}, data.statistics {statistics} have the bands {measured.bands}: choose of these"
         )
-    places = [found.bands.index(band) for band in chosen]
+    places = [measured.bands.index(band) for band in chosen]
     lowest, highest = (
-        ([limits[side]] * len(found.bands) if isinstance(limits, list) else found.percentiles[side]) for side in (0, 1)
+        ([limits[side]] * len(measured.bands) if isinstance(limits, list) else measured.percentiles[side])
+        for side in (0, 1)
     )
-    if limits == "type" or (limits is None and found.dtype in ("uint8", "bool")):
-        lowest, highest = ([edge] * len(found.bands) for edge in type_range(found.dtype))
+    if limits == "type" or (limits is None and measured.dtype in ("uint8", "bool")):
+        lowest, highest = ([edge] * len(measured.bands) for edge in type_range(measured.dtype))
     low, high = np.array(lowest)[places], np.array(highest)[places]
     high = np.where(high > low, high, low + 1.0)  # a band of one value
-    mean = (np.array(found.mean)[places] - low) / (high - low)
-    std = np.maximum(np.array(found.deviation)[places] / (high - low), 1e-6)
+    mean = (np.array(measured.mean)[places] - low) / (high - low)
+    std = np.maximum(np.array(measured.deviation)[places] / (high - low), 1e-6)
     return checked(
         Preprocessing(
             mean=tuple(mean.tolist()),
             std=tuple(std.tolist()),
             bands=tuple(chosen),
-            dtype=found.dtype,
+            dtype=measured.dtype,
             range=(tuple(low.tolist()), tuple(high.tolist())),
             nodata=nothing,
         ),

@@ -29,10 +29,10 @@ def bright(pixels):
 def test_tiles_fit_together_whatever_the_shape(tmp_path, shape, window):
     values = np.random.default_rng(0).integers(0, 255, (*shape, 3), dtype=np.uint8)
     tifffile.imwrite(tmp_path / "picture.tif", values, photometric="rgb", tile=(32, 32))
-    seen = []
+    shapes = []
 
     def segment(pixels):
-        seen.append(tuple(pixels.shape[2:]))
+        shapes.append(tuple(pixels.shape[2:]))
         return bright(pixels)
 
     with open_file(tmp_path / "picture.tif") as picture:
@@ -41,7 +41,7 @@ def test_tiles_fit_together_whatever_the_shape(tmp_path, shape, window):
     want = values[..., 0] > 127
     assert np.array_equal(tifffile.imread(tmp_path / "map.tif"), np.where(want, 9, 7))
     assert counts.tolist() == [int((~want).sum()), int(want.sum())]
-    assert all(h <= window[0] and w <= window[1] for h, w in seen)
+    assert all(h <= window[0] and w <= window[1] for h, w in shapes)
     picture, labels = huge.thumbnail()
     assert np.array_equal(labels, want)
     assert np.allclose(picture, values / 255)

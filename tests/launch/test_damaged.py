@@ -35,10 +35,10 @@ def test_damaged_files_are_pictures_or_refused_on_one_line(content, changes, kep
     for place, value in changes:
         damaged[place % min(len(damaged), 600)] = value
     damaged = bytes(damaged[: len(damaged) - int((1 - kept) * len(damaged)) if kept < 0.5 else None])
-    for asked, bands in ((RGB, 3), (chosen(0), 1)):
+    for preprocessing, bands in ((RGB, 3), (chosen(0), 1)):
         try:
             with open_bytes(damaged) as picture:
-                view = read_pixels(picture, asked, 1, (1, 2, 9, 12), (20, 16))
+                view = read_pixels(picture, preprocessing, 1, (1, 2, 9, 12), (20, 16))
         except Exception as error:  # as the readers take it
             line = reason(error)
             assert line

@@ -283,9 +283,9 @@ def test_nodata_becomes_the_mean(dtype):
     values[0, 200, 200] = 7  # one band of a pixel that holds something
     span = ((0.0, 0.0), (200.0, 100.0))
     settings = chosen(0, 1, dtype=np.dtype(dtype).name, range=span)
-    for content, asked in ((saved(values, **tag("7")), settings), (saved(values), chosen(
+    for content, preprocessing in ((saved(values, **tag("7")), settings), (saved(values), chosen(
         0, 1, dtype=np.dtype(dtype).name, range=span, nodata=7.0))):  # fmt: skip
-        pixels = read_pixels(open_bytes(content), asked, 1).numpy()
+        pixels = read_pixels(open_bytes(content), preprocessing, 1).numpy()
         assert (pixels[0, :100, :100] == 100).all()
         assert (pixels[1, :100, :100] == 50).all()
         assert pixels[0, 200, 200] == 7

@@ -57,15 +57,15 @@ def made(folder, *argv):
 
 
 def test_statistics_are_those_of_all_values_that_hold_something(scenes):
-    found = Statistics.read(made(scenes))
+    measured = Statistics.read(made(scenes))
     values = np.concatenate([four_bands(k)[:, 7:].reshape(4, -1) for k in range(6)], axis=1).astype(np.float64)
-    assert (found.bands, found.dtype, found.nodata, found.pictures) == ([0, 1, 2, 3], "uint16", 0.0, 6)
-    assert np.allclose(found.mean, values.mean(1))
-    assert np.allclose(found.deviation, values.std(1))
-    assert (found.minimum, found.maximum) == (values.min(1).tolist(), values.max(1).tolist())
+    assert (measured.bands, measured.dtype, measured.nodata, measured.pictures) == ([0, 1, 2, 3], "uint16", 0.0, 6)
+    assert np.allclose(measured.mean, values.mean(1))
+    assert np.allclose(measured.deviation, values.std(1))
+    assert (measured.minimum, measured.maximum) == (values.min(1).tolist(), values.max(1).tolist())
     low, high = np.percentile(values, (0.1, 99.9), axis=1)
     spread = values.max(1) - values.min(1)
-    assert (np.abs(np.array(found.percentiles) - (low, high)) / spread).max() < 0.02
+    assert (np.abs(np.array(measured.percentiles) - (low, high)) / spread).max() < 0.02
 
 
 def test_the_model_sees_mean_0_and_deviation_1(scenes):
@@ -86,15 +86,15 @@ def test_the_model_sees_mean_0_and_deviation_1(scenes):
 
 def test_fields_of_the_data(scenes, tmp_path):
     path = str(made(scenes))
-    found = Statistics.read(Path(path))
+    measured = Statistics.read(Path(path))
     fixed = preprocessing_of(path, None, [0.0, 10000.0], None)
     assert fixed.range == ((0.0,) * 4, (10000.0,) * 4)
-    assert fixed.mean == pytest.approx([mean / 10000 for mean in found.mean])
-    assert fixed.std == pytest.approx([deviation / 10000 for deviation in found.deviation])
+    assert fixed.mean == pytest.approx([mean / 10000 for mean in measured.mean])
+    assert fixed.std == pytest.approx([deviation / 10000 for deviation in measured.deviation])
     assert preprocessing_of(path, None, "type", None).range == ((0.0,) * 4, (65535.0,) * 4)
     assert preprocessing_of(path, [2], "percentiles", None).range == (
-        (found.percentiles[0][2],),
-        (found.percentiles[1][2],),
+        (measured.percentiles[0][2],),
+        (measured.percentiles[1][2],),
     )
     for bands, limits, line in (
         ([0, 4], None, r"data.bands has 4, data.statistics .* have the bands \[0, 1, 2, 3\]"),
@@ -113,27 +113,27 @@ def test_fields_of_the_data(scenes, tmp_path):
         DataConfig(statistics=str(tmp_path / "missing.json"))
 
 
-def test_odd_pictures_are_left_out_and_told(scenes, capsys):
+def test_odd_pictures_are_left_out_and_named(scenes, capsys):
     write(scenes / "deep.tif", four_bands(0).astype(np.float32))
     write(scenes / "fewer.tif", four_bands(0)[:3])
     (scenes / "cut.tif").write_bytes((scenes / "0.tif").read_bytes()[:900])
-    found = Statistics.read(made(scenes))
-    told = capsys.readouterr().err
-    assert found.pictures == 6
-    assert "1 pictures cannot be read, such as cut.tif" in told
-    assert "1 pictures of 4 bands of float32 are left out, such as deep.tif" in told
-    assert "1 pictures of 3 bands of uint16 are left out, such as fewer.tif" in told
+    measured = Statistics.read(made(scenes))
+    printed = capsys.readouterr().err
+    assert measured.pictures == 6
+    assert "1 pictures cannot be read, such as cut.tif" in printed
+    assert "1 pictures of 4 bands of float32 are left out, such as deep.tif" in printed
+    assert "1 pictures of 3 bands of uint16 are left out, such as fewer.tif" in printed
 
 
 def test_of_colours_the_pictures_stay_8_bit_rgb(picture_folder):
     source = open_source(str(picture_folder), split="train", column=None, streaming=False)
-    found, notes = gather(source, 100, 0, None, None, 100)
-    assert (found.bands, found.dtype, len(found.mean), notes) == (None, "uint8", 3, [])
-    found.write(picture_folder / "rgb.json")
+    measured, notes = gather(source, 100, 0, None, None, 100)
+    assert (measured.bands, measured.dtype, len(measured.mean), notes) == (None, "uint8", 3, [])
+    measured.write(picture_folder / "rgb.json")
     settings = preprocessing_of(str(picture_folder / "rgb.json"), None, None, None)
     assert settings.bands is None
     assert settings.scale == ((0.0,) * 3, (255.0,) * 3)
-    assert settings.mean == pytest.approx([value / 255 for value in found.mean])
+    assert settings.mean == pytest.approx([value / 255 for value in measured.mean])
 
 
 @pytest.mark.parametrize(("argv", "line"), [
@@ -152,9 +152,9 @@ def test_nan_is_no_value_until_it_is_said(tmp_path):
     write(tmp_path / "floats/0.tif", values)
     with pytest.raises(UserError, match=r"11.67% of its values are NaN or infinite; add --nodata nan"):
         made(tmp_path / "floats")
-    found = Statistics.read(made(tmp_path / "floats", "--nodata", "nan"))
-    assert found.nodata == "nan"
-    assert np.allclose(found.mean, values[:, 7:].reshape(4, -1).mean(1))
+    measured = Statistics.read(made(tmp_path / "floats", "--nodata", "nan"))
+    assert measured.nodata == "nan"
+    assert np.allclose(measured.mean, values[:, 7:].reshape(4, -1).mean(1))
 
 
 def config(folder, *argv):
@@ -183,8 +183,8 @@ def test_a_run_on_four_bands_of_16_bits(scenes, tmp_path):
     assert bad["three.tif"] == "it holds 3 bands of uint16, and band 3 is wanted (data.bands [3, 0, 1, 2])"
     settings = read_preprocessing(folder / "backbone")
     assert (settings.bands, settings.dtype, settings.nodata) == ((3, 0, 1, 2), "uint16", 0.0)
-    found = Statistics.read(statistics)
-    assert settings.range[0] == pytest.approx([found.percentiles[0][band] for band in (3, 0, 1, 2)])
+    measured = Statistics.read(statistics)
+    assert settings.range[0] == pytest.approx([measured.percentiles[0][band] for band in (3, 0, 1, 2)])
     backbone = from_pretrained(folder / "backbone")
     assert backbone.config.in_chans == 4
     assert backbone(settings.model_input(four_bands(1, (32, 32)))).shape == (1, 192)

@@ -49,28 +49,32 @@ def test_bands_are_chosen_scaled_and_normalised():
 
 def test_an_array_is_not_changed():
     values = np.full((3, 2, 2), 7, np.float32)
-    asked = Preprocessing(mean=(0.5,), std=(0.5,), bands=(1,), dtype="float32", range=((0.0,), (10.0,)), nodata=7.0)
-    assert (asked.model_input(values) == 0).all()
+    preprocessing = Preprocessing(
+        mean=(0.5,), std=(0.5,), bands=(1,), dtype="float32", range=((0.0,), (10.0,)), nodata=7.0
+    )
+    assert (preprocessing.model_input(values) == 0).all()
     assert (values == 7).all()
     images = torch.full((1, 1, 2, 2), 5.0)
-    to_model(images, torch.device("cpu"), asked)
+    to_model(images, torch.device("cpu"), preprocessing)
     assert (images == 5).all()
 
 
 def test_16_bit_whole_numbers_are_scaled_on_the_device():
-    asked = Preprocessing(mean=(0.25,), std=(0.5,), bands=(0,), dtype="uint16")
+    preprocessing = Preprocessing(mean=(0.25,), std=(0.5,), bands=(0,), dtype="uint16")
     view = torch.tensor([[[[0, 65535, 13107]]]], dtype=torch.uint16)
     want = (torch.tensor([0.0, 1.0, 0.2]) - 0.25) / 0.5
-    torch.testing.assert_close(to_model(view, torch.device("cpu"), asked).flatten(), want)
+    torch.testing.assert_close(to_model(view, torch.device("cpu"), preprocessing).flatten(), want)
 
 
-@pytest.mark.parametrize("asked", [RGB, BANDS, replace(RGB, range="type"), replace(RGB, range=((0.0,), (4095.0,)))])
-def test_the_file_says_it_all(tmp_path, asked):
-    config = VimConfig(d_model=32, depth=1, img_size=16, patch_size=8, num_classes=0, in_chans=asked.in_chans)
-    folder = VisionMamba(config).save_pretrained(tmp_path / "saved", preprocessing=asked)
-    assert read_preprocessing(folder) == asked
+@pytest.mark.parametrize(
+    "preprocessing", [RGB, BANDS, replace(RGB, range="type"), replace(RGB, range=((0.0,), (4095.0,)))]
+)
+def test_the_file_says_it_all(tmp_path, preprocessing):
+    config = VimConfig(d_model=32, depth=1, img_size=16, patch_size=8, num_classes=0, in_chans=preprocessing.in_chans)
+    folder = VisionMamba(config).save_pretrained(tmp_path / "saved", preprocessing=preprocessing)
+    assert read_preprocessing(folder) == preprocessing
     written = json.loads((folder / "preprocessor_config.json").read_text())
-    assert written["do_rescale"] == (asked is not BANDS), (
+    assert written["do_rescale"] == (preprocessing is not BANDS), (
         "transformers has one factor for all bands, and no lowest value"
     )
     written["nodata"] = "nan"
