@@ -49,6 +49,7 @@ from launch.data.sources import ImageFiles
 from launch.run.randomness import generator
 from pretrain.data import DataConfig, View, build_loader, random_crop
 from pretrain.mae.objective import MAE
+from vim_backbone.preprocessing import RGB
 
 AHEAD = 4
 """Batches that a worker reads ahead in the readers that are made here."""
@@ -109,7 +110,7 @@ def classification(case: Case, pixels: int) -> Iterable[Any]:
     """DeiT's augmentation."""
     labelled = Labelled(ImageFiles(case.paths), [i % 2 for i in range(len(case.paths))], ["a", "b"])
     transform = training_transform((pixels, pixels), AugmentConfig())
-    return finetuning(case, ClassSamples(labelled, transform, DataConfig().max_megapixels))
+    return finetuning(case, ClassSamples(labelled, transform, RGB, DataConfig().max_megapixels))
 
 
 def segmentation(case: Case, pixels: int) -> Iterable[Any]:

@@ -9,12 +9,14 @@ from huggingface_hub import snapshot_download
 from timm.models import group_parameters
 from torch import Tensor, nn
 
-from finetune.config import BackboneConfig, FinetuneOptim
+from finetune.config import BackboneConfig, FinetuneOptim, LabelledData
+from launch.data.statistics import preprocessing_of
 from launch.run.randomness import seed_of
 from launch.state.sharding import fill
 from vim_backbone import UserError, VimConfig, VisionMamba, from_pretrained
 from vim_backbone.errors import first_line
 from vim_backbone.folder import read_config
+from vim_backbone.preprocessing import PREPROCESSOR, RGB, Preprocessing, read_preprocessing
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class Pretrained:
 
     config: VimConfig
     tensors: dict[str, Tensor]
+    preprocessing: Preprocessing = RGB
+    """What is done to pictures for it."""
 
     def put_into(self, backbone: VisionMamba) -> None:
         """Fill the model, or its shards. For all processes."""
@@ -37,7 +41,7 @@ def find_backbone(name: str) -> Path:
     if Path(name).expanduser().exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         return Path(name).expanduser()
     try:
-        folder = Path(snapshot_download(name, allow_patterns=["config.json", "model.safetensors"]))
+        folder = Path(snapshot_download(name, allow_patterns=["config.json", "model.safetensors", PREPROCESSOR]))
     except Exception as error:  # the Hub's client raises a dozen unrelated classes
         raise UserError(
             f"backbone {name} is no folder here, and the Hub does not give it; without a network, give a folder "
@@ -50,16 +54,39 @@ def find_backbone(name: str) -> Path:
     return folder
 
 
-def read_backbone(folder: Path, config: BackboneConfig, seed: int, num_classes: int, **more: Any) -> Pretrained:
+def read_preprocessing_of(folder: Path, data: LabelledData) -> Preprocessing:
+    """What is done to pictures for the backbone in a folder, or what `data.statistics` says in its place.
+
+    Raises UserError for a file that is damaged or missing.
+    """
+    if data.statistics is not None:
+        return preprocessing_of(data.statistics, None, None, None)
+    preprocessing = read_preprocessing(folder)
+    if (folder / "config.json").exists() and (channels := read_config(folder).in_chans) != preprocessing.in_chans:
+        raise UserError(
+            f"{folder} takes {channels} bands, but its {PREPROCESSOR} is missing or of {preprocessing.in_chans}: say "
+            "which with data.statistics"
+        )
+    return preprocessing
+
+
+def read_backbone(
+    folder: Path, config: BackboneConfig, seed: int, num_classes: int, preprocessing: Preprocessing = RGB, **more: Any
+) -> Pretrained:
     """Read a backbone, its positions resampled to the run's size; a head of another size is fresh, keyed by the seed.
 
-    `more` are further fields of the config to override, such as `img_size`.
+    Where `preprocessing` has another number of bands than the backbone was trained on, its first convolution is
+    adapted. `more` are further fields of the config to override, such as `img_size`.
 
     Raises UserError naming the file or tensor that is missing or does not fit.
     """
     saved = read_config(folder)
     drop_path_rate = 0.0 if config.freeze else config.drop_path_rate
-    changes: dict[str, Any] = {"drop_path_rate": drop_path_rate, "num_classes": num_classes} | more
+    changes: dict[str, Any] = {
+        "drop_path_rate": drop_path_rate,
+        "num_classes": num_classes,
+        "in_chans": preprocessing.in_chans,
+    } | more
     for name in ("img_size", "stride", "global_pool"):
         if (value := getattr(config, name)) is not None:
             changes[name] = value
@@ -68,7 +95,7 @@ def read_backbone(folder: Path, config: BackboneConfig, seed: int, num_classes: 
         model = VisionMamba(VimConfig.from_dict(saved.to_dict() | changes))
     else:
         model = from_pretrained(folder, **changes)
-    return Pretrained(model.config, model.state_dict())
+    return Pretrained(model.config, model.state_dict(), preprocessing)
 
 
 def layer_scales(model: nn.Module, backbone: VisionMamba, optim: FinetuneOptim) -> dict[str, float]:

@@ -80,6 +80,9 @@ class LabelledData:
     share of the cores but one, 2 to 16; in a sweep of the CPUs of the trial."""
     max_megapixels: float = 200.0
     """Largest picture that is decoded, in millions of pixels."""
+    statistics: str | None = None
+    """File of `python -m pretrain.bands`, for pictures of other bands or ranges than those of pretraining; the
+    first convolution is adapted to another number of bands. null: bands, range, mean and nodata are the backbone's."""
 
     def __post_init__(self) -> None:
         require((self.workers or 0) >= 0, "data.workers", self.workers, "it cannot be negative")

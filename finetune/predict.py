@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,10 +11,11 @@ import torch
 from rich.console import Console
 
 from finetune.model_folder import read_description, read_weights
+from finetune.pixels import pixels_of
 from finetune.registry import TASKS
-from finetune.task import Prediction, Predictor
+from finetune.task import MAX_MEGAPIXELS, Prediction, Predictor
 from launch.data.bad_pictures import reason
-from launch.data.images import open_picture, to_rgb
+from launch.data.reading import open_file
 from launch.data.sources import files_below
 from launch.run.cli import run
 from launch.run.progress import ProgressReport
@@ -21,7 +23,6 @@ from vim_backbone.errors import UserError, escaped, nearest, require
 from vim_backbone.files import write_text
 from vim_backbone.pretrained import check_names
 
-MAX_MEGAPIXELS = 200.0
 ROWS = "predictions.jsonl"
 MAX_STEM = 200
 """Bytes of a picture's name that the names of what is written for it take up: of 255, some are added to it."""
@@ -81,13 +82,17 @@ def predict_batch(predictor: Predictor, batch: Sequence[tuple[int, Path]], out: 
     for number, file in batch:
         row: Prediction = {"file": str(file)}
         rows.append(row)
+        drawing = f"{number:05d}_{shortened(file.stem)}.png"
         try:
-            with open_picture(file) as image:
-                images.append(to_rgb(image, MAX_MEGAPIXELS))
+            with open_file(file) as picture:
+                if picture.windowed and math.prod(picture.size) > MAX_MEGAPIXELS * 1e6:
+                    row.update(predictor.predict_huge(picture, out / drawing), drawing=drawing)
+                    continue
+                images.append(pixels_of(picture, predictor.preprocessing, MAX_MEGAPIXELS))
         except Exception as error:  # a decoder may raise anything on damaged data
             row["error"] = reason(error)
             continue
-        row["drawing"] = f"{number:05d}_{shortened(file.stem)}.png"
+        row["drawing"] = drawing
         drawings.append(out / row["drawing"])
         readable.append(row)
     for row, prediction in zip(readable, predictor.predict(images, drawings) if images else [], strict=True):

@@ -12,15 +12,19 @@ from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from torch import Tensor, nn
 
 from finetune.backbone import Pretrained, undecayed
 from finetune.config import FinetuneConfig
 from launch.data.bad_pictures import Named
+from launch.data.images import check_megapixels
+from launch.data.pictures import Picture
 from vim_backbone import VimConfig, VisionMamba
+from vim_backbone.preprocessing import RGB, Preprocessing
 
 ConfigT = TypeVar("ConfigT", bound=FinetuneConfig, covariant=True)
+MAX_MEGAPIXELS = 200.0
+"""Largest picture that is decoded whole for a prediction, in millions of pixels."""
 Prediction = dict[str, Any]
 """What a model says of one picture, as plain data: a row of predictions.json."""
 
@@ -88,6 +92,8 @@ class Predictor(ABC):
         self.device = device
         self.classes: list[str] = description["classes"]
         self.config = VimConfig.from_dict(description["backbone"])
+        saved = description.get("preprocessing")  # not in those of older versions
+        self.preprocessing = RGB if saved is None else Preprocessing.from_dict(saved)
         self.model = self.new_model().to(device).eval()
 
     @abstractmethod
@@ -95,8 +101,14 @@ class Predictor(ABC):
         """The model with fresh weights."""
 
     @abstractmethod
-    def predict(self, images: list[Image.Image], drawings: list[Path]) -> list[Prediction]:
-        """Predict on RGB pictures, as one batch where the task can, and draw each into its file."""
+    def predict(self, images: list[Tensor], drawings: list[Path]) -> list[Prediction]:
+        """Predict on pictures as `pixels_of` gives them, in one batch where the task can, and draw each in its file."""
+
+    def predict_huge(self, picture: Picture, drawing: Path) -> Prediction:
+        """Predict on a picture that is larger than memory. Raises BadPictureError where the task has no such way."""
+        del drawing
+        check_megapixels(*picture.size, MAX_MEGAPIXELS)
+        raise NotImplementedError
 
     @abstractmethod
     def in_words(self, prediction: Prediction) -> str:
@@ -143,7 +155,7 @@ class Task(ABC, Generic[ConfigT]):
 
     @abstractmethod
     def description(self) -> dict[str, Any]:
-        """What the predictor needs to use the trained model, as plain data; `classes` and `backbone` among it."""
+        """What the predictor needs, as plain data; `classes`, `backbone` and `preprocessing` among it."""
 
     @property
     def evaluates_only(self) -> bool:

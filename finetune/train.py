@@ -26,7 +26,7 @@ from vim_backbone.block import Block, set_recompute
 from vim_backbone.files import write_json, write_text
 from vim_backbone.folder import model_card
 
-FIXED_ON_RESUME = ("backbone", "model.", "head.")
+FIXED_ON_RESUME = ("backbone", "model.", "head.", "data.statistics")
 EVALUATIONS = "evaluations"
 
 
@@ -219,8 +219,9 @@ def publish(run: Run) -> None:
 
     def write() -> None:
         write_model(config.folder, task.name, task.description(), whole)
-        card = model_card(backbone.config, "backbone") + history
-        backbone.save_pretrained(config.folder / "backbone", card=card, tensors=inside)
+        card = model_card(backbone.config, "backbone", task.pretrained.preprocessing) + history
+        more = {"preprocessing": task.pretrained.preprocessing, "card": card, "tensors": inside}
+        backbone.save_pretrained(config.folder / "backbone", **more)
 
     on_main(training.accelerator, write)
     run.log.say(

@@ -41,8 +41,8 @@ class ModelConfig(BlocksConfig):
     drop_path_rate: float = 0.0
     """Stochastic depth at the last block."""
 
-    def architecture(self) -> VimConfig:
-        """The backbone's full config: no head, fixed sine-cosine positions as MAE has them."""
+    def architecture(self, in_chans: int = 3) -> VimConfig:
+        """The backbone's full config for so many bands: no head, fixed sine-cosine positions as MAE has them."""
         optional: dict[str, Any] = {"patch_size": self.patch_size, "depth": self.depth}
         pooled = self.scan == "pooled"
         class_token = self.class_token or ("none" if pooled else "middle")
@@ -50,6 +50,7 @@ class ModelConfig(BlocksConfig):
             self.name,
             img_size=self.img_size,
             num_classes=0,
+            in_chans=in_chans,
             position="sincos",
             scan=self.scan,
             class_token=class_token,
@@ -82,11 +83,11 @@ class PretrainConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.picture_every >= 1, "picture_every", self.picture_every, "it must be at least 1")
-        self.model.architecture()
+        self.architecture()
 
     def architecture(self) -> VimConfig:
         """The backbone's full config; it knows the share of visible patches, which a pooled scan learned with."""
-        architecture = self.model.architecture()
+        architecture = self.model.architecture(self.data.preprocessing.in_chans)
         return (
             replace(architecture, visible_share=1.0 - self.mask.ratio) if self.model.scan == "pooled" else architecture
         )

@@ -2,23 +2,25 @@
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Literal, NamedTuple, cast
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from launch.data.bad_pictures import MAX_TRIES, first_usable, reason
-from launch.data.images import check_size, to_rgb, upright_size
 from launch.data.loading import loader_of
 from launch.data.order import BatchPlan, StepSampler
-from launch.data.resize import Resizer, resized_part
+from launch.data.pictures import Box, Picture
+from launch.data.reading import read_pixels
+from launch.data.resize import Resizer
 from launch.data.sources import ImageSource, Source, StreamCells, open_cell
+from launch.data.statistics import NodataField, RangeField, preprocessing_of
 from launch.run.randomness import generator, seed_of
 from vim_backbone.errors import require
+from vim_backbone.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,20 +52,40 @@ class DataConfig:
     max_bad_share: float = 0.5
     """Share of the pictures that may be unreadable or too large before the run fails."""
     max_megapixels: float = 200.0
-    """Largest picture that is decoded, in millions of pixels."""
+    """Most pixels of a picture that are decoded for a view, in millions."""
+    crop_megapixels: float | None = None
+    """Most pixels that a random crop takes, in millions; null: as many as the picture has. For slides and scenes, whose
+    detail a view of the whole would lose: 1 gives crops of up to 1000 x 1000."""
+    bands: list[int] | None = None
+    """Bands of a file that are the model's channels, in this order, counted from 0; null: those of `statistics`, else
+    8-bit RGB."""
+    range: RangeField = None
+    """Values that become 0 and 1: [lowest, highest], type (of the files' type) or percentiles (of `statistics`); null:
+    type for 8 bits, else percentiles. With 8-bit RGB, the values of more bits that become black and white."""
+    nodata: NodataField = None
+    """Value of pixels that hold nothing, or nan; null: what the file, or `statistics`, says."""
+    statistics: str | None = None
+    """File of `python -m pretrain.bands`, which says bands, range, mean, deviation and nodata."""
 
     def __post_init__(self) -> None:
         require(0.0 < self.min_scale <= 1.0, "data.min_scale", self.min_scale, "it must lie in (0, 1]")
         require((self.workers or 0) >= 0, "data.workers", self.workers, "it cannot be negative")
         require(0.0 <= self.max_bad_share <= 1.0, "data.max_bad_share", self.max_bad_share, "it must lie in [0, 1]")
         require(self.max_megapixels > 0, "data.max_megapixels", self.max_megapixels, "it must be positive")
+        require((self.crop_megapixels or 1) > 0, "data.crop_megapixels", self.crop_megapixels, "it must be positive")
+        _ = self.preprocessing
+
+    @cached_property
+    def preprocessing(self) -> Preprocessing:
+        """Bands, range, normalisation and nodata. Raises UserError where they do not fit."""
+        return preprocessing_of(self.statistics, self.bands, self.range, self.nodata)
 
 
 class Sample(NamedTuple):
     """One training view."""
 
     image: Tensor | None
-    """(3, h, w) uint8; None where no picture could be used."""
+    """(c, h, w) uint8, uint16 or float32; None where no picture could be used."""
     extra: Tensor
     """What the objective adds to it."""
     name: str
@@ -76,7 +98,7 @@ class Batch(NamedTuple):
     """Views of one forward pass; a tuple, whose tensors a loader pins."""
 
     images: Tensor | list[Tensor] | None
-    """(b, 3, h, w) uint8, or a list of (3, h, w) of native sizes; None where a sample had to be given up."""
+    """(b, c, h, w) as the samples, or a list of (c, h, w) of native sizes; None where a sample had to be given up."""
     extras: Tensor | list[Tensor]
     """What the objective adds to each, stacked, or a list."""
     names: list[str]
@@ -107,34 +129,30 @@ class View:
         """In words."""
         return f"{'native sizes up to ' if self.native else ''}{self.img_size[0]} x {self.img_size[1]}"
 
-    def draw(self, image: Image.Image, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """An opened picture -> a view of it (3, h, w) uint8, and what the objective adds to it."""
+    def draw(self, picture: Picture, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """A view of a picture, as `read_pixels` gives it, and what the objective adds to it."""
         if self.native:
-            view = self.cut(image, rng)
+            view = self.cut(picture, rng)
             side = self.img_size[0] // self.grid[0]
             return view, self.draw_extra((view.shape[1] // side, view.shape[2] // side), rng)
         extra = self.draw_extra(self.grid, rng)  # first: the order of the draws is part of what a seed means
-        return self.cut(image, rng), extra
+        return self.cut(picture, rng), extra
 
-    def cut(self, image: Image.Image, rng: torch.Generator) -> Tensor:
-        """An opened picture -> random crop, resized and maybe mirrored, (3, h, w) uint8.
+    def cut(self, picture: Picture, rng: torch.Generator) -> Tensor:
+        """A random crop of a picture, resized and maybe mirrored, (c, h, w).
 
-        A JPEG is decoded at the lowest of its built-in scales (1/2, 1/4, 1/8) that still holds the crop in full detail.
+        What can be read at a lower resolution (the scales of a JPEG, the levels of a TIFF, tiles) is read at the lowest
+        that holds the crop in full detail.
         """
-        check_size(image, self.data.max_megapixels)
-        full = upright_size(image)
-        box = random_crop(*full, self.data.min_scale, rng)
-        height, width = self.img_size
+        data = self.data
+        most = np.inf if data.crop_megapixels is None else data.crop_megapixels * 1e6
+        height, width = picture.size
+        box = random_crop(width, height, data.min_scale, rng, most)
+        size = self.img_size
         if self.native:
-            height, width = native_size((box[3] - box[1], box[2] - box[0]), self.img_size, self.grid)
-        mirror = self.data.flip and torch.rand((), generator=rng) < 0.5
-        surplus = min((box[2] - box[0]) / width, (box[3] - box[1]) / height)
-        if surplus >= 2:
-            image.draft("RGB", (int(image.width / surplus), int(image.height / surplus)))
-        image = to_rgb(image, self.data.max_megapixels)
-        scale = (image.width / full[0], image.height / full[1])
-        box = (box[0] * scale[0], box[1] * scale[1], box[2] * scale[0], box[3] * scale[1])
-        view = resized_part(image, box, (height, width), self.data.resize)
+            size = native_size((box[3] - box[1], box[2] - box[0]), self.img_size, self.grid)
+        mirror = data.flip and torch.rand((), generator=rng) < 0.5
+        view = read_pixels(picture, data.preprocessing, data.max_megapixels, box, size, data.resize)
         return view.flip(-1) if mirror else view
 
 
@@ -153,15 +171,16 @@ def native_size(crop: tuple[float, float], img_size: tuple[int, int], grid: tupl
     return rows * side, columns * side
 
 
-def random_crop(width: int, height: int, min_scale: float, rng: torch.Generator) -> tuple[float, float, float, float]:
+def random_crop(width: int, height: int, min_scale: float, rng: torch.Generator, most: float = np.inf) -> Box:
     """Box (left, upper, right, lower) of RandomResizedCrop: area in [min_scale, 1], aspect in [3/4, 4/3], log-uniform.
 
-    Falls back to the largest centred box of a legal aspect after ten misses, as torchvision does.
+    Of a picture of more than `most` pixels the area is a share of these. Falls back to the largest centred box of a
+    legal aspect after ten misses, as torchvision does.
     """
     low, high = np.log(3 / 4), np.log(4 / 3)
     for _ in range(10):
         u = torch.rand(4, generator=rng).tolist()
-        area = width * height * (min_scale + (1 - min_scale) * u[0])
+        area = min(width * height, most) * (min_scale + (1 - min_scale) * u[0])
         aspect = np.exp(low + (high - low) * u[1])
         w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
         if 0 < w <= width and 0 < h <= height:
@@ -169,6 +188,8 @@ def random_crop(width: int, height: int, min_scale: float, rng: torch.Generator)
             return left, upper, left + w, upper + h
     aspect = min(max(width / height, 3 / 4), 4 / 3)
     w, h = min(width, round(height * aspect) or 1), min(height, round(width / aspect) or 1)
+    shrink = min(1.0, (most / (w * h)) ** 0.5)
+    w, h = max(1, int(w * shrink)), max(1, int(h * shrink))
     left, upper = (width - w) // 2, (height - h) // 2
     return left, upper, left + w, upper + h
 
@@ -187,8 +208,8 @@ class Views(Dataset[Sample]):
 
         def read(candidate: int, attempt: int) -> tuple[Tensor, Tensor]:
             del attempt  # what stands in is cut with the same draws
-            with self.source.open(candidate) as image:
-                return self.view.draw(image, generator(self.seed, epoch, index))
+            with self.source.open(candidate) as picture:
+                return self.view.draw(picture, generator(self.seed, epoch, index))
 
         sample, number, bad = first_usable(self.source, index, read)
         if sample is None:
@@ -230,8 +251,8 @@ class StreamedViews(IterableDataset[Sample | None]):
                     yield None
                 continue
             try:
-                with open_cell(cell) as image:
-                    view, extra = self.view.draw(image, generator(self.seed, rank, worker, used))
+                with open_cell(cell) as picture:
+                    view, extra = self.view.draw(picture, generator(self.seed, rank, worker, used))
             except Exception as error:  # a decoder may raise anything on damaged data
                 bad.append((name, reason(error)))
                 if len(bad) >= MAX_TRIES:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from launch.planning.memory import Work
 from vim_backbone import VimConfig, VisionMamba
 from vim_backbone.memory import Recompute
+from vim_backbone.preprocessing import Preprocessing
 from vim_backbone.vim import Images
 
 
@@ -26,7 +27,7 @@ class Objective(Protocol):
     """What is learned from unlabelled pictures.
 
     Its model's `forward(images, *arguments)` gives the loss: under ZeRO-3 a model has its parameters inside `forward`
-    alone. Images are (b, 3, h, w) normalised, or a list of (3, h, w) where their sizes differ.
+    alone. Images are (b, c, h, w) normalised, or a list of (c, h, w) where their sizes differ.
     """
 
     title: ClassVar[str]
@@ -59,8 +60,13 @@ class Objective(Protocol):
         """What `draw` added to the views of a batch (stacked, or a list where sizes differ) -> inputs of the model."""
         ...
 
-    def show(self, model: nn.Module, images: Images, extras: Tensor | Sequence[Tensor]) -> Callable[[str, Path], None]:
-        """What was learned, as a function that draws it: (title, path of the PNG). For all processes."""
+    def show(
+        self, model: nn.Module, images: Images, extras: Tensor | Sequence[Tensor], preprocessing: Preprocessing
+    ) -> Callable[[str, Path], None]:
+        """What was learned, as a function that draws it: (title, path of the PNG). For all processes.
+
+        `preprocessing` is what was done to the images.
+        """
         ...
 
     def work(self, architecture: VimConfig, itemsize: int, recompute: Recompute) -> Work:

@@ -41,6 +41,7 @@ def options_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--model", default="vim_large", help="vim_tiny, vim_small, vim_base, vim_large or vim_huge")
     parser.add_argument("--image-size", type=int, default=224, help="side of the pictures, in pixels")
     parser.add_argument("--patch-size", type=int, default=None, help="side of a patch; the size's own if not given")
+    parser.add_argument("--in-chans", type=int, default=3, help="bands of the pictures")
     for name, text in OBJECTIVE.cost_fields.items():
         default = attrgetter(name)(OBJECTIVE())
         parser.add_argument(f"--{name.replace('.', '-')}", dest=name, type=type(default), default=default, help=text)
@@ -57,6 +58,7 @@ def options_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="NVIDIA H200", help="row of launch/planning/speeds.csv to use")
     options = parser.parse_args(argv)
     require(options.gpus >= 1, "gpus", options.gpus, "it must be at least 1")
+    require(options.in_chans >= 1, "in-chans", options.in_chans, "it must be at least 1")
     require(options.gpu_memory > 0, "gpu-memory", options.gpu_memory, "it must be positive")
     require(0 <= options.reserve < 1, "reserve", options.reserve, "it must lie in [0, 1)")
     require(options.accumulation >= 1, "accumulation", options.accumulation, "it must be at least 1")
@@ -184,6 +186,8 @@ def settings(options: argparse.Namespace) -> list[str]:
         "precision": options.precision,
     }
     fields |= {name: getattr(options, name) for name in OBJECTIVE.cost_fields}
+    if options.in_chans != 3:
+        fields["data.bands"] = f"[{','.join(map(str, range(options.in_chans)))}]"
     return [word for name, value in fields.items() for word in (f"--{name}", str(value))]
 
 

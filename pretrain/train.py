@@ -10,9 +10,10 @@ from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 
 from launch.data.bad_pictures import BadPictures
+from launch.data.first_look import look_at_first
 from launch.data.loading import enduring, number_of_workers, workers_of_stream
 from launch.data.order import plan_batches
-from launch.data.sources import Source, StreamCells, open_source
+from launch.data.sources import Source, StreamCells, open_source, what_was_left_out
 from launch.run.accelerator import build_accelerator, on_main, strategy
 from launch.run.folder import run_folder
 from launch.run.metrics import RunLog, Throughput, peak_memory_gb
@@ -62,8 +63,10 @@ def pretrain(config: PretrainConfig) -> Path:
     accelerator = build_accelerator(config, config.accumulation)
     plan = plan_batches(accelerator, config.batch_size, config.accumulation)
     on_main(accelerator, lambda: refuse_to_compile_native_sizes(accelerator, data))
+    on_main(accelerator, lambda: look_at_first(source, data.preprocessing, data.max_megapixels, data.max_bad_share))
     objective = config.objective
-    with run_folder(accelerator, config, ("model.", *objective.architecture_fields), total_steps) as start:
+    fixed = ("model.", "data.bands", "data.statistics", *objective.architecture_fields)
+    with run_folder(accelerator, config, fixed, total_steps) as start:
         architecture = config.architecture()
         bad = BadPictures(config.folder / "bad_pictures.txt", pictures, data.max_bad_share)
         level = recompute_level(config, accelerator, plan.micro_batch)
@@ -93,7 +96,14 @@ def pretrain(config: PretrainConfig) -> Path:
                 batches = enduring(batches_from, first * config.accumulation, log.say)
                 run = Run(config, objective, source, view, batches, training, log, bad)
                 made_again = [f"made again in the backward pass: {level}"] * (config.model.recompute == "auto")
-                for line in (introduction(run, pictures), *made_again, *start.notes, *lines):
+                introductory = (
+                    introduction(run, pictures),
+                    *what_was_left_out(source),
+                    *made_again,
+                    *start.notes,
+                    *lines,
+                )
+                for line in introductory:
                     log.say(line)
                 train(run)
                 publish(run)
@@ -136,6 +146,7 @@ def build_model(config: PretrainConfig) -> nn.Module:
 def train(run: Run) -> None:
     """The loop: steps until the last one, or until a signal; what was done is saved either way."""
     config, training, device = run.config, run.training, run.training.accelerator.device
+    preprocessing = config.data.preprocessing
     speed = Throughput()
     latest: dict[str, float] = {}
     for step in training.steps():
@@ -149,7 +160,7 @@ def train(run: Run) -> None:
             inputs = run.objective.inputs(batch.extras, device)
             speed.tokens += inputs.tokens * training.accelerator.num_processes
             with part:
-                training.backward(training.model(to_model(images, device), *inputs.arguments))
+                training.backward(training.model(to_model(images, device, preprocessing), *inputs.arguments))
         training.update(learning_rate(step, config.optim, config.batch_size, training.total_steps), names)
         speed.images += config.batch_size
 
@@ -187,9 +198,10 @@ def show(run: Run, batch: Batch | None) -> None:
         crops = "crops never trained on"
     assert batch is not None
     assert batch.images is not None
-    images = to_model(batch.images[:SAMPLES_SHOWN], training.accelerator.device)
+    preprocessing = run.config.data.preprocessing
+    images = to_model(batch.images[:SAMPLES_SHOWN], training.accelerator.device, preprocessing)
     with training.evaluating() as model:
-        draw = run.objective.show(model, images, batch.extras[:SAMPLES_SHOWN])
+        draw = run.objective.show(model, images, batch.extras[:SAMPLES_SHOWN], preprocessing)
     if training.accelerator.is_main_process:
         path = run.config.folder / run.objective.picture_folder / f"step-{step:08d}.png"
         draw(f"{run.config.name}: step {step}, {crops}", path)
@@ -209,8 +221,9 @@ def publish(run: Run) -> None:
         f"{config.batch_size} pictures, {run.view.sizes}, {run.objective.summary}, {config.precision}, "
         f"seed {config.seed}{f', weights averaged with decay {config.ema_decay}' if config.ema_decay else ''}.\n"
     )
-    card = model_card(encoder.config, "backbone") + history
-    on_main(training.accelerator, lambda: encoder.save_pretrained(folder, card=card, tensors=tensors))
+    card = model_card(encoder.config, "backbone", config.data.preprocessing) + history
+    more = {"preprocessing": config.data.preprocessing, "card": card, "tensors": tensors}
+    on_main(training.accelerator, lambda: encoder.save_pretrained(folder, **more))
     run.log.say(
         f"{training.state.step} steps done, {len(run.bad.known)} bad pictures skipped; the backbone is in {folder}"
     )

@@ -9,7 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tifffile
 import torch
 
 from tests.launch.preloaded import Popen
@@ -32,6 +34,11 @@ def blocks(page, language):
 
 def commands():
     return [line for page in PAGES for block in blocks(page, "bash") for line in block.strip().splitlines()]
+
+
+def words_of(line):
+    """Names in a command, between anything that is no letter or sign of a name."""
+    return set(re.findall(r"[a-z]+", line))
 
 
 def test_ci_runs_the_make_commands():
@@ -68,7 +75,11 @@ def test_all_other_commands(place, picture_folder):
     torch.save(official.random_state(d=32, depth=2, patches=16, classes=5), place / "vim_t_midclstok_76p1acc.pth")
     ran = 0
     for line in commands():
-        if line in RUN_BY_CI | NOT_RUN or line.startswith("python -m benchmarks") or "finetune" in line:
+        if (
+            line in RUN_BY_CI | NOT_RUN
+            or line.startswith("python -m benchmarks")
+            or {"finetune", "geotiffs"} & words_of(line)
+        ):
             continue
         if "pretrain/main.py" in line and "--help" not in line:
             line = re.sub(r" --steps \d+", "", line.replace("--model.img_size 224", "--model.img_size 32"))
@@ -82,6 +93,31 @@ def test_all_other_commands(place, picture_folder):
 
 
 @pytest.mark.slow
+def test_a_folder_of_geotiffs_to_predictions(place):
+    """Four bands of 16 bits with nodata, from statistics to a fine-tuned model."""
+    rng = np.random.default_rng(0)
+    labelled = [f"labelled_geotiffs/{split}/{kind}" for split in ("train", "val") for kind in ("field", "wood")]
+    for folder in ("geotiffs", *labelled):
+        (place / "path/to" / folder).mkdir(parents=True, exist_ok=True)
+        for number in range(4):
+            values = (1500 + 400 * rng.standard_normal((40, 50, 4))).astype(np.uint16)
+            values[:3] = 0
+            tags = {"extratags": [(42113, "s", 0, "0", True)], "extrasamples": [0] * 3}
+            tifffile.imwrite(place / f"path/to/{folder}/{number}.tif", values, tile=(16, 16), compression="deflate",
+                             photometric="minisblack", **tags)  # fmt: skip
+    lines = [line for line in commands() if "geotiffs" in words_of(line)]
+    for line in lines:
+        if "main.py" in line:
+            line = re.sub(r"--(model.img_size|epochs) \d+", "", line)
+            own = "--optim.warmup_steps=1" if "finetune" in line else f"{SMALL} --model.patch_size=8"
+            line += f" {own} --model.img_size=32 --steps=1 --batch_size=4 --data.workers=0"
+        assert_runs(line, place)
+    assert len(lines) >= 5
+    rows = json.loads((place / "runs/crops/predictions/predictions.json").read_text())
+    assert [row["class"] in ("field", "wood") for row in rows] == [True] * 8
+
+
+@pytest.mark.slow
 def test_the_commands_of_fine_tuning(place):
     create_model("vim_tiny", img_size=32, patch_size=8, depth=1, num_classes=0).save_pretrained(place / "published")
     for name in ("pretrain", "short"):
@@ -90,7 +126,11 @@ def test_the_commands_of_fine_tuning(place):
             (place / f"runs/{name}/backbone").symlink_to(place / "published")
     small = " --steps=1 --epochs=null --model.img_size=32 --evaluate_every=0 --batch_size=4 --data.workers=0"
     ran = 0
-    for line in (line for line in commands() if "finetune" in line and not line.startswith("python -m benchmarks")):
+    for line in (
+        line
+        for line in commands()
+        if words_of(line) & {"finetune", "geotiffs"} == {"finetune"} and not line.startswith("python -m benchmarks")
+    ):
         if "finetune.sample_data" in line:
             shutil.rmtree(place / line.split()[-1], ignore_errors=True)  # more than one page makes it
             line += " --train 6 --val 3 --size 32"

@@ -6,6 +6,8 @@ from vim_backbone.config import SIZES as SIZES
 from vim_backbone.config import VimConfig as VimConfig
 from vim_backbone.config import named_config as named_config
 from vim_backbone.errors import UserError as UserError
+from vim_backbone.preprocessing import Preprocessing as Preprocessing
+from vim_backbone.preprocessing import read_preprocessing as read_preprocessing
 from vim_backbone.pretrained import from_pretrained as from_pretrained
 from vim_backbone.vim import VisionMamba as VisionMamba
 

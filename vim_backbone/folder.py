@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from vim_backbone.config import VimConfig
 from vim_backbone.errors import UserError
 from vim_backbone.files import read_json, write_json, write_tensors, write_text
-from vim_backbone.preprocessing import IMAGENET_MEAN, IMAGENET_STD, preprocessor
+from vim_backbone.preprocessing import IMAGENET_MEAN, IMAGENET_STD, PREPROCESSOR, RGB, Preprocessing, preprocessor
 
 MODEL_TYPE = "vim"
 WEIGHTS = "model.safetensors"
@@ -20,6 +20,7 @@ def save_pretrained(
     *,
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
+    preprocessing: Preprocessing | None = None,
     card: str | None = None,
     tensors: dict[str, Tensor] | None = None,
 ) -> Path:
@@ -27,6 +28,7 @@ def save_pretrained(
 
     Args:
         mean, std: what pictures in [0, 1] were normalised with, a value a channel; ImageNet's for three channels.
+        preprocessing: that, with bands, range and nodata; in place of mean and std.
         card: Markdown text of README.md; a short one is made when None.
         tensors: the model's state dict, where its parameters are spread over processes; its own when None.
 
@@ -34,6 +36,8 @@ def save_pretrained(
         UserError: the folder cannot be written, the disk is full, or mean and std have not a value for each channel.
     """
     folder = Path(folder)
+    if preprocessing is not None:
+        mean, std = preprocessing.mean, preprocessing.std
     if not len(mean) == len(std) == config.in_chans:
         raise UserError(
             f"the backbone has {config.in_chans} channels, mean {len(mean)} values and std {len(std)}: give "
@@ -44,8 +48,9 @@ def save_pretrained(
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
     write_tensors(folder / WEIGHTS, model.state_dict() if tensors is None else tensors)
-    write_json(folder / "preprocessor_config.json", preprocessor(config, mean, std))
-    write_text(folder / "README.md", card or model_card(config, folder.name))
+    preprocessing = preprocessing or Preprocessing(mean=mean, std=std)
+    write_json(folder / PREPROCESSOR, preprocessor(config, preprocessing))
+    write_text(folder / "README.md", card or model_card(config, folder.name, preprocessing))
     write_json(folder / "config.json", {"model_type": MODEL_TYPE, "architectures": ["VisionMamba"]} | config.to_dict())
     return folder
 
@@ -66,10 +71,15 @@ def read_config(folder: Path) -> VimConfig:
         raise UserError(f"{path}: {error}") from error
 
 
-def model_card(config: VimConfig, name: str) -> str:
+def model_card(config: VimConfig, name: str, preprocessing: Preprocessing = RGB) -> str:
     """A short README.md for a backbone folder."""
     height, width = config.img_size
-    channels = "RGB" if config.in_chans == 3 else f"{config.in_chans} channels"
+    pictures = f"{'RGB' if config.in_chans == 3 else f'{config.in_chans} channels'} in [0, 1]"
+    if preprocessing.bands is not None:
+        pictures = (
+            f"bands {list(preprocessing.bands)} of files of {preprocessing.dtype}, which\n"
+            f'`vim_backbone.read_preprocessing("{name}").model_input(values)` takes as an array (bands, h, w)'
+        )
     return f"""---
 library_name: vim_backbone
 tags: [vision-mamba, image-feature-extraction]
@@ -87,5 +97,5 @@ model = vim_backbone.from_pretrained("{name}")
 features = model.forward_features(torch.rand(1, {config.in_chans}, {height}, {width}))
 ```
 
-Pictures: {channels} in [0, 1], normalised as `preprocessor_config.json` says.
+Pictures: {pictures}, normalised as `preprocessor_config.json` says.
 """

@@ -1,56 +1,240 @@
-"""How pictures become input of a backbone: the normalisation, and preprocessor_config.json that says which."""
+"""How pictures become input of a backbone: bands, range, normalisation, and preprocessor_config.json."""
 
-from functools import cache
-from typing import Any, overload
+from dataclasses import dataclass
+from functools import lru_cache
+from math import isfinite, nan
+from pathlib import Path
+from typing import Any, Literal, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vim_backbone.config import VimConfig
+from vim_backbone.errors import UserError
+from vim_backbone.files import read_json
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PREPROCESSOR = "preprocessor_config.json"
+Range = tuple[tuple[float, ...], tuple[float, ...]]
+"""Lowest and highest values."""
 
 
-def preprocessor(config: VimConfig, mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, Any]:
-    """preprocessor_config.json, in the keys that transformers reads."""
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """What is done to the values of a picture; as it stands, to 8-bit RGB."""
+
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    """Of each channel, where `range` is 0 to 1."""
+    std: tuple[float, ...] = IMAGENET_STD
+    """Deviation of each channel, where `range` is 0 to 1."""
+    bands: tuple[int, ...] | None = None
+    """Bands of a file that are the model's channels, in their order, counted from 0; None: pictures are 8-bit RGB."""
+    dtype: str | None = None
+    """Type of the files' values, where `bands` are chosen; None for any."""
+    range: Range | Literal["type"] | None = None
+    """Lowest and highest values, one of each for every band; "type" or None for those of the type. Of 8-bit RGB: what
+    becomes 0 and 255 of pictures of more bits, one value each; None also refuses those that would be almost black."""
+    nodata: float | None = None
+    """Value of pixels that hold nothing (NaN for all that is no finite number); they become the mean."""
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of the model."""
+        return len(self.mean)
+
+    @property
+    def scale(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Values of each channel of a view that the model takes as 0 and as 1."""
+        if self.bands is None:
+            return (0.0,) * self.in_chans, (255.0,) * self.in_chans
+        if isinstance(self.range, tuple):
+            return self.range
+        low, high = type_range(self.dtype or "uint8")
+        return (low,) * self.in_chans, (high,) * self.in_chans
+
+    @property
+    def fill(self) -> tuple[float, ...]:
+        """The value of each channel of a view that becomes 0 in the model."""
+        return tuple(low + mean * (high - low) for low, high, mean in zip(*self.scale, self.mean, strict=True))
+
+    def model_input(self, values: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
+        """The values of a picture, all bands of its file (bands, h, w), as the model's input (1, channels, h, w).
+
+        Its size stays as it is. Raises UserError for a picture of other bands, or of another type.
+        """
+        count = self.in_chans if self.bands is None else max(self.bands) + 1
+        wanted = self.dtype or "uint8"
+        if values.ndim != 3 or len(values) < count or values.dtype != wanted:
+            raise UserError(
+                f"the picture is {values.shape} of {values.dtype}: it must be (bands, height, width) of {wanted}, with "
+                f"{count} bands or more"
+            )
+        chosen = values[list(self.bands)] if self.bands is not None else values[:count]
+        filled = self.filled(chosen, invalid(chosen, self.nodata))
+        return to_model(torch.tensor(filled)[None], torch.device(device), self)
+
+    def filled(self, values: np.ndarray, missing: np.ndarray | None) -> np.ndarray:
+        """The channels (c, h, w) with the mean where they are missing, a copy where it is; other types become float32.
+
+        Floats are kept within one width of the range on either side of it, or a stray 3e38 would make a loss infinite.
+        """
+        keep = values.dtype if values.dtype in (np.uint8, np.uint16) else np.float32
+        if values.dtype.kind == "f":
+            low, high = (np.array(edge, np.float32)[:, None, None] for edge in self.scale)
+            values = np.clip(values, 2 * low - high, 2 * high - low)
+        copy = values.astype(keep, copy=missing is not None)
+        if missing is not None:
+            fill = np.array(self.fill)
+            fill = fill.round() if keep != np.float32 else fill
+            np.copyto(copy, fill.astype(keep)[:, None, None], where=missing)
+        return copy
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "bands": None if self.bands is None else list(self.bands),
+            "dtype": self.dtype,
+            "range": [list(side) for side in self.range] if isinstance(self.range, tuple) else self.range,
+            "nodata": "nan" if self.nodata is not None and not isfinite(self.nodata) else self.nodata,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Preprocessing":
+        """From plain data, of older versions too. Raises UserError for what makes no sense."""
+        try:
+            bands, limits, nodata = data.get("bands"), data.get("range"), data.get("nodata")
+            made = cls(
+                mean=tuple(map(float, data["image_mean"])),
+                std=tuple(map(float, data["image_std"])),
+                bands=None if bands is None else tuple(map(int, bands)),
+                dtype=None if data.get("dtype") is None else np.dtype(data["dtype"]).name,
+                range=limits
+                if limits in (None, "type")
+                else (tuple(map(float, limits[0])), tuple(map(float, limits[1]))),
+                nodata=nan if nodata == "nan" else None if nodata is None else float(nodata),
+            )
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise UserError(f"bands, range, image_mean and image_std make no sense: {error}") from error
+        made.check()
+        return made
+
+    def check(self) -> None:
+        """Raise UserError where the numbers do not fit together."""
+        channels = self.in_chans
+        lengths = {"image_std": len(self.std)} | ({"bands": len(self.bands)} if self.bands is not None else {})
+        if isinstance(self.range, tuple) and self.bands is not None:
+            lengths |= {"lowest values": len(self.range[0]), "highest values": len(self.range[1])}
+        for name, length in lengths.items():
+            if length != channels or not channels:
+                raise UserError(f"{name} has {length} values and image_mean {channels}: each needs one for each band")
+        if any(band < 0 for band in self.bands or ()):
+            raise UserError(f"bands are {list(self.bands or ())}: they are counted from 0")
+        if isinstance(self.range, tuple) and any(not low < high for low, high in zip(*self.range, strict=True)):
+            raise UserError(f"range is {self.range}: the lowest values must be below the highest")
+        if not all(isfinite(mean) and isfinite(std) and std > 0 for mean, std in zip(self.mean, self.std, strict=True)):
+            raise UserError(
+                f"image_mean is {self.mean}, image_std {self.std}: they must be numbers, the second positive"
+            )
+
+
+RGB = Preprocessing()
+"""8-bit RGB, with ImageNet's mean and deviation."""
+
+
+def type_range(dtype: str) -> tuple[float, float]:
+    """Lowest and highest value of whole numbers of a type; 0 and 1 for floats."""
+    kind = np.dtype(dtype)
+    return (0.0, 1.0) if kind.kind not in "iu" else (float(np.iinfo(kind).min), float(np.iinfo(kind).max))
+
+
+def invalid(values: np.ndarray, nodata: float | None) -> np.ndarray | None:
+    """Where channels (c, h, w) hold nothing, as bool of their shape; None for nowhere.
+
+    A pixel holds nothing where all its channels are `nodata`. With NaN as `nodata`, each value that is not finite.
+    """
+    if nodata is None:
+        return None
+    if not isfinite(nodata):
+        missing = ~np.isfinite(values) if values.dtype.kind == "f" else None
+    else:
+        missing = np.broadcast_to((values == np.array(nodata)).all(0), values.shape)
+    return missing if missing is not None and missing.any() else None
+
+
+def preprocessor(config: VimConfig, preprocessing: Preprocessing) -> dict[str, Any]:
+    """preprocessor_config.json, in the keys that transformers reads, and our own for bands, range and nodata."""
     height, width = config.img_size
+    low, high = preprocessing.scale
+    plain = not any(low) and len(set(high)) == 1  # all that transformers can say
     return {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
         "size": {"height": height, "width": width},
         "resample": 3,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
+        "do_rescale": plain,
+        "rescale_factor": 1 / high[0] if plain else 1.0,
         "do_normalize": True,
-        "image_mean": list(mean),
-        "image_std": list(std),
-    }
+    } | preprocessing.to_dict()
+
+
+def read_preprocessing(folder: str | Path) -> Preprocessing:
+    """What is done to pictures for the backbone in a folder; `RGB` where its preprocessor_config.json is missing.
+
+    Raises UserError for a damaged file.
+    """
+    path = Path(folder) / PREPROCESSOR
+    if not path.exists():
+        return RGB
+    data = read_json(path)
+    try:
+        return Preprocessing.from_dict(data if isinstance(data, dict) else {})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 @overload
-def to_model(images: Tensor, device: torch.device) -> Tensor: ...
+def to_model(images: Tensor, device: torch.device, preprocessing: Preprocessing = RGB) -> Tensor: ...
 @overload
-def to_model(images: list[Tensor], device: torch.device) -> list[Tensor]: ...
+def to_model(images: list[Tensor], device: torch.device, preprocessing: Preprocessing = RGB) -> list[Tensor]: ...
 @overload
-def to_model(images: Tensor | list[Tensor], device: torch.device) -> Tensor | list[Tensor]: ...
+def to_model(
+    images: Tensor | list[Tensor], device: torch.device, preprocessing: Preprocessing = RGB
+) -> Tensor | list[Tensor]: ...
 
 
-def to_model(images: Tensor | list[Tensor], device: torch.device) -> Tensor | list[Tensor]:
-    """(b, 3, h, w) uint8, or a list -> float on the device, normalised with ImageNet's mean and deviation."""
+def to_model(
+    images: Tensor | list[Tensor], device: torch.device, preprocessing: Preprocessing = RGB
+) -> Tensor | list[Tensor]:
+    """(b, c, h, w) uint8, uint16 or float32, or a list -> float on the device, scaled and normalised."""
     if isinstance(images, list):
-        return [to_model(image, device) for image in images]
-    images = images.to(device, non_blocking=True).float().div_(255)
-    mean, std = _mean_and_deviation(device)
-    return (images - mean) / std
+        return [to_model(image, device, preprocessing) for image in images]
+    low, span, mean, std = _constants(preprocessing, device)
+    images = images.to(device, non_blocking=True).to(torch.float32, copy=True)  # converted there: fewer bytes are sent
+    return images.sub_(low).div_(span).sub_(mean).div_(std)
 
 
-def to_pixels(images: Tensor) -> Tensor:
+def to_pixels(images: Tensor, preprocessing: Preprocessing = RGB) -> Tensor:
     """The inverse of `to_model`, in [0, 1]."""
-    mean, std = _mean_and_deviation(images.device)
+    _, _, mean, std = _constants(preprocessing, images.device)
     return (images * std + mean).clamp(0, 1)
 
 
-@cache
-def _mean_and_deviation(device: torch.device) -> list[Tensor]:
-    """ImageNet's, (3, 1, 1) each. Kept: to send them to a GPU anew for every picture would make it wait each time."""
-    return [torch.tensor(v, device=device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD)]
+def shown(pixels: Tensor) -> Tensor:
+    """Channels (..., c, h, w) as three to look at: the first three, or the first alone in grey."""
+    return (
+        pixels[..., :3, :, :] if pixels.shape[-3] >= 3 else pixels[..., :1, :, :].expand(*pixels.shape[:-3], 3, -1, -1)
+    )
+
+
+@lru_cache(maxsize=64)
+def _constants(preprocessing: Preprocessing, device: torch.device) -> list[Tensor]:
+    """Low, span, mean and deviation, (c, 1, 1) each.
+
+    Kept: to send them to a GPU anew for every picture would make it wait each time.
+    """
+    low, high = preprocessing.scale
+    span = [top - bottom for bottom, top in zip(low, high, strict=True)]
+    return [torch.tensor(v, device=device).view(-1, 1, 1) for v in (low, span, preprocessing.mean, preprocessing.std)]

@@ -14,13 +14,16 @@ from vim_backbone.folder import WEIGHTS, read_config
 from vim_backbone.position import resize_table
 from vim_backbone.vim import VisionMamba
 
+PATCH_WEIGHT = "patch_embed.proj.weight"
+
 
 def from_pretrained(folder: str | Path, **overrides: Any) -> VisionMamba:
     """Read a backbone from a folder that `save_pretrained` wrote, in evaluation mode.
 
     Args:
         overrides: fields of the config to change. Another `img_size` resamples the position table, another
-            `num_classes` puts on a fresh head; `drop_path_rate` and `global_pool` are free to change too.
+            `num_classes` puts on a fresh head, another `in_chans` adapts the first convolution; `drop_path_rate` and
+            `global_pool` are free to change too.
 
     Raises:
         UserError: a file is missing, damaged, or does not fit; names the file or the tensor.
@@ -46,7 +49,7 @@ def check_sizes(config: VimConfig, state: dict[str, Tensor], source: Path) -> No
         raise UserError(f"{source} has {depth} blocks but depth is {config.depth} in config.json: one of them is wrong")
     mixer, d = "layers.0.mixer", config.d_inner
     expected = {
-        "patch_embed.proj.weight": (config.d_model, config.in_chans, config.patch_size, config.patch_size),
+        PATCH_WEIGHT: (config.d_model, config.in_chans, config.patch_size, config.patch_size),
         f"{mixer}.A_log": (d, config.d_state),
         f"{mixer}.conv1d.weight": (d, 1, config.d_conv),
         f"{mixer}.dt_proj.weight": (d, config.dt_rank),
@@ -65,11 +68,14 @@ def check_sizes(config: VimConfig, state: dict[str, Tensor], source: Path) -> No
 
 
 def load_state(model: VisionMamba, state: dict[str, Tensor], saved: VimConfig, source: Path) -> None:
-    """Put tensors of a model with config `saved` into `model`: positions resampled, a head of another size left fresh.
+    """Put tensors of a model with config `saved` into `model`.
 
+    Positions are resampled, the first convolution is adapted to other channels, a head of another size is left fresh.
     Raises UserError naming a tensor that is missing, unknown or of the wrong shape.
     """
     state = dict(state)
+    if saved.in_chans != model.config.in_chans and PATCH_WEIGHT in state:
+        state[PATCH_WEIGHT] = adapt_input_conv(state[PATCH_WEIGHT], model.config.in_chans)
     if "pos_embed" in state and saved.grid(*saved.img_size) != model.grid_size:
         state["pos_embed"] = resize_table(
             state["pos_embed"], model.position_layout, saved.grid(*saved.img_size), model.grid_size
@@ -82,6 +88,18 @@ def load_state(model: VisionMamba, state: dict[str, Tensor], saved: VimConfig, s
                 state[name] = expected[name]
     check_names(expected, state, source)
     model.load_state_dict(state)
+
+
+def adapt_input_conv(weight: Tensor, in_chans: int) -> Tensor:
+    """The first convolution's weight (d_model, c, side, side) for other channels (d_model, in_chans, side, side).
+
+    As timm has it for c = 3: the sum for one channel, else the channels again and again, times c / in_chans, so that
+    the same value in all channels gives the same tokens.
+    """
+    channels = weight.shape[1]
+    if in_chans == 1:
+        return weight.sum(1, keepdim=True)
+    return weight.repeat(1, -(-in_chans // channels), 1, 1)[:, :in_chans] * (channels / in_chans)
 
 
 def check_names(expected: dict[str, Tensor], state: dict[str, Tensor], source: Path) -> None:

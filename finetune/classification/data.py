@@ -7,15 +7,16 @@ from typing import Any
 
 import datasets
 import numpy as np
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
 from finetune.classification.config import ClassificationData
-from launch.data.images import to_rgb
+from finetune.pixels import pixels_of
+from launch.data.pictures import Picture
 from launch.data.sources import HubDataset, ImageFiles, ImageSource, left_behind, load_split, picture_paths, split_names
 from launch.run.randomness import seed_of
 from vim_backbone.errors import UserError, nearest
+from vim_backbone.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Picked:
         """Name in the source."""
         return self.source.name(self.indices[index])
 
-    def open(self, index: int) -> Image.Image:
+    def open(self, index: int) -> Picture:
         """The picture, opened but not decoded."""
         return self.source.open(self.indices[index])
 
@@ -53,9 +54,12 @@ class Picked:
 class ClassSamples:
     """Labelled pictures, transformed."""
 
-    def __init__(self, data: Labelled, transform: Callable[[Image.Image], Any], max_megapixels: float) -> None:
+    def __init__(
+        self, data: Labelled, transform: Callable[[Tensor], Any], preprocessing: Preprocessing, max_megapixels: float
+    ) -> None:
         self.data = data
         self.transform = transform
+        self.preprocessing = preprocessing
         self.max_megapixels = max_megapixels
 
     def __len__(self) -> int:
@@ -66,12 +70,13 @@ class ClassSamples:
         return self.data.source.name(index)
 
     def draw(self, index: int) -> tuple[Tensor, int]:
-        """(3, h, w) normalised, and the class."""
-        with self.data.source.open(index) as image:
-            return self.transform(to_rgb(image, self.max_megapixels)), self.data.labels[index]
+        """(c, h, w) normalised, and the class."""
+        with self.data.source.open(index) as picture:
+            pixels = pixels_of(picture, self.preprocessing, self.max_megapixels)
+        return self.transform(pixels), self.data.labels[index]
 
     def collate(self, samples: list[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
-        """(b, 3, h, w) and (b,)."""
+        """(b, c, h, w) and (b,)."""
         return default_collate(samples)
 
 

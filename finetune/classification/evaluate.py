@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from finetune.batches import evaluation_batches
 from finetune.classification.config import ClassificationConfig
 from finetune.task import EvaluationResult, Task
-from vim_backbone.preprocessing import to_pixels
+from vim_backbone.preprocessing import shown, to_pixels
 
 MOST_DRAWN_CLASSES = 60
 """With more classes the confusion is written as a table of pairs only."""
@@ -88,7 +88,7 @@ def evaluate(task: Task[ClassificationConfig], model: nn.Module, accelerator: Ac
         counts.add(logits[mask], targets[mask])
         for row, number in enumerate(batch.numbers):
             if batch.counted[row] and number in task.pictured:
-                picture = to_pixels(images[row]).permute(1, 2, 0).cpu().numpy()
+                picture = shown(to_pixels(images[row], task.pretrained.preprocessing)).permute(1, 2, 0).cpu().numpy()
                 pictured.append((number, (picture, int(targets[row]), logits[row].float().softmax(0).cpu())))
     counts.share(accelerator)
     pictured, bad = gather_object(pictured), gather_object(bad)

@@ -10,7 +10,7 @@ class Classifier(TaskModel):
     """A backbone with its head, and the loss as part of the forward pass."""
 
     def forward(self, images: Tensor, targets: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
-        """(b, 3, h, w) -> logits (b, classes); with targets, classes (b,) or shares (b, classes), the mean loss."""
+        """(b, c, h, w) -> logits (b, classes); with targets, classes (b,) or shares (b, classes), the mean loss."""
         logits = self.backbone(images)
         if targets is None:
             return logits

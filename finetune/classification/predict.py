@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import torch
-from PIL import Image
+from torch import Tensor
 
 from finetune.classification.evaluate import draw_predictions
 from finetune.classification.model import Classifier
 from finetune.classification.transforms import evaluation_transform
 from finetune.task import Prediction, Predictor
-from vim_backbone.preprocessing import to_pixels
+from vim_backbone.preprocessing import shown, to_pixels
 
 
 class ClassificationPredictor(Predictor):
@@ -19,9 +19,9 @@ class ClassificationPredictor(Predictor):
         """The classifier with fresh weights."""
         return Classifier(self.config)
 
-    def predict(self, images: list[Image.Image], drawings: list[Path]) -> list[Prediction]:
+    def predict(self, images: list[Tensor], drawings: list[Path]) -> list[Prediction]:
         """`class`, and `best`: the five best with their shares."""
-        transform = evaluation_transform(self.config.img_size, self.description["crop_pct"])
+        transform = evaluation_transform(self.config.img_size, self.description["crop_pct"], self.preprocessing)
         batch = torch.stack([transform(image) for image in images]).to(self.device)
         predictions = []
         for picture, shares, path in zip(batch, self.model(batch).float().softmax(1).cpu(), drawings, strict=True):
@@ -30,7 +30,7 @@ class ClassificationPredictor(Predictor):
                 {"class": self.classes[k], "share": share}
                 for share, k in zip(top.values.tolist(), top.indices.tolist(), strict=True)
             ]
-            pixels = to_pixels(picture[None])[0].permute(1, 2, 0).cpu().numpy()
+            pixels = shown(to_pixels(picture, self.preprocessing)).permute(1, 2, 0).cpu().numpy()
             draw_predictions(path, [(pixels, None, shares)], self.classes)
             predictions.append({"class": best[0]["class"], "best": best})
         return predictions

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from timm.data.mixup import Mixup
 from torch import Tensor, nn
 
-from finetune.backbone import find_backbone, read_backbone
+from finetune.backbone import find_backbone, read_backbone, read_preprocessing_of
 from finetune.classification.config import ClassificationConfig
 from finetune.classification.data import ClassSamples, missing_classes, open_labelled
 from finetune.classification.evaluate import METRICS, evaluate
@@ -16,6 +16,7 @@ from finetune.classification.predict import ClassificationPredictor
 from finetune.classification.probes import probe
 from finetune.classification.transforms import evaluation_transform, training_transform
 from finetune.task import EvaluationResult, LabelledBatch, Task
+from launch.data.first_look import look_at_first
 from launch.run.randomness import seeded
 from vim_backbone import UserError
 from vim_backbone.folder import read_config
@@ -42,14 +43,19 @@ class ClassificationTask(Task[ClassificationConfig]):
                 f"{config.backbone} has a head of {head_classes} classes and data.source {num_classes}: fine-tune it "
                 "first (mode train), or evaluate a run with --resume"
             )
-        self.pretrained = read_backbone(folder, config.model, config.seed, num_classes)
+        preprocessing = read_preprocessing_of(folder, config.data)
+        self.pretrained = read_backbone(folder, config.model, config.seed, num_classes, preprocessing)
+        look_at_first(train.source, preprocessing, config.data.max_megapixels)
         size = self.pretrained.config.img_size
-        centre = evaluation_transform(size, config.augment.crop_pct)
-        augmented = centre if config.mode in ("linear", "knn") else training_transform(size, config.augment)
-        self.train = ClassSamples(train, augmented, config.data.max_megapixels)
-        self.val = ClassSamples(val, centre, config.data.max_megapixels)
+        centre = evaluation_transform(size, config.augment.crop_pct, preprocessing)
+        frozen = config.mode in ("linear", "knn")
+        augmented = centre if frozen else training_transform(size, config.augment, preprocessing)
+        self.train = ClassSamples(train, augmented, preprocessing, config.data.max_megapixels)
+        self.val = ClassSamples(val, centre, preprocessing, config.data.max_megapixels)
         absent = missing_classes(val)
         self.notes = [f"{len(absent)} classes have no picture to evaluate on, {absent[0]!r} first"] if absent else []
+        if preprocessing.bands is not None and not frozen:
+            self.notes.append("pictures of bands are cropped, mirrored and erased; auto_augment is for RGB")
         augment = config.augment
         self.mixup = None
         if config.mode == "train" and (augment.mixup or augment.cutmix):
@@ -86,5 +92,6 @@ class ClassificationTask(Task[ClassificationConfig]):
         return {
             "classes": self.classes,
             "backbone": self.pretrained.config.to_dict(),
+            "preprocessing": self.pretrained.preprocessing.to_dict(),
             "crop_pct": self.config.augment.crop_pct,
         }

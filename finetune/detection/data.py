@@ -8,18 +8,18 @@ from typing import Any
 import numpy as np
 import torch
 from faster_coco_eval.core import mask as coco_mask
-from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as transforms
 
 from finetune.detection.coco import CocoFile, read_coco
 from finetune.detection.config import DetectionData, JitterConfig
-from finetune.detection.tta import GREY, Sizes, TestTimeAugmentation
-from launch.data.images import BadPictureError, open_picture, to_rgb
+from finetune.detection.tta import Sizes, TestTimeAugmentation
+from finetune.pixels import read_file
+from launch.data.images import BadPictureError
 from vim_backbone.errors import UserError, escaped
+from vim_backbone.preprocessing import RGB, Preprocessing
 
 
 @dataclass
@@ -28,6 +28,7 @@ class CocoSplit(CocoFile):
 
     folder: Path = Path()
     max_megapixels: float = math.inf
+    preprocessing: Preprocessing = RGB
 
     def __len__(self) -> int:
         return len(self.images)
@@ -36,16 +37,13 @@ class CocoSplit(CocoFile):
         """File name."""
         return escaped(self.images[index]["file_name"])
 
-    def picture(self, index: int) -> Image.Image:
-        """RGB. Raises BadPictureError where the file is not of the size that the annotations are for."""
+    def picture(self, index: int) -> Tensor:
+        """(c, h, w) uint8 or float32. Raises BadPictureError where the file has not the size of the annotations."""
         entry = self.images[index]
-        with open_picture(self.folder / entry["file_name"]) as opened:
-            image = to_rgb(opened, self.max_megapixels)
-        if image.size != (entry["width"], entry["height"]):
-            raise BadPictureError(
-                f"it is {image.size} pixels, its annotations are for {entry['width'], entry['height']}"
-            )
-        return image
+        pixels = read_file(self.folder / entry["file_name"], self.preprocessing, self.max_megapixels)
+        if (size := tuple(pixels.shape[:0:-1])) != (entry["width"], entry["height"]):
+            raise BadPictureError(f"it is {size} pixels, its annotations are for {entry['width'], entry['height']}")
+        return pixels
 
     def labels(self) -> dict[int, int]:
         """Category id -> class, counted from 1."""
@@ -59,7 +57,7 @@ class CocoSplit(CocoFile):
         return {"images": self.images, "annotations": annotations, "categories": self.categories}
 
 
-def open_coco(data: DetectionData, split: str, masks: bool) -> CocoSplit:
+def open_coco(data: DetectionData, split: str, masks: bool, preprocessing: Preprocessing = RGB) -> CocoSplit:
     """Read one split. What cannot be used is left out and named in `notes`.
 
     Raises UserError where the file or the folder is missing or is not in COCO's format.
@@ -74,7 +72,8 @@ def open_coco(data: DetectionData, split: str, masks: bool) -> CocoSplit:
     file = read_coco(path, masks)
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist: it must hold the pictures that {path} names")
-    return CocoSplit(file.images, file.annotations, file.categories, file.notes, folder, data.max_megapixels)
+    read = (file.images, file.annotations, file.categories, file.notes)
+    return CocoSplit(*read, folder, data.max_megapixels, preprocessing)
 
 
 class TrainPictures:
@@ -92,10 +91,12 @@ class TrainPictures:
             raise UserError(f"no picture of {split.folder} has an object to train on")
         if empty := len(objects) - len(self.used):
             split.notes.append(f"{empty} of {len(objects)} pictures of {split.folder} have no object: not trained on")
+        fill = split.preprocessing.fill
+        grey: Any = list(fill) if split.preprocessing.bands is not None else [round(value) for value in fill]
         self.transform = v2.Compose([
             v2.RandomHorizontalFlip(jitter.flip),
             v2.ScaleJitter(size, jitter.scale),
-            v2.RandomCrop(size, pad_if_needed=True, fill={tv_tensors.Image: GREY, "others": 0}),
+            v2.RandomCrop(size, pad_if_needed=True, fill={tv_tensors.Image: grey, "others": 0}),
             v2.ClampBoundingBoxes(),
         ])  # fmt: skip
 
@@ -107,9 +108,9 @@ class TrainPictures:
         return self.split.name(self.used[index])
 
     def draw(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """(3, h, w) uint8, and boxes (n, 4), labels (n,), masks (n, h, w) uint8 where the config wants them."""
+        """(c, h, w) uint8 or float32, boxes (n, 4), labels (n,), masks (n, h, w) uint8 where the config wants them."""
         image = self.split.picture(self.used[index])
-        objects, (width, height) = self.objects[self.used[index]], image.size
+        objects, (height, width) = self.objects[self.used[index]], image.shape[1:]
         corners = [[x, y, x + w, y + h] for x, y, w, h in (entry["bbox"] for entry in objects)]
         boxes = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=(height, width), dtype=torch.float32)  # pyright: ignore
         labels = torch.tensor([self.labels[entry["category_id"]] for entry in objects])
@@ -117,7 +118,7 @@ class TrainPictures:
         if self.masks:
             decoded = np.stack([coco_mask.decode(entry["segmentation"]) for entry in objects])
             target["masks"] = tv_tensors.Mask(torch.from_numpy(decoded))
-        picture, target = self.transform(tv_tensors.Image(transforms.pil_to_tensor(image)), target)
+        picture, target = self.transform(tv_tensors.Image(image), target)
         boxes = target["boxes"].as_subclass(Tensor)
         visible = (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)
         instances: dict[str, Tensor] = {"boxes": boxes[visible], "labels": labels[visible]}
@@ -127,7 +128,7 @@ class TrainPictures:
         return picture.as_subclass(Tensor), instances
 
     def collate(self, samples: list[tuple[Any, Any]]) -> tuple[Tensor, list[dict[str, Tensor]]]:
-        """(b, 3, h, w), and a list of targets."""
+        """(b, c, h, w), and a list of targets."""
         return torch.stack([image for image, _ in samples]), [target for _, target in samples]
 
 
@@ -154,12 +155,12 @@ class WholePictures:
         return self.split.name(index)
 
     def draw(self, index: int) -> tuple[list[Tensor], list[Sizes]]:
-        """For each square (3, h, w) uint8, and the sizes."""
+        """For each square (c, h, w), and the sizes."""
         squares = self.tta.fit(self.split.picture(index))
         return [pixels for pixels, _ in squares], [sizes for _, sizes in squares]
 
     def collate(self, samples: list[tuple[Any, Any]]) -> tuple[list[Tensor], list[list[Sizes]]]:
-        """For each square (b, 3, h, w), and the sizes of the b pictures."""
+        """For each square (b, c, h, w), and the sizes of the b pictures."""
         images, sizes = (
             [list(of_square) for of_square in zip(*part, strict=True)] for part in zip(*samples, strict=True)
         )

@@ -13,7 +13,6 @@ from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as coco_mask
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torchvision.transforms.v2 import functional as transforms
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from finetune.batches import evaluation_batches
@@ -21,6 +20,7 @@ from finetune.detection.config import DetectionConfig
 from finetune.detection.data import CocoSplit
 from finetune.detection.tta import TestTimeAugmentation, with_pasted_masks
 from finetune.palette import palette
+from finetune.pixels import displayed
 from finetune.task import EvaluationResult, Task
 from vim_backbone.preprocessing import to_model
 
@@ -47,7 +47,7 @@ def evaluate(
     for batch in evaluation_batches(task.val, accelerator, task.eval_batch_size(accelerator), task.config.data.workers):
         bad += batch.bad
         with accelerator.autocast():
-            images = [to_model(of_square, accelerator.device) for of_square in batch.images]
+            images = [to_model(of_square, accelerator.device, split.preprocessing) for of_square in batch.images]
             outputs = tta.detect(model, images, batch.targets)
         for detections, number, counted in zip(outputs, batch.numbers, batch.counted, strict=True):
             if counted:
@@ -153,7 +153,7 @@ def draw(path: Path, split: CocoSplit, numbers: list[int], results: list[dict[st
     for row, number in zip(axes, numbers, strict=True):
         entry = split.images[number]
         try:
-            picture = transforms.pil_to_tensor(split.picture(number))
+            picture = displayed(split.picture(number), split.preprocessing)
         except Exception:  # named by the evaluation
             continue
         detections = [r for r in results if r["image_id"] == entry["id"] and r["score"] >= SHOWN_SCORE]

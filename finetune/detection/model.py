@@ -195,7 +195,7 @@ class Detector(TaskModel):
     def forward(
         self, images: Tensor, targets: list[dict[str, Tensor]] | None = None, sizes: list[tuple[int, int]] | None = None
     ) -> Any:
-        """(b, 3, h, w) normalised; with targets the named losses, else detections in pixels of the given pictures.
+        """(b, c, h, w) normalised; with targets the named losses, else detections in pixels of the given pictures.
 
         `sizes` are the height and width that a picture takes up, the rest being padding.
         """

@@ -5,12 +5,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as transforms
 
 from finetune.detection.config import DetectionHead, TestConfig
 from finetune.detection.evaluate import SHOWN_SCORE, colours_of, drawn_on, to_coco
 from finetune.detection.model import Detector
 from finetune.detection.tta import tta_of, with_pasted_masks
+from finetune.pixels import displayed
 from finetune.task import Prediction, Predictor
 from vim_backbone.preprocessing import to_model
 
@@ -22,16 +22,17 @@ class DetectionPredictor(Predictor):
         """The detector with fresh weights."""
         return Detector(self.config, DetectionHead(**self.description["head"]), len(self.classes))
 
-    def predict(self, images: list[Image.Image], drawings: list[Path]) -> list[Prediction]:
+    def predict(self, images: list[Tensor], drawings: list[Path]) -> list[Prediction]:
         """`objects`: rows of COCO's results format with the name of the class."""
         test = TestConfig(**self.description.get("test", {}))
-        tta = tta_of(self.config, test, self.description["head"]["detections"])
+        tta = tta_of(self.config, test, self.description["head"]["detections"], self.preprocessing)
         of_squares = [list(of_square) for of_square in zip(*map(tta.fit, images), strict=True)]
-        batches = [to_model(torch.stack([pixels for pixels, _ in of]), self.device) for of in of_squares]
+        stacks = [torch.stack([pixels for pixels, _ in of]) for of in of_squares]
+        batches = [to_model(stack, self.device, self.preprocessing) for stack in stacks]
         detections = tta.detect(self.model, batches, [[sizes for _, sizes in of] for of in of_squares])
         predictions = []
         for image, raw, path in zip(images, detections, drawings, strict=True):
-            inside = with_pasted_masks(raw, (image.height, image.width))
+            inside = with_pasted_masks(raw, (image.shape[1], image.shape[2]))
             objects = to_coco(inside, 0, self.description["category_ids"])
             for entry, label in zip(objects, inside["labels"].tolist(), strict=True):
                 del entry["image_id"]
@@ -42,13 +43,13 @@ class DetectionPredictor(Predictor):
             predictions.append({"objects": objects})
         return predictions
 
-    def _draw(self, image: Image.Image, detections: dict[str, Tensor], path: Path) -> None:
+    def _draw(self, image: Tensor, detections: dict[str, Tensor], path: Path) -> None:
         sure = detections["scores"] >= SHOWN_SCORE
         labels, scores = detections["labels"][sure].tolist(), detections["scores"][sure].tolist()
         words = [f"{self.classes[k - 1]} {score:.2f}" for k, score in zip(labels, scores, strict=True)]
         masks = detections["masks"][sure] if "masks" in detections else None
         colours = colours_of(labels, len(self.classes))
-        picture = drawn_on(transforms.pil_to_tensor(image), detections["boxes"][sure], words, masks, colours)
+        picture = drawn_on(displayed(image, self.preprocessing), detections["boxes"][sure], words, masks, colours)
         Image.fromarray(picture).save(path)
 
     def in_words(self, prediction: Prediction) -> str:

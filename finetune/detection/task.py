@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from finetune.backbone import find_backbone, read_backbone
+from finetune.backbone import find_backbone, read_backbone, read_preprocessing_of
 from finetune.detection.config import DetectionConfig
 from finetune.detection.data import TrainPictures, WholePictures, open_coco
 from finetune.detection.evaluate import METRICS, evaluate
@@ -15,6 +15,8 @@ from finetune.detection.model import Detector
 from finetune.detection.predict import DetectionPredictor
 from finetune.detection.tta import tta_of
 from finetune.task import EvaluationResult, LabelledBatch, Task
+from launch.data.first_look import look_at_first
+from launch.data.sources import ImageFiles
 from vim_backbone import UserError
 from vim_backbone.preprocessing import to_model
 
@@ -31,8 +33,10 @@ class DetectionTask(Task[DetectionConfig]):
     def __init__(self, config: DetectionConfig) -> None:
         self.config = config
         config.require_trained()
-        train = open_coco(config.data, config.data.train_split, config.head.masks)
-        self.split = open_coco(config.data, config.data.val_split, config.head.masks)
+        folder = find_backbone(config.backbone)
+        preprocessing = read_preprocessing_of(folder, config.data)
+        train = open_coco(config.data, config.data.train_split, config.head.masks, preprocessing)
+        self.split = open_coco(config.data, config.data.val_split, config.head.masks, preprocessing)
         self.classes = [category["name"] for category in train.categories]
         ours, theirs = ([(c["id"], c["name"]) for c in split.categories] for split in (train, self.split))
         if ours != theirs:
@@ -40,10 +44,12 @@ class DetectionTask(Task[DetectionConfig]):
                 f"the splits of {config.data.source} have other category ids or names: {ours[:9]} to train on, "
                 f"{theirs[:9]} to evaluate on"
             )
-        self.pretrained = read_backbone(find_backbone(config.backbone), config.model, config.seed, 0)
+        files = ImageFiles([train.folder / entry["file_name"] for entry in train.images])
+        look_at_first(files, preprocessing, config.data.max_megapixels)
+        self.pretrained = read_backbone(folder, config.model, config.seed, 0, preprocessing)
         size = self.pretrained.config.img_size
         self.train = TrainPictures(train, size, config.jitter, config.head.masks)
-        self.tta = tta_of(self.pretrained.config, config.test, config.head.detections)
+        self.tta = tta_of(self.pretrained.config, config.test, config.head.detections, preprocessing)
         self.val = WholePictures(self.split, self.tta)
         self.notes = [*train.notes, *self.split.notes]
         if "{split}" not in config.data.annotations or config.data.train_split == config.data.val_split:
@@ -61,7 +67,7 @@ class DetectionTask(Task[DetectionConfig]):
         targets = [
             {name: value.to(device, non_blocking=True) for name, value in target.items()} for target in batch.targets
         ]
-        return model(to_model(batch.images, device), targets)
+        return model(to_model(batch.images, device, self.pretrained.preprocessing), targets)
 
     def evaluate(self, model: nn.Module, accelerator: Accelerator) -> EvaluationResult:
         """COCO's AP."""
@@ -73,6 +79,7 @@ class DetectionTask(Task[DetectionConfig]):
             "classes": self.classes,
             "category_ids": [category["id"] for category in self.split.categories],
             "backbone": self.pretrained.config.to_dict(),
+            "preprocessing": self.pretrained.preprocessing.to_dict(),
             "head": asdict(self.config.head),
             "test": asdict(self.config.test),
         }

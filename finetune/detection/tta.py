@@ -5,17 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import batched_nms
-from torchvision.transforms.v2 import functional as transforms
 
 from finetune.detection.config import TestConfig
+from finetune.pixels import fill_of, resize_pixels
 from vim_backbone import VimConfig
+from vim_backbone.preprocessing import RGB, Preprocessing
 
-GREY = [124, 116, 104]
-"""ImageNet's mean colour, which padding has."""
 SAME_OBJECT = 0.5
 """IoU from which boxes of two views are of one object: that of the heads' own suppression."""
 Sizes = tuple[int, int, int, int]
@@ -34,13 +32,14 @@ class TestTimeAugmentation:
     """Detect in the mirror images too."""
     most: int
     """Detections of a picture, at most."""
+    preprocessing: Preprocessing = RGB
 
-    def fit(self, image: Image.Image) -> list[tuple[Tensor, Sizes]]:
-        """RGB -> for each square what `fit` gives."""
-        return [fit(image, square) for square in self.squares]
+    def fit(self, picture: Tensor) -> list[tuple[Tensor, Sizes]]:
+        """(c, h, w) -> for each square what `fit` gives."""
+        return [fit(picture, square, self.preprocessing) for square in self.squares]
 
     def detect(self, model: nn.Module, images: list[Tensor], sizes: list[list[Sizes]]) -> list[dict[str, Tensor]]:
-        """For each square a batch (b, 3, h, w) normalised, and its sizes -> detections in pixels of the b pictures."""
+        """For each square a batch (b, c, h, w) normalised, and its sizes -> detections in pixels of the b pictures."""
         by_picture: list[list[dict[str, Tensor]]] = [[] for _ in sizes[0]]
         for batch, of_square in zip(images, sizes, strict=True):
             inside = [entry[:2] for entry in of_square]
@@ -55,14 +54,14 @@ class TestTimeAugmentation:
         return [parts[0] if len(parts) == 1 else joined(parts, self.most) for parts in by_picture]
 
 
-def fit(image: Image.Image, size: Sequence[int]) -> tuple[Tensor, Sizes]:
-    """RGB -> (3, h, w) uint8, padded below and to the right; height and width in it, height and width before."""
-    factor = min(size[0] / image.height, size[1] / image.width)
-    height, width = (max(1, round(side * factor)) for side in (image.height, image.width))
-    pixels = transforms.pil_to_tensor(image.resize((width, height), Image.Resampling.BILINEAR))
-    canvas = torch.tensor(GREY, dtype=torch.uint8).view(3, 1, 1).repeat(1, *size)
-    canvas[:, :height, :width] = pixels
-    return canvas, (height, width, image.height, image.width)
+def fit(picture: Tensor, size: Sequence[int], preprocessing: Preprocessing = RGB) -> tuple[Tensor, Sizes]:
+    """(c, h, w) -> (c, *size), padded below and to the right; height and width in it, height and width before."""
+    full_height, full_width = picture.shape[1:]
+    factor = min(size[0] / full_height, size[1] / full_width)
+    height, width = (max(1, round(side * factor)) for side in (full_height, full_width))
+    canvas = fill_of(picture, preprocessing).repeat(1, *size)
+    canvas[:, :height, :width] = resize_pixels(picture, (height, width))
+    return canvas, (height, width, full_height, full_width)
 
 
 def enlarged(detections: dict[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
@@ -95,7 +94,7 @@ def with_pasted_masks(detections: dict[str, Tensor], size: tuple[int, int]) -> d
     return {key: value.cpu() for key, value in pasted.items()}
 
 
-def tta_of(config: VimConfig, test: TestConfig, most: int) -> TestTimeAugmentation:
+def tta_of(config: VimConfig, test: TestConfig, most: int, preprocessing: Preprocessing = RGB) -> TestTimeAugmentation:
     """As the config says."""
 
     def side(length: int, scale: float) -> int:
@@ -103,4 +102,4 @@ def tta_of(config: VimConfig, test: TestConfig, most: int) -> TestTimeAugmentati
 
     height, width = config.img_size
     squares = [(side(height, scale), side(width, scale)) for scale in test.scales]
-    return TestTimeAugmentation(squares, test.flip, most)
+    return TestTimeAugmentation(squares, test.flip, most, preprocessing)

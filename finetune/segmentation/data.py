@@ -13,10 +13,13 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from torchvision.transforms import v2
 
+from finetune.pixels import fill_of, read_file, resize_pixels
 from finetune.segmentation.config import CropConfig, SegmentationData
-from launch.data.images import BadPictureError, check_size, open_picture, to_rgb, upright, upright_size
+from launch.data.images import BadPictureError, check_size, open_picture, upright
+from launch.data.reading import open_file
 from launch.data.sources import files_below
 from vim_backbone.errors import UserError, escaped
+from vim_backbone.preprocessing import RGB, Preprocessing
 
 IGNORED = 255
 WRONG = 254
@@ -35,6 +38,7 @@ class Pairs:
     maps: list[Path]
     data: SegmentationData
     classes: int
+    preprocessing: Preprocessing = RGB
 
     def __len__(self) -> int:
         return len(self.images)
@@ -43,10 +47,9 @@ class Pairs:
         """File name of the picture."""
         return escaped(self.images[index].name)
 
-    def image(self, index: int) -> Image.Image:
-        """The picture as RGB."""
-        with open_picture(self.images[index]) as image:
-            return to_rgb(image, self.data.max_megapixels)
+    def image(self, index: int) -> Tensor:
+        """The picture (c, h, w), uint8 or float32."""
+        return read_file(self.images[index], self.preprocessing, self.data.max_megapixels)
 
     @cached_property
     def table(self) -> np.ndarray:
@@ -115,7 +118,9 @@ def class_names(data: SegmentationData) -> list[str]:
     return names
 
 
-def open_pairs(data: SegmentationData, split: str, classes: list[str]) -> tuple[Pairs, list[str]]:
+def open_pairs(
+    data: SegmentationData, split: str, classes: list[str], preprocessing: Preprocessing = RGB
+) -> tuple[Pairs, list[str]]:
     """The pairs of a split that fit together, and lines on those that do not, and on what the maps hold.
 
     Raises UserError for a folder or map that is missing, and for labels out of range.
@@ -142,7 +147,7 @@ def open_pairs(data: SegmentationData, split: str, classes: list[str]) -> tuple[
     if len(unlike) > len(pairs):
         file, path, sizes = unlike[0]
         raise UserError(f"{path} is {sizes[1]} pixels, its picture {file.name} {sizes[0]}; {len(unlike)} maps are so")
-    usable = Pairs([a for a, _, _ in pairs], [b for _, b, _ in pairs], data, len(classes))
+    usable = Pairs([a for a, _, _ in pairs], [b for _, b, _ in pairs], data, len(classes), preprocessing)
     more = _check_labels(usable, split, classes)
     names = ", ".join(escaped(file.name) for file, _, _ in unlike[:5])
     notes = [f"{len(unlike)} pairs of {split} skipped, picture and map differ in size: {names}"] if unlike else []
@@ -151,8 +156,8 @@ def open_pairs(data: SegmentationData, split: str, classes: list[str]) -> tuple[
 
 def _size(path: Path) -> tuple[int, int] | None:
     try:
-        with open_picture(path) as image:
-            return upright_size(image)
+        with open_file(path) as picture:
+            return picture.size[1], picture.size[0]
     except Exception:  # it is named when it is read
         return None
 
@@ -212,7 +217,8 @@ class TrainCrops:
         self.pairs = pairs
         self.size = size
         self.crop = crop
-        self.distort = PhotometricDistort()
+        colours = pairs.preprocessing.bands is None
+        self.distort = PhotometricDistort() if crop.photometric and colours else None
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -222,19 +228,18 @@ class TrainCrops:
         return self.pairs.name(index)
 
     def draw(self, index: int) -> tuple[Tensor, Tensor]:
-        """(3, h, w) uint8 and (h, w) uint8."""
-        image, labels = self.pairs.image(index), Image.fromarray(self.pairs.labels(index))
+        """(c, h, w) uint8 or float32, and (h, w) uint8."""
+        picture, labels = self.pairs.image(index), Image.fromarray(self.pairs.labels(index))
         low, high = self.crop.ratio
-        factor = max(self.size) / min(image.size) * (low + (high - low) * torch.rand(()).item())
-        width, height = (max(1, round(side * factor)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-        picture = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        factor = max(self.size) / min(picture.shape[1:]) * (low + (high - low) * torch.rand(()).item())
+        height, width = (max(1, round(side * factor)) for side in picture.shape[1:])
+        picture = resize_pixels(picture, (height, width))
         target = torch.from_numpy(np.array(labels.resize((width, height), Image.Resampling.NEAREST)))
         picture, target = self._cut(picture, target)
         if torch.rand(()) < self.crop.flip:
             picture, target = picture.flip(-1), target.flip(-1)
         picture, target = self._fill(picture, target)
-        return self.distort(picture) if self.crop.photometric else picture, target
+        return self.distort(picture) if self.distort is not None else picture, target
 
     def _cut(self, picture: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         height, width = self.size
@@ -249,16 +254,18 @@ class TrainCrops:
         return picture[(slice(None), *box)], target[box]
 
     def _fill(self, picture: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """A crop of a smaller picture, filled up with grey that counts for nothing."""
+        """A crop of a smaller picture, filled up with grey, or the mean of bands, that counts for nothing."""
         height, width = target.shape
-        filled = torch.full((3, *self.size), 124, dtype=torch.uint8)
+        fill = fill_of(picture, self.pairs.preprocessing)
+        fill = torch.full_like(fill, 124) if self.pairs.preprocessing.bands is None else fill
+        filled = fill.repeat(1, *self.size)
         filled[:, :height, :width] = picture
         labels = torch.full(self.size, IGNORED, dtype=torch.uint8)
         labels[:height, :width] = target
         return filled, labels
 
     def collate(self, samples: list[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
-        """(b, 3, h, w) and (b, h, w)."""
+        """(b, c, h, w) and (b, h, w)."""
         return default_collate(samples)
 
 
@@ -277,20 +284,19 @@ class WholePictures:
         return self.pairs.name(index)
 
     def draw(self, index: int) -> tuple[Tensor, Tensor]:
-        """(3, h, w) uint8 and (H, W) uint8."""
-        image, labels = self.pairs.image(index), self.pairs.labels(index)
-        if (size := labels.shape[::-1]) != image.size:
-            raise BadPictureError(f"{self.pairs.maps[index]} is {size} pixels, its picture {image.size}")
-        return to_test_size(image, self.size), torch.from_numpy(labels)
+        """(c, h, w) uint8 or float32, and (H, W) uint8."""
+        picture, labels = self.pairs.image(index), self.pairs.labels(index)
+        if (size := labels.shape[::-1]) != (full := tuple(picture.shape[:0:-1])):
+            raise BadPictureError(f"{self.pairs.maps[index]} is {size} pixels, its picture {full}")
+        return to_test_size(picture, self.size), torch.from_numpy(labels)
 
     def collate(self, samples: list[tuple[Any, Any]]) -> tuple[Any, Any]:
         """Two lists: sizes differ."""
         return [image for image, _ in samples], [labels for _, labels in samples]
 
 
-def to_test_size(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """RGB -> (3, h, w) uint8, the shorter side as long as that of `size`."""
-    factor = min(size) / min(image.size)
-    width, height = (max(1, math.floor(side * factor + 0.5)) for side in image.size)
-    resized = image.resize((width, height), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+def to_test_size(picture: Tensor, size: tuple[int, int]) -> Tensor:
+    """(c, h, w) -> (c, h, w) of the same type, the shorter side as long as that of `size`."""
+    factor = min(size) / min(picture.shape[1:])
+    height, width = (max(1, math.floor(side * factor + 0.5)) for side in picture.shape[1:])
+    return resize_pixels(picture, (height, width))

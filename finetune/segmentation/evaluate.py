@@ -19,7 +19,7 @@ from finetune.segmentation.model import resize
 from finetune.segmentation.windows import Windows
 from finetune.task import EvaluationResult, Task
 from launch.state.sharding import zero_stage
-from vim_backbone.preprocessing import to_model, to_pixels
+from vim_backbone.preprocessing import shown, to_model, to_pixels
 
 METRICS = ("mIoU", "mAcc", "aAcc")
 """Scores of an evaluation, as shares of 1."""
@@ -58,7 +58,9 @@ def evaluate(
     pictured, bad = [], []
     for batch in evaluation_batches(task.val, accelerator, 1, task.config.data.workers):
         bad += batch.bad
-        image, target = to_model(batch.images[0][None], device), batch.targets[0].to(device, non_blocking=True)
+        preprocessing = task.pretrained.preprocessing
+        image = to_model(batch.images[0][None], device, preprocessing)
+        target = batch.targets[0].to(device, non_blocking=True)
         # exchanged before the passes: under ZeRO-3 they exchange too, and all exchanges must come in one order
         passes = windows.passes(*image.shape[-2:])
         idle = most_of(passes, accelerator) - passes if zero_stage(accelerator) == 3 else 0
@@ -71,7 +73,7 @@ def evaluate(
         confusion += confusion_of(predicted, target, classes)
         samples += 1
         if batch.numbers[0] in task.pictured:
-            picture = resize(to_pixels(image), target.shape)[0].permute(1, 2, 0).cpu().numpy()
+            picture = resize(shown(to_pixels(image, preprocessing)), target.shape)[0].permute(1, 2, 0).cpu().numpy()
             pictured.append((batch.numbers[0], picture, target.cpu().numpy(), predicted.cpu().numpy()))
     confusion, samples = (accelerator.reduce(value, reduction="sum") for value in (confusion, samples))
     assert isinstance(confusion, Tensor)

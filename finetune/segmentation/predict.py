@@ -4,13 +4,17 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
+from finetune.pixels import displayed
 from finetune.segmentation.config import SegmentationHead, TestConfig
 from finetune.segmentation.data import to_test_size
 from finetune.segmentation.evaluate import draw_overlays
+from finetune.segmentation.huge import HugeMap
 from finetune.segmentation.model import Segmenter, resize
-from finetune.segmentation.windows import windows_of
+from finetune.segmentation.windows import Windows, windows_of
 from finetune.task import Prediction, Predictor
+from launch.data.pictures import Picture
 from vim_backbone.preprocessing import to_model
 
 
@@ -21,23 +25,50 @@ class SegmentationPredictor(Predictor):
         """The segmenter with fresh weights."""
         return Segmenter(self.config, SegmentationHead(**self.description["head"]), len(self.classes))
 
-    def predict(self, images: list[Image.Image], drawings: list[Path]) -> list[Prediction]:
+    def predict(self, images: list[Tensor], drawings: list[Path]) -> list[Prediction]:
         """`labels`: file of the map, labels as in the training data; `shares` of the pixels by class."""
-        windows = windows_of(self.config, TestConfig(**self.description["test"]))
-        first = int(self.description["zero_is_ignored"])
-        values = self.description.get("values") or range(first, first + len(self.classes))
-        of_classes = np.array(values, np.uint8 if max(values) < 256 else np.uint16)
+        windows, of_classes = self._windows(), self._values()
         predictions = []
         for image, path in zip(images, drawings, strict=True):  # one by one, because sizes differ
-            logits = windows.logits(self.model, to_model(to_test_size(image, self.config.img_size)[None], self.device))
-            labels = resize(logits, (image.height, image.width)).argmax(1)[0].cpu().numpy()
-            draw_overlays(path, [(np.asarray(image) / 255, None, labels)], self.classes)
+            scaled = to_test_size(image, self.config.img_size)[None]
+            logits = windows.logits(self.model, to_model(scaled, self.device, self.preprocessing))
+            labels = resize(logits, (image.shape[1], image.shape[2])).argmax(1)[0].cpu().numpy()
+            picture = displayed(image, self.preprocessing).permute(1, 2, 0).numpy() / 255
+            draw_overlays(path, [(picture, None, labels)], self.classes)
             file = path.with_name(f"{path.stem}_labels.png")
             Image.fromarray(of_classes[labels]).save(file)
-            counts = np.bincount(labels.ravel(), minlength=len(self.classes)) / labels.size
-            shares = {self.classes[k]: float(counts[k]) for k in np.argsort(-counts) if counts[k]}
-            predictions.append({"labels": file.name, "shares": shares})
+            counts = np.bincount(labels.ravel(), minlength=len(self.classes))
+            predictions.append({"labels": file.name, "shares": self._shares(counts)})
         return predictions
+
+    def predict_huge(self, picture: Picture, drawing: Path) -> Prediction:
+        """As `predict`, of a picture larger than memory: the map is a TIFF, by windows at the file's resolution."""
+        windows = self._windows()
+
+        def segment(pixels: Tensor) -> Tensor:
+            logits = windows.logits(self.model, to_model(pixels, self.device, self.preprocessing))
+            return resize(logits, (pixels.shape[2], pixels.shape[3])).argmax(1)[0]
+
+        huge = HugeMap(picture, self.preprocessing, self.config.img_size)
+        file = drawing.with_name(f"{drawing.stem}_labels.tif")
+        counts = huge.write(file, self._values(), segment)
+        small, labels = huge.thumbnail()
+        draw_overlays(drawing, [(small, None, labels)], self.classes)
+        return {"labels": file.name, "shares": self._shares(counts)}
+
+    def _windows(self) -> Windows:
+        return windows_of(self.config, TestConfig(**self.description["test"]))
+
+    def _values(self) -> np.ndarray:
+        """The value of each class in a map."""
+        first = int(self.description["zero_is_ignored"])
+        values = self.description.get("values") or range(first, first + len(self.classes))
+        return np.array(values, np.uint8 if max(values) < 256 else np.uint16)
+
+    def _shares(self, counts: np.ndarray) -> dict[str, float]:
+        """Shares of the pixels by class, the largest first."""
+        shares = counts / counts.sum()
+        return {self.classes[k]: float(shares[k]) for k in np.argsort(-shares) if shares[k]}
 
     def in_words(self, prediction: Prediction) -> str:
         """The five largest classes."""

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from finetune.backbone import find_backbone, read_backbone
+from finetune.backbone import find_backbone, read_backbone, read_preprocessing_of
 from finetune.segmentation.config import SegmentationConfig
 from finetune.segmentation.data import TrainCrops, WholePictures, class_names, open_pairs
 from finetune.segmentation.evaluate import METRICS, evaluate
@@ -15,6 +15,8 @@ from finetune.segmentation.model import Segmenter, feature_layers
 from finetune.segmentation.predict import SegmentationPredictor
 from finetune.segmentation.windows import windows_of
 from finetune.task import EvaluationResult, LabelledBatch, Task
+from launch.data.first_look import look_at_first
+from launch.data.sources import ImageFiles
 from vim_backbone.preprocessing import to_model
 
 
@@ -31,12 +33,15 @@ class SegmentationTask(Task[SegmentationConfig]):
         self.config = config
         config.require_trained()
         self.classes = class_names(config.data)
-        train, notes = open_pairs(config.data, config.data.train_split, self.classes)
-        val, more = open_pairs(config.data, config.data.val_split, self.classes)
+        folder = find_backbone(config.backbone)
+        preprocessing = read_preprocessing_of(folder, config.data)
+        train, notes = open_pairs(config.data, config.data.train_split, self.classes, preprocessing)
+        val, more = open_pairs(config.data, config.data.val_split, self.classes, preprocessing)
+        look_at_first(ImageFiles(train.images), preprocessing, config.data.max_megapixels)
         self.notes = [*notes, *more]
         if config.data.train_split == config.data.val_split:
             self.notes.append("the splits are the same folder: the scores are of pictures that are trained on")
-        self.pretrained = read_backbone(find_backbone(config.backbone), config.model, config.seed, 0)
+        self.pretrained = read_backbone(folder, config.model, config.seed, 0, preprocessing)
         feature_layers(config.head.layers, self.pretrained.config.depth)
         size = self.pretrained.config.img_size
         self.train = TrainCrops(train, size, config.crop)
@@ -51,7 +56,8 @@ class SegmentationTask(Task[SegmentationConfig]):
     ) -> dict[str, Tensor]:
         """Cross-entropy of both heads."""
         del key  # dropout draws from the generator of the step
-        return model(to_model(batch.images, device), batch.targets.to(device, non_blocking=True).long())
+        images = to_model(batch.images, device, self.pretrained.preprocessing)
+        return model(images, batch.targets.to(device, non_blocking=True).long())
 
     def evaluate(self, model: nn.Module, accelerator: Accelerator) -> EvaluationResult:
         """MIoU, mAcc, aAcc."""
@@ -62,6 +68,7 @@ class SegmentationTask(Task[SegmentationConfig]):
         return {
             "classes": self.classes,
             "backbone": self.pretrained.config.to_dict(),
+            "preprocessing": self.pretrained.preprocessing.to_dict(),
             "head": asdict(self.config.head),
             "test": asdict(self.config.test),
             "zero_is_ignored": self.config.data.zero_is_ignored,

@@ -25,7 +25,7 @@ class Windows:
     flip: bool
 
     def logits(self, model: nn.Module, image: Tensor) -> Tensor:
-        """(1, 3, h, w) normalised -> (1, classes, h, w); of mirror images, the mean of the shares' logarithms."""
+        """(1, c, h, w) normalised -> (1, classes, h, w); of mirror images, the mean of the shares' logarithms."""
         logits = self._once(model, image)
         if self.flip:
             mirrored = self._once(model, image.flip(-1)).flip(-1)

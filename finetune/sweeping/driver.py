@@ -46,7 +46,7 @@ CHANGEABLE = (
     "out",
 )
 """What may differ when a sweep is resumed."""
-PATHS = ("backbone", "data.source")
+PATHS = ("backbone", "data.source", "data.statistics")
 
 
 def sweep(config: SweepConfig) -> Path:
@@ -166,7 +166,8 @@ def require_path(name: str, value: Any) -> None:
     """A local path is there; names of the Hub and URLs are for the trials to find."""
     elsewhere = isinstance(value, str) and ("://" in value or value.startswith("hf:"))
     on_the_hub = name.endswith("backbone") and str(value).count("/") == 1 and not str(value).startswith((".", "/", "~"))
-    if not elsewhere and not on_the_hub and not Path(str(value)).expanduser().exists():
+    unset = name.endswith("data.statistics") and value is None
+    if not unset and not elsewhere and not on_the_hub and not Path(str(value)).expanduser().exists():
         raise UserError(f"{name} is {value!r}: there is no such folder")
 
 

@@ -43,8 +43,10 @@ def open_picture(file: str | Path | IO[bytes]) -> Image.Image:
     return Image.open(file, formats=FORMATS)
 
 
-def to_rgb(image: Image.Image, max_megapixels: float) -> Image.Image:
+def to_rgb(image: Image.Image, max_megapixels: float, span: tuple[float, float] | None = None) -> Image.Image:
     """Any picture as 8-bit RGB: first frame, upright, more than 8 bits scaled down, transparency over white.
+
+    `span` are the values of more than 8 bits that become black and white; None for those of their type or `range_of`.
 
     Raises BadPictureError for one that is too large or without a number in it, and PIL's errors for one that is
     damaged.
@@ -54,7 +56,7 @@ def to_rgb(image: Image.Image, max_megapixels: float) -> Image.Image:
     image.load()
     image = upright(image)
     if image.mode.startswith(("I", "F")):
-        image = _to_8_bit(image)
+        image = _to_8_bit(image, span)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image if image.mode == "RGBA" else image.convert("RGBA")
         white = Image.new("RGB", image.size, "white")
@@ -65,7 +67,12 @@ def to_rgb(image: Image.Image, max_megapixels: float) -> Image.Image:
 
 def check_size(image: Image.Image, max_megapixels: float) -> None:
     """Raise BadPictureError for a picture of more than `max_megapixels`, before it is decoded."""
-    megapixels = image.width * image.height / 1e6
+    check_megapixels(image.height, image.width, max_megapixels)
+
+
+def check_megapixels(height: int, width: int, max_megapixels: float) -> None:
+    """Raise BadPictureError where so many pixels are over `max_megapixels` millions."""
+    megapixels = width * height / 1e6
     if megapixels > max_megapixels:
         raise BadPictureError(f"{megapixels:.0f} megapixels, over data.max_megapixels {max_megapixels:g}")
 
@@ -94,32 +101,46 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     return (image.height, image.width) if orientation(image) >= 5 else image.size
 
 
-def _to_8_bit(image: Image.Image) -> Image.Image:
+def _to_8_bit(image: Image.Image, span: tuple[float, float] | None) -> Image.Image:
     """Grey levels of more than 8 bits to 8, in strips; of 16-bit ones, a level that is transparent becomes white."""
-    low, high = (0.0, 65535.0) if image.mode.startswith("I;16") else value_range(image)
+    span = span or ((0.0, 65535.0) if image.mode.startswith("I;16") else value_range(image))
     clear: Any = image.info.get("transparency")
     grey = Image.new("L", image.size)
     rows = max(1, STRIP // image.width)
     for top in range(0, image.height, rows):
         values = np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
-        levels = np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low)
-        levels = ((levels.clip(low, high) - low) * (255.0 / (high - low))).round().astype(np.uint8)
+        (strip,) = levels(values[None], span)
         if isinstance(clear, int):
-            levels[values == clear] = 255
-        grey.paste(Image.fromarray(levels), (0, top))
+            strip[values == clear] = 255
+        grey.paste(Image.fromarray(strip), (0, top))
     return grey
 
 
+def levels(bands: np.ndarray, span: tuple[float, float]) -> list[np.ndarray]:
+    """Bands (bands, h, w) as levels 0 .. 255, an array (h, w) each; what is no number becomes black."""
+    low, high = span
+    made = []
+    for values in bands:
+        finite = np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low)
+        made.append(((finite.clip(low, high) - low) * (255.0 / (high - low))).round().astype(np.uint8))
+    return made
+
+
 def value_range(image: Image.Image) -> tuple[float, float]:
-    """The values of black and white in a picture of floats or 32-bit integers, whose type names no range.
+    """The values of black and white in a picture of floats or 32-bit integers, whose type names no range."""
+    step = max(1, image.height * image.width // STRIP)  # of a large picture so many rows are looked at
+    lines = [np.asarray(image.crop((0, y, image.width, y + 1))) for y in range(0, image.height, step)]
+    return range_of(np.concatenate(lines))
+
+
+def range_of(values: np.ndarray) -> tuple[float, float]:
+    """The values of black and white among values of any shape.
 
     It is 0 .. 1, 0 .. 255 or 0 .. 65535, whichever first holds all but a thousandth of the pixels. Where there are
     negative values, or none as high as a sixteenth of the range, it is that of the pixels but a thousandth at either
     end. NaN and infinity count for nothing. Raises BadPictureError where there is nothing else.
     """
-    step = max(1, image.height * image.width // STRIP)  # of a large picture so many rows are looked at
-    lines = [np.asarray(image.crop((0, y, image.width, y + 1))) for y in range(0, image.height, step)]
-    values = np.concatenate(lines).astype(np.float64).ravel()
+    values = values.astype(np.float64).ravel()
     values = np.sort(values[np.isfinite(values)])
     if not len(values):
         raise BadPictureError("no pixel of it is a number")

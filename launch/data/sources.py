@@ -4,10 +4,10 @@ A source hands out undecoded bytes, so that a picture that cannot be decoded is 
 """
 
 import glob
-import io
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,10 +16,11 @@ from typing import Any, Protocol
 import datasets
 import fsspec
 from datasets.distributed import split_dataset_by_node
-from PIL import Image
 
 from launch.data.bad_pictures import Named, escaped
-from launch.data.images import SUFFIXES, BadPictureError, open_picture
+from launch.data.images import BadPictureError
+from launch.data.pictures import Picture
+from launch.data.reading import SUFFIXES, open_bytes, open_file
 from vim_backbone.errors import UserError, first_line
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset", ".zip": "imagefolder"}
@@ -31,7 +32,7 @@ FAIR = 8
 class ImageSource(Named, Protocol):
     """Pictures by index, undecoded."""
 
-    def open(self, index: int) -> Image.Image:
+    def open(self, index: int) -> Picture:
         """Picture `index`, opened but not decoded. Raises OSError or BadPictureError."""
         ...
 
@@ -39,9 +40,11 @@ class ImageSource(Named, Protocol):
 class ImageFiles:
     """Picture files, named by their path below `root`."""
 
-    def __init__(self, paths: list[Path], root: Path | None = None) -> None:
+    def __init__(self, paths: list[Path], root: Path | None = None, left_out: Counter[str] | None = None) -> None:
+        """`left_out`: files beside them, by the end of their names."""
         self.paths = paths
         self.root = root
+        self.left_out = left_out or Counter()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -51,9 +54,9 @@ class ImageFiles:
         path = self.paths[index]
         return escaped(str(path.relative_to(self.root)) if self.root else path.name)
 
-    def open(self, index: int) -> Image.Image:
+    def open(self, index: int) -> Picture:
         """The file, opened but not decoded."""
-        return open_picture(self.paths[index])
+        return open_file(self.paths[index])
 
 
 class HubDataset:
@@ -71,7 +74,7 @@ class HubDataset:
         """Row number, after the prefix."""
         return f"{self.prefix}row {index}"
 
-    def open(self, index: int) -> Image.Image:
+    def open(self, index: int) -> Picture:
         """The row's picture, opened but not decoded."""
         return open_cell(self.data[index][self.column])
 
@@ -94,7 +97,8 @@ def open_source(source: str, *, split: str, column: str | None, streaming: bool)
     if source.startswith("hf:"):
         return _dataset(source[3:], None, split, column, streaming)
     if path.is_dir():
-        return ImageFiles(files_below(path), path)
+        left_out: Counter[str] = Counter()
+        return ImageFiles(files_below(path, left_out), path, left_out)
     if path.suffix.lower() in BUILDERS:
         return _dataset(BUILDERS[path.suffix.lower()], _matches(path), split, column, streaming)
     what = "is no folder and no data set" if path.exists() else "does not exist"
@@ -111,21 +115,40 @@ def _matches(pattern: Path) -> list[str]:
     return files
 
 
-def files_below(folder: Path) -> list[Path]:
-    """All picture files below a folder, in sorted order. Raises UserError where there are none."""
-    paths = picture_paths(folder)
+def files_below(folder: Path, left_out: Counter[str] | None = None) -> list[Path]:
+    """All picture files below a folder, in sorted order; `left_out` counts the others by the end of their names.
+
+    Raises UserError where there are none.
+    """
+    paths = picture_paths(folder, left_out)
     if not paths:
         raise UserError(f"no pictures below {folder}: {_what_else(folder)}")
     return paths
 
 
-def picture_paths(folder: Path) -> list[Path]:
-    """Picture files below a folder, at any depth and through symbolic links, in sorted order.
+def picture_paths(folder: Path, left_out: Counter[str] | None = None) -> list[Path]:
+    """Picture files below a folder, at any depth and through symbolic links, in sorted order; `left_out` as there.
 
     Names that begin with a dot, and __MACOSX, are passed over: what file managers and editors leave behind. Raises
     UserError for a folder below it that cannot be read.
     """
-    return sorted(path for path in _walk(folder, ()) if path.suffix.lower() in SUFFIXES and path.is_file())
+    paths = []
+    for path in _walk(folder, ()):
+        suffix = path.suffix.lower()
+        if suffix in SUFFIXES and path.is_file():
+            paths.append(path)
+        elif left_out is not None:
+            left_out[suffix] += 1
+    return sorted(paths)
+
+
+def what_was_left_out(source: "Source") -> list[str]:
+    """A line on the files of a folder that are no pictures by the end of their names; none where there are none."""
+    left_out = source.left_out if isinstance(source, ImageFiles) else Counter[str]()
+    if not left_out:
+        return []
+    kinds = ", ".join(f"{count} {escaped(suffix) or 'without one'}" for suffix, count in left_out.most_common(5))
+    return [f"{left_out.total()} files are left out for their ending: {kinds}"]
 
 
 def left_behind(name: str) -> bool:
@@ -216,6 +239,10 @@ class StreamCells:
         self.data = data.select_columns([column]).cast_column(column, datasets.Image(decode=False))
         self.column = column
 
+    def first(self, count: int) -> list[Any]:
+        """The first cells, unshuffled."""
+        return [row[self.column] for row in self.data.take(count)]
+
     def cells(self, seed: int, reader: int, readers: int) -> Iterator[tuple[str, Any]]:
         """Cells of one of the processes that read the stream, whatever the number of its files.
 
@@ -241,7 +268,7 @@ class StreamCells:
         raise UserError("the stream has no rows: set data.split, or data.source")
 
 
-def open_cell(cell: Any) -> Image.Image:
+def open_cell(cell: Any) -> Picture:
     """An undecoded cell of an image column ({"bytes", "path"}) as a picture, opened but not decoded.
 
     A path may be one of fsspec's, as zip://0.jpg::pictures.zip or hf://.
@@ -249,11 +276,11 @@ def open_cell(cell: Any) -> Image.Image:
     if not isinstance(cell, dict) or not (cell.get("bytes") or cell.get("path")):
         raise BadPictureError("the cell is empty")
     if cell.get("bytes"):
-        return open_picture(io.BytesIO(cell["bytes"]))
+        return open_bytes(cell["bytes"])
     if "://" not in cell["path"]:
-        return open_picture(cell["path"])
+        return open_file(cell["path"])
     with fsspec.open(cell["path"], "rb") as file:
-        return open_picture(io.BytesIO(file.read()))  # pyright: ignore[reportAttributeAccessIssue]
+        return open_bytes(file.read())  # pyright: ignore[reportAttributeAccessIssue]
 
 
 Source = ImageSource | StreamCells

@@ -16,6 +16,7 @@ from pretrain.mae.reconstructions import draw_reconstructions, reconstruction_gr
 from pretrain.objective import Inputs
 from vim_backbone import VimConfig, VisionMamba
 from vim_backbone.memory import Recompute
+from vim_backbone.preprocessing import Preprocessing
 from vim_backbone.vim import Images
 
 
@@ -58,7 +59,9 @@ class MAE:
         visible, hidden, lengths = split_patches(extras)
         return Inputs((to_device(visible, device), to_device(hidden, device), lengths), visible.numel())
 
-    def show(self, model: nn.Module, images: Images, extras: Tensor | Sequence[Tensor]) -> Callable[[str, Path], None]:
+    def show(
+        self, model: nn.Module, images: Images, extras: Tensor | Sequence[Tensor], preprocessing: Preprocessing
+    ) -> Callable[[str, Path], None]:
         """Input, what the encoder saw, and the reconstruction, of each image. For all processes."""
         device = images.device if isinstance(images, Tensor) else images[0].device
         reconstruction = model(images, *self.inputs(extras, device).arguments, reconstruct=True)
@@ -67,7 +70,7 @@ class MAE:
 
         def draw(title: str, path: Path) -> None:
             hidden = round(100 * torch.cat([mask.float() for mask in extras]).mean().item())
-            grid = reconstruction_grid(reconstruction.pixels, images, extras, patch_size)
+            grid = reconstruction_grid(reconstruction.pixels, images, extras, patch_size, preprocessing)
             draw_reconstructions(grid, f"{title}, {hidden} % of the patches hidden", path)
 
         return draw

@@ -7,17 +7,22 @@ import torch
 from matplotlib.figure import Figure
 
 from pretrain.mae.model import patchify, unpatchify
-from vim_backbone.preprocessing import to_pixels
+from vim_backbone.preprocessing import Preprocessing, shown, to_pixels
 from vim_backbone.vim import Images
 
 COLUMNS = ("input", "what the encoder saw", "reconstruction")
 
 
-def reconstruction_grid(pixels: Images, images: Images, masks: Images, patch_size: int) -> list[np.ndarray]:
-    """(3 columns, h, w, 3) in [0, 1] for each rebuilt and given image (3, h, w), normalised, and its mask (l,)."""
+def reconstruction_grid(
+    pixels: Images, images: Images, masks: Images, patch_size: int, preprocessing: Preprocessing
+) -> list[np.ndarray]:
+    """(3 columns, h, w, 3) in [0, 1] for each rebuilt and given image (c, h, w), normalised, and its mask (l,).
+
+    Of more than three bands the first three are drawn.
+    """
     strips = []
     for guess, image, mask in zip(pixels, images, masks, strict=True):
-        original, rebuilt = to_pixels(image), to_pixels(guess)
+        original, rebuilt = (shown(to_pixels(each, preprocessing)) for each in (image, guess))
         patches = patchify(original[None], patch_size)
         grid = (image.shape[1] // patch_size, image.shape[2] // patch_size)
         visible = unpatchify(torch.where(mask[None, :, None].to(patches.device), 0.35, patches), patch_size, grid)[0]

@@ -12,6 +12,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load_file
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from finetune.detection.config import DetectionConfig, DetectionData, JitterConfig
 from finetune.detection.data import TrainPictures, open_coco
@@ -127,7 +128,7 @@ def test_jitter_moves_boxes_and_masks_with_the_picture(sample_data):
 
 
 def test_a_fitted_picture_and_back():
-    pixels, sizes = fit(Image.new("RGB", (60, 30), "white"), (32, 32))
+    pixels, sizes = fit(torch.full((3, 30, 60), 255, dtype=torch.uint8), (32, 32))
     assert (pixels.shape, sizes) == ((3, 32, 32), (16, 32, 30, 60))
     assert (pixels[:, :16] == 255).all()
     assert not (pixels[:, 16:] == 255).any()
@@ -156,7 +157,7 @@ def test_several_scales_and_mirror_images_find_one_object_once():
     picture = Image.new("RGB", (60, 30))
     picture.paste("white", (6, 9, 21, 24))
     tta = TestTimeAugmentation([(32, 32), (64, 64)], flip=True, most=100)
-    fitted = tta.fit(picture)
+    fitted = tta.fit(pil_to_tensor(picture))
     batches, sizes = [(pixels[None] == 255).float() for pixels, _ in fitted], [[size] for _, size in fitted]
     (detections,) = tta.detect(detector, batches, sizes)
     assert detections["scores"].tolist() == pytest.approx([0.64])

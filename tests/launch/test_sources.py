@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from launch.data.images import BadPictureError, to_rgb
+from launch.data.images import BadPictureError
 from launch.data.sources import BUILDERS, ImageFiles, StreamCells, open_cell, open_source, photograph_paths
 from vim_backbone import UserError
 
@@ -26,7 +26,7 @@ MORE = int(os.environ.get("FUZZ", "0"))
 def test_photographs_come_with_the_packages():
     source = open_source("photos", split="train", column=None, streaming=False)
     assert len(source) == len(photograph_paths()) == 12
-    sizes = {source.name(i): to_rgb(source.open(i), 100).size for i in range(len(source))}
+    sizes = {source.name(i): source.open(i).rgb(100)[0].size for i in range(len(source))}
     assert sizes["astronaut.png"] == (512, 512)
     assert sizes["china.jpg"] == (640, 427)
 
@@ -59,7 +59,7 @@ def parquet(tmp_path, picture_folder):
 def test_parquet_files(parquet):
     source = open_source(parquet, split="train", column=None, streaming=False)
     assert len(source) == 10
-    assert to_rgb(source.open(3), 100).size[0] > 40
+    assert source.open(3).rgb(100)[0].size[0] > 40
 
 
 def test_stream_covers_an_epoch_in_an_order_that_its_seed_decides(parquet):
@@ -140,7 +140,7 @@ def test_links_are_followed_and_what_editors_leave_is_not_taken(tmp_path, photo)
     source = open_source(str(below), split="train", column=None, streaming=False)
     names = ["a/0.png", "a/link.png", "b/2.jpe", "b/3.avif", "b/4.j2k", "b/deep/1.JFIF"]
     assert [source.name(index) for index in range(len(source))] == names
-    assert all(to_rgb(source.open(index), 1).size == (64, 48) for index in range(len(source)))
+    assert all(source.open(index).rgb(1)[0].size == (64, 48) for index in range(len(source)))
 
 
 @pytest.mark.parametrize("suffix", [".eps", ".ps", ".pdf"])
@@ -150,9 +150,9 @@ def test_what_is_no_picture_is_not_opened_whatever_it_is_called(tmp_path, photo,
     (tmp_path / f"x{suffix}").rename(tmp_path / "x.jpg")
     source = open_source(str(tmp_path), split="train", column=None, streaming=False)
     with pytest.raises(OSError, match="cannot identify"):
-        to_rgb(source.open(0), 1)
+        source.open(0).rgb(1)
     with pytest.raises(OSError, match="cannot identify"):
-        to_rgb(open_cell({"bytes": (tmp_path / "x.jpg").read_bytes()}), 1)
+        open_cell({"bytes": (tmp_path / "x.jpg").read_bytes()}).rgb(1)
 
 
 def test_files_of_every_kind_of_data_set(tmp_path, picture_folder):
@@ -176,7 +176,7 @@ def test_files_of_every_kind_of_data_set(tmp_path, picture_folder):
             opened = [open_cell(cell) for _, cell in itertools.islice(source.cells(0, 0, 1), len(paths))]
         else:
             opened = [source.open(index) for index in range(len(source))]
-        assert sorted(to_rgb(picture, 1).size for picture in opened) == sizes, (name, streaming)
+        assert sorted(picture.rgb(1)[0].size for picture in opened) == sizes, (name, streaming)
 
 
 @pytest.mark.parametrize(

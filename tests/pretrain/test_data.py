@@ -12,6 +12,8 @@ from PIL import Image
 
 from launch.data.bad_pictures import BadPictures
 from launch.data.order import BatchPlan
+from launch.data.pictures import PillowPicture
+from launch.data.reading import open_bytes
 from launch.data.sources import open_source
 from launch.run.randomness import generator
 from pretrain.data import DataConfig, View, Views, build_loader, native_size, random_crop
@@ -77,8 +79,9 @@ def test_reduced_jpeg_decoding_gives_the_same_view(photo, resize):
     jpeg = io.BytesIO()
     smooth.save(jpeg, "jpeg", quality=95)
     for key in range(5):
-        reduced = view(resize=resize).cut(Image.open(io.BytesIO(jpeg.getvalue())), generator(key)).float()
-        whole = view().cut(Image.open(io.BytesIO(jpeg.getvalue())).convert("RGB"), generator(key)).float()
+        content = jpeg.getvalue()
+        reduced = view(resize=resize).cut(PillowPicture(Image.open(io.BytesIO(content))), generator(key)).float()
+        whole = view().cut(PillowPicture(Image.open(io.BytesIO(content)).convert("RGB")), generator(key)).float()
         assert (reduced - whole).abs().mean().item() < 2.0
 
 
@@ -87,7 +90,7 @@ def test_a_resizer_changes_no_crop_and_no_value_much(photo):
     photo(150, 200).resize((300, 225), Image.Resampling.BICUBIC).save(png, "png")
     for key in range(8):
         first, second = (
-            view(resize=by, min_scale=0.1).cut(Image.open(io.BytesIO(png.getvalue())), generator(key)).int()
+            view(resize=by, min_scale=0.1).cut(open_bytes(png.getvalue()), generator(key)).int()
             for by in ("pillow", "torch")
         )
         inside = (first - second).abs()[:, 2:-2, 2:-2]  # at the edge Pillow sees what lies outside of the crop

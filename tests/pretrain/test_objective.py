@@ -9,6 +9,7 @@ from launch.run.randomness import generator
 from pretrain.config import OBJECTIVE, PretrainConfig
 from vim_backbone import VimConfig, VisionMamba
 from vim_backbone.block import Block
+from vim_backbone.preprocessing import RGB
 
 GRID = (4, 6)
 
@@ -61,7 +62,7 @@ def test_what_was_learned_becomes_a_picture(views, tmp_path):
     objective = PretrainConfig().objective
     images, extras = views
     with torch.no_grad():
-        draw = objective.show(objective.build(encoder()).eval(), images, extras)
+        draw = objective.show(objective.build(encoder()).eval(), images, extras, RGB)
     draw("title", tmp_path / objective.picture_folder / "a.png")
     with Image.open(tmp_path / objective.picture_folder / "a.png") as image:
         assert image.width > 600

@@ -1,0 +1,55 @@
+"""Pictures as tensors (channels, h, w) of a file's values: read, resized, and looked at, whatever their bands."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from launch.data.pictures import Picture
+from launch.data.reading import open_file, read_pixels, resized
+from vim_backbone.preprocessing import Preprocessing, shown, to_model, to_pixels
+
+
+def pixels_of(picture: Picture, preprocessing: Preprocessing, max_megapixels: float) -> Tensor:
+    """A whole picture (c, h, w), uint8 where its values have 8 bits, else float32, on which more can be computed.
+
+    Raises what `read_pixels` raises.
+    """
+    pixels = read_pixels(picture, preprocessing, max_megapixels)
+    return pixels if pixels.dtype == torch.uint8 else pixels.float()
+
+
+def read_file(path: Path, preprocessing: Preprocessing, max_megapixels: float) -> Tensor:
+    """As `pixels_of` the picture in a file."""
+    with open_file(path) as picture:
+        return pixels_of(picture, preprocessing, max_megapixels)
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """(3, h, w) uint8 -> RGB."""
+    return Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
+
+
+def resize_pixels(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """(c, h, w) -> (c, *size), bilinear, by Pillow."""
+    bilinear = Image.Resampling.BILINEAR
+    if pixels.dtype == torch.uint8 and len(pixels) == 3:
+        image = to_image(pixels).resize((size[1], size[0]), bilinear)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return torch.from_numpy(resized(pixels.numpy(), size, None, bilinear, reducing_gap=None))
+
+
+def displayed(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """(c, h, w) -> (3, h, w) uint8 to look at: RGB as it is, of bands the first three over their range."""
+    if preprocessing.bands is None:
+        return pixels
+    unit = to_pixels(to_model(pixels, torch.device("cpu"), preprocessing), preprocessing)
+    return (shown(unit) * 255).round().to(torch.uint8)
+
+
+def fill_of(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """(c, 1, 1) of the pixels' type: the value that padding has, which the model sees as 0."""
+    fill = torch.tensor(preprocessing.fill)
+    return (fill.round() if pixels.dtype == torch.uint8 else fill).to(pixels.dtype).view(-1, 1, 1)

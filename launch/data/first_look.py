@@ -1,0 +1,55 @@
+"""A look at a few pictures of a source before a run: what its settings cannot mean ends it, in one line."""
+
+from collections.abc import Callable
+from functools import partial
+
+from launch.data.bad_pictures import reason
+from launch.data.images import BadPictureError
+from launch.data.pictures import Picture, PillowPicture
+from launch.data.reading import read_pixels
+from launch.data.sources import Source, StreamCells, open_cell
+from launch.data.statistics import require_statistics
+from vim_backbone.errors import UserError
+from vim_backbone.preprocessing import Preprocessing
+
+LOOKED_AT = 8
+SIDE = 512
+"""Of the middle of a picture that is read."""
+
+
+def look_at_first(
+    source: Source, preprocessing: Preprocessing, max_megapixels: float, max_bad_share: float = 0.5
+) -> None:
+    """Raise UserError where more than a share of a few pictures, spread over the source, cannot be what is meant.
+
+    Files that are damaged count for nothing here: they are named when they are met.
+    """
+    require_statistics(preprocessing)
+    openings: list[tuple[str, Callable[[], Picture]]]
+    if isinstance(source, StreamCells):
+        openings = [(f"row {row}", partial(open_cell, cell)) for row, cell in enumerate(source.first(LOOKED_AT))]
+    else:
+        count = min(LOOKED_AT, len(source))
+        indices = [i * len(source) // count for i in range(count)]
+        openings = [(source.name(index), partial(source.open, index)) for index in indices]
+    refused: list[str] = []
+    for name, opened in openings:
+        try:
+            with opened() as picture:
+                surely = isinstance(picture, PillowPicture) and picture.dtype == "uint8"
+                if preprocessing.bands is not None or not surely:
+                    read_middle(picture, preprocessing, max_megapixels)
+        except BadPictureError as error:
+            refused.append(f"{name}: {reason(error)}")
+        except Exception:  # a damaged file, named when it is met
+            continue
+    if len(refused) > max_bad_share * len(openings):
+        raise UserError(f"{len(refused)} of {len(openings)} pictures cannot be what is meant, such as {refused[0]}")
+
+
+def read_middle(picture: Picture, preprocessing: Preprocessing, max_megapixels: float) -> None:
+    """Read the middle of a picture as a run would. Raises what a run would meet."""
+    height, width = picture.size
+    h, w = min(height, SIDE), min(width, SIDE)
+    top, left = (height - h) // 2, (width - w) // 2
+    read_pixels(picture, preprocessing, max_megapixels, (left, top, left + w, top + h), (h, w))

@@ -1,0 +1,218 @@
+"""Statistics of a source's bands: `python -m pretrain.bands SOURCE --out FILE.json`, for `--data.statistics`."""
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from launch.data.bad_pictures import reason
+from launch.data.pictures import Picture
+from launch.data.sources import Source, StreamCells, open_cell, open_source
+from launch.data.statistics import Statistics
+from launch.run.cli import run
+from launch.run.progress import ProgressReport
+from vim_backbone.errors import UserError, require
+
+KEPT = 4096
+"""Values of a band and picture that are kept for the percentiles."""
+PERCENTILES = (0.1, 99.9)
+Kind = tuple[int, str]
+"""Number of bands, and their type."""
+
+
+@dataclass
+class Totals:
+    """What was read of pictures of one kind; sums in float64."""
+
+    bands: int
+    pictures: int = 0
+    count: np.ndarray = field(init=False)
+    mean: np.ndarray = field(init=False)
+    squares: np.ndarray = field(init=False)
+    """Sum of the squared distances from the mean."""
+    minimum: np.ndarray = field(init=False)
+    maximum: np.ndarray = field(init=False)
+    kept: list[list[np.ndarray]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.count, self.mean, self.squares = (np.zeros(self.bands) for _ in range(3))
+        self.minimum, self.maximum = np.full(self.bands, np.inf), np.full(self.bands, -np.inf)
+        self.kept = [[] for _ in range(self.bands)]
+
+    def add(self, values: np.ndarray, valid: np.ndarray, rng: np.random.Generator) -> None:
+        """Values (bands, n) of a picture, and which of them hold something (Chan's update of mean and deviation)."""
+        self.pictures += 1
+        for band, (row, keep) in enumerate(zip(values, valid, strict=True)):
+            held = row[keep].astype(np.float64)
+            if not len(held):
+                continue
+            total, shift = self.count[band] + len(held), held.mean() - self.mean[band]
+            self.squares[band] += held.var() * len(held) + shift**2 * self.count[band] * len(held) / total
+            self.mean[band] += shift * len(held) / total
+            self.count[band] = total
+            self.minimum[band] = min(self.minimum[band], held.min())
+            self.maximum[band] = max(self.maximum[band], held.max())
+            self.kept[band].append(rng.choice(held, KEPT) if len(held) > KEPT else held)
+
+
+def opened(source: Source, pictures: int, seed: int) -> Iterator[tuple[str, Picture | Exception]]:
+    """So many pictures of a source, drawn at random where it has more, or what came of opening them."""
+    if isinstance(source, StreamCells):
+        for row, cell in enumerate(source.first(pictures)):
+            try:
+                yield f"row {row}", open_cell(cell)
+            except Exception as error:
+                yield f"row {row}", error
+        return
+    order = np.random.default_rng(seed).permutation(len(source))[:pictures]
+    for index in sorted(order.tolist()):
+        try:
+            yield source.name(index), source.open(index)
+        except Exception as error:
+            yield source.name(index), error
+
+
+def gather(
+    source: Source,
+    pictures: int,
+    seed: int,
+    bands: list[int] | None,
+    nodata: float | None,
+    max_megapixels: float,
+    report: ProgressReport | None = None,
+) -> tuple[Statistics, list[str]]:
+    """Statistics of the most frequent kind of picture, and lines on those that are left out.
+
+    Raises UserError where no picture can be read.
+    """
+    rng = np.random.default_rng(seed)
+    totals: dict[Kind, Totals] = {}
+    bad: list[str] = []
+    kinds: dict[Kind, list[str]] = {}
+    declared: Counter[float] = Counter()
+    for done, (name, picture) in enumerate(opened(source, pictures, seed), start=1):
+        try:
+            if isinstance(picture, Exception):
+                raise picture
+            with picture:
+                values = picture.sample(max_megapixels)
+                kind = (picture.bands, str(picture.dtype))
+                missing = picture.missing(values, nodata)
+                valid = (
+                    np.isfinite(values) & ~missing
+                    if values.dtype.kind == "f"
+                    else np.broadcast_to(~missing, values.shape)
+                )
+                if nodata is None and picture.nodata is None and not valid.all():
+                    share = f"{1 - valid.mean():.2%} of its values"
+                    raise UserError(f"{name}: {share} are NaN or infinite; add --nodata nan where they mean no data")
+                if picture.nodata is not None:
+                    declared[picture.nodata] += 1
+                totals.setdefault(kind, Totals(picture.bands)).add(values, valid, rng)
+                kinds.setdefault(kind, []).append(name)
+        except UserError:
+            raise
+        except Exception as error:  # a decoder may raise anything on damaged data
+            bad.append(f"{name}: {reason(error)}")
+        if report is not None:
+            report.update(done, report.rate())
+    if not totals:
+        raise UserError(f"no picture can be read, such as {bad[0] if bad else 'none'}: see SOURCE")
+    kind = max(totals, key=lambda key: totals[key].pictures)
+    notes = [f"{len(bad)} pictures cannot be read, such as {bad[0]}"] if bad else []
+    notes += [
+        f"{len(names)} pictures of {number} bands of {dtype} are left out, such as {names[0]}: a run passes over them"
+        for (number, dtype), names in kinds.items()
+        if (number, dtype) != kind
+    ]
+    return summary(kind, totals[kind], bands, nodata if nodata is not None else common(declared)), notes
+
+
+def common(declared: Counter[float]) -> float | None:
+    """The nodata that the files name most often."""
+    return declared.most_common(1)[0][0] if declared else None
+
+
+def summary(kind: Kind, totals: Totals, bands: list[int] | None, nodata: float | None) -> Statistics:
+    """As it is written. Raises UserError for bands that are not there, or hold nothing."""
+    number, dtype = kind
+    colours = bands is None and dtype == "uint8" and number in (1, 3)
+    chosen = list(range(number)) if bands is None else bands
+    if wrong := [band for band in chosen if not 0 <= band < number]:
+        raise UserError(f"--bands has {wrong[0]}: the pictures hold {number} bands of {dtype}, counted from 0")
+    if empty := [band for band in chosen if not totals.count[band]]:
+        raise UserError(f"band {empty[0]} holds no value: see --nodata")
+    if colours:
+        chosen = chosen * (3 // number)  # grey becomes RGB
+    pools = [np.concatenate(totals.kept[band]) for band in chosen]
+    low, high = np.array([np.percentile(pool, PERCENTILES) for pool in pools]).T
+    return Statistics(
+        bands=None if colours else chosen,
+        dtype=dtype,
+        mean=totals.mean[chosen].tolist(),
+        deviation=np.sqrt(totals.squares[chosen] / totals.count[chosen]).tolist(),
+        minimum=totals.minimum[chosen].tolist(),
+        maximum=totals.maximum[chosen].tolist(),
+        percentiles=[low.tolist(), high.tolist()],
+        nodata="nan" if nodata is not None and not np.isfinite(nodata) else nodata,
+        pictures=totals.pictures,
+    )
+
+
+def numbers(text: str) -> list[int]:
+    """Whole numbers between commas."""
+    try:
+        return [int(word) for word in text.strip("[] ").split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} are no numbers of bands, such as 0,1,2,3") from error
+
+
+def main(argv: list[str]) -> None:
+    """Read the pictures, write the file, and print it as a table."""
+    parser = argparse.ArgumentParser("pretrain.bands", description=__doc__)
+    parser.add_argument("source", help="as data.source: a folder, .parquet, .tar or .zip files, hf:NAME")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write, for --data.statistics")
+    parser.add_argument("--pictures", type=int, default=1000, help="how many are read, drawn at random")
+    parser.add_argument("--bands", type=numbers, help="which bands, in which order, such as 3,2,1; all when not given")
+    parser.add_argument("--nodata", type=float, help="value of pixels that hold nothing, or nan; else as the files say")
+    parser.add_argument("--split", default="train", help="split of a data set")
+    parser.add_argument("--column", help="image column of a data set")
+    parser.add_argument("--streaming", action="store_true", help="read the first rows of a data set as a stream")
+    parser.add_argument("--max-megapixels", type=float, default=200.0, help="most pixels of a picture that are decoded")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw")
+    options = parser.parse_args(argv)
+    require(options.pictures >= 1, "--pictures", options.pictures, "it must be at least 1")
+    source = open_source(options.source, split=options.split, column=options.column, streaming=options.streaming)
+    total = options.pictures if isinstance(source, StreamCells) else min(options.pictures, len(source))
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    with ProgressReport(console, "pictures", total) as report:
+        measured, notes = gather(
+            source, options.pictures, options.seed, options.bands, options.nodata, options.max_megapixels, report
+        )
+    for note in notes:
+        console.print(note, markup=False)
+    try:
+        measured.write(options.out)
+    except OSError as error:
+        raise UserError(f"cannot write {options.out}: {error.strerror}") from error
+    print_table(measured)
+    print(options.out)  # noqa: T201 - the command's result
+
+
+def print_table(measured: Statistics) -> None:
+    """A line for each band."""
+    print(f"{measured.pictures} pictures of {measured.dtype}, nodata {measured.nodata}")  # noqa: T201
+    print("".join(f"{name:>12}" for name in ("band", "mean", "deviation", "lowest", "0.1 %", "99.9 %", "highest")))  # noqa: T201
+    names = ["red", "green", "blue"] if measured.bands is None else measured.bands
+    columns = (measured.mean, measured.deviation, measured.minimum, *measured.percentiles, measured.maximum)
+    for name, *values in zip(names, *columns, strict=True):
+        print(f"{name:>12}" + "".join(f"{value:12.5g}" for value in values))  # noqa: T201
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
