@@ -1,5 +1,10 @@
 """Use a fine-tuned model: `python -m finetune.predict RUN PICTURES... [--out FOLDER]`; JSON and pictures come out."""
 
+if __name__ == "__main__":
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while all is imported ends this without a traceback
+
 import argparse
 import json
 import math

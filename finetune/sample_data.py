@@ -3,6 +3,11 @@
 Shapes over photographs stand for objects: each kind has its own hue, so that a small model learns them in minutes.
 """
 
+if __name__ == "__main__":
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while all is imported ends this without a traceback
+
 import argparse
 import colorsys
 import json

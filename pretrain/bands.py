@@ -1,5 +1,10 @@
 """Statistics of a source's bands: `python -m pretrain.bands SOURCE --out FILE.json`, for `--data.statistics`."""
 
+if __name__ == "__main__":
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while all is imported ends this without a traceback
+
 import argparse
 import sys
 from collections import Counter

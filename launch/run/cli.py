@@ -63,6 +63,8 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int
     Returns the exit code: 0, 2 for a user's error, 128 + signal when stopped, 1 for a lost process.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as entry scripts have it while all is imported
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(argv)
     except UserError as error:

@@ -84,17 +84,25 @@ def test_a_second_ctrl_c_prints_nothing(capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("script", ["pretrain/main.py", "finetune/main.py", "finetune/sweep.py", "pretrain/plan.py"])
-def test_ctrl_c_during_imports_prints_nothing(script):
+ENTRIES = [
+    "pretrain/main.py", "finetune/main.py", "finetune/sweep.py", "pretrain/plan.py", "launch", "pretrain.bands",
+    "finetune.predict", "finetune.sample_data",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_ctrl_c_during_imports_prints_nothing(entry):
     """At the first import of the program after the one line that there must be."""
+    run_it = f"run_path({str(ROOT / entry)!r}" if entry.endswith(".py") else f"run_module({entry!r}"
     code = (
         "import os, runpy, signal, sys\n"
         "def audit(event, args):\n"
-        "    if event == 'import' and args[0] == 'torch': os.kill(os.getpid(), signal.SIGINT)\n"
+        "    first = event == 'import' and args[0] in ('torch', 'numpy', 'accelerate')\n"
+        "    if first: os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.addaudithook(audit)\n"
-        f"runpy.run_path({str(ROOT / script)!r}, run_name='__main__')"
+        f"runpy.{run_it}, run_name='__main__')"
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment())
     assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")
 
 
