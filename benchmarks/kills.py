@@ -178,7 +178,8 @@ def said_so(log: str) -> str | None:
     """What is wrong with the words of a run whose disk became full; None for nothing."""
     if "Traceback" in log:
         return "a traceback"
-    return None if "the disk is full" in log else "it does not say that the disk is full"
+    words = ("the disk is full", os.strerror(errno.ENOSPC))
+    return None if any(word in log for word in words) else "it does not say that the disk is full"
 
 
 def measure(strategy: str, what: str, every: int, first: int, moments: int, place: Path) -> int:
