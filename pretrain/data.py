@@ -130,30 +130,49 @@ class View:
         return f"{'native sizes up to ' if self.native else ''}{self.img_size[0]} x {self.img_size[1]}"
 
     def draw(self, picture: Picture, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """A view of a picture, as `read_pixels` gives it, and what the objective adds to it."""
-        if self.native:
-            view = self.cut(picture, rng)
-            side = self.img_size[0] // self.grid[0]
-            return view, self.draw_extra((view.shape[1] // side, view.shape[2] // side), rng)
-        extra = self.draw_extra(self.grid, rng)  # first: the order of the draws is part of what a seed means
-        return self.cut(picture, rng), extra
-
-    def cut(self, picture: Picture, rng: torch.Generator) -> Tensor:
-        """A random crop of a picture, resized and maybe mirrored, (c, h, w).
+        """A view of a picture, as `read_pixels` gives it, and what the objective adds to it.
 
         What can be read at a lower resolution (the scales of a JPEG, the levels of a TIFF, tiles) is read at the lowest
         that holds the crop in full detail.
         """
+        cut = self.plan(picture.size, rng)
+        return self.read(picture, cut), cut.extra
+
+    def plan(self, picture_size: tuple[int, int], rng: torch.Generator) -> "Cut":
+        """What is drawn for a view of a picture of this height and width, before it is read."""
         data = self.data
+        # of fixed sizes first: the order of the draws is part of what a seed means
+        extra = None if self.native else self.draw_extra(self.grid, rng)
         most = np.inf if data.crop_megapixels is None else data.crop_megapixels * 1e6
-        height, width = picture.size
+        height, width = picture_size
         box = random_crop(width, height, data.min_scale, rng, most)
         size = self.img_size
         if self.native:
             size = native_size((box[3] - box[1], box[2] - box[0]), self.img_size, self.grid)
-        mirror = data.flip and torch.rand((), generator=rng) < 0.5
-        view = read_pixels(picture, data.preprocessing, data.max_megapixels, box, size, data.resize)
-        return view.flip(-1) if mirror else view
+        mirror = bool(data.flip and torch.rand((), generator=rng) < 0.5)
+        if extra is None:
+            side = self.img_size[0] // self.grid[0]
+            extra = self.draw_extra((size[0] // side, size[1] // side), rng)
+        return Cut(box, size, mirror, extra)
+
+    def read(self, picture: Picture, cut: "Cut") -> Tensor:
+        """A crop of a picture, resized and maybe mirrored, (c, h, w). Raises as `read_pixels`."""
+        data = self.data
+        view = read_pixels(picture, data.preprocessing, data.max_megapixels, cut.box, cut.size, data.resize)
+        return view.flip(-1) if cut.mirror else view
+
+
+class Cut(NamedTuple):
+    """How a view is cut out of a picture."""
+
+    box: Box
+    """In pixels of the picture."""
+    size: tuple[int, int]
+    """Height and width of the view."""
+    mirror: bool
+    """Left to right."""
+    extra: Tensor
+    """What the objective adds to the view."""
 
 
 def native_size(crop: tuple[float, float], img_size: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:

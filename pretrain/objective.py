@@ -48,6 +48,10 @@ class Objective(Protocol):
         """What is added to a view of so many rows and columns of patches, such as its mask; drawn while it is read."""
         ...
 
+    def visible(self, pixels: Tensor, extra: Tensor, patch_size: int) -> Tensor:
+        """A view (3, h, w) in [0, 1] as the encoder gets it, to look at; `extra` is what `draw` added to it."""
+        ...
+
     def build(self, encoder: VisionMamba) -> nn.Module:
         """The model. Raises UserError for an encoder that the objective cannot train."""
         ...

@@ -72,6 +72,11 @@ def place(tmp_path_factory, request):
 def test_all_other_commands(place, picture_folder):
     (place / "path/to").mkdir(parents=True)
     (place / "path/to/pictures").symlink_to(picture_folder)
+    (place / "path/to/slides").mkdir()
+    colours = np.random.default_rng(0).integers(0, 255, (300, 400, 3), np.uint8)
+    for number in range(4):  # openslide knows a tiled TIFF whatever it is called
+        tifffile.imwrite(place / "slide.tif", colours, tile=(64, 64), photometric="rgb")
+        (place / "slide.tif").rename(place / f"path/to/slides/{number}.ndpi")
     torch.save(official.random_state(d=32, depth=2, patches=16, classes=5), place / "vim_t_midclstok_76p1acc.pth")
     ran = 0
     for line in commands():

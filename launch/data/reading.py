@@ -11,12 +11,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from launch.data import npy, tiff
+from launch.data import dicom, npy, slides, tiff
+from launch.data.dicom import DicomPicture
 from launch.data.images import SUFFIXES as PILLOW_SUFFIXES
 from launch.data.images import BadPictureError, open_picture
 from launch.data.npy import NpyPicture
 from launch.data.pictures import Box, Picture, PillowPicture
 from launch.data.resize import GAP, Resizer, resized_part
+from launch.data.slides import SlidePicture
 from launch.data.tiff import TiffPicture
 from vim_backbone.preprocessing import Preprocessing, invalid
 
@@ -45,7 +47,7 @@ HEIF = Plugin("HEIF", "pillow_heif", "pillow-heif", frozenset({".heic", ".heif",
 JXL = Plugin("JXL", "pillow_jxl", "pillow-jxl-plugin", frozenset({".jxl"}))
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 TIFF_SUFFIXES = frozenset({".tif", ".tiff", ".btf", ".tf8", ".svs"})
-SUFFIXES = PILLOW_SUFFIXES | TIFF_SUFFIXES | HEIF.suffixes | JXL.suffixes | {".npy"}
+SUFFIXES = PILLOW_SUFFIXES | TIFF_SUFFIXES | HEIF.suffixes | JXL.suffixes | slides.SUFFIXES | {".dcm", ".npy"}
 """Ends of the names of picture files, in lower case."""
 
 
@@ -57,10 +59,12 @@ def plugin_of(magic: bytes) -> Plugin | None:
 
 
 def open_file(file: str | Path | IO[bytes]) -> Picture:
-    """A picture of any format, by its content. Raises OSError, ValueError or BadPictureError for anything else."""
+    """A picture of any format, by its content, slides by name. Raises OSError, ValueError or BadPictureError else."""
     if isinstance(file, (str, Path)):
         with open(file, "rb") as opened:
             magic = opened.read(132)
+        if Path(file).suffix.lower() in slides.SUFFIXES:
+            return SlidePicture(Path(file))
     else:
         magic = file.read(132)
         file.seek(0)
@@ -68,8 +72,8 @@ def open_file(file: str | Path | IO[bytes]) -> Picture:
         return TiffPicture(file)
     if magic.startswith(npy.MAGIC):
         return NpyPicture(file)
-    if magic[128:] == b"DICM":
-        raise BadPictureError("it is DICOM, which is not read: save its pixels as TIFF or .npy, with pydicom")
+    if magic[128:] == dicom.PREFIX:
+        return DicomPicture(file)
     if plugin := plugin_of(magic):
         plugin.teach()
         return PillowPicture(Image.open(file, formats=(plugin.kind,)), file)

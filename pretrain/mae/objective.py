@@ -12,7 +12,7 @@ from launch.data.loading import to_device
 from launch.planning.memory import FLOAT, Stack, Work
 from pretrain.mae.masking import MaskConfig, draw_mask
 from pretrain.mae.model import DecoderConfig, MaskedAutoencoder, Reconstruction, split_patches
-from pretrain.mae.reconstructions import draw_reconstructions, reconstruction_grid
+from pretrain.mae.reconstructions import draw_reconstructions, reconstruction_grid, without_hidden
 from pretrain.objective import Inputs
 from vim_backbone import VimConfig, VisionMamba
 from vim_backbone.memory import Recompute
@@ -44,6 +44,10 @@ class MAE:
     def draw(self, grid: tuple[int, int], rng: torch.Generator) -> Tensor:
         """A mask (l,) bool, True = hidden."""
         return draw_mask(grid, self.mask, rng)
+
+    def visible(self, pixels: Tensor, extra: Tensor, patch_size: int) -> Tensor:
+        """Hidden patches in grey."""
+        return without_hidden(pixels, extra, patch_size)
 
     def build(self, encoder: VisionMamba) -> MaskedAutoencoder:
         """The autoencoder around an encoder."""

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from pretrain.mae.model import patchify, unpatchify
 from vim_backbone.preprocessing import Preprocessing, shown, to_pixels
@@ -23,11 +24,16 @@ def reconstruction_grid(
     strips = []
     for guess, image, mask in zip(pixels, images, masks, strict=True):
         original, rebuilt = (shown(to_pixels(each, preprocessing)) for each in (image, guess))
-        patches = patchify(original[None], patch_size)
-        grid = (image.shape[1] // patch_size, image.shape[2] // patch_size)
-        visible = unpatchify(torch.where(mask[None, :, None].to(patches.device), 0.35, patches), patch_size, grid)[0]
+        visible = without_hidden(original, mask, patch_size)
         strips.append(torch.stack([original, visible, rebuilt]).permute(0, 2, 3, 1).cpu().numpy())
     return strips
+
+
+def without_hidden(pixels: Tensor, mask: Tensor, patch_size: int) -> Tensor:
+    """An image (c, h, w) in [0, 1] whose hidden patches, by the mask (l,), are grey."""
+    patches = patchify(pixels[None], patch_size)
+    grid = (pixels.shape[1] // patch_size, pixels.shape[2] // patch_size)
+    return unpatchify(torch.where(mask[None, :, None].to(patches.device), 0.35, patches), patch_size, grid)[0]
 
 
 def draw_reconstructions(grid: list[np.ndarray], title: str, path: Path) -> None:

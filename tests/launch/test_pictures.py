@@ -374,11 +374,11 @@ def test_avif_is_read_by_pillow_whatever_brand_it_has_first(photo):
 
 
 def test_files_left_out_for_their_ending_are_counted(picture_folder):
-    for name in ("a.txt", "b.txt", "c.dcm", "none"):
+    for name in ("a.txt", "b.txt", "c.xml", "none"):
         (picture_folder / name).write_text("x")
     source = open_source(str(picture_folder), split="train", column=None, streaming=False)
     assert len(source) == 10
-    assert what_was_left_out(source) == ["4 files are left out for their ending: 2 .txt, 1 .dcm, 1 without one"]
+    assert what_was_left_out(source) == ["4 files are left out for their ending: 2 .txt, 1 .xml, 1 without one"]
 
 
 def npy(array, pickled=False):

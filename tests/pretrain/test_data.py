@@ -80,8 +80,8 @@ def test_reduced_jpeg_decoding_gives_the_same_view(photo, resize):
     smooth.save(jpeg, "jpeg", quality=95)
     for key in range(5):
         content = jpeg.getvalue()
-        reduced = view(resize=resize).cut(PillowPicture(Image.open(io.BytesIO(content))), generator(key)).float()
-        whole = view().cut(PillowPicture(Image.open(io.BytesIO(content)).convert("RGB")), generator(key)).float()
+        reduced = view(resize=resize).draw(PillowPicture(Image.open(io.BytesIO(content))), generator(key))[0].float()
+        whole = view().draw(PillowPicture(Image.open(io.BytesIO(content)).convert("RGB")), generator(key))[0].float()
         assert (reduced - whole).abs().mean().item() < 2.0
 
 
@@ -90,7 +90,7 @@ def test_a_resizer_changes_no_crop_and_no_value_much(photo):
     photo(150, 200).resize((300, 225), Image.Resampling.BICUBIC).save(png, "png")
     for key in range(8):
         first, second = (
-            view(resize=by, min_scale=0.1).cut(open_bytes(png.getvalue()), generator(key)).int()
+            view(resize=by, min_scale=0.1).draw(open_bytes(png.getvalue()), generator(key))[0].int()
             for by in ("pillow", "torch")
         )
         inside = (first - second).abs()[:, 2:-2, 2:-2]  # at the edge Pillow sees what lies outside of the crop

@@ -72,3 +72,14 @@ def test_the_fields_it_names_exist():
     types = field_types(PretrainConfig)
     assert all(any(name.startswith(prefix) for name in types) for prefix in OBJECTIVE.architecture_fields)
     assert set(OBJECTIVE.cost_fields) <= types.keys()
+
+
+def test_what_is_visible_is_the_view_without_what_the_encoder_skips():
+    """As many patches stay as the encoder scans tokens, and they stay as they were."""
+    objective = PretrainConfig().objective
+    extra = objective.draw(GRID, generator(0))
+    pixels = torch.rand(3, 32, 48, generator=generator(1))
+    visible = objective.visible(pixels, extra, 8)
+    assert visible.shape == pixels.shape
+    kept = (visible == pixels).unfold(1, 8, 8).unfold(2, 8, 8).all(0).flatten(2).all(-1)
+    assert kept.sum() == objective.inputs([extra], torch.device("cpu")).tokens
