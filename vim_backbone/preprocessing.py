@@ -150,6 +150,12 @@ def type_range(dtype: str) -> tuple[float, float]:
     return (0.0, 1.0) if kind.kind not in "iu" else (float(np.iinfo(kind).min), float(np.iinfo(kind).max))
 
 
+def is_nodata(values: np.ndarray, nodata: float) -> np.ndarray:
+    """Where values are a finite `nodata`, of floats rounded to their type, as the writer of the file rounded it."""
+    with np.errstate(over="ignore"):
+        return values == (values.dtype.type(nodata) if values.dtype.kind == "f" else np.float64(nodata))
+
+
 def invalid(values: np.ndarray, nodata: float | None) -> np.ndarray | None:
     """Where channels (c, h, w) hold nothing, as bool of their shape; None for nowhere.
 
@@ -160,7 +166,7 @@ def invalid(values: np.ndarray, nodata: float | None) -> np.ndarray | None:
     if not isfinite(nodata):
         missing = ~np.isfinite(values) if values.dtype.kind == "f" else None
     else:
-        missing = np.broadcast_to((values == np.array(nodata)).all(0), values.shape)
+        missing = np.broadcast_to(is_nodata(values, nodata).all(0), values.shape)
     return missing if missing is not None and missing.any() else None
 
 
