@@ -105,10 +105,10 @@ class Picture(ABC):
         missing = self.missing(values, nodata)
         if isinstance(span, tuple) and values.dtype != np.uint8:
             values = np.stack(levels(values, span))
-        if opacity is not None:  # over white
+        if opacity is not None and opacity.min() < 1:  # over white
             values = (255 - (255 - values.astype(np.float32)) * opacity).round().astype(np.uint8)
         pixels = np.moveaxis(values if len(values) == 3 else np.repeat(values, 3, 0), 0, -1)
-        return np.where(missing[..., None], np.array(MEAN_COLOUR, np.uint8), pixels)
+        return pixels if not missing.any() else np.where(missing[..., None], np.array(MEAN_COLOUR, np.uint8), pixels)
 
     def split(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Values (bands, ...) as those of the colours, not multiplied with it, and their opacity in [0, 1], if any."""
