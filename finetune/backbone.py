@@ -67,6 +67,11 @@ def read_preprocessing_of(folder: Path, data: LabelledData) -> Preprocessing:
             f"{folder} takes {channels} bands, but its {PREPROCESSOR} is missing or of {preprocessing.in_chans}: say "
             "which with data.statistics"
         )
+    if preprocessing.bands is None and preprocessing.in_chans != 3:
+        raise UserError(
+            f"{folder} takes {preprocessing.in_chans} channels, but its {PREPROCESSOR} does not say which bands they "
+            "are: say so with data.statistics"
+        )
     return preprocessing
 
 

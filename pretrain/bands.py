@@ -7,7 +7,6 @@ if __name__ == "__main__":
 
 import argparse
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,7 +98,7 @@ def gather(
     totals: dict[Kind, Totals] = {}
     bad: list[str] = []
     kinds: dict[Kind, list[str]] = {}
-    declared: Counter[float] = Counter()
+    declared: set[float | str | None] = set()
     for done, (name, picture) in enumerate(opened(source, pictures, seed), start=1):
         try:
             if isinstance(picture, Exception):
@@ -107,7 +106,8 @@ def gather(
             with picture:
                 values = picture.sample(max_megapixels)
                 kind = (picture.bands, str(picture.dtype))
-                missing = picture.missing(values, nodata)
+                held = values if bands is None or max(bands) >= len(values) else values[bands]  # as a run has it
+                missing = picture.missing(held, nodata)
                 valid = (
                     np.isfinite(values) & ~missing
                     if values.dtype.kind == "f"
@@ -116,8 +116,8 @@ def gather(
                 if nodata is None and picture.nodata is None and not valid.all():
                     share = f"{1 - valid.mean():.2%} of its values"
                     raise UserError(f"{name}: {share} are NaN or infinite; add --nodata nan where they mean no data")
-                if picture.nodata is not None:
-                    declared[picture.nodata] += 1
+                unknown = picture.nodata is not None and np.isnan(picture.nodata)  # NaN equals nothing
+                declared.add("nan" if unknown else picture.nodata)
                 totals.setdefault(kind, Totals(picture.bands)).add(values, valid, rng)
                 kinds.setdefault(kind, []).append(name)
         except UserError:
@@ -129,18 +129,19 @@ def gather(
     if not totals:
         raise UserError(f"no picture can be read, such as {bad[0] if bad else 'none'}: see SOURCE")
     kind = max(totals, key=lambda key: totals[key].pictures)
+    (common, *others) = declared  # of files that differ, one's nodata may be another's value
+    common = None if common is None or others else float(common)
+    measured = summary(kind, totals[kind], bands, common if nodata is None else nodata)
     notes = [f"{len(bad)} pictures cannot be read, such as {bad[0]}"] if bad else []
     notes += [
-        f"{len(names)} pictures of {number} bands of {dtype} are left out, such as {names[0]}: a run passes over them"
+        f"{len(names)} pictures of {number} bands of {dtype} are left out, such as {names[0]}"
+        f"{': a run passes over them' * (measured.bands is not None)}"
         for (number, dtype), names in kinds.items()
         if (number, dtype) != kind
     ]
-    return summary(kind, totals[kind], bands, nodata if nodata is not None else common(declared)), notes
-
-
-def common(declared: Counter[float]) -> float | None:
-    """The nodata that the files name most often."""
-    return declared.most_common(1)[0][0] if declared else None
+    if nodata is None and len(declared) > 1:
+        notes.append(f"the files name different nodata ({', '.join(sorted(map(str, declared)))}): each keeps its own")
+    return measured, notes
 
 
 def summary(kind: Kind, totals: Totals, bands: list[int] | None, nodata: float | None) -> Statistics:

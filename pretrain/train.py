@@ -20,6 +20,7 @@ from launch.run.metrics import RunLog, Throughput, peak_memory_gb
 from launch.run.optim import build_optimizer, learning_rate
 from launch.run.randomness import seed_of
 from launch.run.training import Training, start_training
+from launch.state.checkpoint import TrainState
 from launch.state.sharding import shape_of, zero_stage
 from pretrain.config import PretrainConfig
 from pretrain.data import Batch, DataConfig, View, Views, build_loader, collate
@@ -27,7 +28,7 @@ from pretrain.objective import Objective
 from pretrain.plan import fitting_level
 from vim_backbone import VisionMamba
 from vim_backbone.block import Block, set_recompute
-from vim_backbone.errors import require
+from vim_backbone.errors import UserError, require
 from vim_backbone.folder import model_card
 from vim_backbone.memory import Recompute
 from vim_backbone.preprocessing import to_model
@@ -84,6 +85,7 @@ def pretrain(config: PretrainConfig) -> Path:
             ema_decay=config.ema_decay,
         ) as training:
             first = training.state.step
+            require_same_pixels(training.state, data)
             workers, lines = settled_workers(data, source, training)
             settled_data = replace(data, workers=workers)
             view = View(architecture.img_size, architecture.grid(*architecture.img_size), settled_data, objective.draw)
@@ -108,6 +110,17 @@ def pretrain(config: PretrainConfig) -> Path:
                 train(run)
                 publish(run)
     return config.folder
+
+
+def require_same_pixels(state: TrainState, data: DataConfig) -> None:
+    """Raise UserError where pixels would reach the model otherwise than before; note how they do in the state."""
+    now = data.preprocessing.to_dict()
+    before = state.extra.setdefault("preprocessing", now)
+    if changed := [key for key in now if before.get(key) != now[key]]:
+        raise UserError(
+            f"the run was started with {changed[0]} {before.get(changed[0])}, and data.statistics, data.range and "
+            f"data.nodata say {now[changed[0]]} now: leave them as they were, or start another run"
+        )
 
 
 def settled_workers(data: DataConfig, source: Source, training: Training) -> tuple[int, list[str]]:

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import isfinite, nan
+from math import inf, isfinite, nan
+from operator import index
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -61,17 +62,20 @@ class Preprocessing:
     def model_input(self, values: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
         """The values of a picture, all bands of its file (bands, h, w), as the model's input (1, channels, h, w).
 
-        Its size stays as it is. Raises UserError for a picture of other bands, or of another type.
+        Its size stays as it is. Raises UserError for a picture of other bands, of another type, or with NaN that is no
+        nodata.
         """
         count = self.in_chans if self.bands is None else max(self.bands) + 1
         wanted = self.dtype or "uint8"
-        if values.ndim != 3 or len(values) < count or values.dtype != wanted:
+        if values.ndim != 3 or len(values) < count or values.dtype.newbyteorder("=") != wanted:
             raise UserError(
                 f"the picture is {values.shape} of {values.dtype}: it must be (bands, height, width) of {wanted}, with "
                 f"{count} bands or more"
             )
         chosen = values[list(self.bands)] if self.bands is not None else values[:count]
         filled = self.filled(chosen, invalid(chosen, self.nodata))
+        if not np.isfinite(filled).all():
+            raise UserError("the picture holds NaN or infinity, and nodata is not nan: fill them first")
         return to_model(torch.tensor(filled)[None], torch.device(device), self)
 
     def filled(self, values: np.ndarray, missing: np.ndarray | None) -> np.ndarray:
@@ -109,8 +113,8 @@ class Preprocessing:
             made = cls(
                 mean=tuple(map(float, data["image_mean"])),
                 std=tuple(map(float, data["image_std"])),
-                bands=None if bands is None else tuple(map(int, bands)),
-                dtype=None if data.get("dtype") is None else np.dtype(data["dtype"]).name,
+                bands=None if bands is None else tuple(map(index, bands)),
+                dtype=None if data.get("dtype") is None else number_type(data["dtype"]),
                 range=limits
                 if limits in (None, "type")
                 else (tuple(map(float, limits[0])), tuple(map(float, limits[1]))),
@@ -125,14 +129,20 @@ class Preprocessing:
         """Raise UserError where the numbers do not fit together."""
         channels = self.in_chans
         lengths = {"image_std": len(self.std)} | ({"bands": len(self.bands)} if self.bands is not None else {})
-        if isinstance(self.range, tuple) and self.bands is not None:
-            lengths |= {"lowest values": len(self.range[0]), "highest values": len(self.range[1])}
+        if isinstance(self.range, tuple):
+            ends = {"lowest values": len(self.range[0]), "highest values": len(self.range[1])}
+            if self.bands is not None:
+                lengths |= ends
+            elif set(ends.values()) != {1}:
+                raise UserError(f"range is {self.range}: of RGB it is one lowest and one highest value")
         for name, length in lengths.items():
             if length != channels or not channels:
                 raise UserError(f"{name} has {length} values and image_mean {channels}: each needs one for each band")
         if any(band < 0 for band in self.bands or ()):
             raise UserError(f"bands are {list(self.bands or ())}: they are counted from 0")
-        if isinstance(self.range, tuple) and any(not low < high for low, high in zip(*self.range, strict=True)):
+        if isinstance(self.range, tuple) and any(
+            not -inf < low < high < inf for low, high in zip(*self.range, strict=True)
+        ):
             raise UserError(f"range is {self.range}: the lowest values must be below the highest")
         if not all(isfinite(mean) and isfinite(std) and std > 0 for mean, std in zip(self.mean, self.std, strict=True)):
             raise UserError(
@@ -144,10 +154,24 @@ RGB = Preprocessing()
 """8-bit RGB, with ImageNet's mean and deviation."""
 
 
+def number_type(name: str) -> str:
+    """Name of a type of real numbers. Raises TypeError or ValueError for anything else."""
+    kind = np.dtype(name)
+    if not isinstance(name, str) or kind.kind not in "biuf":
+        raise ValueError(f"{name!r} is no type of real numbers")
+    return kind.name
+
+
 def type_range(dtype: str) -> tuple[float, float]:
     """Lowest and highest value of whole numbers of a type; 0 and 1 for floats."""
     kind = np.dtype(dtype)
     return (0.0, 1.0) if kind.kind not in "iu" else (float(np.iinfo(kind).min), float(np.iinfo(kind).max))
+
+
+def is_nodata(values: np.ndarray, nodata: float) -> np.ndarray:
+    """Where values are a finite `nodata`, of floats rounded to their type, as the writer of the file rounded it."""
+    with np.errstate(over="ignore"):
+        return values == (values.dtype.type(nodata) if values.dtype.kind == "f" else np.float64(nodata))
 
 
 def invalid(values: np.ndarray, nodata: float | None) -> np.ndarray | None:
@@ -160,7 +184,7 @@ def invalid(values: np.ndarray, nodata: float | None) -> np.ndarray | None:
     if not isfinite(nodata):
         missing = ~np.isfinite(values) if values.dtype.kind == "f" else None
     else:
-        missing = np.broadcast_to((values == np.array(nodata)).all(0), values.shape)
+        missing = np.broadcast_to(is_nodata(values, nodata).all(0), values.shape)
     return missing if missing is not None and missing.any() else None
 
 

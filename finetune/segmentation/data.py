@@ -64,11 +64,7 @@ class Pairs:
 
     def values(self, index: int) -> np.ndarray:
         """(h, w) uint16: the map as its file has it. Raises BadPictureError where it is none, or has no such class."""
-        with open_picture(self.maps[index]) as image:
-            check_size(image, self.data.max_megapixels)
-            step = level_step(image)
-            raw = np.asarray(upright(image))
-            raw = raw if step == 1 else raw // step
+        raw = read_map(self.maps[index], self.data.max_megapixels)
         if raw.ndim != 2:
             raise BadPictureError(f"{self.maps[index]} has {raw.shape[-1]} channels: a map has one, of labels")
         wrong = (raw < 0) | (raw >= len(self.table)) | (raw != np.floor(raw))
@@ -82,6 +78,19 @@ class Pairs:
     def labels(self, index: int) -> np.ndarray:
         """(h, w) uint8: the class of each pixel, or IGNORED. Raises BadPictureError for a label out of range."""
         return self.table[self.values(index)]
+
+
+def read_map(path: Path, max_megapixels: float) -> np.ndarray:
+    """The values of a map as its file has them, (h, w), or (h, w, channels) where it is none."""
+    if path.suffix.lower() == ".npy":
+        with open_file(path) as array:
+            bands, _ = array.values(max_megapixels)
+            return bands[0] if len(bands) == 1 else np.moveaxis(bands, 0, -1)
+    with open_picture(path) as image:
+        check_size(image, max_megapixels)
+        step = level_step(image)
+        raw = np.asarray(upright(image))
+        return raw if step == 1 else raw // step
 
 
 def level_step(image: Image.Image) -> int:

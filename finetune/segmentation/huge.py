@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from finetune.pixels import displayed
+from finetune.task import MAX_MEGAPIXELS
 from launch.data.pictures import Picture
 from launch.data.reading import read_pixels
 from vim_backbone.errors import UserError
@@ -68,7 +69,7 @@ class HugeMap:
                     )
                 )
                 bottom, right = min(y + self.window[0], height), min(x + self.window[1], width)
-                pixels = read_pixels(self.picture, self.preprocessing, np.inf, (x, y, right, bottom))
+                pixels = read_pixels(self.picture, self.preprocessing, MAX_MEGAPIXELS, (x, y, right, bottom))
                 labels = segment(pixels[None]).cpu().numpy()[top - y : top - y + h, left - x : left - x + w]
                 counts += np.bincount(labels.ravel(), minlength=len(counts))
                 self._keep(top, left, pixels[:, top - y : top - y + h, left - x : left - x + w], labels)

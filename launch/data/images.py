@@ -96,6 +96,13 @@ def upright(image: Image.Image) -> Image.Image:
     return turned
 
 
+def turned(values: np.ndarray, orientation: int) -> np.ndarray:
+    """Bands (bands, h, w) as stored, upright: what TURNS does to a picture."""
+    if orientation >= 5:
+        values = values.swapaxes(1, 2)
+    return values[:, :: -1 if orientation in (3, 4, 7, 8) else 1, :: -1 if orientation in (2, 3, 6, 7) else 1]
+
+
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Width and height of the upright picture, without decoding it."""
     return (image.height, image.width) if orientation(image) >= 5 else image.size

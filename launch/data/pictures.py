@@ -4,20 +4,24 @@ import math
 from abc import ABC, abstractmethod
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, Literal, Self
 
 import numpy as np
 from PIL import Image, ImageFile
 
 from launch.data.images import (
+    STRIP,
     BadPictureError,
     check_megapixels,
     levels,
+    orientation,
     range_of,
     to_rgb,
+    turned,
     upright,
     upright_size,
 )
+from vim_backbone.preprocessing import is_nodata, type_range
 
 Box = tuple[float, float, float, float]
 """Left, upper, right and lower edge, in pixels."""
@@ -42,6 +46,8 @@ class Picture(ABC):
     """What the file says that pixels without a value have."""
     windowed: bool = False
     """Whether a box of it is read without the rest."""
+    alpha: Literal["straight", "associated"] | None = None
+    """What the last band is to the others, where it is their opacity; associated: they are multiplied with it."""
 
     @abstractmethod
     def values(
@@ -82,23 +88,45 @@ class Picture(ABC):
         """
         self.require_colours()
         values, near = self.values(max_megapixels, box, size)
+        if values.dtype != np.uint8 and not isinstance(span, tuple):
+            # of the whole picture, or each crop would have a contrast of its own
+            sample, _ = self.split(self.sample(max_megapixels))
+            span = value_span(sample[:, ~self.missing(sample, nodata)], span)
+        height, width = values.shape[1:]
+        pixels = np.empty((height, width, 3), np.uint8)
+        rows = max(1, STRIP // width)  # at a time, to bound memory
+        for top in range(0, height, rows):
+            pixels[top : top + rows] = self._eight_bits(values[:, top : top + rows], span, nodata)
+        return Image.fromarray(pixels), near
+
+    def _eight_bits(self, values: np.ndarray, span: "Span", nodata: float | None) -> np.ndarray:
+        """Values (bands, h, w) as RGB (h, w, 3)."""
+        values, opacity = self.split(values)
         missing = self.missing(values, nodata)
-        if values.dtype != np.uint8:
-            if not isinstance(span, tuple):
-                # of the whole picture, or each crop would have a contrast of its own
-                sample = self.sample(max_megapixels)
-                span = value_span(sample[:, ~self.missing(sample, nodata)], span)
+        if isinstance(span, tuple) and values.dtype != np.uint8:
             values = np.stack(levels(values, span))
+        if opacity is not None and opacity.min() < 1:  # over white
+            values = (255 - (255 - values.astype(np.float32)) * opacity).round().astype(np.uint8)
         pixels = np.moveaxis(values if len(values) == 3 else np.repeat(values, 3, 0), 0, -1)
-        pixels = np.where(missing[..., None], np.array(MEAN_COLOUR, np.uint8), pixels)
-        return Image.fromarray(np.ascontiguousarray(pixels)), near
+        return pixels if not missing.any() else np.where(missing[..., None], np.array(MEAN_COLOUR, np.uint8), pixels)
+
+    def split(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Values (bands, ...) as those of the colours, not multiplied with it, and their opacity in [0, 1], if any."""
+        if self.alpha is None:
+            return values, None
+        top = type_range(str(self.dtype))[1]
+        opacity = (values[-1] / top).clip(0, 1).astype(np.float32)
+        if self.alpha == "straight":
+            return values[:-1], opacity
+        colours = (values[:-1] / np.where(opacity > 0, opacity, 1)).clip(0, top)
+        return (colours if self.dtype.kind == "f" else colours.round()).astype(self.dtype), opacity
 
     def missing(self, values: np.ndarray, nodata: float | None) -> np.ndarray:
         """Which pixels of values (bands, ...) hold nothing in any band, by the file or by `nodata`."""
         missing = np.zeros(values.shape[1:], bool)
         for nothing in (nodata, self.nodata):
             if nothing is not None:
-                missing |= (values == nothing).all(0) if np.isfinite(nothing) else ~np.isfinite(values).all(0)
+                missing |= is_nodata(values, nothing).all(0) if np.isfinite(nothing) else ~np.isfinite(values).all(0)
         return missing
 
     def sample(self, max_megapixels: float) -> np.ndarray:
@@ -117,7 +145,7 @@ class Picture(ABC):
 
     def require_colours(self) -> None:
         """Raise BadPictureError for bands that RGB would drop."""
-        if self.bands not in (1, 3):
+        if self.bands - (self.alpha is not None) not in (1, 3):
             raise BadPictureError(
                 f"it holds {self.words}, and RGB takes 1 or 3: choose with data.statistics (see python -m "
                 "pretrain.bands) and data.bands"
@@ -199,7 +227,9 @@ class PillowPicture(Picture):
             self.bands, self.dtype = 1, np.dtype(grey.get(image.mode, np.uint16))
         else:
             clear = image.mode in ALPHA or "transparency" in image.info
-            self.bands = (2 if image.mode.startswith("L") else 4) if clear else 3
+            grey_levels = image.mode.startswith("L") or raw_mode.startswith("LA")  # the second of 16 bits in PNG
+            self.bands = (2 if grey_levels else 4) if clear else 3
+            self.alpha = "straight" if clear else None
             self.dtype = np.dtype(np.uint16 if self.deep_colours else np.uint8)
 
     def close(self) -> None:
@@ -223,7 +253,7 @@ class PillowPicture(Picture):
     ) -> tuple[Image.Image, Box]:
         """As `to_rgb` makes it."""
         check_megapixels(*self.size, max_megapixels)
-        if (nodata is not None and self.bands in (1, 3)) or (self.deep_colours and span is not None and span != "type"):
+        if nodata is not None or (self.deep_colours and span is not None and span != "type"):
             return super().rgb(max_megapixels, box, size, span, nodata)
         self._draft(box, size, "RGB")
         if self.image.mode.startswith("I;16") and span is None:
@@ -249,6 +279,8 @@ class PillowPicture(Picture):
         image = self.image
         if self.deep_colours:
             values = self._all_16_bits()
+            if values.ndim != 3 or values.shape[2] != self.bands:
+                raise BadPictureError(f"its pixels are {values.shape}, not {self.bands} bands as its header says")
         else:
             self._draft(box, size, "L" if self.bands == 1 else "RGB")
             image.seek(0)
@@ -258,6 +290,8 @@ class PillowPicture(Picture):
             wanted = plain.get((self.bands, image.mode), image.mode)
             values = np.asarray(image if image.mode == wanted else image.convert(wanted))
         values = np.moveaxis(values, -1, 0) if values.ndim == 3 else values[None]
+        if self.deep_colours:
+            values = turned(values, orientation(self.image))
         return values, self._scaled(box, *values.shape[1:])
 
     def _all_16_bits(self) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 
 from vim_backbone.errors import UserError
 from vim_backbone.files import read_json, write_json
-from vim_backbone.preprocessing import RGB, Preprocessing, type_range
+from vim_backbone.preprocessing import RGB, Preprocessing, number_type, type_range
 
 RangeField = Literal["type", "percentiles"] | list[float] | None
 """Type of the field `data.range`."""
@@ -47,15 +47,22 @@ class Statistics:
         data = read_json(path)
         try:
             made = cls(**data)
+            if made.bands is not None and not all(type(band) is int and band >= 0 for band in made.bands):
+                raise ValueError(f"bands are {made.bands}, no numbers of bands")
+            if made.nodata not in (None, "nan") and not isinstance(made.nodata, int | float):
+                raise ValueError(f"nodata is {made.nodata!r}, no number")
             channels = len(made.mean)
             per_band: list[Any] = [made.deviation, made.minimum, made.maximum, *made.percentiles]
             numbers = [made.mean, *per_band]
             wrong = (
                 any(len(values) != channels for values in numbers) or not np.isfinite(np.array(numbers, float)).all()
             )
-            if wrong or len(made.percentiles) != 2 or (made.bands is not None and len(made.bands) != channels):
+            if wrong or len(made.percentiles) != 2 or channels != (3 if made.bands is None else len(made.bands)):
                 raise ValueError("the numbers of values differ, or some are no numbers")
-            type_range(made.dtype)
+            low, high = made.percentiles
+            if min(made.deviation) < 0 or any(above < below for below, above in zip(low, high, strict=True)):
+                raise ValueError("a deviation is negative, or percentiles are in the wrong order")
+            number_type(made.dtype)
         except (TypeError, ValueError) as error:
             raise UserError(f"data.statistics {path} was not written by {COMMAND}: {error}") from error
         return made
@@ -94,6 +101,7 @@ def preprocessing_of(
             )
         pair = ((limits[0],), (limits[1],)) if isinstance(limits, list) else None if limits is None else "type"
         mean, std = (tuple(value / 255 for value in values) for values in (measured.mean, measured.deviation))
+        std = tuple(value or 1.0 for value in std)  # a colour of one value
         return checked(Preprocessing(mean=mean, std=std, range=pair, nodata=nothing), statistics)
     chosen = measured.bands if bands is None else bands
     if absent := sorted(set(chosen) - set(measured.bands)):
@@ -110,7 +118,8 @@ def preprocessing_of(
     low, high = np.array(lowest)[places], np.array(highest)[places]
     high = np.where(high > low, high, low + 1.0)  # a band of one value
     mean = (np.array(measured.mean)[places] - low) / (high - low)
-    std = np.maximum(np.array(measured.deviation)[places] / (high - low), 1e-6)
+    std = np.array(measured.deviation)[places] / (high - low)
+    std = np.where(std > 0, std, 1.0)  # of one value too: others, if they come, stay numbers of its size
     return checked(
         Preprocessing(
             mean=tuple(mean.tolist()),

@@ -7,8 +7,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from launch.data.images import TURNS, BadPictureError, check_megapixels, open_picture
+from launch.data.images import TURNS, BadPictureError, check_megapixels, open_picture, turned
+from launch.data.photometric import SAMPLES, cmyk_to_rgb, inverted, is_colour, kind, opacity, plain, raw_ycbcr, steps
 from launch.data.pictures import Box, Picture, PillowPicture, Span, window
+from vim_backbone.preprocessing import type_range
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 """How a TIFF begins; the last two are BigTIFF."""
@@ -16,8 +18,10 @@ NODATA = 42113
 """GDAL's tag of the value of pixels that hold nothing."""
 WHOLE = 1 << 22
 """Pixels up to which Pillow reads colours of 8 bits, as fast whole as by tiles."""
-PHOTOMETRIC = {"MINISBLACK": (1,), "MINISWHITE": (1,), "RGB": (3, 4), "PALETTE": (1,), "SEPARATED": (4,), "YCBCR": (3,)}
-"""Samples of the kinds of colours, with transparency."""
+LARGE = 1 << 20
+"""Bytes of a strip that is not compressed from which on it is mapped into memory."""
+BY_PILLOW = ("bool", "uint8", "uint16", "int32", "float32")
+"""Types of grey that Pillow reads as they are."""
 MOST_BANDS = 4096
 
 
@@ -50,8 +54,16 @@ class TiffPicture(Picture):
         self.bands, self.dtype = self.planes, np.dtype(series.dtype or np.uint8)
         if not height or not width or not 1 <= self.bands <= MOST_BANDS or self.dtype.kind not in "biuf":
             raise BadPictureError(f"it is {series.shape} of {self.dtype}: no picture of numbers")
-        self.nodata = self._nodata()
-        self.windowed = self.orientation == 1
+        self.nodata = self.stored_nodata = self._nodata()
+        self.alpha = opacity(self.key) if self._colours() else None
+        decodable = self.key.compression == 1 or find_spec("imagecodecs") is not None
+        self.windowed = self.orientation == 1 and decodable and not raw_ycbcr(self.key)
+        if self.planes == 1 and kind(self.key) == "PALETTE" and self.key.colormap is not None:
+            self.bands, self.dtype, self.nodata = 3, np.dtype(np.uint8), None  # its nodata is none of its colours
+        elif self.planes == 1 and self.nodata is not None:
+            self.nodata *= steps(self.key)
+            if inverted(self.key):
+                self.nodata = type_range(str(self.dtype))[1] - self.nodata
 
     def _nodata(self) -> float | None:
         text = self.key.tags.valueof(NODATA)
@@ -84,12 +96,12 @@ class TiffPicture(Picture):
         nodata: float | None = None,
     ) -> tuple[Any, Box]:
         """As Pillow makes it where it reads the file faithfully, else from `values`."""
-        grey = self.bands == 1 and self.key.photometric.name in ("MINISBLACK", "MINISWHITE")
-        windows = grey or (self.key.photometric.name in ("RGB", "YCBCR") and self.bands == 3)
-        decodable = self.key.compression == 1 or find_spec("imagecodecs") is not None
-        by_window = windows and decodable and self.size[0] * self.size[1] > WHOLE
-        plain = self._colours() and nodata is None and self.nodata is None and (grey or self.dtype == np.uint8)
-        if plain and not by_window:
+        if self.planes <= 4 and kind(self.key) not in SAMPLES:
+            raise BadPictureError(f"its colours are {kind(self.key)}, which are not read: save it as RGB")
+        if kind(self.key) == "MINISWHITE" and not inverted(self.key):
+            raise BadPictureError(f"it has white as 0, and values of {self.dtype}")
+        by_window = self.windowed and self.size[0] * self.size[1] > WHOLE
+        if self._by_pillow(span) and nodata is None and self.nodata is None and not by_window:
             if hasattr(self.source, "seek"):
                 self.source.seek(0)  # pyright: ignore[reportAttributeAccessIssue]
             try:
@@ -99,17 +111,21 @@ class TiffPicture(Picture):
             else:
                 with opened:
                     return opened.rgb(max_megapixels, box, size, span)
-        if self.bands == 1 and self.key.photometric.name == "MINISWHITE":
-            raise BadPictureError("it has white as 0, in a TIFF that Pillow does not read")
+        if kind(self.key) == "SEPARATED" and self._colours() and self.dtype == np.uint8:
+            values, near = self.values(max_megapixels, box, size)
+            return cmyk_to_rgb(values), near
         return super().rgb(max_megapixels, box, size, span, nodata)
 
     def _colours(self) -> bool:
         """Whether the bands are those of a colour, perhaps with transparency."""
-        extra = [getattr(kind, "value", kind) for kind in self.key.extrasamples]
-        samples = PHOTOMETRIC.get(getattr(self.key.photometric, "name", ""), ())
-        transparent = self.key.samplesperpixel in (2, 4) and extra in ([1], [2])
-        one_page = self.planes == self.key.samplesperpixel
-        return one_page and (transparent or (not extra and self.key.samplesperpixel in samples))
+        return self.planes == self.key.samplesperpixel and is_colour(self.key)
+
+    def _by_pillow(self, span: Span) -> bool:
+        """Whether Pillow makes the same of it."""
+        if not self._colours() or self.bands > 1:
+            return self._colours() and self.dtype == np.uint8
+        faithful = str(self.dtype) in BY_PILLOW and not (inverted(self.key) and self.dtype == np.uint16)
+        return faithful and not (span == "type" and self.dtype == np.int32)
 
     def require_colours(self) -> None:
         """Grey, or red, green and blue: not three bands of something else."""
@@ -142,18 +158,16 @@ class TiffPicture(Picture):
         near = (box[0] / x, box[1] / y, box[2] / x, box[3] / y)
         shape = (level.keyframe.imagelength, level.keyframe.imagewidth)
         left, top, right, bottom = window(near, shape, size)
-        pixels = self._read(level, left, top, right, bottom, max_megapixels)
+        pixels = self._plain(self._read(level, left, top, right, bottom, max_megapixels))
         return pixels, (near[0] - left, near[1] - top, near[2] - left, near[3] - top)
 
     def _turned(self, max_megapixels: float, box: Box | None) -> tuple[np.ndarray, Box]:
         height, width = self.key.imagelength, self.key.imagewidth
-        pixels = self._read(self.levels[0], 0, 0, width, height, max_megapixels)
-        if self.orientation >= 5:
-            pixels = pixels.swapaxes(1, 2)
-        down, across = {1: (1, 1), 2: (1, -1), 3: (-1, -1), 4: (-1, 1), 5: (1, 1), 6: (1, -1), 7: (-1, -1), 8: (-1, 1)}[
-            self.orientation
-        ]
-        return pixels[:, ::down, ::across], box or (0.0, 0.0, float(self.size[1]), float(self.size[0]))
+        pixels = self._plain(self._read(self.levels[0], 0, 0, width, height, max_megapixels))
+        return turned(pixels, self.orientation), box or (0.0, 0.0, float(self.size[1]), float(self.size[0]))
+
+    def _plain(self, pixels: np.ndarray) -> np.ndarray:
+        return plain(pixels, self.key) if self.planes == self.key.samplesperpixel else pixels
 
     def _read(self, level: Any, left: int, top: int, right: int, bottom: int, max_megapixels: float) -> np.ndarray:
         """(bands, h, w) of one level, segment by segment."""
@@ -164,10 +178,13 @@ class TiffPicture(Picture):
         samples = key.samplesperpixel // planar
         if len(pages) * planar * samples != self.planes or getattr(key, "imagedepth", 1) != 1:
             return self._contiguous(level, left, top, right, bottom)
-        out = np.empty((self.planes, bottom - top, right - left), self.dtype)
+        out = np.empty((self.planes, bottom - top, right - left), level.dtype)
         length, width = (key.tilelength, key.tilewidth) if key.is_tiled else (key.rowsperstrip, key.imagewidth)
         length = min(length, key.imagelength) if not key.is_tiled else length
         across, down = -(-key.imagewidth // width), -(-key.imagelength // length)
+        mapped = self._mappable(key)
+        if not mapped:
+            check_megapixels(length, width, max_megapixels)  # a strip may be all of the picture
         for number, page in enumerate(pages):
             if page is None:
                 raise BadPictureError(f"its page {number} is missing")
@@ -176,14 +193,16 @@ class TiffPicture(Picture):
                 for row in range(top // length, -(-bottom // length)):
                     for column in range(left // width, -(-right // width)):
                         y, x = row * length, column * width
-                        part = self._segment(page, key, (plane * down + row) * across + column)
+                        index = (plane * down + row) * across + column
+                        shape = (1, min(length, key.imagelength - y), width, samples)
+                        part = self._segment(page, key, index, shape if mapped else None)
                         target = out[
                             first : first + samples,
                             max(0, y - top) : min(bottom, y + length) - top,
                             max(0, x - left) : min(right, x + width) - left,
                         ]
                         if part is None:
-                            target[...] = self.nodata
+                            target[...] = self.stored_nodata
                             continue
                         y0, x0 = max(0, top - y), max(0, left - x)
                         cut = part[0, y0 : y0 + target.shape[1], x0 : x0 + target.shape[2]]
@@ -192,15 +211,30 @@ class TiffPicture(Picture):
                         target[...] = np.moveaxis(cut, -1, 0)
         return out
 
-    def _segment(self, page: Any, key: Any, index: int) -> np.ndarray | None:
-        """A tile or strip (1, h, w, samples); None for one that is left out because it holds nodata alone."""
+    def _mappable(self, key: Any) -> bool:
+        """Whether strips are numbers as they stand."""
+        plain_numbers = key.compression == 1 and key.predictor == 1 and key.fillorder == 1 and not key.is_tiled
+        return plain_numbers and key.bitspersample == 8 * key.dtype.itemsize and isinstance(self.source, (str, Path))
+
+    def _segment(self, page: Any, key: Any, index: int, shape: tuple[int, ...] | None) -> np.ndarray | None:
+        """A tile or strip (1, h, w, samples); None for one that is left out because it holds nodata alone.
+
+        With a shape, that of a strip which can be mapped, a large one is.
+        """
         if index >= len(page.dataoffsets) or index >= len(page.databytecounts):
             raise BadPictureError(f"its tile {index} is missing")
         offset, count = page.dataoffsets[index], page.databytecounts[index]
         if not count:
-            if self.nodata is None:
+            nothing = self.stored_nodata
+            if nothing is None or (key.dtype.kind in "iu" and not within(nothing, key.dtype)):
                 raise BadPictureError(f"its tile {index} is empty")
             return None
+        if shape is not None and count >= LARGE:
+            size = self.file.filehandle.size
+            if offset + count > size:
+                raise BadPictureError(f"its tile {index} is truncated: {max(0, size - offset)} of {count} bytes")
+            stored = key.dtype.newbyteorder(self.file.byteorder)
+            return np.memmap(self.source, stored, "r", offset, shape)  # pyright: ignore[reportCallIssue, reportArgumentType]
         self.file.filehandle.seek(offset)
         data = self.file.filehandle.read(count)
         if len(data) < count:
@@ -213,12 +247,18 @@ class TiffPicture(Picture):
             raise BadPictureError(f"its {level.shape} are in no order that can be read by window")
         path = getattr(self.file.filehandle, "path", "")
         shape = (self.planes, level.keyframe.imagelength, level.keyframe.imagewidth)
-        kind = self.dtype.newbyteorder(self.file.byteorder)
+        stored = np.dtype(level.dtype).newbyteorder(self.file.byteorder)
         if level.keyframe.samplesperpixel != 1:
             raise BadPictureError(f"its {level.shape} are in no order that can be read by window")
         if isinstance(self.source, (str, Path)):
-            whole = np.memmap(path, kind, "r", level.dataoffset, shape)
+            whole = np.memmap(path, stored, "r", level.dataoffset, shape)
         else:
             self.file.filehandle.seek(level.dataoffset)
-            whole = np.frombuffer(self.file.filehandle.read(math.prod(shape) * kind.itemsize), kind).reshape(shape)
-        return np.array(whole[:, top:bottom, left:right]).astype(self.dtype)
+            whole = np.frombuffer(self.file.filehandle.read(math.prod(shape) * stored.itemsize), stored).reshape(shape)
+        return np.array(whole[:, top:bottom, left:right]).astype(level.dtype)
+
+
+def within(value: float, kind: np.dtype) -> bool:
+    """Whether whole numbers of a type have this value."""
+    lowest, highest = type_range(str(kind))
+    return lowest <= value <= highest and value == int(value)

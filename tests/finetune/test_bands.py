@@ -123,7 +123,8 @@ def test_the_first_convolution_is_adapted_as_timm_does(backbone, channels):
 def test_a_backbone_whose_bands_nobody_knows(tmp_path):
     model = VisionMamba(VimConfig.from_dict(ARCHITECTURE | {"in_chans": 5}))
     folder = model.save_pretrained(tmp_path / "five", mean=(0.5,) * 5, std=(0.2,) * 5)
-    assert read_preprocessing_of(folder, LabelledData()).in_chans == 5
+    with pytest.raises(UserError, match=r"takes 5 channels, but its .* does not say which bands they are: say so"):
+        read_preprocessing_of(folder, LabelledData())
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(UserError, match=r"takes 5 bands, but its preprocessor_config\.json is missing or of 3: say"):
         read_preprocessing_of(folder, LabelledData())

@@ -55,6 +55,21 @@ def test_masks_of_0_and_255(tmp_path):
         read_maps(tmp_path, values=[0, 255])
 
 
+def test_maps_in_arrays(tmp_path):
+    values = np.array([[1, 2, 0], [2, 2, 1]], np.int64)
+    masks(tmp_path, values.astype(np.uint8))
+    for split in ("validation", "training"):
+        (tmp_path / "annotations" / split / "0.png").unlink()
+        np.save(tmp_path / "annotations" / split / "0.npy", values)
+    assert read_maps(tmp_path, num_classes=2)[0] == [[0, 1, 255], [1, 1, 0]]
+    np.save(tmp_path / "annotations/training/0.npy", values / 2)
+    with pytest.raises(UserError, match=r"0\.npy has label 0\.5"):
+        read_maps(tmp_path, num_classes=2)
+    np.save(tmp_path / "annotations/training/0.npy", np.zeros((2, 2, 3), np.uint8))
+    with pytest.raises(UserError, match="has 2 channels: a map has one"):
+        read_maps(tmp_path, num_classes=2)
+
+
 @given(st.data())
 @settings(max_examples=MORE or 40)
 def test_maps_of_any_values(data):

@@ -245,3 +245,71 @@ def test_crops_of_huge_pictures_are_bounded():
         assert 0 <= left < right <= 3000
     left, top, right, bottom = random_crop(10_000, 10, 1.0, generator(0), 40)
     assert 1 <= (right - left) * (bottom - top) <= 44
+
+
+@pytest.mark.parametrize("change", [
+    {"nodata": "none"}, {"nodata": [1]}, {"bands": ["0", "1", "2", "3"]}, {"bands": [-1, 0, 1, 2]}, {"bands": None},
+    {"bands": [0.5, 1, 2, 3]}, {"dtype": None}, {"dtype": "object"}, {"deviation": [-1, 1, 1, 1]},
+    {"percentiles": [[9] * 4, [0] * 4]},
+])  # fmt: skip
+def test_files_of_statistics_that_make_no_sense(scenes, change):
+    path = made(scenes)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match="was not written by python -m pretrain"):
+        preprocessing_of(str(path), None, None, None)
+
+
+def test_a_band_of_one_value_does_not_explode(tmp_path):
+    for name, bands, want in (("bands", 2, 10.0), ("rgb", 3, 10 / 255)):
+        values = np.full((bands, 40, 40), 30, np.uint8)
+        values[1] = np.arange(40)
+        (tmp_path / name).mkdir()
+        colours = {"photometric": "rgb"} if bands == 3 else {"photometric": "minisblack", "planarconfig": "contig"}
+        tifffile.imwrite(tmp_path / name / "flat.tif", np.moveaxis(values, 0, -1), **colours)
+        (tmp_path / name / "statistics.json").touch()
+        settings = preprocessing_of(str(made(tmp_path / name)), None, "percentiles", None)
+        other = torch.tensor(values + np.uint8(10))
+        seen = to_model(torch.stack([torch.tensor(values), other]), torch.device("cpu"), settings)[:, 0]
+        assert seen[0].abs().max() < 1e-6
+        assert seen[1].flatten().tolist() == pytest.approx([want] * 1600, rel=1e-3)
+
+
+def test_nodata_that_the_files_do_not_share_is_left_to_each(scenes, capsys):
+    values = four_bands(7)
+    values[:, 30:40] = 65535
+    write(scenes / "other.tif", values, "65535")
+    measured = Statistics.read(made(scenes))
+    assert measured.nodata is None
+    assert "the files name different nodata (0.0, 65535.0): each keeps its own" in capsys.readouterr().err
+    assert measured.maximum[0] < 65535
+    settings = preprocessing_of(str(scenes.parent / "statistics.json"), None, None, None)
+    with open_file(scenes / "other.tif") as picture:
+        pixels = read_pixels(picture, settings, 1).numpy()
+    assert (pixels[:, :7] == 0).all(), "of another file's nodata this one says nothing"
+    assert (pixels[:, 30:40] == np.round(settings.fill)[:, None, None]).all()
+
+
+def test_a_pixel_holds_nothing_where_the_chosen_bands_do(tmp_path):
+    values = np.random.default_rng(0).integers(1, 100, (3, 40, 40), dtype=np.uint16)
+    values[:2, :10] = 0
+    (tmp_path / "scenes").mkdir()
+    write(tmp_path / "scenes/a.tif", values, "0")
+    measured = Statistics.read(made(tmp_path / "scenes", "--bands", "0,1"))
+    assert measured.minimum == [1, 1]
+    assert measured.mean == pytest.approx(values[:2, 10:].mean((1, 2)))
+    assert Statistics.read(made(tmp_path / "scenes")).minimum[0] == 0
+
+
+def test_a_resumed_run_sees_pixels_as_before(scenes, tmp_path):
+    path = made(scenes)
+    argv = [f"--data.source={scenes}", f"--data.statistics={path}", "--steps=2"]
+    pretrain(config(tmp_path, *argv))
+    for change in (["--data.range=type"], ["--data.nodata=7"]):
+        with pytest.raises(UserError, match="the run was started with"):
+            pretrain(config(tmp_path, *argv, *change, "--resume", "--steps=3"))
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"mean": [1.0] * 4}))
+    with pytest.raises(UserError, match="the run was started with image_mean"):
+        pretrain(config(tmp_path, *argv, "--resume", "--steps=3"))
+    path.write_text(json.dumps(content))
+    pretrain(config(tmp_path, *argv, "--resume", "--steps=3"))

@@ -91,6 +91,11 @@ def test_the_file_says_it_all(tmp_path, preprocessing):
     ({"range": [1, 2]}, "make no sense"),
     ({"nodata": "none"}, "make no sense"),
     ({"dtype": "no type"}, "make no sense"),
+    ({"dtype": "object"}, "make no sense: 'object' is no type of real numbers"),
+    ({"bands": [0.5, 1]}, "make no sense"),
+    ({"range": [[0, 0], [1, math.inf]]}, "the lowest values must be below the highest"),
+    ({"bands": None, "range": [[0], [1, 2]]}, "of RGB it is one lowest and one highest value"),
+    ({"bands": None, "range": [[], []]}, "of RGB it is one lowest and one highest value"),
 ])  # fmt: skip
 def test_a_damaged_file_is_named(tmp_path, change, line):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(BANDS.to_dict() | change))
@@ -108,3 +113,13 @@ def test_files_of_older_versions_are_of_rgb(tmp_path):
 def test_what_is_shown_of_bands():
     assert shown(torch.zeros(5, 4, 4)).shape == (3, 4, 4)
     assert shown(torch.rand(2, 1, 4, 4)).shape == (2, 3, 4, 4)
+
+
+def test_arrays_of_another_byte_order_and_with_nan():
+    floats = Preprocessing(mean=(0.5,), std=(0.25,), bands=(1,), dtype="float32", range=((0.0,), (2.0,)))
+    values = np.array([[[9.0]], [[1.5]]], np.float32)
+    assert floats.model_input(values.astype(">f4")).item() == pytest.approx((1.5 / 2 - 0.5) / 0.25)
+    values[1] = np.nan
+    with pytest.raises(UserError, match="NaN or infinity, and nodata is not nan"):
+        floats.model_input(values)
+    assert replace(floats, nodata=math.nan).model_input(values).item() == 0
