@@ -52,7 +52,7 @@ def picture_files(paths: list[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise UserError(f"{path} does not exist: give pictures, or folders of them")
-        files += files_below(path) if path.is_dir() else [path]
+        files += map(Path, files_below(path)) if path.is_dir() else [path]
     return files
 
 

@@ -144,8 +144,8 @@ def open_pairs(
             )
         if not folder.is_dir():
             raise UserError(f"{folder} does not exist: set {setting}, or the split ({split!r})")
-    files = files_below(images)
-    by_name = {path.relative_to(maps).with_suffix(""): path for path in files_below(maps)}
+    files = [Path(path) for path in files_below(images)]
+    by_name = {path.relative_to(maps).with_suffix(""): path for path in map(Path, files_below(maps))}
     keys = [path.relative_to(images).with_suffix("") for path in files]
     if missing := [key for key in keys if key not in by_name]:
         raise UserError(f"{len(missing)} pictures of {images} have no map in {maps}: the first is {missing[0]}.png")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from launch.data.images import BadPictureError
-from launch.data.sources import BUILDERS, ImageFiles, StreamCells, open_cell, open_source, photograph_paths
+from launch.data.sources import BUILDERS, StreamCells, open_cell, open_source, photograph_paths
 from vim_backbone import UserError
 
 MORE = int(os.environ.get("FUZZ", "0"))
@@ -47,7 +47,7 @@ def _no_pause_at_the_end_of_a_stream(monkeypatch):
 
 @pytest.fixture
 def parquet(tmp_path, picture_folder):
-    paths = ImageFiles(sorted(picture_folder.rglob("*.*"))).paths
+    paths = sorted(picture_folder.rglob("*.*"))
     cells = [{"bytes": path.read_bytes(), "path": None} for path in paths]
     features = datasets.Features({"label": datasets.Value("int64"), "photo": datasets.Image()})
     for part in range(2):
@@ -200,3 +200,13 @@ def test_sources_that_are_not_there(tmp_path, parquet, source, options, words):
     source = source.format(folder=tmp_path / "empty", parquet=parquet, shards=tmp_path / "shards")
     with pytest.raises(UserError, match=words):
         open_source(source, **({"split": "train", "column": None, "streaming": False} | options))
+
+
+def test_files_come_folder_by_folder(tmp_path):
+    """The order is part of what a seed means: as paths compare, a/ before a-b/, and not as their text does."""
+    for name in ("a-b/1.jpg", "a/2.jpg", "a/b/3.jpg", "a.jpg", "B/4.JPG", "a/b-c/5.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    source = open_source(str(tmp_path), split="train", column=None, streaming=False)
+    expected = ["B/4.JPG", "a/2.jpg", "a/b/3.jpg", "a/b-c/5.jpg", "a-b/1.jpg", "a.jpg"]
+    assert [source.name(i) for i in range(len(source))] == expected
