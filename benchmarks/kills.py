@@ -203,11 +203,11 @@ def measure(strategy: str, what: str, every: int, first: int, moments: int, plac
         out = place / f"ended-{strategy}"
         code = finish(start(out, strategy, operation, what), moment)
         ended += code != 0
-        log = (place / f"{out.name}-0.txt").read_text()
-        wrong = (said_so(log) if what == "full" else None) or resumed(out, strategy, wanted)
+        printed = place / f"{out.name}-0.txt"  # a run that was killed at once has none
+        wrong = (said_so(printed.read_text()) if what == "full" else None) or resumed(out, strategy, wanted)
         if wrong is not None:
             failed += 1
-            print(f"{strategy}, {what} at {name}: {wrong}", (place / f"{out.name}-0.txt").read_text()[-2000:])
+            print(f"{strategy}, {what} at {name}: {wrong}", printed.read_text()[-2000:])
         for path in place.glob(f"{out.name}*"):
             remove(path)
     print(
