@@ -33,7 +33,7 @@ OBJECTS = 10
 """In a training picture of detection; in inference, 100 are found, whatever their scores."""
 
 
-def options_given() -> argparse.Namespace:
+def parse_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=CLASSES, default=list(CLASSES))
@@ -116,7 +116,7 @@ def measured(task: str, net: str, size: int, kind: str) -> tuple[float, float, f
 
 def main() -> None:
     """Measure all cases, and print."""
-    options = options_given()
+    options = parse_options()
     if options.case:
         task, net, size, kind = options.case
         print_case(task, net, int(size), kind == "training", options)

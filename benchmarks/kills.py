@@ -173,7 +173,7 @@ def resumed(out: Path, strategy: str, wanted: tuple[Any, ...]) -> str | None:
     return None
 
 
-def said_so(log: str) -> str | None:
+def fault_of_words(log: str) -> str | None:
     """What is wrong with the words of a run whose disk became full; None for nothing."""
     if "Traceback" in log:
         return "a traceback"
@@ -204,7 +204,7 @@ def measure(strategy: str, what: str, every: int, first: int, moments: int, plac
         code = finish(start(out, strategy, operation, what), moment)
         ended += code != 0
         printed = place / f"{out.name}-0.txt"  # a run that was killed at once has none
-        wrong = (said_so(printed.read_text()) if what == "full" else None) or resumed(out, strategy, wanted)
+        wrong = (fault_of_words(printed.read_text()) if what == "full" else None) or resumed(out, strategy, wanted)
         if wrong is not None:
             failed += 1
             print(f"{strategy}, {what} at {name}: {wrong}", printed.read_text()[-2000:])

@@ -99,7 +99,7 @@ RECIPES = {
 }  # fmt: skip
 
 
-def options_given(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=RECIPES, default="digits")
@@ -114,7 +114,7 @@ def options_given(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--work", type=Path, default=Path("runs/learning"), help="folder for data and runs")
     parser.add_argument("--out", type=Path, help="folder for learning.csv and learning.png")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     if options.data != "digits" and not options.folder:
         parser.error(f"--data {options.data} needs --folder, with its parquet files")
     return options
@@ -287,7 +287,7 @@ def scores(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
 
 def main() -> None:
     """Run all seeds, print and draw."""
-    options = options_given()
+    options = parse_options()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     about = {
         "run": f"{options.data}, {options.epochs} epochs of MAE",

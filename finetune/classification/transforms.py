@@ -26,16 +26,14 @@ def training_transform(size: tuple[int, int], augment: AugmentConfig, preprocess
             v2.Lambda(partial(to_model, device=torch.device("cpu"), preprocessing=preprocessing)),
             RandomErasing(augment.erasing, mode="pixel", device="cpu"),
         ])  # fmt: skip
-    transform: Any = create_transform(
-        (3, *size),
+    transform = by_timm(
+        size,
+        preprocessing,
         is_training=True,
-        mean=preprocessing.mean,
-        std=preprocessing.std,
         scale=(augment.min_scale, 1.0),
         hflip=augment.flip,
         color_jitter=augment.color_jitter,
         auto_augment=augment.auto_augment,
-        interpolation="bicubic",
         re_prob=augment.erasing,
         re_mode="pixel",
     )
@@ -65,15 +63,14 @@ def evaluation_transform(size: tuple[int, int], crop_pct: float, preprocessing: 
             v2.CenterCrop(size),
             v2.Lambda(partial(to_model, device=torch.device("cpu"), preprocessing=preprocessing)),
         ])  # fmt: skip
-    made: Any = create_transform(
-        (3, *size),
-        is_training=False,
-        mean=preprocessing.mean,
-        std=preprocessing.std,
-        interpolation="bicubic",
-        crop_pct=crop_pct,
-    )
+    made = by_timm(size, preprocessing, is_training=False, crop_pct=crop_pct)
     return v2.Compose([v2.Lambda(to_image), made])
+
+
+def by_timm(size: tuple[int, int], preprocessing: Preprocessing, **options: Any) -> Any:
+    """Timm's transform of an RGB picture of Pillow's, normalised as the backbone's pictures are."""
+    mean, std = preprocessing.mean, preprocessing.std
+    return create_transform((3, *size), mean=mean, std=std, interpolation="bicubic", **options)
 
 
 def resize_over(pixels: Tensor, size: tuple[int, int]) -> Tensor:

@@ -6,7 +6,7 @@ from typing import IO, Any
 import numpy as np
 
 from launch.data.images import BadPictureError, check_megapixels
-from launch.data.pictures import Box, Picture
+from launch.data.pictures import Box, Picture, whole_box
 
 PREFIX = b"DICM"
 """After 128 bytes."""
@@ -50,7 +50,7 @@ class DicomPicture(Picture):
         pixels = np.atleast_3d(pixel_array(self.source))
         if self.inverse is not None:
             pixels = (self.inverse - pixels.astype(np.int64)).astype(self.dtype)
-        return np.moveaxis(pixels, -1, 0), box or (0.0, 0.0, float(self.size[1]), float(self.size[0]))
+        return np.moveaxis(pixels, -1, 0), box or whole_box(*self.size)
 
 
 def require_decoder(syntax: Any) -> None:

@@ -6,7 +6,7 @@ from typing import IO
 import numpy as np
 
 from launch.data.images import BadPictureError, check_megapixels
-from launch.data.pictures import Box, Picture, window
+from launch.data.pictures import Box, Picture, whole_box, window
 
 MAGIC = b"\x93NUMPY"
 
@@ -30,7 +30,7 @@ class NpyPicture(Picture):
         self, max_megapixels: float, box: Box | None = None, size: tuple[int, int] | None = None
     ) -> tuple[np.ndarray, Box]:
         """The part around the box."""
-        box = box or (0.0, 0.0, float(self.size[1]), float(self.size[0]))
+        box = box or whole_box(*self.size)
         left, top, right, bottom = window(box, self.size, size)
         check_megapixels(bottom - top, right - left, max_megapixels)
         part = np.array(self.array[:, top:bottom, left:right], dtype=self.dtype)

@@ -200,6 +200,16 @@ def refuse_dark(values: np.ndarray, top: int) -> None:
         )
 
 
+def whole_box(height: int, width: int) -> Box:
+    """The box that is all of a picture."""
+    return 0.0, 0.0, float(width), float(height)
+
+
+def surplus(box: Box | None, size: tuple[int, int] | None) -> float:
+    """Pixels of a box for each one of the height and width that it is wanted in, along the side with fewer."""
+    return min((box[2] - box[0]) / size[1], (box[3] - box[1]) / size[0]) if box and size else 1.0
+
+
 def window(box: Box, shape: tuple[int, int], size: tuple[int, int] | None) -> tuple[int, int, int, int]:
     """Whole pixels around a box of a picture of this shape: enough for a bicubic filter that makes it `size`."""
     scale = max(1.0, (box[2] - box[0]) / size[1], (box[3] - box[1]) / size[0]) if size else 0.0
@@ -238,10 +248,9 @@ class PillowPicture(Picture):
 
     def _draft(self, box: Box | None, size: tuple[int, int] | None, mode: str) -> None:
         """Let a JPEG be decoded at the lowest of its scales (1/2, 1/4, 1/8) that holds the box in full detail."""
-        if box is not None and size is not None:
-            surplus = min((box[2] - box[0]) / size[1], (box[3] - box[1]) / size[0])
-            if surplus >= 2:
-                self.image.draft(mode, (int(self.image.width / surplus), int(self.image.height / surplus)))
+        factor = surplus(box, size)
+        if factor >= 2:
+            self.image.draft(mode, (int(self.image.width / factor), int(self.image.height / factor)))
 
     def rgb(
         self,
@@ -312,6 +321,6 @@ class PillowPicture(Picture):
     def _scaled(self, box: Box | None, height: int, width: int) -> Box:
         """The box in a picture that was decoded at this size."""
         if box is None:
-            return 0.0, 0.0, float(width), float(height)
+            return whole_box(height, width)
         x, y = width / self.size[1], height / self.size[0]
         return box[0] * x, box[1] * y, box[2] * x, box[3] * y

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from launch.data.images import BadPictureError, check_megapixels
-from launch.data.pictures import Box, Picture, window
+from launch.data.pictures import Box, Picture, surplus, whole_box, window
 
 SUFFIXES = frozenset({".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif"})
 """What begins as a TIFF, a JPEG or a text, and is told by its name alone; .svs is a TIFF that tifffile reads."""
@@ -44,9 +44,8 @@ class SlidePicture(Picture):
         self, max_megapixels: float, box: Box | None = None, size: tuple[int, int] | None = None
     ) -> tuple[np.ndarray, Box]:
         """The pixels around the box, of the coarsest level that holds it in full detail, over the background."""
-        box = box or (0.0, 0.0, float(self.size[1]), float(self.size[0]))
-        surplus = min((box[2] - box[0]) / size[1], (box[3] - box[1]) / size[0]) if size else 1.0
-        level = self.slide.get_best_level_for_downsample(max(1.0, surplus) * 1.001)
+        box = box or whole_box(*self.size)
+        level = self.slide.get_best_level_for_downsample(max(1.0, surplus(box, size)) * 1.001)
         scale = self.slide.level_downsamples[level]
         near = (box[0] / scale, box[1] / scale, box[2] / scale, box[3] / scale)
         shape = (max(1, int(self.size[0] / scale)), max(1, int(self.size[1] / scale)))

@@ -9,7 +9,7 @@ import numpy as np
 
 from launch.data.images import TURNS, BadPictureError, check_megapixels, open_picture, turned
 from launch.data.photometric import SAMPLES, cmyk_to_rgb, inverted, is_colour, kind, opacity, plain, raw_ycbcr, steps
-from launch.data.pictures import Box, Picture, PillowPicture, Span, window
+from launch.data.pictures import Box, Picture, PillowPicture, Span, surplus, whole_box, window
 from vim_backbone.preprocessing import type_range
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -142,8 +142,7 @@ class TiffPicture(Picture):
         """The tiles or strips around the box, of the coarsest level that holds it in full detail."""
         if self.orientation != 1:
             return self._turned(max_megapixels, box)
-        full = (0.0, 0.0, float(self.size[1]), float(self.size[0]))
-        surplus = min((box[2] - box[0]) / size[1], (box[3] - box[1]) / size[0]) if box and size else 1.0
+        factor = surplus(box, size)
         level, x, y = self.levels[0], 1.0, 1.0
         for coarser in self.levels[1:]:
             key = coarser.keyframe
@@ -152,9 +151,9 @@ class TiffPicture(Picture):
                 coarser.dtype == level.dtype
                 and math.prod(coarser.shape) == self.planes * key.imagewidth * key.imagelength
             )
-            if same and max(x, y) < max(across, down) <= surplus * 1.001:
+            if same and max(x, y) < max(across, down) <= factor * 1.001:
                 level, x, y = coarser, across, down
-        box = box or full
+        box = box or whole_box(*self.size)
         near = (box[0] / x, box[1] / y, box[2] / x, box[3] / y)
         shape = (level.keyframe.imagelength, level.keyframe.imagewidth)
         left, top, right, bottom = window(near, shape, size)
@@ -164,7 +163,7 @@ class TiffPicture(Picture):
     def _turned(self, max_megapixels: float, box: Box | None) -> tuple[np.ndarray, Box]:
         height, width = self.key.imagelength, self.key.imagewidth
         pixels = self._plain(self._read(self.levels[0], 0, 0, width, height, max_megapixels))
-        return turned(pixels, self.orientation), box or (0.0, 0.0, float(self.size[1]), float(self.size[0]))
+        return turned(pixels, self.orientation), box or whole_box(*self.size)
 
     def _plain(self, pixels: np.ndarray) -> np.ndarray:
         return plain(pixels, self.key) if self.planes == self.key.samplesperpixel else pixels
