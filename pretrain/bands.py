@@ -7,7 +7,6 @@ if __name__ == "__main__":
 
 import argparse
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,8 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from launch.data.bad_pictures import reason
-from launch.data.pictures import Picture
-from launch.data.sources import Source, StreamCells, open_cell, open_source
+from launch.data.sources import Source, StreamCells, open_source, some_pictures
 from launch.data.statistics import Statistics
 from launch.run.cli import run
 from launch.run.progress import ProgressReport
@@ -64,23 +62,6 @@ class Totals:
             self.kept[band].append(rng.choice(held, KEPT) if len(held) > KEPT else held)
 
 
-def opened(source: Source, pictures: int, seed: int) -> Iterator[tuple[str, Picture | Exception]]:
-    """So many pictures of a source, drawn at random where it has more, or what came of opening them."""
-    if isinstance(source, StreamCells):
-        for row, cell in enumerate(source.first(pictures)):
-            try:
-                yield f"row {row}", open_cell(cell)
-            except Exception as error:
-                yield f"row {row}", error
-        return
-    order = np.random.default_rng(seed).permutation(len(source))[:pictures]
-    for index in sorted(order.tolist()):
-        try:
-            yield source.name(index), source.open(index)
-        except Exception as error:
-            yield source.name(index), error
-
-
 def gather(
     source: Source,
     pictures: int,
@@ -99,11 +80,13 @@ def gather(
     bad: list[str] = []
     kinds: dict[Kind, list[str]] = {}
     declared: set[float | str | None] = set()
-    for done, (name, picture) in enumerate(opened(source, pictures, seed), start=1):
+
+    def drawn(length: int) -> list[int]:
+        return sorted(np.random.default_rng(seed).permutation(length)[:pictures].tolist())
+
+    for done, (name, opened) in enumerate(some_pictures(source, drawn, pictures), start=1):
         try:
-            if isinstance(picture, Exception):
-                raise picture
-            with picture:
+            with opened() as picture:
                 values = picture.sample(max_megapixels)
                 kind = (picture.bands, str(picture.dtype))
                 held = values if bands is None or max(bands) >= len(values) else values[bands]  # as a run has it

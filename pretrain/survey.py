@@ -14,7 +14,7 @@ from launch.data.bad_pictures import reason
 from launch.data.images import BadPictureError, range_of
 from launch.data.loading import number_of_workers
 from launch.data.order import BatchPlan, StepSampler
-from launch.data.pictures import Picture
+from launch.data.pictures import Picture, whole_box
 from launch.data.reading import read_pixels, resized
 from launch.data.sources import Source, StreamCells, open_cell, what_was_left_out
 from launch.run.progress import ProgressReport
@@ -184,7 +184,7 @@ def whole(
     height, width = picture.size
     scale = min(1.0, SIDE / max(height, width))
     size = (max(1, round(height * scale)), max(1, round(width * scale)))
-    box = (0.0, 0.0, float(width), float(height))
+    box = whole_box(height, width)
     try:
         if not refused:
             return shown(in_range(read_pixels(picture, preprocessing, max_megapixels, box, size), preprocessing)), None

@@ -1,13 +1,10 @@
 """A look at a few pictures of a source before a run: what its settings cannot mean ends it, in one line."""
 
-from collections.abc import Callable
-from functools import partial
-
 from launch.data.bad_pictures import reason
 from launch.data.images import BadPictureError
 from launch.data.pictures import Picture, PillowPicture
 from launch.data.reading import read_pixels
-from launch.data.sources import Source, StreamCells, open_cell
+from launch.data.sources import Source, some_pictures
 from launch.data.statistics import require_statistics
 from vim_backbone.errors import UserError
 from vim_backbone.preprocessing import Preprocessing
@@ -25,15 +22,9 @@ def look_at_first(
     Files that are damaged count for nothing here: they are named when they are met.
     """
     require_statistics(preprocessing)
-    openings: list[tuple[str, Callable[[], Picture]]]
-    if isinstance(source, StreamCells):
-        openings = [(f"row {row}", partial(open_cell, cell)) for row, cell in enumerate(source.first(LOOKED_AT))]
-    else:
-        count = min(LOOKED_AT, len(source))
-        indices = [i * len(source) // count for i in range(count)]
-        openings = [(source.name(index), partial(source.open, index)) for index in indices]
+    pictures = list(some_pictures(source, spread, LOOKED_AT))
     refused: list[str] = []
-    for name, opened in openings:
+    for name, opened in pictures:
         try:
             with opened() as picture:
                 surely = isinstance(picture, PillowPicture) and picture.dtype == "uint8"
@@ -43,8 +34,14 @@ def look_at_first(
             refused.append(f"{name}: {reason(error)}")
         except Exception:  # a damaged file, named when it is met
             continue
-    if len(refused) > max_bad_share * len(openings):
-        raise UserError(f"{len(refused)} of {len(openings)} pictures cannot be what is meant, such as {refused[0]}")
+    if len(refused) > max_bad_share * len(pictures):
+        raise UserError(f"{len(refused)} of {len(pictures)} pictures cannot be what is meant, such as {refused[0]}")
+
+
+def spread(length: int) -> list[int]:
+    """At most LOOKED_AT indices, spread evenly."""
+    count = min(LOOKED_AT, length)
+    return [i * length // count for i in range(count)]
 
 
 def read_middle(picture: Picture, preprocessing: Preprocessing, max_megapixels: float) -> None:

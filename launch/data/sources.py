@@ -8,7 +8,8 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -287,6 +288,18 @@ def open_cell(cell: Any) -> Picture:
 
 Source = ImageSource | StreamCells
 """Pictures by index, or a stream of them."""
+
+
+def some_pictures(
+    source: Source, indices_of: Callable[[int], Iterable[int]], rows: int
+) -> Iterator[tuple[str, Callable[[], Picture]]]:
+    """Names of pictures, and what opens each: of indices chosen by how many there are, of a stream its first rows."""
+    if isinstance(source, StreamCells):
+        for row, cell in enumerate(source.first(rows)):
+            yield f"row {row}", partial(open_cell, cell)
+    else:
+        for index in indices_of(len(source)):
+            yield source.name(index), partial(source.open, index)
 
 
 def photograph_paths() -> list[Path]:
