@@ -44,7 +44,7 @@ def parse(config_class: type[Config], argv: list[str], prog: str, description: s
     """
     assert is_dataclass(config_class)
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the fields below")
     parser.add_class_arguments(config_class, None)
     for file in _config_files(argv):
