@@ -38,11 +38,13 @@ class ModelConfig(BlocksConfig):
     """Register tokens, spread evenly over the scan."""
     mixer_norm: bool | None = None
     """LayerNorm between scan and gate; steadies Base and larger. null: with scan=pooled alone."""
+    position: Literal["sincos", "learned"] | None = None
+    """Fixed sines and cosines, or learned, as official weights have them; null for sincos."""
     drop_path_rate: float = 0.0
     """Stochastic depth at the last block."""
 
     def architecture(self, in_chans: int = 3) -> VimConfig:
-        """The backbone's full config for so many bands: no head, fixed sine-cosine positions as MAE has them."""
+        """The backbone's full config for so many bands, without a head."""
         optional: dict[str, Any] = {"patch_size": self.patch_size, "depth": self.depth}
         pooled = self.scan == "pooled"
         class_token = self.class_token or ("none" if pooled else "middle")
@@ -51,7 +53,7 @@ class ModelConfig(BlocksConfig):
             img_size=self.img_size,
             num_classes=0,
             in_chans=in_chans,
-            position="sincos",
+            position=self.position or "sincos",
             scan=self.scan,
             class_token=class_token,
             global_pool="avg" if class_token == "none" else "token",
@@ -70,6 +72,10 @@ class PretrainConfig(TrainingConfig):
 
     name: str = "pretrain"
     """Name of the run; its folder is OUT/NAME."""
+    init: str | None = None
+    """Start from these weights: a folder of a backbone, or of a run that published one. It says what of `model` is not
+    given; its positions, patches and bands are resampled where `model.img_size`, `model.patch_size` or the data differ.
+    """
     model: ModelConfig = field(default_factory=ModelConfig)
     decoder: DecoderConfig = field(default_factory=lambda: DecoderConfig(width=192))
     mask: MaskConfig = field(default_factory=MaskConfig)

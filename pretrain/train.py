@@ -1,6 +1,6 @@
 """The pretraining run: build everything, loop, publish the backbone; how a run lives is launch/run/training.py."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,9 +21,10 @@ from launch.run.optim import build_optimizer, learning_rate
 from launch.run.randomness import seed_of
 from launch.run.training import Training, start_training
 from launch.state.checkpoint import TrainState
-from launch.state.sharding import shape_of, zero_stage
+from launch.state.sharding import fill, shape_of, zero_stage
 from pretrain.config import PretrainConfig
 from pretrain.data import Batch, DataConfig, View, Views, build_loader, collate
+from pretrain.initial import initial_weights
 from pretrain.objective import Objective
 from pretrain.plan import fitting_level
 from vim_backbone import VisionMamba
@@ -67,8 +68,11 @@ def pretrain(config: PretrainConfig) -> Path:
     on_main(accelerator, lambda: look_at_first(source, data.preprocessing, data.max_megapixels, data.max_bad_share))
     objective = config.objective
     fixed = ("model.", "data.bands", "data.statistics", *objective.architecture_fields)
+    architecture = config.architecture()
+    initial, taken_up = {}, []
+    if config.init is not None and config.resume is not True:
+        initial, taken_up = initial_weights(config.init, architecture)
     with run_folder(accelerator, config, fixed, total_steps) as start:
-        architecture = config.architecture()
         bad = BadPictures(config.folder / "bad_pictures.txt", pictures, data.max_bad_share)
         level = recompute_level(config, accelerator, plan.micro_batch)
         settled = replace(config, model=replace(config.model, recompute=level))
@@ -77,7 +81,7 @@ def pretrain(config: PretrainConfig) -> Path:
             accelerator,
             total_steps,
             start.checkpoint,
-            lambda: build_model(settled),
+            lambda: build_model(settled, initial),
             lambda model: build_optimizer(model, config.optim, config.batch_size),
             unit=Block,
             micro_batch=plan.micro_batch,
@@ -102,6 +106,7 @@ def pretrain(config: PretrainConfig) -> Path:
                     introduction(run, pictures),
                     *what_was_left_out(source),
                     *made_again,
+                    *(taken_up if start.checkpoint is None else []),
                     *start.notes,
                     *lines,
                 )
@@ -148,10 +153,12 @@ def recompute_level(config: PretrainConfig, accelerator: Accelerator, pictures: 
     return fitting_level(config, memory=memory, processes=processes, stage=stage, pictures=pictures)
 
 
-def build_model(config: PretrainConfig) -> nn.Module:
-    """The model as it is before the first step, the same for one seed on every process."""
+def build_model(config: PretrainConfig, initial: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """The model as it is before the first step, the same for one seed on every process; `initial`: its encoder."""
     torch.manual_seed(seed_of(config.seed))
     model = config.objective.build(VisionMamba(config.architecture()))
+    if initial:
+        fill(config.objective.encoder(model), initial.__getitem__)
     set_recompute(model, config.model.level)
     return model
 
@@ -232,7 +239,8 @@ def publish(run: Run) -> None:
     history = (
         f"\n## Pretraining\n\n{run.objective.title} of {config.data.source!r}: {training.state.step} steps of "
         f"{config.batch_size} pictures, {run.view.sizes}, {run.objective.summary}, {config.precision}, "
-        f"seed {config.seed}{f', weights averaged with decay {config.ema_decay}' if config.ema_decay else ''}.\n"
+        f"seed {config.seed}{f', weights averaged with decay {config.ema_decay}' if config.ema_decay else ''}"
+        f"{f', from the weights of {config.init}' if config.init else ''}.\n"
     )
     card = model_card(encoder.config, "backbone", config.data.preprocessing) + history
     more = {"preprocessing": config.data.preprocessing, "card": card, "tensors": tensors}

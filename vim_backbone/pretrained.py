@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -22,15 +24,17 @@ def from_pretrained(folder: str | Path, **overrides: Any) -> VisionMamba:
 
     Args:
         overrides: fields of the config to change. Another `img_size` resamples the position table, another
-            `num_classes` puts on a fresh head, another `in_chans` adapts the first convolution; `drop_path_rate` and
-            `global_pool` are free to change too.
+            `patch_size` the first convolution, with the stride where it was a patch; another `in_chans` adapts that
+            convolution, another `num_classes` puts on a fresh head; `drop_path_rate` and `global_pool` are free to
+            change too.
 
     Raises:
         UserError: a file is missing, damaged, or does not fit; names the file or the tensor.
     """
     folder = Path(folder)
     saved = read_config(folder)
-    config = VimConfig.from_dict(saved.to_dict() | overrides)
+    stride = {"stride": 0} if saved.stride == saved.patch_size else {}
+    config = VimConfig.from_dict(saved.to_dict() | stride | overrides)
     refuse_what_is_no_file(folder / WEIGHTS)
     try:
         state = load_file(folder / WEIGHTS)
@@ -70,12 +74,15 @@ def check_sizes(config: VimConfig, state: dict[str, Tensor], source: Path) -> No
 def load_state(model: VisionMamba, state: dict[str, Tensor], saved: VimConfig, source: Path) -> None:
     """Put tensors of a model with config `saved` into `model`.
 
-    Positions are resampled, the first convolution is adapted to other channels, a head of another size is left fresh.
+    Positions are resampled, the first convolution is adapted to other channels and patches, a head of another size is
+    left fresh.
     Raises UserError naming a tensor that is missing, unknown or of the wrong shape.
     """
     state = dict(state)
     if saved.in_chans != model.config.in_chans and PATCH_WEIGHT in state:
         state[PATCH_WEIGHT] = adapt_input_conv(state[PATCH_WEIGHT], model.config.in_chans)
+    if saved.patch_size != model.config.patch_size and PATCH_WEIGHT in state:
+        state[PATCH_WEIGHT] = resample_patches(state[PATCH_WEIGHT], model.config.patch_size)
     if "pos_embed" in state and saved.grid(*saved.img_size) != model.grid_size:
         state["pos_embed"] = resize_table(
             state["pos_embed"], model.position_layout, saved.grid(*saved.img_size), model.grid_size
@@ -100,6 +107,19 @@ def adapt_input_conv(weight: Tensor, in_chans: int) -> Tensor:
     if in_chans == 1:
         return weight.sum(1, keepdim=True)
     return weight.repeat(1, -(-in_chans // channels), 1, 1)[:, :in_chans] * (channels / in_chans)
+
+
+def resample_patches(weight: Tensor, side: int) -> Tensor:
+    """The first convolution's weight (d_model, c, p, p) for patches of another side (d_model, c, side, side).
+
+    By the pseudo-inverse of bicubic resizing (FlexiViT, arXiv 2212.08013, equation 4): larger patches that are resized
+    smaller ones give the same tokens, smaller ones the nearest tokens that there are.
+    """
+    old = weight.shape[-1]
+    basis = torch.eye(old * old, dtype=torch.float64).reshape(-1, 1, old, old)
+    resize = F.interpolate(basis, size=(side, side), mode="bicubic", antialias=True).flatten(1)  # (old^2, side^2)
+    resampled = weight.flatten(2).double() @ torch.linalg.pinv(resize).mT
+    return resampled.reshape(*weight.shape[:2], side, side).to(weight.dtype)
 
 
 def check_names(expected: dict[str, Tensor], state: dict[str, Tensor], source: Path) -> None:

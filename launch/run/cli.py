@@ -57,6 +57,19 @@ def parse(config_class: type[Config], argv: list[str], prog: str, description: s
         raise UserError(_one_line(str(error), config_class)) from error
 
 
+def value_given(argv: list[str], field: str) -> str | None:
+    """The text that a command line, or else the last of its files that has the field, gives for it before it is parsed.
+
+    None where nothing does. Raises UserError for a file that cannot be read.
+    """
+    contents = [read_yaml(Path(file)) for file in _config_files(argv)]
+    values: list[Any] = [content[field] for content in contents if field in content]
+    values += [after for here, after in itertools.pairwise(argv) if here == f"--{field}"]
+    values += [word.partition("=")[2] for word in argv if word.startswith(f"--{field}=")]
+    last = values[-1] if values else None
+    return last if isinstance(last, str) and last != "null" else None
+
+
 def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
     """Call `main`; print a user's error as one line.
 

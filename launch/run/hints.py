@@ -26,6 +26,7 @@ SYNONYMS = {
     "steps": ("max_steps", "num_steps", "iterations", "iters", "max_iters", "num_iterations", "total_steps"),
     "model.name": ("model", "arch", "architecture", "model_name", "size", "variant"),
     "backbone": ("model", "pretrained", "weights", "init", "finetune", "model_name_or_path", "arch"),
+    "init": ("backbone", "pretrained", "weights", "finetune", "model_name_or_path", "init_from", "load_from"),
     "model.img_size": ("image_size", "resolution", "input_size", "crop_size", "imgsz"),
     "resume": ("resume_from_checkpoint", "resume_from", "continue", "load"),
     "accumulation": ("gradient_accumulation_steps", "accum_iter", "accumulate_grad_batches", "grad_accum"),
