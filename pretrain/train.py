@@ -27,6 +27,7 @@ from pretrain.data import Batch, DataConfig, View, Views, build_loader, collate
 from pretrain.initial import initial_weights
 from pretrain.objective import Objective
 from pretrain.plan import fitting_level
+from pretrain.report import REPORT, write_report
 from vim_backbone import VisionMamba
 from vim_backbone.block import Block, set_recompute
 from vim_backbone.errors import UserError, require
@@ -248,6 +249,7 @@ def publish(run: Run) -> None:
     run.log.say(
         f"{training.state.step} steps done, {len(run.bad.known)} bad pictures skipped; the backbone is in {folder}"
     )
+    on_main(training.accelerator, lambda: write_report([config.folder], config.folder / REPORT))
 
 
 def introduction(run: Run, pictures: int | None) -> str:

@@ -147,7 +147,7 @@ def differences(config: Any, path: Path) -> dict[str, tuple[Any, Any]]:
         raise UserError(f"cannot read {path}: {' '.join(str(error).split())[:200]}; {remedy}") from error
     if not isinstance(saved, dict) or not saved:
         raise UserError(f"{path} has no fields (it holds {str(saved)[:40]!r}): {remedy}")
-    old, new = _flat(saved), _flat(plain(config))
+    old, new = flattened(saved), flattened(plain(config))
     return {
         key: (old.get(key), new.get(key))
         for key in sorted(old.keys() | new.keys(), key=str)
@@ -185,8 +185,9 @@ def _listed(value: Any) -> Any:
     return [_listed(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted field -> value of a config as plain data."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

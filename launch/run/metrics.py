@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -17,12 +18,14 @@ from rich.console import Console
 
 from launch.run.config import RunConfig, plain
 from launch.run.progress import ProgressReport
-from vim_backbone.errors import UserError, first_line
+from vim_backbone.errors import UserError, escaped, first_line
 from vim_backbone.files import append_lines, explain, json_line, write_text
 
 Item = TypeVar("Item")
 
 METRICS = "metrics.jsonl"
+LOG = "log.jsonl"
+"""Every line of the run, with the time and the step at which it was written."""
 
 
 class RunLog:
@@ -32,7 +35,9 @@ class RunLog:
         self.accelerator = accelerator
         self.active = accelerator.is_main_process
         self.console = Console(stderr=True, quiet=not self.active, highlight=False, soft_wrap=True)
-        self._file = config.folder / METRICS
+        self._folder = config.folder
+        self._step = start_step
+        self._started = False
         try:
             accelerator.init_trackers("tracking", config={"config": json.dumps(plain(config))})
         except Exception as error:  # each tracker raises its own classes
@@ -48,17 +53,30 @@ class RunLog:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.__exit__()
+        if value is not None:
+            with suppress(OSError):  # the reason may be the disk itself
+                self._note(f"ended: {first_line(value) or type(value).__name__}")
         self.accelerator.end_training()
 
     def say(self, line: str) -> None:
-        """Print one line above the progress bar, on the main process; to a terminal that was closed, nothing."""
+        """Print one line above the progress bar, on the main process, and note it in the run's log.
+
+        To a terminal that was closed nothing is printed.
+        """
         with suppress(OSError):
             self.console.print(line, markup=False)
+        self._note(line)
+
+    def _note(self, line: str) -> None:
+        if self.active:
+            row = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": self._step, "line": escaped(line)}
+            append_lines(self._folder / LOG, json_line(row | ({} if self._started else {"start": True})))
+            self._started = True
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Write one row to metrics.jsonl and the trackers."""
         if self.active:
-            append_lines(self._file, json_line({"step": step} | values))
+            append_lines(self._folder / METRICS, json_line({"step": step} | values))
         self.accelerator.log(values, step=step)
 
     def picture(self, step: int, name: str, path: Path) -> None:
@@ -71,6 +89,7 @@ class RunLog:
 
     def progress(self, step: int, latest: dict[str, float]) -> None:
         """Move the bar, with the latest metrics beside it; without a terminal, print a line now and then."""
+        self._step = step
         shown = f"loss {latest['loss']:.4f}  {latest['images_per_second']:.1f} images/s" if latest else ""
         self._progress.update(step, shown)
 
@@ -125,6 +144,20 @@ def forget_after(path: Path, step: int) -> list[str]:
     write_text(path, "".join(kept))
     odd = sum(row is None for row in rows[:-1])
     return [f"{odd} lines of {path} are no rows of metrics and are left out"] if odd else []
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows with a step of a file such as metrics.jsonl, also while it is written; none where there is no such file.
+
+    A line that is no row is left out. Raises UserError for a file that cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {explain(error)}") from error
+    return [row for row in map(_row, lines) if row is not None]
 
 
 def _row(line: str) -> dict[str, Any] | None:

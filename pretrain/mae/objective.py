@@ -75,7 +75,8 @@ class MAE:
         def draw(title: str, path: Path) -> None:
             hidden = round(100 * torch.cat([mask.float() for mask in extras]).mean().item())
             grid = reconstruction_grid(reconstruction.pixels, images, extras, patch_size, preprocessing)
-            draw_reconstructions(grid, f"{title}, {hidden} % of the patches hidden", path)
+            words = f"{title}, {hidden} % of the patches hidden; rebuilt ones have their true mean and contrast"
+            draw_reconstructions(grid, words, path)
 
         return draw
 

@@ -69,6 +69,29 @@ def test_what_a_run_leaves_behind(tmp_path, picture_folder):
     with Image.open(folder / "reconstructions/step-00000004.png") as image:
         assert image.width > 600
     assert config(tmp_path, "--config", str(folder / "config.yaml")).data.source == str(picture_folder)
+    assert "step-00000004" not in (folder / "report.html").read_text()  # pictures are in it, and no links to them
+    assert (folder / "report.html").read_text().count("data:image/webp") == 2
+
+
+def test_every_line_of_a_run_is_kept_with_its_step(tmp_path):
+    folder = pretrain(config(tmp_path, "--steps=2", "--checkpoint_every=1"))
+    pretrain(config(tmp_path, "--steps=3", "--resume"))
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row.get("start")] == [0, 2]
+    lines = {row["line"]: row["step"] for row in rows}
+    assert lines["resumed with another steps: 2 -> 3"] == 2
+    assert [step for line, step in lines.items() if "steps done" in line] == [2, 3]
+
+
+def test_what_ended_a_run_is_kept(tmp_path, monkeypatch):
+    def fail(run, batch):
+        raise UserError("the pictures are gone")
+
+    monkeypatch.setattr("pretrain.train.checked", fail)
+    with pytest.raises(UserError):
+        pretrain(config(tmp_path, "--steps=2"))
+    rows = [json.loads(line) for line in (tmp_path / "pretrain/log.jsonl").read_text().splitlines()]
+    assert rows[-1]["line"] == "ended: the pictures are gone"
 
 
 def test_the_published_backbone_is_the_one_that_was_trained(tmp_path):
