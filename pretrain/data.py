@@ -42,8 +42,8 @@ class DataConfig:
     """fixed: every view has model.img_size. native: a view keeps the shape and resolution of its crop and is only
     scaled down, to the area of model.img_size; the views are packed into one row of patches, without padding."""
     batch_by: Literal["views", "patches"] = "views"
-    """views: a step has batch_size views. patches (sizes=native): as many whole views as have no more patches together
-    than batch_size views of the largest area, so that steps cost alike and the area is the only limit."""
+    """views: a step has batch_size views. patches: with native sizes, as many whole views as have no more patches than
+    batch_size views of the largest area, so that steps cost alike."""
     min_scale: float = 0.2
     """Smallest share of a picture's area that a random crop takes."""
     flip: bool = True

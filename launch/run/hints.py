@@ -27,6 +27,8 @@ SYNONYMS = {
     "model.name": ("model", "arch", "architecture", "model_name", "size", "variant"),
     "backbone": ("model", "pretrained", "weights", "init", "finetune", "model_name_or_path", "arch"),
     "model.img_size": ("image_size", "resolution", "input_size", "crop_size", "imgsz"),
+    "stages": ("progressive_resizing", "resolution_schedule", "size_schedule", "curriculum"),
+    "data.batch_by": ("tokens_per_step", "tokens_per_batch", "max_tokens", "patches_per_step", "token_budget"),
     "resume": ("resume_from_checkpoint", "resume_from", "continue", "load"),
     "accumulation": ("gradient_accumulation_steps", "accum_iter", "accumulate_grad_batches", "grad_accum"),
     "precision": ("bf16", "fp16", "amp", "mixed_precision", "dtype"),

@@ -274,3 +274,16 @@ def test_two_processes_have_the_losses_of_one(tmp_path):
     argv = ["--steps=4", "--stages=[{until: 0.5, img_size: 16}, {batch_size: 4}]", *NATIVE]
     one, two = (losses_of(run_command(tmp_path / strategy, strategy, *argv)) for strategy in ("one", "zero2"))
     assert two == pytest.approx(one, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_each_stage_is_compiled_once_for_its_own_sizes(tmp_path, monkeypatch, capsys):
+    argv = ("--steps=4", GROWING, "--model.depth=1")
+    plain = losses(pretrain(config(tmp_path / "plain", *argv)))
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for step, (loss, norm, rate) in losses(pretrain(config(tmp_path / "compiled", *argv))).items():
+        assert plain[step] == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-4), rate)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert "its first step is compiled anew" in capsys.readouterr().err
