@@ -29,6 +29,8 @@ from tests.launch.real import run as run_command
 from tests.pretrain.test_train import config, losses, weights
 from tests.rows import read_metrics
 from vim_backbone import UserError, from_pretrained
+from vim_backbone.position import resize_table, sincos_table
+from vim_backbone.tokens import TokenLayout
 
 GROWING = "--stages=[{until: 0.5, img_size: 16}, {batch_size: 2}]"
 NATIVE = ("--data.sizes=native", "--data.batch_by=patches", "--model.patch_size=8", "--data.min_scale=0.05")
@@ -95,6 +97,18 @@ def test_a_stage_is_the_run_of_its_size(tmp_path):
     alone = losses(pretrain(config(tmp_path / "alone", *plain)))
     assert [grown[step][:2] for step in (1, 2)] == [alone[step][:2] for step in (1, 2)]
     assert grown[3][0] != alone[3][0]
+
+
+@pytest.mark.parametrize(("grid", "least"), [(28, 0.999), (56, 0.99)])
+def test_small_views_have_the_positions_of_the_places_in_between(grid, least):
+    """The large grid's table, resampled to 14 x 14, beside its sines at the centres of the small grid's patches."""
+    width, quarter = 384, 96
+    resized = resize_table(sincos_table((grid, grid), width)[None], TokenLayout("none", 0), (grid, grid), (14, 14))[0]
+    frequency = 10000.0 ** -(torch.arange(quarter) / quarter)
+    centre = (torch.arange(14) + 0.5) * grid / 14 - 0.5
+    angles = [place.flatten()[:, None] * frequency for place in torch.meshgrid(centre, centre, indexing="ij")]
+    exact = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
+    assert torch.nn.functional.cosine_similarity(resized, exact).min() > least
 
 
 @given(world=st.integers(1, 3), accumulation=st.integers(1, 2), start=st.integers(0, 5))
