@@ -41,7 +41,7 @@ class Packs:
         self.stages = stages
         stage = stage_at(stages, step)
         uniform = stage.first_sample + (step - stage.steps.start) * stage.plan.batch_size
-        self.starts: dict[int, int] = {step: saved.get(str(step), uniform)}
+        self.starts: dict[int, int] = {step: uniform} | {int(other): first for other, first in saved.items()}
         """First sample of each step, as far as steps are drawn."""
         self._passes = Passes(len(source), seed)
         self._sizes = np.zeros((len(source), 2), np.int32)

@@ -165,7 +165,7 @@ class Training:
         Losses so far are no measure of its, and it may take the time of a first one. To be called before its `parts`.
         """
         self.settle()
-        self._guard.losses.clear()
+        self._guard.losses = []
         self._watchdog.start_again()
 
     def parts(self) -> Iterator[AbstractContextManager[None]]:
