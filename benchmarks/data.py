@@ -49,6 +49,7 @@ from launch.data.sources import ImageFiles
 from launch.run.randomness import generator
 from pretrain.data import DataConfig, View, build_loader, random_crop
 from pretrain.mae.objective import MAE
+from pretrain.stages import Stage
 from vim_backbone.preprocessing import RGB
 
 AHEAD = 4
@@ -98,7 +99,8 @@ def pretraining(case: Case, pixels: int, resize: Resizer = "pillow") -> Iterable
     """Views of masked pretraining."""
     data = DataConfig(workers=case.workers, max_bad_share=0.0, resize=resize)
     view = View((pixels, pixels), (pixels // 16, pixels // 16), data, MAE().draw)
-    return build_loader(ImageFiles(case.paths), view, 0, BatchPlan(case.batch, 1, 1, 0), 0, case.batches)
+    stage = Stage(range(case.batches), view.img_size, BatchPlan(case.batch, 1, 1, 0))
+    return build_loader(ImageFiles(case.paths), view, 0, [stage])
 
 
 def finetuning(case: Case, samples: Any) -> Iterable[Any]:

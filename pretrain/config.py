@@ -1,8 +1,10 @@
 """The configuration of a pretraining run, its objective included."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
+from launch.data.order import BatchPlan
 from launch.run.config import BlocksConfig, TrainingConfig
 from launch.run.optim import OptimConfig
 from pretrain.data import DataConfig
@@ -10,6 +12,7 @@ from pretrain.mae.masking import MaskConfig
 from pretrain.mae.model import DecoderConfig
 from pretrain.mae.objective import MAE
 from pretrain.objective import Objective
+from pretrain.stages import Stage, StageConfig, borders, check_stages, errors_of
 from vim_backbone import VimConfig, named_config
 from vim_backbone.errors import require
 
@@ -24,7 +27,7 @@ class ModelConfig(BlocksConfig):
     name: str = "vim_tiny"
     """vim_tiny, vim_small, vim_base, vim_large or vim_huge."""
     img_size: int | tuple[int, int] = 96
-    """Side, or [height, width], of the training views in pixels."""
+    """Side, or [height, width], of the training views in pixels; of a run in stages, of its last one's."""
     patch_size: int | None = 8
     """Side of a patch in pixels; null for the size's own."""
     depth: int | None = 8
@@ -83,13 +86,67 @@ class PretrainConfig(TrainingConfig):
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(base_lr=8e-3, warmup_steps=20))
     steps: int | None = None
     """Optimiser steps; give this or epochs. 120 when neither is given."""
+    stages: list[StageConfig] | None = None
+    """Stretches of the run, each {until: SHARE OF THE STEPS, img_size: SIDE, batch_size: PICTURES}, such as small views
+    first and large ones last; what one leaves out is model.img_size and batch_size. null: the whole run is alike."""
     picture_every: int = 100
     """Steps between pictures of what was learned; one more is made at the end."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.picture_every >= 1, "picture_every", self.picture_every, "it must be at least 1")
-        self.architecture()
+        self._check_budget()
+        if self.stages is None:
+            self.architecture()
+        else:
+            check_stages(self.stages)
+            ends, size = (config.architecture().img_size for config in (self.by_stage()[-1], self))
+            remedy = f"model.img_size, the published backbone's, is {list(size)}: leave it out, or set both alike"
+            require(ends == size, f"stages[{len(self.stages) - 1}].img_size", list(ends), remedy)
+
+    def _check_budget(self) -> None:
+        if self.data.batch_by == "views":
+            return
+        for wrong, remedy in (
+            (self.data.sizes != "native", "views of one size have as many patches each; set data.sizes to native"),
+            (self.data.streaming, "it must know how large pictures are before they come; set data.streaming to false"),
+            (self.epochs is not None, "how many pictures a step has is known when it comes; give steps, not epochs"),
+        ):
+            require(not wrong, "data.batch_by", self.data.batch_by, remedy)
+
+    def by_stage(self) -> list["PretrainConfig"]:
+        """Of each stage, a run of it alone; the run itself where it has none. Raises UserError naming the stage."""
+        configs = []
+        for number, stage in enumerate(self.stages or ()):
+            batch_size = self.batch_size if stage.batch_size is None else stage.batch_size
+            model = self.model if stage.img_size is None else replace(self.model, img_size=stage.img_size)
+            with errors_of(number):
+                configs.append(replace(self, stages=None, batch_size=batch_size, model=model))
+        return configs or [self]
+
+    @property
+    def mean_batch_size(self) -> float:
+        """Pictures of a step, over all stages."""
+        if self.stages is None:
+            return self.batch_size
+        ends = [stage.until for stage in self.stages]
+        shares = [end - start for start, end in zip([0.0, *ends], ends, strict=False)]
+        return sum(share * each.batch_size for share, each in zip(shares, self.by_stage(), strict=True))
+
+    def schedule(self, total_steps: int, world: int, rank: int) -> list[Stage]:
+        """The stages of one process of a run, or the whole run as one.
+
+        Raises UserError where a batch does not divide into processes and forward passes, or a stage has no step.
+        """
+        stretches = [range(total_steps)] if self.stages is None else borders(self.stages, total_steps)
+        stages: list[Stage] = []
+        samples = 0
+        for number, (config, steps) in enumerate(zip(self.by_stage(), stretches, strict=True)):
+            with nullcontext() if self.stages is None else errors_of(number):
+                plan = BatchPlan(config.batch_size, self.accumulation, world, rank)
+            stages.append(Stage(steps, config.architecture().img_size, plan, number + 1, samples))
+            samples += len(steps) * plan.batch_size
+        return stages
 
     def architecture(self) -> VimConfig:
         """The backbone's full config; it knows the share of visible patches, which a pooled scan learned with."""

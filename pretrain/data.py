@@ -1,24 +1,26 @@
 """Views and batches: crop, flip and what the objective adds, keyed by (seed, epoch, picture), exact on resume."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+import itertools
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from launch.data.bad_pictures import MAX_TRIES, first_usable, reason
 from launch.data.loading import loader_of
-from launch.data.order import BatchPlan, StepSampler
 from launch.data.pictures import Box, Picture
 from launch.data.reading import read_pixels
 from launch.data.resize import Resizer
 from launch.data.sources import ImageSource, Source, StreamCells, open_cell
 from launch.data.statistics import NodataField, RangeField, preprocessing_of
 from launch.run.randomness import generator, seed_of
+from pretrain.stages import Item, Size, Stage, StageSampler, stage_at
 from vim_backbone.errors import require
 from vim_backbone.preprocessing import Preprocessing
 
@@ -39,6 +41,9 @@ class DataConfig:
     sizes: Literal["fixed", "native"] = "fixed"
     """fixed: every view has model.img_size. native: a view keeps the shape and resolution of its crop and is only
     scaled down, to the area of model.img_size; the views are packed into one row of patches, without padding."""
+    batch_by: Literal["views", "patches"] = "views"
+    """views: a step has batch_size views. patches: with native sizes, as many whole views as have no more patches than
+    batch_size views of the largest area, so that steps cost alike."""
     min_scale: float = 0.2
     """Smallest share of a picture's area that a random crop takes."""
     flip: bool = True
@@ -124,6 +129,13 @@ class View:
         """Whether views differ in size."""
         return self.data.sizes == "native"
 
+    def sized(self, img_size: Size) -> "View":
+        """The same for another size."""
+        if img_size == self.img_size:
+            return self
+        side = self.img_size[0] // self.grid[0]
+        return replace(self, img_size=img_size, grid=(img_size[0] // side, img_size[1] // side))
+
     @property
     def sizes(self) -> str:
         """In words."""
@@ -140,20 +152,28 @@ class View:
 
     def plan(self, picture_size: tuple[int, int], rng: torch.Generator) -> "Cut":
         """What is drawn for a view of a picture of this height and width, before it is read."""
-        data = self.data
         # of fixed sizes first: the order of the draws is part of what a seed means
         extra = None if self.native else self.draw_extra(self.grid, rng)
-        most = np.inf if data.crop_megapixels is None else data.crop_megapixels * 1e6
-        height, width = picture_size
-        box = random_crop(width, height, data.min_scale, rng, most)
-        size = self.img_size
-        if self.native:
-            size = native_size((box[3] - box[1], box[2] - box[0]), self.img_size, self.grid)
-        mirror = bool(data.flip and torch.rand((), generator=rng) < 0.5)
+        box, size = self._crop(picture_size, rng)
+        mirror = bool(self.data.flip and torch.rand((), generator=rng) < 0.5)
         if extra is None:
             side = self.img_size[0] // self.grid[0]
             extra = self.draw_extra((size[0] // side, size[1] // side), rng)
         return Cut(box, size, mirror, extra)
+
+    def patches(self, picture_size: tuple[int, int], rng: torch.Generator) -> int:
+        """Patches of the view that `plan` draws of native sizes."""
+        side, (height, width) = self.img_size[0] // self.grid[0], self._crop(picture_size, rng)[1]
+        return (height // side) * (width // side)
+
+    def _crop(self, picture_size: tuple[int, int], rng: torch.Generator) -> tuple[Box, Size]:
+        """Box in the picture, and size of the view."""
+        data, (height, width) = self.data, picture_size
+        most = np.inf if data.crop_megapixels is None else data.crop_megapixels * 1e6
+        box = random_crop(width, height, data.min_scale, rng, most)
+        if not self.native:
+            return box, self.img_size
+        return box, native_size((box[3] - box[1], box[2] - box[0]), self.img_size, self.grid)
 
     def read(self, picture: Picture, cut: "Cut") -> Tensor:
         """A crop of a picture, resized and maybe mirrored, (c, h, w). Raises as `read_pixels`."""
@@ -214,21 +234,25 @@ def random_crop(width: int, height: int, min_scale: float, rng: torch.Generator,
 
 
 class Views(Dataset[Sample]):
-    """Views of an indexed source; item (epoch, index) is the same wherever and whenever it is drawn."""
+    """Views of an indexed source; item (epoch, index) is the same wherever and whenever it is drawn.
+
+    A third number of an item is the size of the view, where it is another one than `view.img_size`.
+    """
 
     def __init__(self, source: ImageSource, view: View, seed: int) -> None:
         self.source = source
         self.view = view
         self.seed = seed
 
-    def __getitem__(self, item: tuple[int, int]) -> Sample:
+    def __getitem__(self, item: tuple[int, int] | Item) -> Sample:
         """A bad picture is replaced by the next good one of the source."""
-        epoch, index = item
+        epoch, index = item[:2]
+        view = self.view.sized(item[2]) if len(item) == 3 else self.view
 
         def read(candidate: int, attempt: int) -> tuple[Tensor, Tensor]:
             del attempt  # what stands in is cut with the same draws
             with self.source.open(candidate) as picture:
-                return self.view.draw(picture, generator(self.seed, epoch, index))
+                return view.draw(picture, generator(self.seed, epoch, index))
 
         sample, number, bad = first_usable(self.source, index, read)
         if sample is None:
@@ -236,85 +260,98 @@ class Views(Dataset[Sample]):
         return Sample(*sample, self.source.name(number), bad)
 
 
-class StreamedViews(IterableDataset[Sample | None]):
-    """Views of a stream. Exact on resume with the same numbers of processes and workers: what was used is skipped.
+class StreamedViews(IterableDataset["Batch | None"]):
+    """Batches of a stream. Exact on resume with the same numbers of processes and workers: what was used is skipped.
 
     `skip` batches are passed over without decoding and come out as None; pictures of `known_bad` count for nothing,
     as they did when they were first met.
     """
 
     def __init__(
-        self, cells: StreamCells, view: View, seed: int, plan: BatchPlan, skip: int, known_bad: frozenset[str]
+        self,
+        cells: StreamCells,
+        view: View,
+        seed: int,
+        stages: Sequence[Stage],
+        skip: int,
+        known_bad: frozenset[str],
     ) -> None:
         self.cells = cells
         self.view = view
         self.seed = seed
-        self.plan = plan
+        self.stages = stages
         self.skip = skip
         self.known_bad = known_bad
 
-    def __iter__(self) -> Iterator[Sample | None]:
+    def __iter__(self) -> Iterator["Batch | None"]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        rank = self.plan.rank
-        reader, readers = rank * workers + worker, self.plan.world * workers
-        # the loader takes batch k from worker k % workers
-        to_skip = self.plan.micro_batch * len(range(worker, self.skip, workers))
+        plan = self.stages[0].plan
+        reader, readers = plan.rank * workers + worker, plan.world * workers
+        cells = self.cells.cells(seed_of(self.seed) % 2**31, reader, readers)
+        named = ((f"rank {plan.rank} worker {worker} {place}", cell) for place, cell in cells)
+        usable = (name for name, _ in named if name not in self.known_bad)
         used = 0
-        bad: list[tuple[str, str]] = []
-        for place, cell in self.cells.cells(seed_of(self.seed) % 2**31, reader, readers):
-            name = f"rank {rank} worker {worker} {place}"
-            if used < to_skip:
-                if name not in self.known_bad:
-                    used += 1
-                    yield None
-                continue
-            try:
-                with open_cell(cell) as picture:
-                    view, extra = self.view.draw(picture, generator(self.seed, rank, worker, used))
-            except Exception as error:  # a decoder may raise anything on damaged data
-                bad.append((name, reason(error)))
-                if len(bad) >= MAX_TRIES:
-                    yield Sample(None, torch.empty(0), "", bad)
-                continue
-            sample, used, bad = Sample(view, extra, name, bad), used + 1, []
-            yield sample
+        for number in itertools.count(worker, workers):  # the loader takes batch k from worker k % workers
+            stage = stage_at(self.stages, number // plan.accumulation)
+            micro_batch = stage.plan.micro_batch
+            if number < self.skip:
+                deque(itertools.islice(usable, micro_batch), maxlen=0)
+                yield None
+            else:
+                view = self.view.sized(stage.img_size)
+                keys = [(self.seed, plan.rank, worker, used + ahead) for ahead in range(micro_batch)]
+                yield collate([sample_of(named, view, key) for key in keys], view.native)
+            used += micro_batch
+
+
+def sample_of(named: Iterator[tuple[str, Any]], view: View, key: tuple[int, ...]) -> Sample:
+    """A view of the next cell that can be used, drawn with the generator of the key; none after MAX_TRIES bad ones."""
+    bad: list[tuple[str, str]] = []
+    for name, cell in named:
+        try:
+            with open_cell(cell) as picture:
+                return Sample(*view.draw(picture, generator(*key)), name, bad)
+        except Exception as error:  # a decoder may raise anything on damaged data
+            bad.append((name, reason(error)))
+            if len(bad) >= MAX_TRIES:
+                break
+    return Sample(None, torch.empty(0), "", bad)
 
 
 def build_loader(
     source: Source,
     view: View,
     seed: int,
-    plan: BatchPlan,
-    start_batch: int,
-    total_steps: int,
+    stages: Sequence[Stage],
+    start_batch: int = 0,
     known_bad: Collection[str] = (),
+    sampler: Sampler[list[Item]] | None = None,
 ) -> Iterable[Batch | None]:
     """Batches of this process, each for one forward pass, from number `start_batch` on.
 
     On a stream, the batches already used come first, as None.
 
-    `known_bad` names the pictures that an earlier part of the run found to be bad.
+    Args:
+        known_bad: names of the pictures that an earlier part of the run found to be bad.
+        sampler: which pictures of an indexed source each batch has; those of `StageSampler` when None.
     """
-    loader = partial(
-        loader_of,
-        collate=partial(collate, native=view.native),
-        seed=seed,
-        workers=view.data.workers,
-        ahead=4,
-    )
+    loader = partial(loader_of, seed=seed, workers=view.data.workers, ahead=4)
     if isinstance(source, StreamCells):
-        streamed = StreamedViews(source, view, seed, plan, start_batch, frozenset(known_bad))
-        return cast("Iterable[Batch | None]", loader(streamed, batch_size=plan.micro_batch))
-    sampler = StepSampler(len(source), seed, plan, start_batch, total_steps)
-    return cast("Iterable[Batch | None]", loader(Views(source, view, seed), batch_sampler=sampler))
+        streamed = StreamedViews(source, view, seed, stages, start_batch, frozenset(known_bad))
+        return cast("Iterable[Batch | None]", loader(streamed, collate=unchanged, batch_size=None))
+    sampler = sampler or StageSampler(len(source), seed, stages, start_batch)
+    collated = partial(collate, native=view.native)
+    return cast("Iterable[Batch | None]", loader(Views(source, view, seed), collate=collated, batch_sampler=sampler))
 
 
-def collate(samples: list[Sample | None], native: bool) -> Batch | None:
-    """Samples to a batch, of lists where their sizes differ; None for a batch that a resumed stream passes over."""
-    views = [sample for sample in samples if sample is not None]
-    if not views:
-        return None
+def unchanged(batch: Any) -> Any:
+    """What a reader gives whole batches through."""
+    return batch
+
+
+def collate(views: list[Sample], native: bool) -> Batch:
+    """Samples to a batch, of lists where their sizes differ."""
     names, bad = [sample.name for sample in views], [entry for sample in views for entry in sample.bad]
     images, extras = [sample.image for sample in views if sample.image is not None], [sample.extra for sample in views]
     if len(images) < len(views):

@@ -1,5 +1,6 @@
 """The page of `python -m pretrain.look`: charts of a source, and its pictures as a run reads them."""
 
+import math
 import textwrap
 from collections import Counter
 from pathlib import Path
@@ -84,11 +85,13 @@ def draw_page(surveyed: Survey, view: View, config: PretrainConfig, path: Path) 
 def headline(surveyed: Survey, view: View, config: PretrainConfig) -> list[str]:
     """Lines on the source, and on what is made of it."""
     read, side = len(surveyed.looked), view.img_size[0] // view.grid[0]
+    stage = f" in the last of {len(config.stages)} stages" if config.stages else ""
     total = "a stream" if surveyed.total is None else f"{surveyed.total:,} pictures"
     return [
         f"{total}, of which {read:,} were read (the first of a run with seed {config.seed}); "
         f"{len(surveyed.bad):,} of these cannot be used",
-        f"views: {view.sizes} pixels, {view.grid[0]} x {view.grid[1]} patches of {side}; {config.objective.summary}",
+        f"views{stage}: {view.sizes} pixels, {view.grid[0]} x {view.grid[1]} patches of {side}; "
+        f"{config.objective.summary}",
         *surveyed.notes,
     ]
 
@@ -254,8 +257,15 @@ def draw_views(part: SubFigure, drawn: list[Looked], config: PretrainConfig, vie
 
 def draw_packing(part: SubFigure, surveyed: Survey, config: PretrainConfig) -> None:
     """The first forward pass as the rows of tokens that its views are packed into."""
-    micro_batch = config.batch_size // config.accumulation
-    usable = [each for each in surveyed.looked if not each.problem][:micro_batch]
+    last = config.by_stage()[-1]
+    micro_batch, architecture = max(1, last.batch_size // last.accumulation), last.architecture()
+    usable = [each for each in surveyed.looked if not each.problem]
+    if config.data.batch_by == "patches":
+        total = np.cumsum([len(each.cuts[0].extra) for each in usable])
+        most = micro_batch * math.prod(architecture.grid(*architecture.img_size))
+        usable = usable[: int((total <= most).sum())]
+    else:
+        usable = usable[:micro_batch]
     extras = [each.cuts[0].extra for each in usable]
     patches = [len(extra) for extra in extras]
     tokens = [config.objective.inputs([extra], extras[0].device).tokens for extra in extras]

@@ -16,8 +16,11 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while all is imported ends this without a traceback
 
 import argparse
+import math
+import shlex
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from operator import attrgetter
 
 import torch
@@ -34,6 +37,9 @@ from vim_backbone.memory import LEVELS, Recompute
 FULL_TOKENS = 2**14
 """Tokens that the encoder scans in a forward pass of the measured steps: with as many a GPU is busy."""
 
+ANY_STEPS = 10**6
+"""Steps of a run that is planned: as many as give every stage one."""
+
 
 def options_of(argv: list[str]) -> argparse.Namespace:
     """The command line."""
@@ -46,6 +52,8 @@ def options_of(argv: list[str]) -> argparse.Namespace:
         default = attrgetter(name)(OBJECTIVE())
         parser.add_argument(f"--{name.replace('.', '-')}", dest=name, type=type(default), default=default, help=text)
     parser.add_argument("--batch-size", type=int, default=4096, help="pictures of a step on all GPUs together")
+    text = "of the run, as its config has them, such as '[{until: 0.7, img_size: 224}, {}]'; the largest is planned"
+    parser.add_argument("--stages", default=None, help=text)
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of the products")
     levels = (*LEVELS, "auto")
     text = "what the backward pass makes again, from fast to small; auto: the first with which the batch fits"
@@ -88,10 +96,13 @@ def main(argv: list[str]) -> None:
     levels: tuple[Recompute, ...] = LEVELS if options.recompute == "auto" else (options.recompute,)
     words = settings(options)
     config = parse(PretrainConfig, words, "launch/plan.py", "")
-    objective, architecture = config.objective, config.architecture()
+    objective, stages = config.objective, config.by_stage()
+    schedule = replace(config, accumulation=options.accumulation).schedule(ANY_STEPS, options.gpus, rank=0)
+    largest = max(stages, key=lambda stage: stage.batch_size * math.prod(stage.architecture().img_size))
+    architecture, pictures = largest.architecture(), schedule[stages.index(largest)].plan.micro_batch
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     works: dict[Recompute, Work] = {level: objective.work(architecture, dtype.itemsize, level) for level in levels}
-    models = dict(zip(works, planned_footprints(architecture, objective, works.values(), dtype), strict=True))
+    models = dict(zip(works, planned_footprints(config.architecture(), objective, works.values(), dtype), strict=True))
     model, work = models[levels[0]], works[levels[0]]
     rows, columns = architecture.grid(*architecture.img_size)
     patches, scanned = rows * columns, work.stacks[0].tokens - architecture.num_special
@@ -99,16 +110,19 @@ def main(argv: list[str]) -> None:
         f"{objective.title} of {options.model}: {model.parameters / 1e6:.1f} M parameters; of {patches} patches a "
         f"picture the encoder sees {scanned}"
     )
+    if len(stages) > 1:
+        size = " x ".join(map(str, architecture.img_size))
+        print_line(f"planned is stage {stages.index(largest) + 1}, the largest: {largest.batch_size} pictures, {size}")
     saved = ", ".join(f"{level} {each.saved / 1e6:.1f}" for level, each in models.items())
     print_line(f"MB of activations a picture, by what the backward pass makes again: {saved}")
     print_line(f"GB of each of {options.gpus} processes; a batch is the pictures of one forward pass of one process:\n")
     header = ("strategy", "parameters", "gradients", "optimizer", "recompute", "batch", "activations", "peak", "sent")
     print_line("".join(f"{column:>13}" for column in header))
     memory = options.gpu_memory * 1e9 * (1 - options.reserve)
+    common = math.gcd(*(stage.plan.micro_batch for stage in schedule))
     chosen = None
     for share in shares(model, options.gpus):
-        pictures = options.batch_size // options.gpus // options.accumulation
-        level, batch = fastest(models, share, memory, pictures, work.stacks[0].tokens)
+        level, batch = fastest(models, share, memory, pictures, work.stacks[0].tokens, common)
         most = peak(models[level], share, batch)
         sizes = (share.parameters, share.gradients, share.optimizer)
         cells = "".join(f"{size / 1e9:13.2f}" for size in sizes)
@@ -117,30 +131,46 @@ def main(argv: list[str]) -> None:
         if batch and chosen is None:
             chosen = share.strategy, level, batch
     strategy, level, batch = chosen or ("zero3_offload", levels[-1], 1)  # the one that holds the least on the GPU
-    a_second = options.gpus / seconds_a_picture(works[level].stacks, measured(options.device))
-    print_line(
-        f"\nexpected on {options.gpus} x {options.device}: {a_second:,.0f} pictures/s, {a_second * patches:,.0f} "
-        f"patches/s, of which the encoder scans {a_second * scanned:,.0f}; from measured kernels "
-        "(launch/planning/speeds.csv), before communication and waiting for data"
-    )
+    print_line("")
+    for number, stage in enumerate(stages):
+        of_stage = f"stage {number + 1}: " if len(stages) > 1 else ""
+        print_line(of_stage + expected(stage, level, options))
     file = "gpu" if options.gpus == 1 and strategy == "ddp" else strategy
     print_line(
         f"\npython -m launch --config_file launch/accelerate/{file}.yaml --num_processes {options.gpus} "
-        f"pretrain/main.py {' '.join(words)} --model.recompute {level} "
-        f"--accumulation {options.batch_size // options.gpus // batch}"
+        f"pretrain/main.py {shlex.join(words)} --model.recompute {level} "
+        f"--accumulation {largest.batch_size // options.gpus // batch}"
+    )
+
+
+def expected(config: PretrainConfig, level: Recompute, options: argparse.Namespace) -> str:
+    """A line on the speed of a run, or of one of its stages."""
+    architecture = config.architecture()
+    work = config.objective.work(architecture, 2 if config.precision == "bf16" else 4, level)
+    patches, scanned = math.prod(architecture.grid(*architecture.img_size)), work.stacks[0].tokens
+    a_second = options.gpus / seconds_a_picture(work.stacks, measured(options.device))
+    return (
+        f"expected on {options.gpus} x {options.device}: {a_second:,.0f} pictures/s, {a_second * patches:,.0f} "
+        f"patches/s, of which the encoder scans {a_second * (scanned - architecture.num_special):,.0f}; from measured "
+        "kernels (launch/planning/speeds.csv), before communication and waiting for data"
     )
 
 
 def fastest(
-    models: dict[Recompute, Footprint], share: Share, memory: float, pictures: int, tokens: int
+    models: dict[Recompute, Footprint],
+    share: Share,
+    memory: float,
+    pictures: int,
+    tokens: int,
+    common: int | None = None,
 ) -> tuple[Recompute, int]:
     """What is made again, and the pictures of a forward pass; `models` by level, the fastest first.
 
     The first level with which all `pictures`, of so many `tokens`, fit. Where none does, passes are gathered in any
-    case: the first level with which one of them fills a GPU, else the last.
+    case: the first level with which one of them fills a GPU, else the last. `common`: as of `micro_batch`.
     """
     batches: dict[Recompute, int] = {
-        level: micro_batch(model, share, memory, pictures) for level, model in models.items()
+        level: micro_batch(model, share, memory, pictures, common) for level, model in models.items()
     }
     for enough in (pictures, -(-FULL_TOKENS // tokens)):
         for level, batch in batches.items():
@@ -169,10 +199,14 @@ def fitting_level(
     return LEVELS[-1]
 
 
-def micro_batch(model: Footprint, share: Share, memory: float, pictures: int) -> int:
-    """The largest divisor of the pictures of a process and step that fits into memory; 0 for none."""
+def micro_batch(model: Footprint, share: Share, memory: float, pictures: int, common: int | None = None) -> int:
+    """The largest divisor of the pictures of a process and step that fits into memory; 0 for none.
+
+    The number of passes divides `common` too: what the pictures of all stages have in common.
+    """
     most = min(pictures, fitting(model, share, memory))
-    return next((size for size in range(most, 0, -1) if pictures % size == 0), 0)
+    sizes = (size for size in range(most, 0, -1) if pictures % size == 0)
+    return next((size for size in sizes if (common or pictures) % (pictures // size) == 0), 0)
 
 
 def settings(options: argparse.Namespace) -> list[str]:
@@ -185,6 +219,8 @@ def settings(options: argparse.Namespace) -> list[str]:
         "batch_size": options.batch_size,
         "precision": options.precision,
     }
+    if options.stages is not None:
+        fields["stages"] = options.stages
     fields |= {name: getattr(options, name) for name in OBJECTIVE.cost_fields}
     if options.in_chans != 3:
         fields["data.bands"] = f"[{','.join(map(str, range(options.in_chans)))}]"

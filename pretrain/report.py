@@ -36,11 +36,12 @@ TITLES = {
     "grad_norm": "norm of the gradient",
     "lr": "learning rate",
     "memory_gb": "peak memory, GB",
+    "height": "height of the views, pixels",
 }
 """Columns of metrics.jsonl that are drawn first, and what they are called; further ones follow under their names."""
 LOGARITHMIC = {"lr", "grad_norm"}
 """Columns that are drawn so where they span decades."""
-NOT_DRAWN = {"step", "tokens_per_second"}
+NOT_DRAWN = {"step", "tokens_per_second", "stage", "width"}
 """Columns that say nothing more."""
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 from launch.data.bad_pictures import BadPictures
 from launch.data.first_look import look_at_first
 from launch.data.loading import enduring, number_of_workers, workers_of_stream
-from launch.data.order import plan_batches
 from launch.data.sources import Source, StreamCells, open_source, what_was_left_out
 from launch.run.accelerator import build_accelerator, on_main, strategy
 from launch.run.folder import run_folder
@@ -26,13 +26,15 @@ from pretrain.config import PretrainConfig
 from pretrain.data import Batch, DataConfig, View, Views, build_loader, collate
 from pretrain.initial import initial_weights
 from pretrain.objective import Objective
+from pretrain.packs import STARTS, Packs, PackSampler
 from pretrain.plan import fitting_level
 from pretrain.report import REPORT, write_report
+from pretrain.stages import Stage, pixels_of, stage_at
 from vim_backbone import VisionMamba
 from vim_backbone.block import Block, set_recompute
 from vim_backbone.errors import UserError, require
 from vim_backbone.folder import model_card
-from vim_backbone.memory import Recompute
+from vim_backbone.memory import LEVELS, Recompute
 from vim_backbone.preprocessing import to_model
 
 SAMPLES_SHOWN = 8
@@ -48,6 +50,9 @@ class Run:
     objective: Objective
     source: Source
     view: View
+    stages: list[Stage]
+    packs: Packs | None
+    """Which samples each step has, where a batch counts patches."""
     batches: Iterator[Batch]
     training: Training
     log: RunLog
@@ -64,8 +69,11 @@ def pretrain(config: PretrainConfig) -> Path:
     pictures = None if isinstance(source, StreamCells) else len(source)
     total_steps = config.total_steps(pictures)
     accelerator = build_accelerator(config, config.accumulation)
-    plan = plan_batches(accelerator, config.batch_size, config.accumulation)
+    world = accelerator.num_processes
+    on_main(accelerator, lambda: config.schedule(total_steps, world, rank=0))
+    stages = config.schedule(total_steps, world, accelerator.process_index)
     on_main(accelerator, lambda: refuse_to_compile_native_sizes(accelerator, data))
+    compile_by_stage(accelerator, stages)
     on_main(accelerator, lambda: look_at_first(source, data.preprocessing, data.max_megapixels, data.max_bad_share))
     objective = config.objective
     fixed = ("model.", "data.bands", "data.statistics", *objective.architecture_fields)
@@ -75,7 +83,7 @@ def pretrain(config: PretrainConfig) -> Path:
         initial, taken_up = initial_weights(config.init, architecture)
     with run_folder(accelerator, config, fixed, total_steps) as start:
         bad = BadPictures(config.folder / "bad_pictures.txt", pictures, data.max_bad_share)
-        level = recompute_level(config, accelerator, plan.micro_batch)
+        level = level_of_all_stages(config, accelerator, stages)
         settled = replace(config, model=replace(config.model, recompute=level))
         with start_training(
             config,
@@ -83,9 +91,9 @@ def pretrain(config: PretrainConfig) -> Path:
             total_steps,
             start.checkpoint,
             lambda: build_model(settled, initial),
-            lambda model: build_optimizer(model, config.optim, config.batch_size),
+            lambda model: build_optimizer(model, config.optim, stages[0].plan.batch_size),
             unit=Block,
-            micro_batch=plan.micro_batch,
+            micro_batch=max(stage.plan.micro_batch for stage in stages),
             clip_grad=config.optim.clip_grad,
             ema_decay=config.ema_decay,
         ) as training:
@@ -94,14 +102,19 @@ def pretrain(config: PretrainConfig) -> Path:
             workers, lines = settled_workers(data, source, training)
             settled_data = replace(data, workers=workers)
             view = View(architecture.img_size, architecture.grid(*architecture.img_size), settled_data, objective.draw)
+            packs = None
+            if data.batch_by == "patches":
+                assert not isinstance(source, StreamCells)
+                packs = Packs(source, view, config.seed, stages, first, training.state.extra.get(STARTS, {}))
 
             def batches_from(number: int) -> Iterator[Batch]:
-                loader = build_loader(source, view, config.seed, plan, number, total_steps, bad.known)
+                sampler = PackSampler(packs, number) if packs is not None else None
+                loader = build_loader(source, view, config.seed, stages, number, bad.known, sampler)
                 return (batch for batch in loader if batch is not None)
 
-            with RunLog(config, accelerator, total_steps, first) as log:
+            with RunLog(config, accelerator, total_steps, first, pixels_of(stages)) as log:
                 batches = enduring(batches_from, first * config.accumulation, log.say)
-                run = Run(config, objective, source, view, batches, training, log, bad)
+                run = Run(config, objective, source, view, stages, packs, batches, training, log, bad)
                 made_again = [f"made again in the backward pass: {level}"] * (config.model.recompute == "auto")
                 introductory = (
                     introduction(run, pictures),
@@ -137,12 +150,35 @@ def settled_workers(data: DataConfig, source: Source, training: Training) -> tup
     return on_main(accelerator, lambda: workers_of_stream(data.workers, accelerator.num_processes, training.state))
 
 
+def is_compiled(accelerator: Accelerator) -> bool:
+    """Whether the launcher asked for `torch.compile`."""
+    plugin = accelerator.state.dynamo_plugin
+    return plugin is not None and plugin.backend != DynamoBackend.NO
+
+
 def refuse_to_compile_native_sizes(accelerator: Accelerator, data: DataConfig) -> None:
     """Raise UserError where every step would be compiled anew."""
-    plugin = accelerator.state.dynamo_plugin
-    compiled = plugin is not None and plugin.backend != DynamoBackend.NO
     remedy = "every step would be compiled anew: launch with --dynamo_backend no, or take fixed sizes"
-    require(not (compiled and data.sizes == "native"), "data.sizes", data.sizes, remedy)
+    require(not (is_compiled(accelerator) and data.sizes == "native"), "data.sizes", data.sizes, remedy)
+
+
+def compile_by_stage(accelerator: Accelerator, stages: list[Stage]) -> None:
+    """Let `torch.compile` compile each stage for its own sizes; by itself it would make one program for any size."""
+    if len(stages) > 1 and is_compiled(accelerator):
+        plugin: Any = accelerator.state.dynamo_plugin
+        plugin.dynamic = bool(plugin.dynamic)
+        limit: Any = torch._dynamo.config
+        limit.recompile_limit = max(limit.recompile_limit, len(stages))
+
+
+def level_of_all_stages(config: PretrainConfig, accelerator: Accelerator, stages: list[Stage]) -> Recompute:
+    """What the backward pass makes again, with which every stage fits."""
+    levels: list[Recompute] = []
+    for each, stage in zip(config.by_stage(), stages, strict=True):
+        plan = stage.plan
+        over = config.data.batch_by == "patches" and plan.micro_batch < plan.batch_size  # see `dealt`
+        levels.append(recompute_level(each, accelerator, plan.micro_batch + over))
+    return max(levels, key=LEVELS.index)
 
 
 def recompute_level(config: PretrainConfig, accelerator: Accelerator, pictures: int) -> Recompute:
@@ -170,7 +206,12 @@ def train(run: Run) -> None:
     preprocessing = config.data.preprocessing
     speed = Throughput()
     latest: dict[str, float] = {}
+    begun: Stage | None = None
     for step in training.steps():
+        stage = stage_at(run.stages, step)
+        if stage is not begun:
+            begun = stage
+            begin(run, stage, step)
         torch.manual_seed(seed_of(config.seed, step, training.accelerator.process_index))  # for stochastic depth
         names: list[str] = []
         batch = None
@@ -181,20 +222,43 @@ def train(run: Run) -> None:
             inputs = run.objective.inputs(batch.extras, device)
             speed.tokens += inputs.tokens * training.accelerator.num_processes
             with part:
-                training.backward(training.model(to_model(images, device, preprocessing), *inputs.arguments))
-        training.update(learning_rate(step, config.optim, config.batch_size, training.total_steps), names)
-        speed.images += config.batch_size
+                loss = training.model(to_model(images, device, preprocessing), *inputs.arguments)
+                training.backward(loss if run.packs is None else loss * run.packs.weight(step, len(batch.names)))
+        if run.packs is not None:
+            training.state.extra[STARTS] = run.packs.state(step + 1)
+        training.update(learning_rate(step, config.optim, stage.plan.batch_size, training.total_steps), names)
+        speed.images += stage.plan.batch_size if run.packs is None else run.packs.views(step)
 
         done = step + 1
         if done % config.log_every == 0 or done == training.total_steps:
             training.settle()
+            stage_metrics = stage.metrics() if len(run.stages) > 1 else {}
             latest = {"loss": training.loss, "lr": training.rate, "grad_norm": training.grad_norm} | speed.read()
-            run.log.metrics(done, latest | {"memory_gb": peak_memory_gb(device)})
+            run.log.metrics(done, latest | {"memory_gb": peak_memory_gb(device)} | stage_metrics)
         run.log.progress(done, latest)
         for line in training.new_notices():
             run.log.say(line)
         if done % config.picture_every == 0 or done == training.total_steps:
-            show(run, batch)
+            show(run, batch, stage)
+
+
+def begin(run: Run, stage: Stage, step: int) -> None:
+    """Of a run in stages: one begins, or goes on after a resume. For all processes."""
+    training = run.training
+    if len(run.stages) == 1:
+        return
+    if step == stage.steps.start:
+        training.expect_change()
+    steps = f"steps {stage.steps.start + 1} to {stage.steps.stop}"
+    compiled = "; its first step is compiled anew" if is_compiled(training.accelerator) else ""
+    run.log.say(f"stage {stage.number} of {len(run.stages)}, {steps}: {stage_in_words(run, stage)}{compiled}")
+
+
+def stage_in_words(run: Run, stage: Stage) -> str:
+    """Batch and views of a stage."""
+    view, count = run.view.sized(stage.img_size), stage.plan.batch_size
+    batch = f"{count} pictures" if run.packs is None else f"{count * view.grid[0] * view.grid[1]} patches"
+    return f"{batch}, {view.sizes}"
 
 
 def checked(run: Run, batch: Batch) -> Tensor | list[Tensor]:
@@ -205,7 +269,7 @@ def checked(run: Run, batch: Batch) -> Tensor | list[Tensor]:
     return batch.images
 
 
-def show(run: Run, batch: Batch | None) -> None:
+def show(run: Run, batch: Batch | None, stage: Stage) -> None:
     """Draw what was learned, as step-N.png: on the same pictures each time (of a stream: on the batch at hand).
 
     For all processes, because the model may be spread over them.
@@ -213,7 +277,7 @@ def show(run: Run, batch: Batch | None) -> None:
     training, step = run.training, run.training.state.step
     crops = "crops of this step"
     if not isinstance(run.source, StreamCells):
-        views, count = Views(run.source, run.view, run.config.seed), len(run.source)
+        views, count = Views(run.source, run.view.sized(stage.img_size), run.config.seed), len(run.source)
         samples = [views[SHOWN_EPOCH + i // count, i % count] for i in range(SAMPLES_SHOWN)]
         batch = collate([sample for sample in samples if sample.image is not None], run.view.native)
         crops = "crops never trained on"
@@ -237,9 +301,10 @@ def publish(run: Run) -> None:
     encoder = run.objective.encoder(training.state.model)
     tensors = training.published(encoder)
     folder = config.folder / "backbone"
+    steps = ", then ".join(f"{len(stage.steps)} steps of {stage_in_words(run, stage)}" for stage in run.stages)
     history = (
-        f"\n## Pretraining\n\n{run.objective.title} of {config.data.source!r}: {training.state.step} steps of "
-        f"{config.batch_size} pictures, {run.view.sizes}, {run.objective.summary}, {config.precision}, "
+        f"\n## Pretraining\n\n{run.objective.title} of {config.data.source!r}: {steps}, "
+        f"{run.objective.summary}, {config.precision}, "
         f"seed {config.seed}{f', weights averaged with decay {config.ema_decay}' if config.ema_decay else ''}"
         f"{f', from the weights of {config.init}' if config.init else ''}.\n"
     )
@@ -258,9 +323,10 @@ def introduction(run: Run, pictures: int | None) -> str:
     encoder = run.objective.encoder(run.training.state.model)
     millions = sum(shape_of(p).numel() for p in encoder.parameters()) / 1e6
     start = f"from step {done} " if done else ""
+    sizes = ", then ".join(run.view.sized(stage.img_size).sizes for stage in run.stages)
     return (
         f"{config.model.name} ({millions:.1f} M parameters) on {pictures if pictures is not None else 'streamed'} "
-        f"pictures of {config.data.source!r}, {run.view.sizes}, {start}"
+        f"pictures of {config.data.source!r}, {sizes}, {start}"
         f"to step {run.training.total_steps}, {accelerator.num_processes} x {accelerator.device.type} "
         f"{strategy(accelerator)}, {config.precision}, data.workers {run.view.data.workers}"
     )

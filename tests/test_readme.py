@@ -91,7 +91,10 @@ def test_all_other_commands(place, picture_folder):
             if "zero" in line and "--num_processes" not in line:
                 line = line.replace("--config_file", "--num_processes 2 --config_file")
             epochs = line.replace("--epochs 100", "--epochs 1") + f" {SMALL}"
-            line = f"{epochs} --model.img_size=32 --epochs=1 --model.patch_size=8"
+            length = "--steps=1" if "--data.batch_by" in line else "--epochs=1"
+            line = f"{epochs} --model.img_size=32 {length} --model.patch_size=8"
+            if "growing" in line:
+                line += " '--stages=[{until: 0.5, img_size: 16}, {}]'"
         assert_runs(line, place)
         ran += 1
     assert ran >= 5

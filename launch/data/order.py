@@ -39,30 +39,42 @@ def plan_batches(accelerator: Accelerator, batch_size: int, accumulation: int) -
     return BatchPlan(batch_size, accumulation, world, accelerator.process_index)
 
 
+class Passes:
+    """Endless shuffled passes over a source: sample k of a run as (epoch, index)."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count = count
+        self.seed = seed
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+
+    def __getitem__(self, position: int) -> tuple[int, int]:
+        if position // self.count != self._epoch:
+            self._epoch = position // self.count
+            self._order = torch.randperm(self.count, generator=generator(self.seed, self._epoch))
+        return self._epoch, int(self._order[position % self.count])
+
+
 class StepSampler(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, index): sample k of the run is the k-th of endless shuffled passes over the source.
 
-    Step s takes samples s * batch_size and on, whatever the number of processes; each process takes its share.
+    Step s takes samples first_sample + s * batch_size and on, whatever the number of processes; each process takes its
+    share.
     """
 
-    def __init__(self, count: int, seed: int, plan: BatchPlan, start_batch: int, total_steps: int) -> None:
+    def __init__(
+        self, count: int, seed: int, plan: BatchPlan, start_batch: int, total_steps: int, first_sample: int = 0
+    ) -> None:
         self.count = count
         self.seed = seed
         self.plan = plan
         self.batches = range(start_batch, total_steps * plan.accumulation)
+        self.first_sample = first_sample
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        plan = self.plan
-        epoch, order = -1, torch.empty(0, dtype=torch.int64)
+        plan, passes = self.plan, Passes(self.count, self.seed)
         for batch in self.batches:
-            first = (batch * plan.world + plan.rank) * plan.micro_batch
-            items = []
-            for position in range(first, first + plan.micro_batch):
-                if position // self.count != epoch:
-                    epoch = position // self.count
-                    order = torch.randperm(self.count, generator=generator(self.seed, epoch))
-                items.append((epoch, int(order[position % self.count])))
-            yield items
+            first = self.first_sample + (batch * plan.world + plan.rank) * plan.micro_batch
+            yield [passes[position] for position in range(first, first + plan.micro_batch)]

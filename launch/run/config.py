@@ -116,13 +116,18 @@ class TrainingConfig(RunConfig):
         require(self.epochs is None or self.epochs > 0, "epochs", self.epochs, "it must be positive")
         require(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "it must lie in (0, 1)")
 
+    @property
+    def mean_batch_size(self) -> float:
+        """Pictures of a step, over the whole run."""
+        return self.batch_size
+
     def total_steps(self, pictures: int | None) -> int:
         """Optimiser steps of the run over so many training pictures (None: a stream)."""
         steps, epochs = (self.steps, self.epochs) if self.steps or self.epochs else self.UNSTATED
         if steps is not None:
             return steps
         require(pictures is not None, "epochs", epochs, "a stream has no length, give steps instead")
-        return max(1, round((epochs or 0) * (pictures or 0) / self.batch_size))
+        return max(1, round((epochs or 0) * (pictures or 0) / self.mean_batch_size))
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -176,6 +181,8 @@ def _in_words(hint: Any) -> str:
         return "[" + ", ".join(_in_words(part) for part in get_args(hint)) + "]"
     if hint is NoneType:
         return "null"
+    if is_dataclass(hint):
+        return "{" + ", ".join(f"{name}: {words}" for name, words in field_types(hint).items()) + "}"
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(hint, str(hint))
 
 

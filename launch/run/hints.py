@@ -28,6 +28,8 @@ SYNONYMS = {
     "backbone": ("model", "pretrained", "weights", "init", "finetune", "model_name_or_path", "arch"),
     "init": ("backbone", "pretrained", "weights", "finetune", "model_name_or_path", "init_from", "load_from"),
     "model.img_size": ("image_size", "resolution", "input_size", "crop_size", "imgsz"),
+    "stages": ("progressive_resizing", "resolution_schedule", "size_schedule", "curriculum"),
+    "data.batch_by": ("tokens_per_step", "tokens_per_batch", "max_tokens", "patches_per_step", "token_budget"),
     "resume": ("resume_from_checkpoint", "resume_from", "continue", "load"),
     "accumulation": ("gradient_accumulation_steps", "accum_iter", "accumulate_grad_batches", "grad_accum"),
     "precision": ("bf16", "fp16", "amp", "mixed_precision", "dtype"),

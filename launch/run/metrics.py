@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,7 +31,15 @@ LOG = "log.jsonl"
 class RunLog:
     """Metrics and progress of one run; silent on all processes but the main one."""
 
-    def __init__(self, config: RunConfig, accelerator: Accelerator, total_steps: int, start_step: int) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        accelerator: Accelerator,
+        total_steps: int,
+        start_step: int,
+        work: Callable[[int], float] = float,
+    ) -> None:
+        """`work`: of the first so many steps, in any unit; the time that is left goes with it."""
         self.accelerator = accelerator
         self.active = accelerator.is_main_process
         self.console = Console(stderr=True, quiet=not self.active, highlight=False, soft_wrap=True)
@@ -43,7 +51,7 @@ class RunLog:
         except Exception as error:  # each tracker raises its own classes
             names = ", ".join(config.trackers)
             raise UserError(f"trackers is {names}: {first_line(error)}; set it up, or take it out") from error
-        self._progress = ProgressReport(self.console, "step", total_steps, start_step)
+        self._progress = ProgressReport(self.console, "step", total_steps, start_step, work)
 
     def __enter__(self) -> "RunLog":
         self._progress.__enter__()

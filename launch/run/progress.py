@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 
@@ -47,9 +48,13 @@ class Pace:
 class ProgressReport:
     """Reports on `total` items of which `done` are done; a context around the work."""
 
-    def __init__(self, console: Console, unit: str, total: int, done: int = 0) -> None:
+    def __init__(
+        self, console: Console, unit: str, total: int, done: int = 0, work: Callable[[int], float] = float
+    ) -> None:
+        """`work`: of the first so many items, where some take longer than others."""
         self.console = console
         self._unit, self._total, self._done = unit, total, done
+        self._work = work
         self._pace = Pace()
         self._bar = Progress(
             TextColumn(f"[bold]{unit}"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[status]}"),
@@ -78,7 +83,7 @@ class ProgressReport:
         self._wait.cancel()
         now = time.monotonic()
         if done > self._done:
-            self._pace.add((now - self._last) / (done - self._done))
+            self._pace.add((now - self._last) / (self._work(done) - self._work(self._done)))
         self._done, self._last = done, now
         left = self.left()
         with suppress(OSError):
@@ -89,8 +94,8 @@ class ProgressReport:
 
     def left(self) -> str:
         """The time that is left, in words; nothing where it is unknown or none."""
-        seconds, items = self._pace.seconds(), self._total - self._done
-        return f"about {timedelta(seconds=round(seconds * items))} left" if seconds is not None and items > 0 else ""
+        seconds, work = self._pace.seconds(), self._work(self._total) - self._work(self._done)
+        return f"about {timedelta(seconds=round(seconds * work))} left" if seconds is not None and work > 0 else ""
 
     def rate(self) -> str:
         """Items a second, in words; nothing where it is unknown."""

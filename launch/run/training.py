@@ -159,6 +159,15 @@ class Training:
                 self._end_on_signal()
         on_main(self.accelerator, self._writer.wait)
 
+    def expect_change(self) -> None:
+        """What the next step trains on is unlike what the steps before did. For all processes.
+
+        Losses so far are no measure of its, and it may take the time of a first one. To be called before its `parts`.
+        """
+        self.settle()
+        self._guard.losses = []
+        self._watchdog.start_again()
+
     def parts(self) -> Iterator[AbstractContextManager[None]]:
         """Contexts for the forward and backward passes of a step; read a part's data before entering its context."""
         for part in range(count := self.accelerator.gradient_accumulation_steps):

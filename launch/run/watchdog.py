@@ -63,6 +63,10 @@ class Watchdog:
             self._first_step = step
         self._beat = {"step": step, "stage": stage, "doing": doing, "since": self._clock.read()}
 
+    def start_again(self) -> None:
+        """The next step may take as long as the first one."""
+        self._first_step = None
+
     def _watch(self) -> None:
         while not self._done.wait(self._pause):
             self._clock.tick()

@@ -19,11 +19,17 @@ from launch.run.randomness import generator
 from pretrain.data import DataConfig, View, Views, build_loader, native_size, random_crop
 from pretrain.mae.masking import MaskConfig
 from pretrain.mae.objective import MAE
+from pretrain.stages import Stage
 from vim_backbone import UserError
 
 
 def view(**changes):
     return View((32, 48), (4, 6), DataConfig(**({"workers": 0} | changes)), MAE().draw)
+
+
+def one_stage(steps, batch, accumulation=1, world=1, rank=0):
+    """Stages of a run that has one."""
+    return [Stage(range(steps), (32, 48), BatchPlan(batch, accumulation, world, rank))]
 
 
 def folder_source(folder):
@@ -32,7 +38,7 @@ def folder_source(folder):
 
 def draw(source, *, workers=0, start=0, stop=4, batch=6, accumulation=1, world=1, rank=0):
     loader = build_loader(
-        source, view(workers=workers), 3, BatchPlan(batch, accumulation, world, rank), start * accumulation, stop
+        source, view(workers=workers), 3, one_stage(stop, batch, accumulation, world, rank), start * accumulation
     )
     return [b for b in loader if b is not None]
 
@@ -130,7 +136,7 @@ def test_bad_pictures_are_replaced_and_named(spoiled_folder):
 
 def test_the_share_of_bad_pictures_decides(spoiled_folder, tmp_path):
     source = folder_source(spoiled_folder)
-    loader = build_loader(source, view(max_megapixels=5), 3, BatchPlan(18, 1, 1, 0), 0, 2)
+    loader = build_loader(source, view(max_megapixels=5), 3, one_stage(2, 18))
     batches = [b for b in loader if b is not None]
     counted = BadPictures(tmp_path / "bad.txt", len(source), 0.5)
     lines = [line for b in batches for line in counted.add(b)]
@@ -161,7 +167,7 @@ def test_a_resumed_stream_goes_on_where_it_was(tmp_path, picture_folder, workers
 
     def stream(start, stop, known_bad=()):
         source = open_source(str(tmp_path / "part-*.parquet"), split="train", column=None, streaming=True)
-        loader = build_loader(source, view(workers=workers), 3, BatchPlan(3, 1, 1, 0), start, stop, known_bad)
+        loader = build_loader(source, view(workers=workers), 3, one_stage(stop, 3), start, known_bad)
         return [b for _, b in zip(range(stop), loader, strict=False)]
 
     whole = stream(0, 8)
@@ -180,7 +186,7 @@ def test_one_file_serves_several_processes_and_workers(tmp_path, picture_folder,
     source = open_source(str(tmp_path / "one.parquet"), split="train", column=None, streaming=True)
     names = []
     for rank in range(2):
-        loader = build_loader(source, view(workers=2), 3, BatchPlan(6, 1, 2, rank), 0, 4)
+        loader = build_loader(source, view(workers=2), 3, one_stage(4, 6, 1, 2, rank))
         names += [name for _, batch in zip(range(4), loader, strict=False) for name in batch.names]
     assert sorted(names) == sorted(
         f"rank {rank} worker {worker} epoch {epoch} row {row}"
@@ -207,8 +213,8 @@ def test_native_views_keep_the_shape_of_the_crop(picture_folder):
     assert native_size((200, 200), (64, 64), (8, 8)) == (64, 64)
     assert native_size((17, 30), (64, 64), (8, 8)) == (16, 32)
     source = folder_source(picture_folder)
-    loaded = list(build_loader(source, view(sizes="native"), 3, BatchPlan(6, 1, 1, 0), 0, 4))
-    again = list(build_loader(source, view(sizes="native", workers=2), 3, BatchPlan(6, 1, 1, 0), 1, 4))
+    loaded = list(build_loader(source, view(sizes="native"), 3, one_stage(4, 6)))
+    again = list(build_loader(source, view(sizes="native", workers=2), 3, one_stage(4, 6), 1))
     for batch, same_batch in zip(loaded[1:], again, strict=True):
         assert all(map(torch.equal, batch.images, same_batch.images))
         assert all(map(torch.equal, batch.extras, same_batch.extras))

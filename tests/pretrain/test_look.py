@@ -14,6 +14,7 @@ from pretrain.config import PretrainConfig
 from pretrain.data import View, Views, build_loader
 from pretrain.look import main
 from pretrain.look_page import draw_page
+from pretrain.stages import Stage
 from pretrain.survey import EPOCHS, Looked, Survey, survey
 from tests.pretrain.test_bands import made, scenes  # noqa: F401 - a fixture
 from vim_backbone import UserError
@@ -46,7 +47,7 @@ def test_views_and_masks_are_those_of_the_first_batch(picture_folder, tmp_path, 
         datasets.Dataset.from_list(rows, features=features).cast_column("image", datasets.Image()).to_parquet(source)
     argv = [f"--data.sizes={sizes}", f"--data.streaming={streaming}"]
     config, view, opened = configured(source, *argv)
-    batch = next(iter(build_loader(opened, view, config.seed, BatchPlan(8, 1, 1, 0), 0, 1)))
+    batch = next(iter(build_loader(opened, view, config.seed, [Stage(range(1), view.img_size, BatchPlan(8, 1, 1, 0))])))
     drawn = surveyed(source, *argv).drawn
     assert len(drawn) == 8
     for each, image, extra, name in zip(drawn, batch.images, batch.extras, batch.names, strict=True):
