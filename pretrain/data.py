@@ -98,7 +98,7 @@ class Batch(NamedTuple):
     """Views of one forward pass; a tuple, whose tensors a loader pins."""
 
     images: Tensor | list[Tensor] | None
-    """(b, c, h, w) as the samples, or a list of (c, h, w) of native sizes; None where a sample had to be given up."""
+    """(b, c, h, w) as the samples, or a list of (c, h, w) where they differ; None where a sample had to be given up."""
     extras: Tensor | list[Tensor]
     """What the objective adds to each, stacked, or a list."""
     names: list[str]
@@ -123,6 +123,11 @@ class View:
     def native(self) -> bool:
         """Whether views differ in size."""
         return self.data.sizes == "native"
+
+    @property
+    def packed(self) -> bool:
+        """Whether views differ in shape, in size or in bands."""
+        return self.native or self.data.preprocessing.channel_sets is not None
 
     @property
     def sizes(self) -> str:
@@ -298,7 +303,7 @@ def build_loader(
     """
     loader = partial(
         loader_of,
-        collate=partial(collate, native=view.native),
+        collate=partial(collate, packed=view.packed),
         seed=seed,
         workers=view.data.workers,
         ahead=4,
@@ -310,8 +315,8 @@ def build_loader(
     return cast("Iterable[Batch | None]", loader(Views(source, view, seed), batch_sampler=sampler))
 
 
-def collate(samples: list[Sample | None], native: bool) -> Batch | None:
-    """Samples to a batch, of lists where their sizes differ; None for a batch that a resumed stream passes over."""
+def collate(samples: list[Sample | None], packed: bool) -> Batch | None:
+    """Samples to a batch, of lists where their shapes differ; None for a batch that a resumed stream passes over."""
     views = [sample for sample in samples if sample is not None]
     if not views:
         return None
@@ -319,4 +324,4 @@ def collate(samples: list[Sample | None], native: bool) -> Batch | None:
     images, extras = [sample.image for sample in views if sample.image is not None], [sample.extra for sample in views]
     if len(images) < len(views):
         return Batch(None, [], names, bad)  # given up; the training process says so
-    return Batch(images, extras, names, bad) if native else Batch(torch.stack(images), torch.stack(extras), names, bad)
+    return Batch(images, extras, names, bad) if packed else Batch(torch.stack(images), torch.stack(extras), names, bad)

@@ -63,7 +63,7 @@ def pretrain(config: PretrainConfig) -> Path:
     total_steps = config.total_steps(pictures)
     accelerator = build_accelerator(config, config.accumulation)
     plan = plan_batches(accelerator, config.batch_size, config.accumulation)
-    on_main(accelerator, lambda: refuse_to_compile_native_sizes(accelerator, data))
+    on_main(accelerator, lambda: refuse_to_compile_many_shapes(accelerator, data))
     on_main(accelerator, lambda: look_at_first(source, data.preprocessing, data.max_megapixels, data.max_bad_share))
     objective = config.objective
     fixed = ("model.", "data.bands", "data.statistics", *objective.architecture_fields)
@@ -116,10 +116,10 @@ def require_same_pixels(state: TrainState, data: DataConfig) -> None:
     """Raise UserError where pixels would reach the model otherwise than before; note how they do in the state."""
     now = data.preprocessing.to_dict()
     before = state.extra.setdefault("preprocessing", now)
-    if changed := [key for key in now if before.get(key) != now[key]]:
+    if changed := [key for key in before | now if before.get(key) != now.get(key)]:
         raise UserError(
             f"the run was started with {changed[0]} {before.get(changed[0])}, and data.statistics, data.range and "
-            f"data.nodata say {now[changed[0]]} now: leave them as they were, or start another run"
+            f"data.nodata say {now.get(changed[0])} now: leave them as they were, or start another run"
         )
 
 
@@ -131,12 +131,14 @@ def settled_workers(data: DataConfig, source: Source, training: Training) -> tup
     return on_main(accelerator, lambda: workers_of_stream(data.workers, accelerator.num_processes, training.state))
 
 
-def refuse_to_compile_native_sizes(accelerator: Accelerator, data: DataConfig) -> None:
+def refuse_to_compile_many_shapes(accelerator: Accelerator, data: DataConfig) -> None:
     """Raise UserError where every step would be compiled anew."""
     plugin = accelerator.state.dynamo_plugin
     compiled = plugin is not None and plugin.backend != DynamoBackend.NO
     remedy = "every step would be compiled anew: launch with --dynamo_backend no, or take fixed sizes"
     require(not (compiled and data.sizes == "native"), "data.sizes", data.sizes, remedy)
+    remedy = "its pictures differ in bands, every step would be compiled anew: launch with --dynamo_backend no"
+    require(not (compiled and data.preprocessing.channel_sets), "data.statistics", data.statistics, remedy)
 
 
 def recompute_level(config: PretrainConfig, accelerator: Accelerator, pictures: int) -> Recompute:
@@ -159,7 +161,7 @@ def build_model(config: PretrainConfig) -> nn.Module:
 def train(run: Run) -> None:
     """The loop: steps until the last one, or until a signal; what was done is saved either way."""
     config, training, device = run.config, run.training, run.training.accelerator.device
-    preprocessing = config.data.preprocessing
+    preprocessing, architecture = config.data.preprocessing, config.architecture()
     speed = Throughput()
     latest: dict[str, float] = {}
     for step in training.steps():
@@ -170,7 +172,7 @@ def train(run: Run) -> None:
             batch = speed.waiting(run.batches)
             images = checked(run, batch)
             names += batch.names
-            inputs = run.objective.inputs(batch.extras, device)
+            inputs = run.objective.inputs(batch.extras, device, architecture.tokens_of(images))
             speed.tokens += inputs.tokens * training.accelerator.num_processes
             with part:
                 training.backward(training.model(to_model(images, device, preprocessing), *inputs.arguments))
@@ -207,7 +209,7 @@ def show(run: Run, batch: Batch | None) -> None:
     if not isinstance(run.source, StreamCells):
         views, count = Views(run.source, run.view, run.config.seed), len(run.source)
         samples = [views[SHOWN_EPOCH + i // count, i % count] for i in range(SAMPLES_SHOWN)]
-        batch = collate([sample for sample in samples if sample.image is not None], run.view.native)
+        batch = collate([sample for sample in samples if sample.image is not None], run.view.packed)
         crops = "crops never trained on"
     assert batch is not None
     assert batch.images is not None
