@@ -82,7 +82,7 @@ def model_card(config: VimConfig, name: str, preprocessing: Preprocessing = RGB)
         )
     if config.channels == "tokens":
         numbers = sorted({config.in_chans, *(len(each) for each in config.channel_sets or ())})
-        pictures += f"; a picture has {' or '.join(map(str, numbers))} of them, each of which is\ntokens of its own"
+        pictures += f";\na picture has {' or '.join(map(str, numbers))} of them, and each gives tokens of its own"
     return f"""---
 library_name: vim_backbone
 tags: [vision-mamba, image-feature-extraction]
