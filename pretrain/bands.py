@@ -18,6 +18,7 @@ from rich.console import Console
 from launch.data.bad_pictures import reason
 from launch.data.sources import Source, StreamCells, open_source, some_pictures
 from launch.data.statistics import Statistics
+from launch.data.tiff import MOST_BANDS
 from launch.run.cli import run
 from launch.run.progress import ProgressReport
 from vim_backbone.channels import check_sets
@@ -251,7 +252,7 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     require(options.pictures >= 1, "--pictures", options.pictures, "it must be at least 1")
     if options.sets:
-        check_sets(options.sets, sorted({band for each in options.sets for band in each if band >= 0}), "--sets")
+        check_sets(options.sets, range(MOST_BANDS), "--sets")
     source = open_source(options.source, split=options.split, column=options.column, streaming=options.streaming)
     total = options.pictures if isinstance(source, StreamCells) else min(options.pictures, len(source))
     console = Console(stderr=True, highlight=False, soft_wrap=True)

@@ -11,12 +11,17 @@ Sets = tuple[tuple[int, ...], ...]
 """Numbers of channels or bands, counted from 0, in the order in which a picture has them; a line for each number."""
 
 
+MOST_NAMED = 20
+"""Numbers that a line names one by one."""
+
+
 def check_sets(sets: Sequence[Sequence[int]], known: Sequence[int] | range, name: str) -> None:
     """Raise UserError where a set is empty, names what is not known or the same twice, or two are equally long."""
     for each in sets:
         strange = [number for number in each if type(number) is not int or number not in known]
         if not each or strange or len(set(each)) < len(each):
-            raise UserError(f"{name} has {list(each)}: give different numbers of {list(known)}")
+            some = list(known) if len(known) <= MOST_NAMED else f"{known[0]} to {known[-1]}"
+            raise UserError(f"{name} has {list(each)}: give different numbers of {some}")
     if len({len(each) for each in sets}) < len(sets):
         raise UserError(
             f"{name} is {[list(each) for each in sets]}: two sets have the same length, and pictures are told apart by "

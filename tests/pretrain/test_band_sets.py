@@ -76,6 +76,7 @@ def test_band_k_of_a_file_is_band_k_where_nothing_else_is_said(scenes, capsys):
     (["3=0,1,1"], r"--sets has \[0, 1, 1\]: give different numbers"),
     (["3=0,1,2", "5=0,1,2,3,-4"], r"--sets has \[0, 1, 2, 3, -4\]: give different numbers"),
     (["3=0,1,7", "2=5,6"], r"band 5 holds no value"),
+    (["3=0,1,999999999"], r"--sets has \[0, 1, 999999999\]: give different numbers of 0 to 4095"),
 ])  # fmt: skip
 def test_wrong_sets(scenes, argv, line):
     with pytest.raises(UserError, match=line):

@@ -1,6 +1,7 @@
 """Channels as tokens against a loop over places and channels, packed as alone, in its folder, and what is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,6 +46,8 @@ def test_tokens_are_those_of_a_loop_over_places_and_channels(number, held):
                 token = (kernel * patch).sum((1, 2)) + bias
                 want.append(token + positions[3 * row + column] + made.channel_embed[0, channel])
     close(made.embed(image)[0], torch.stack(want))
+    planes = image.flatten(0, 1)[:, None]
+    close(made.patch_embed.as_product(planes), made.patch_embed.project(planes))
     assert made.lengths(list(image)) == [6 * number]
 
 
@@ -190,6 +193,10 @@ def test_a_file_gives_its_bands_in_the_order_of_the_model():
             torch.testing.assert_close(plane, want)
     with pytest.raises(UserError, match="it holds 4 bands, and files of 3 or 5 are known"):
         SETS.of_file(4)
+    few = replace(SETS.of_file(5), bands=(7,), mean=(0.1,), std=(1.0,), range=((0.0,), (1.0,)), sets=SETS.sets)
+    assert few.channel_sets is None
+    with pytest.raises(UserError, match=r"it holds the bands \[2, 4, 5\], none of \[7\]"):
+        few.of_file(3)
 
 
 @pytest.mark.parametrize(("change", "line"), [
