@@ -81,9 +81,10 @@ def read_backbone(
     """Read a backbone, its positions resampled to the run's size; a head of another size is fresh, keyed by the seed.
 
     Where `preprocessing` has another number of bands than the backbone was trained on, its first convolution is
-    adapted. `more` are further fields of the config to override, such as `img_size`.
+    adapted; where its channels are tokens, those of the same bands are kept. `more` are further fields of the config to
+    override, such as `img_size`.
 
-    Raises UserError naming the file or tensor that is missing or does not fit.
+    Raises UserError naming the file or tensor that is missing or does not fit, and bands that have no embedding.
     """
     saved = read_config(folder)
     drop_path_rate = 0.0 if config.freeze else config.drop_path_rate
@@ -91,6 +92,7 @@ def read_backbone(
         "drop_path_rate": drop_path_rate,
         "num_classes": num_classes,
         "in_chans": preprocessing.in_chans,
+        "channel_sets": preprocessing.channel_sets,
     } | more
     for name in ("img_size", "stride", "global_pool"):
         if (value := getattr(config, name)) is not None:
@@ -98,9 +100,25 @@ def read_backbone(
     torch.manual_seed(seed_of(seed))
     if config.from_scratch:
         model = VisionMamba(VimConfig.from_dict(saved.to_dict() | changes))
+    elif saved.channels == "tokens":
+        model = from_pretrained(folder, chosen_channels=channels_of_bands(folder, preprocessing), **changes)
     else:
         model = from_pretrained(folder, **changes)
     return Pretrained(model.config, model.state_dict(), preprocessing)
+
+
+def channels_of_bands(folder: Path, preprocessing: Preprocessing) -> list[int]:
+    """Which channels of a backbone, each of which is a token, have the bands of `preprocessing`.
+
+    Raises UserError for a band that the backbone does not know.
+    """
+    known, wanted = (each.bands or tuple(range(each.in_chans)) for each in (read_preprocessing(folder), preprocessing))
+    if strange := [band for band in wanted if band not in known]:
+        raise UserError(
+            f"data.statistics has band {strange[0]}: {folder} was pretrained on the bands {list(known)}; say which of "
+            "them your files hold, with --sets of python -m pretrain.bands"
+        )
+    return [known.index(band) for band in wanted]
 
 
 def layer_scales(model: nn.Module, backbone: VisionMamba, optim: FinetuneOptim) -> dict[str, float]:

@@ -6,10 +6,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from launch.data.pictures import Picture
 from launch.data.reading import open_file, read_pixels, resized
 from vim_backbone.preprocessing import Preprocessing, shown, to_model, to_pixels
+from vim_backbone.vim import Images
 
 
 def pixels_of(picture: Picture, preprocessing: Preprocessing, max_megapixels: float) -> Tensor:
@@ -49,7 +51,19 @@ def displayed(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
     return (shown(unit) * 255).round().to(torch.uint8)
 
 
+def stacked(images: list[Tensor], preprocessing: Preprocessing) -> Tensor | list[Tensor]:
+    """Pictures (c, h, w) of one size as a batch (b, c, h, w), or the list itself where files hold different bands."""
+    return default_collate(images) if preprocessing.channel_sets is None else images
+
+
+def on_device(images: Images, device: torch.device) -> Images:
+    """Pictures of `stacked` on a device."""
+    if isinstance(images, Tensor):
+        return images.to(device, non_blocking=True)
+    return [image.to(device, non_blocking=True) for image in images]
+
+
 def fill_of(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
     """(c, 1, 1) of the pixels' type: the value that padding has, which the model sees as 0."""
-    fill = torch.tensor(preprocessing.fill)
+    fill = torch.tensor(preprocessing.of_channels(len(pixels)).fill)
     return (fill.round() if pixels.dtype == torch.uint8 else fill).to(pixels.dtype).view(-1, 1, 1)

@@ -5,7 +5,7 @@ registry.py.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
@@ -21,6 +21,7 @@ from launch.data.images import check_megapixels
 from launch.data.pictures import Picture
 from vim_backbone import VimConfig, VisionMamba
 from vim_backbone.preprocessing import RGB, Preprocessing
+from vim_backbone.vim import Images
 
 ConfigT = TypeVar("ConfigT", bound=FinetuneConfig, covariant=True)
 MAX_MEGAPIXELS = 200.0
@@ -77,6 +78,12 @@ class TaskModel(nn.Module):
     def __init__(self, config: VimConfig) -> None:
         super().__init__()
         self.backbone = VisionMamba(config)
+
+    def feature_maps(self, images: Images, indices: Sequence[int]) -> list[Tensor]:
+        """What blocks give, normed, each (b, d_model, rows, columns); images of one size, a list where bands differ."""
+        options: dict[str, Any] = {"norm": True, "stop_early": True, "intermediates_only": True}
+        maps = self.backbone.forward_intermediates(images, indices, **options)
+        return [of_block if isinstance(of_block, Tensor) else torch.stack(of_block) for of_block in maps]
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that decay would harm."""

@@ -148,17 +148,19 @@ def train(run: Run) -> dict[str, float] | None:
         torch.manual_seed(seed_of(config.seed, step, rank))  # for stochastic depth
         names: list[str] = []
         losses: dict[str, Tensor] = {}
+        tokens = 0  # of a place, of all pictures together
         for part, context in enumerate(training.parts()):
             batch = speed.waiting(run.batches)
             for line in run.bad.add(batch):
                 run.log.say(line)
             names += batch.names
+            tokens += sum(backbone.tokens_of(batch.images))
             with context:
                 losses = task.losses(training.model, batch, device, (config.seed, step, part, rank))
                 training.backward(torch.stack(list(losses.values())).sum())
         training.update(config.optim.rate(step, config.batch_size, training.total_steps), names)
         speed.images += config.batch_size
-        speed.tokens += config.batch_size * rows * columns
+        speed.tokens += tokens * rows * columns * training.accelerator.num_processes
 
         done = step + 1
         if done % config.log_every == 0 or done == training.total_steps:

@@ -7,6 +7,8 @@ if __name__ == "__main__":
 
 import argparse
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,8 +18,10 @@ from rich.console import Console
 from launch.data.bad_pictures import reason
 from launch.data.sources import Source, StreamCells, open_source, some_pictures
 from launch.data.statistics import Statistics
+from launch.data.tiff import MOST_BANDS
 from launch.run.cli import run
 from launch.run.progress import ProgressReport
+from vim_backbone.channels import check_sets
 from vim_backbone.errors import UserError, require
 
 KEPT = 4096
@@ -47,19 +51,33 @@ class Totals:
         self.kept = [[] for _ in range(self.bands)]
 
     def add(self, values: np.ndarray, valid: np.ndarray, rng: np.random.Generator) -> None:
-        """Values (bands, n) of a picture, and which of them hold something (Chan's update of mean and deviation)."""
+        """Values (bands, n) of a picture, and which of them hold something."""
         self.pictures += 1
         for band, (row, keep) in enumerate(zip(values, valid, strict=True)):
             held = row[keep].astype(np.float64)
             if not len(held):
                 continue
-            total, shift = self.count[band] + len(held), held.mean() - self.mean[band]
-            self.squares[band] += held.var() * len(held) + shift**2 * self.count[band] * len(held) / total
-            self.mean[band] += shift * len(held) / total
-            self.count[band] = total
+            self._join(band, len(held), held.mean(), held.var() * len(held))
             self.minimum[band] = min(self.minimum[band], held.min())
             self.maximum[band] = max(self.maximum[band], held.max())
             self.kept[band].append(rng.choice(held, KEPT) if len(held) > KEPT else held)
+
+    def add_totals(self, part: "Totals", bands: Sequence[int]) -> None:
+        """What was read of other pictures, whose bands are these."""
+        self.pictures += part.pictures
+        for place, band in enumerate(bands):
+            if part.count[place]:
+                self._join(band, part.count[place], part.mean[place], part.squares[place])
+                self.minimum[band] = min(self.minimum[band], part.minimum[place])
+                self.maximum[band] = max(self.maximum[band], part.maximum[place])
+                self.kept[band] += part.kept[place]
+
+    def _join(self, band: int, count: float, mean: float, squares: float) -> None:
+        """Chan's update of mean and deviation."""
+        total, shift = self.count[band] + count, mean - self.mean[band]
+        self.squares[band] += squares + shift**2 * self.count[band] * count / total
+        self.mean[band] += shift * count / total
+        self.count[band] = total
 
 
 def gather(
@@ -70,10 +88,12 @@ def gather(
     nodata: float | None,
     max_megapixels: float,
     report: ProgressReport | None = None,
+    sets: list[list[int]] | None = None,
 ) -> tuple[Statistics, list[str]]:
     """Statistics of the most frequent kind of picture, and lines on those that are left out.
 
-    Raises UserError where no picture can be read.
+    With `sets`, of all numbers of bands of the most frequent type: a set says which bands files with as many hold;
+    where there is none, band k of a file is band k. Raises UserError where no picture can be read.
     """
     rng = np.random.default_rng(seed)
     totals: dict[Kind, Totals] = {}
@@ -89,7 +109,7 @@ def gather(
             with opened() as picture:
                 values = picture.sample(max_megapixels)
                 kind = (picture.bands, str(picture.dtype))
-                held = values if bands is None or max(bands) >= len(values) else values[bands]  # as a run has it
+                held = values[places(len(values), bands, sets)]  # as a run has it
                 missing = picture.missing(held, nodata)
                 valid = (
                     np.isfinite(values) & ~missing
@@ -111,27 +131,67 @@ def gather(
             report.update(done, report.rate())
     if not totals:
         raise UserError(f"no picture can be read, such as {bad[0] if bad else 'none'}: see SOURCE")
-    kind = max(totals, key=lambda key: totals[key].pictures)
+    used, whole, found = of_one_type(totals, sets)
     (common, *others) = declared  # of files that differ, one's nodata may be another's value
     common = None if common is None or others else float(common)
-    measured = summary(kind, totals[kind], bands, common if nodata is None else nodata)
+    measured = summary((whole.bands, used[0][1]), whole, bands, common if nodata is None else nodata, found)
     notes = [f"{len(bad)} pictures cannot be read, such as {bad[0]}"] if bad else []
     notes += [
         f"{len(names)} pictures of {number} bands of {dtype} are left out, such as {names[0]}"
         f"{': a run passes over them' * (measured.bands is not None)}"
         for (number, dtype), names in kinds.items()
-        if (number, dtype) != kind
+        if (number, dtype) not in used
     ]
     if nodata is None and len(declared) > 1:
         notes.append(f"the files name different nodata ({', '.join(sorted(map(str, declared)))}): each keeps its own")
     return measured, notes
 
 
-def summary(kind: Kind, totals: Totals, bands: list[int] | None, nodata: float | None) -> Statistics:
+def layout(number: int, sets: list[list[int]]) -> list[int]:
+    """The bands that files with so many hold; none where they are not among the sets, of which there are some."""
+    return next((each for each in sets if len(each) == number), [] if sets else list(range(number)))
+
+
+def places(number: int, bands: list[int] | None, sets: list[list[int]] | None) -> list[int] | slice:
+    """Where the chosen bands are in a file with so many; all of them where it lacks some that it should have."""
+    held = list(range(number)) if sets is None else layout(number, sets)
+    chosen = [held.index(band) for band in bands or [] if band in held]
+    return chosen if chosen and (sets is not None or len(chosen) == len(bands or [])) else slice(None)
+
+
+def of_one_type(
+    totals: dict[Kind, Totals], sets: list[list[int]] | None
+) -> tuple[list[Kind], Totals, list[list[int]] | None]:
+    """The kinds of pictures that are used, what was read of them together, and the sets of bands that they hold.
+
+    Without `sets` the most frequent kind; with them all kinds that they name, of the most frequent type.
+    """
+    if sets is None:
+        kind = max(totals, key=lambda key: totals[key].pictures)
+        return [kind], totals[kind], None
+    of_types = Counter[str]()
+    for (_, dtype), total in totals.items():
+        of_types[dtype] += total.pictures
+    ((dtype, _),) = of_types.most_common(1)
+    used = sorted(key for key in totals if key[1] == dtype and layout(key[0], sets))
+    if not used:
+        numbers_met = ", ".join(str(number) for number, _ in sorted(totals))
+        raise UserError(f"--sets is {sets}: the pictures hold {numbers_met} bands, which none of them is")
+    found = sets or [layout(number, sets) for number, _ in used]
+    whole = Totals(1 + max(band for each in found for band in each))
+    for kind in used:
+        whole.add_totals(totals[kind], layout(kind[0], sets))
+    return used, whole, found
+
+
+def summary(
+    kind: Kind, totals: Totals, bands: list[int] | None, nodata: float | None, sets: list[list[int]] | None = None
+) -> Statistics:
     """As it is written. Raises UserError for bands that are not there, or hold nothing."""
     number, dtype = kind
-    colours = bands is None and dtype == "uint8" and number in (1, 3)
-    chosen = list(range(number)) if bands is None else bands
+    colours = bands is None and sets is None and dtype == "uint8" and number in (1, 3)
+    every = list(range(number)) if sets is None else sorted({band for each in sets for band in each})
+    chosen = every if bands is None else bands
     if wrong := [band for band in chosen if not 0 <= band < number]:
         raise UserError(f"--bands has {wrong[0]}: the pictures hold {number} bands of {dtype}, counted from 0")
     if empty := [band for band in chosen if not totals.count[band]]:
@@ -150,6 +210,7 @@ def summary(kind: Kind, totals: Totals, bands: list[int] | None, nodata: float |
         percentiles=[low.tolist(), high.tolist()],
         nodata="nan" if nodata is not None and not np.isfinite(nodata) else nodata,
         pictures=totals.pictures,
+        sets=sets,
     )
 
 
@@ -161,6 +222,15 @@ def numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} are no numbers of bands, such as 0,1,2,3") from error
 
 
+def set_of(text: str) -> list[int]:
+    """NUMBER=BANDS, the bands that files with so many hold."""
+    number, equals, bands = text.partition("=")
+    held = numbers(bands) if equals else []
+    if number.strip() != str(len(held)):
+        raise argparse.ArgumentTypeError(f"{text!r} does not name so many bands, as 3=0,1,2 does")
+    return held
+
+
 def main(argv: list[str]) -> None:
     """Read the pictures, write the file, and print it as a table."""
     parser = argparse.ArgumentParser("pretrain.bands", description=__doc__)
@@ -168,6 +238,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write, for --data.statistics")
     parser.add_argument("--pictures", type=int, default=1000, help="how many are read, drawn at random")
     parser.add_argument("--bands", type=numbers, help="which bands, in which order, such as 3,2,1; all when not given")
+    text = (
+        "files may hold different numbers of bands: which ones, such as 3=2,1,0 5=0,1,2,3,4; alone, all numbers, and "
+        "band k of a file is band k"
+    )
+    parser.add_argument("--sets", type=set_of, nargs="*", metavar="NUMBER=BANDS", help=text)
     parser.add_argument("--nodata", type=float, help="value of pixels that hold nothing, or nan; else as the files say")
     parser.add_argument("--split", default="train", help="split of a data set")
     parser.add_argument("--column", help="image column of a data set")
@@ -176,12 +251,21 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     options = parser.parse_args(argv)
     require(options.pictures >= 1, "--pictures", options.pictures, "it must be at least 1")
+    if options.sets:
+        check_sets(options.sets, range(MOST_BANDS), "--sets")
     source = open_source(options.source, split=options.split, column=options.column, streaming=options.streaming)
     total = options.pictures if isinstance(source, StreamCells) else min(options.pictures, len(source))
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     with ProgressReport(console, "pictures", total) as report:
         measured, notes = gather(
-            source, options.pictures, options.seed, options.bands, options.nodata, options.max_megapixels, report
+            source,
+            options.pictures,
+            options.seed,
+            options.bands,
+            options.nodata,
+            options.max_megapixels,
+            report,
+            options.sets,
         )
     for note in notes:
         console.print(note, markup=False)
@@ -195,7 +279,8 @@ def main(argv: list[str]) -> None:
 
 def print_table(measured: Statistics) -> None:
     """A line for each band."""
-    print(f"{measured.pictures} pictures of {measured.dtype}, nodata {measured.nodata}")  # noqa: T201
+    sets = "" if measured.sets is None else f", files of the bands {' or '.join(map(str, measured.sets))}"
+    print(f"{measured.pictures} pictures of {measured.dtype}, nodata {measured.nodata}{sets}")  # noqa: T201
     print("".join(f"{name:>12}" for name in ("band", "mean", "deviation", "lowest", "0.1 %", "99.9 %", "highest")))  # noqa: T201
     names = ["red", "green", "blue"] if measured.bands is None else measured.bands
     columns = (measured.mean, measured.deviation, measured.minimum, *measured.percentiles, measured.maximum)

@@ -14,6 +14,7 @@ from pretrain.mae.objective import MAE
 from pretrain.objective import Objective
 from pretrain.stages import Stage, StageConfig, borders, check_stages, errors_of
 from vim_backbone import VimConfig, named_config
+from vim_backbone.channels import Channels, Sets
 from vim_backbone.errors import require
 
 OBJECTIVE = MAE
@@ -35,6 +36,9 @@ class ModelConfig(BlocksConfig):
     scan: Literal["full", "pooled"] = "full"
     """full: Vim, every token is scanned. pooled: the mean of every row, in every other block of every column (FastVim),
     which takes less time and memory. Fine-tuning scans as pretraining did."""
+    channels: Channels = "mixed"
+    """mixed: a patch of all bands is one token. tokens: of each band one, with an embedding of the band (ChannelViT);
+    pictures may have some of the bands only. As many times the tokens as a picture has bands."""
     class_token: Literal["middle", "first", "none"] | None = None
     """Where the class token sits in the scan; null for the middle, or none with scan=pooled, which has none."""
     num_registers: int = 0
@@ -46,8 +50,11 @@ class ModelConfig(BlocksConfig):
     drop_path_rate: float = 0.0
     """Stochastic depth at the last block."""
 
-    def architecture(self, in_chans: int = 3) -> VimConfig:
-        """The backbone's full config for so many bands, without a head."""
+    def architecture(self, in_chans: int = 3, channel_sets: Sets | None = None) -> VimConfig:
+        """The backbone's full config for so many bands, without a head.
+
+        `channel_sets`: those of pictures that lack some. Raises UserError for them where channels are mixed.
+        """
         optional: dict[str, Any] = {"patch_size": self.patch_size, "depth": self.depth}
         pooled = self.scan == "pooled"
         class_token = self.class_token or ("none" if pooled else "middle")
@@ -56,6 +63,8 @@ class ModelConfig(BlocksConfig):
             img_size=self.img_size,
             num_classes=0,
             in_chans=in_chans,
+            channels=self.channels,
+            channel_sets=channel_sets,
             position=self.position or "sincos",
             scan=self.scan,
             class_token=class_token,
@@ -150,7 +159,8 @@ class PretrainConfig(TrainingConfig):
 
     def architecture(self) -> VimConfig:
         """The backbone's full config; it knows the share of visible patches, which a pooled scan learned with."""
-        architecture = self.model.architecture(self.data.preprocessing.in_chans)
+        preprocessing = self.data.preprocessing
+        architecture = self.model.architecture(preprocessing.in_chans, preprocessing.channel_sets)
         return (
             replace(architecture, visible_share=1.0 - self.mask.ratio) if self.model.scan == "pooled" else architecture
         )

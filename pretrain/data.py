@@ -103,7 +103,7 @@ class Batch(NamedTuple):
     """Views of one forward pass; a tuple, whose tensors a loader pins."""
 
     images: Tensor | list[Tensor] | None
-    """(b, c, h, w) as the samples, or a list of (c, h, w) of native sizes; None where a sample had to be given up."""
+    """(b, c, h, w) as the samples, or a list of (c, h, w) where they differ; None where a sample had to be given up."""
     extras: Tensor | list[Tensor]
     """What the objective adds to each, stacked, or a list."""
     names: list[str]
@@ -135,6 +135,11 @@ class View:
             return self
         side = self.img_size[0] // self.grid[0]
         return replace(self, img_size=img_size, grid=(img_size[0] // side, img_size[1] // side))
+
+    @property
+    def packed(self) -> bool:
+        """Whether views differ in shape, in size or in bands."""
+        return self.native or self.data.preprocessing.channel_sets is not None
 
     @property
     def sizes(self) -> str:
@@ -341,7 +346,7 @@ def build_loader(
         streamed = StreamedViews(source, view, seed, stages, start_batch, frozenset(known_bad))
         return cast("Iterable[Batch | None]", loader(streamed, collate=unchanged, batch_size=None))
     sampler = sampler or StageSampler(len(source), seed, stages, start_batch)
-    collated = partial(collate, native=view.native)
+    collated = partial(collate, packed=view.packed)
     return cast("Iterable[Batch | None]", loader(Views(source, view, seed), collate=collated, batch_sampler=sampler))
 
 
@@ -350,10 +355,10 @@ def unchanged(batch: Any) -> Any:
     return batch
 
 
-def collate(views: list[Sample], native: bool) -> Batch:
-    """Samples to a batch, of lists where their sizes differ."""
+def collate(views: list[Sample], packed: bool) -> Batch:
+    """Samples to a batch, of lists where their shapes differ."""
     names, bad = [sample.name for sample in views], [entry for sample in views for entry in sample.bad]
     images, extras = [sample.image for sample in views if sample.image is not None], [sample.extra for sample in views]
     if len(images) < len(views):
         return Batch(None, [], names, bad)  # given up; the training process says so
-    return Batch(images, extras, names, bad) if native else Batch(torch.stack(images), torch.stack(extras), names, bad)
+    return Batch(images, extras, names, bad) if packed else Batch(torch.stack(images), torch.stack(extras), names, bad)

@@ -9,11 +9,13 @@ from torch import Tensor
 from vim_backbone import SIZES, UserError, VimConfig, from_pretrained
 from vim_backbone.folder import read_config
 
-TAKEN_UP = ("depth", "patch_size", "img_size", "scan", "class_token", "num_registers", "mixer_norm", "position")
+TAKEN_UP = ("depth", "patch_size", "img_size", "scan", "class_token", "num_registers", "mixer_norm", "position",
+            "channels")  # fmt: skip
 """Fields of the backbone's config that are fields of `ModelConfig`, too."""
 RESAMPLED = ("patch_size", "img_size")
 """Those that a run may set otherwise: the weights are resampled."""
-OUR_OWN = ("d_model", "stride", "in_chans", "num_classes", "global_pool", "visible_share", "drop_path_rate")
+OUR_OWN = ("d_model", "stride", "in_chans", "channel_sets", "num_classes", "global_pool", "visible_share",
+           "drop_path_rate")  # fmt: skip
 """Fields that a run decides, or that its size's name says; all others must be as in every named size."""
 
 

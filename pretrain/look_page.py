@@ -16,6 +16,7 @@ from torch import Tensor
 from pretrain.config import PretrainConfig
 from pretrain.data import View
 from pretrain.survey import BANDS, SHOWN, Looked, Survey
+from vim_backbone.errors import UserError
 from vim_backbone.preprocessing import Preprocessing, shown
 
 WIDTH = 16.0
@@ -53,13 +54,13 @@ def draw_page(surveyed: Survey, view: View, config: PretrainConfig, path: Path) 
     reasons = surveyed.problems()
     more = [f"and {len(reasons) - LINES} other reasons"] * (len(reasons) > LINES)
     problems = [(line, INK) for line in wrapped([*reasons[:LINES], *more])]
-    panes = band_panes(drawn, preprocessing.bands)
+    panes = band_panes(drawn, preprocessing)
     sections = {
         "heading": 0.45 + 0.2 * len(heading),
         "charts": 2.7,
         "whole": 2.45,
         "views": 4.35 if any(each.pixels is not None for each in drawn) else 0.0,
-        "packing": 1.5 if view.native and any(not each.problem for each in surveyed.looked) else 0.0,
+        "packing": 1.5 if view.packed and any(not each.problem for each in surveyed.looked) else 0.0,
         "bands": 0.45 + 2.2 * -(-len(panes) // SHOWN) if panes else 0.0,
         "problems": 0.5 + 0.2 * len(problems) if problems else 0.0,
     }
@@ -164,19 +165,21 @@ def draw_values(axis: Any, surveyed: Survey, preprocessing: Preprocessing) -> No
     values = np.concatenate([e.values for e in surveyed.looked if e.kind == kind and e.values is not None], axis=1)
     depth = values.dtype
     values = values.astype(np.float64)
-    chosen = [band for band in preprocessing.bands or range(len(values)) if band < len(values)]
+    held, names = of_file(preprocessing, len(values))
+    chosen = [band for band in held.bands or range(len(values)) if band < len(values)]
     low, high = np.percentile(values[chosen], (0.05, 99.95))
     if depth == np.uint8:
         low, high = 0, 255
     edges = np.linspace(low, high if high > low else low + 1, 65)
     for number, band in enumerate(chosen):
         colour = RGB_COLOURS[band] if preprocessing.bands is None and len(values) == 3 else COLOURS[number % SHOWN]
-        label = f"{band_name(band, values.shape[0])}: {values[band].min():.5g} to {values[band].max():.5g}"
+        name = band_name(band, len(values)) if names is None else f"band {names[number]}"
+        label = f"{name}: {values[band].min():.5g} to {values[band].max():.5g}"
         axis.hist(
             values[band], edges, histtype="step", color=colour, linewidth=1.3, label=label if number < SHOWN else None
         )
         if preprocessing.bands is not None:
-            for edge in (side[number] for side in preprocessing.scale):
+            for edge in (side[number] for side in held.scale):
                 axis.axvline(edge, color=colour, linestyle=":", linewidth=1.2)
     margin = 0.02 * (edges[-1] - edges[0])
     axis.set_xlim(edges[0] - margin, edges[-1] + margin)
@@ -185,6 +188,15 @@ def draw_values(axis: Any, surveyed: Survey, preprocessing: Preprocessing) -> No
         axis.plot([], [], ":", color=INK, label="0 and 1 to the model")
     axis.set_title(f"values of {kind}, {count} pictures")
     axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def of_file(preprocessing: Preprocessing, number: int) -> tuple[Preprocessing, tuple[int, ...] | None]:
+    """What is done to files of so many bands, and the run's numbers of those, where these differ from the file's."""
+    try:
+        held = preprocessing.of_file(number)
+    except UserError:  # a run cannot use them
+        return preprocessing, None
+    return held, None if preprocessing.sets is None else preprocessing.of_channels(held.in_chans).bands
 
 
 def band_name(band: int, bands: int) -> str:
@@ -267,8 +279,12 @@ def draw_packing(part: SubFigure, surveyed: Survey, config: PretrainConfig) -> N
     else:
         usable = usable[:micro_batch]
     extras = [each.cuts[0].extra for each in usable]
-    patches = [len(extra) for extra in extras]
-    tokens = [config.objective.inputs([extra], extras[0].device).tokens for extra in extras]
+    architecture, objective = config.architecture(), config.objective
+    of_patches = [architecture.tokens_a_patch(each.channels) for each in usable]
+    patches = [len(extra) * count for extra, count in zip(extras, of_patches, strict=True)]
+    tokens = [
+        objective.inputs([extra], extra.device, [count]).tokens for extra, count in zip(extras, of_patches, strict=True)
+    ]
     padded = len(patches) * max(patches)
     entitle(
         part,
@@ -295,17 +311,19 @@ Pane = tuple[Tensor, str, str]
 """A band (h, w) in [0, 1], its caption, and its colour."""
 
 
-def band_panes(drawn: list[Looked], chosen: tuple[int, ...] | None) -> list[Pane]:
+def band_panes(drawn: list[Looked], preprocessing: Preprocessing) -> list[Pane]:
     """Of two pictures: the channels of their views, which are the chosen bands, else the bands that RGB cannot hold."""
     coloured = [
-        (each, each.bands if chosen is None else each.pixels, colour)
+        (each, each.bands if preprocessing.bands is None else each.pixels, colour)
         for each, colour in zip(drawn, COLOURS, strict=False)
     ]
     strips = [(each, strip, colour) for each, strip, colour in coloured if strip is not None]
     return [
         (band, f"{short(each.name)}\nband {number}", colour)
         for each, strip, colour in strips[:BAND_PICTURES]
-        for band, number in zip(strip[:BANDS], chosen or range(len(strip)), strict=False)
+        for band, number in zip(
+            strip[:BANDS], preprocessing.of_channels(len(strip)).bands or range(len(strip)), strict=False
+        )
     ]
 
 

@@ -60,8 +60,13 @@ class Objective(Protocol):
         """The encoder inside the model, which is what is published."""
         ...
 
-    def inputs(self, extras: Tensor | Sequence[Tensor], device: torch.device) -> Inputs:
-        """What `draw` added to the views of a batch (stacked, or a list where sizes differ) -> inputs of the model."""
+    def inputs(
+        self, extras: Tensor | Sequence[Tensor], device: torch.device, tokens: Sequence[int] | None = None
+    ) -> Inputs:
+        """What `draw` added to the views of a batch (stacked, or a list where shapes differ) -> inputs of the model.
+
+        `tokens`: how many a patch has in each view; None for one.
+        """
         ...
 
     def show(

@@ -22,6 +22,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from operator import attrgetter
+from typing import get_args
 
 import torch
 
@@ -31,6 +32,7 @@ from launch.run.cli import parse, run
 from pretrain.config import OBJECTIVE, PretrainConfig
 from pretrain.objective import Objective
 from vim_backbone import VimConfig, VisionMamba
+from vim_backbone.channels import Channels
 from vim_backbone.errors import UserError, require
 from vim_backbone.memory import LEVELS, Recompute
 
@@ -48,6 +50,8 @@ def options_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, default=224, help="side of the pictures, in pixels")
     parser.add_argument("--patch-size", type=int, default=None, help="side of a patch; the size's own if not given")
     parser.add_argument("--in-chans", type=int, default=3, help="bands of the pictures")
+    text = "mixed: a patch of all bands is one token; tokens: of each band one"
+    parser.add_argument("--channels", choices=get_args(Channels), default="mixed", help=text)
     for name, text in OBJECTIVE.cost_fields.items():
         default = attrgetter(name)(OBJECTIVE())
         parser.add_argument(f"--{name.replace('.', '-')}", dest=name, type=type(default), default=default, help=text)
@@ -105,7 +109,8 @@ def main(argv: list[str]) -> None:
     models = dict(zip(works, planned_footprints(config.architecture(), objective, works.values(), dtype), strict=True))
     model, work = models[levels[0]], works[levels[0]]
     rows, columns = architecture.grid(*architecture.img_size)
-    patches, scanned = rows * columns, work.stacks[0].tokens - architecture.num_special
+    patches = rows * columns * architecture.tokens_a_patch(architecture.in_chans)
+    scanned = work.stacks[0].tokens - architecture.num_special
     print_line(
         f"{objective.title} of {options.model}: {model.parameters / 1e6:.1f} M parameters; of {patches} patches a "
         f"picture the encoder sees {scanned}"
@@ -222,6 +227,8 @@ def settings(options: argparse.Namespace) -> list[str]:
     if options.stages is not None:
         fields["stages"] = options.stages
     fields |= {name: getattr(options, name) for name in OBJECTIVE.cost_fields}
+    if options.channels != "mixed":
+        fields["model.channels"] = options.channels
     if options.in_chans != 3:
         fields["data.bands"] = f"[{','.join(map(str, range(options.in_chans)))}]"
     return [word for name, value in fields.items() for word in (f"--{name}", str(value))]

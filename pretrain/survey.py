@@ -46,6 +46,8 @@ class Looked:
     """Height and width."""
     kind: str = ""
     """Bands and type, in words; empty where it cannot be opened."""
+    channels: int = 0
+    """Of the model that it has; 0 where a run cannot use it."""
     problem: str = ""
     """Why a run cannot use it."""
     values: np.ndarray | None = None
@@ -153,6 +155,7 @@ def look_at(entry: Looked, picture: Picture, view: View, keys: list[torch.Genera
     pixels = None
     try:
         pixels = in_range(view.read(picture, entry.cuts[0]), preprocessing)
+        entry.channels = len(pixels)
     except BadPictureError as error:
         entry.problem = reason(error)
     entry.values = some_values(picture, data.max_megapixels, preprocessing.nodata)

@@ -72,7 +72,7 @@ def pretrain(config: PretrainConfig) -> Path:
     world = accelerator.num_processes
     on_main(accelerator, lambda: config.schedule(total_steps, world, rank=0))
     stages = config.schedule(total_steps, world, accelerator.process_index)
-    on_main(accelerator, lambda: refuse_to_compile_native_sizes(accelerator, data))
+    on_main(accelerator, lambda: refuse_to_compile_many_shapes(accelerator, data))
     compile_by_stage(accelerator, stages)
     on_main(accelerator, lambda: look_at_first(source, data.preprocessing, data.max_megapixels, data.max_bad_share))
     objective = config.objective
@@ -135,10 +135,10 @@ def require_same_pixels(state: TrainState, data: DataConfig) -> None:
     """Raise UserError where pixels would reach the model otherwise than before; note how they do in the state."""
     now = data.preprocessing.to_dict()
     before = state.extra.setdefault("preprocessing", now)
-    if changed := [key for key in now if before.get(key) != now[key]]:
+    if changed := [key for key in before | now if before.get(key) != now.get(key)]:
         raise UserError(
             f"the run was started with {changed[0]} {before.get(changed[0])}, and data.statistics, data.range and "
-            f"data.nodata say {now[changed[0]]} now: leave them as they were, or start another run"
+            f"data.nodata say {now.get(changed[0])} now: leave them as they were, or start another run"
         )
 
 
@@ -156,10 +156,13 @@ def is_compiled(accelerator: Accelerator) -> bool:
     return plugin is not None and plugin.backend != DynamoBackend.NO
 
 
-def refuse_to_compile_native_sizes(accelerator: Accelerator, data: DataConfig) -> None:
+def refuse_to_compile_many_shapes(accelerator: Accelerator, data: DataConfig) -> None:
     """Raise UserError where every step would be compiled anew."""
     remedy = "every step would be compiled anew: launch with --dynamo_backend no, or take fixed sizes"
-    require(not (is_compiled(accelerator) and data.sizes == "native"), "data.sizes", data.sizes, remedy)
+    compiled = is_compiled(accelerator)
+    require(not (compiled and data.sizes == "native"), "data.sizes", data.sizes, remedy)
+    remedy = "its pictures differ in bands, every step would be compiled anew: launch with --dynamo_backend no"
+    require(not (compiled and data.preprocessing.channel_sets), "data.statistics", data.statistics, remedy)
 
 
 def compile_by_stage(accelerator: Accelerator, stages: list[Stage]) -> None:
@@ -203,7 +206,7 @@ def build_model(config: PretrainConfig, initial: Mapping[str, Tensor] | None = N
 def train(run: Run) -> None:
     """The loop: steps until the last one, or until a signal; what was done is saved either way."""
     config, training, device = run.config, run.training, run.training.accelerator.device
-    preprocessing = config.data.preprocessing
+    preprocessing, architecture = config.data.preprocessing, config.architecture()
     speed = Throughput()
     latest: dict[str, float] = {}
     begun: Stage | None = None
@@ -219,7 +222,7 @@ def train(run: Run) -> None:
             batch = speed.waiting(run.batches)
             images = checked(run, batch)
             names += batch.names
-            inputs = run.objective.inputs(batch.extras, device)
+            inputs = run.objective.inputs(batch.extras, device, architecture.tokens_of(images))
             speed.tokens += inputs.tokens * training.accelerator.num_processes
             with part:
                 loss = training.model(to_model(images, device, preprocessing), *inputs.arguments)
@@ -279,7 +282,7 @@ def show(run: Run, batch: Batch | None, stage: Stage) -> None:
     if not isinstance(run.source, StreamCells):
         views, count = Views(run.source, run.view.sized(stage.img_size), run.config.seed), len(run.source)
         samples = [views[SHOWN_EPOCH + i // count, i % count] for i in range(SAMPLES_SHOWN)]
-        batch = collate([sample for sample in samples if sample.image is not None], run.view.native)
+        batch = collate([sample for sample in samples if sample.image is not None], run.view.packed)
         crops = "crops never trained on"
     assert batch is not None
     assert batch.images is not None

@@ -14,6 +14,7 @@ import pytest
 import tifffile
 import torch
 
+from tests.band_files import write_scenes
 from tests.launch.preloaded import Popen
 from tests.launch.real import environment
 from tests.vim_backbone import official
@@ -83,7 +84,7 @@ def test_all_other_commands(place, picture_folder):
         if (
             line in RUN_BY_CI | NOT_RUN
             or line.startswith("python -m benchmarks")
-            or {"finetune", "geotiffs"} & words_of(line)
+            or {"finetune", "geotiffs", "scenes"} & words_of(line)
         ):
             continue
         if "pretrain/main.py" in line and "--help" not in line:
@@ -126,6 +127,23 @@ def test_a_folder_of_geotiffs_to_predictions(place):
 
 
 @pytest.mark.slow
+def test_files_with_three_and_five_bands_to_predictions(place):
+    """The commands of docs/channels.md, from statistics to the classes of pictures of both kinds."""
+    labelled = [f"labelled_scenes/{split}/{kind}" for split in ("train", "val") for kind in ("field", "wood")]
+    for folder in ("scenes", *labelled):
+        write_scenes(place / "path/to" / folder, count=4)
+    lines = list(dict.fromkeys(line for line in commands() if "scenes" in words_of(line)))
+    for line in lines:
+        if "main.py" in line:
+            own = "--optim.warmup_steps=1" if "finetune" in line else f"{SMALL} --model.patch_size=8"
+            line += f" {own} --model.img_size=32 --steps=1 --batch_size=4 --data.workers=0"
+        assert_runs(line, place)
+    assert len(lines) == 4
+    rows = json.loads((place / "runs/kinds/predictions/predictions.json").read_text())
+    assert [row["class"] in ("field", "wood") for row in rows] == [True] * 8
+
+
+@pytest.mark.slow
 def test_the_commands_of_fine_tuning(place):
     create_model("vim_tiny", img_size=32, patch_size=8, depth=1, num_classes=0).save_pretrained(place / "published")
     for name in ("pretrain", "short"):
@@ -137,7 +155,8 @@ def test_the_commands_of_fine_tuning(place):
     for line in (
         line
         for line in commands()
-        if words_of(line) & {"finetune", "geotiffs"} == {"finetune"} and not line.startswith("python -m benchmarks")
+        if words_of(line) & {"finetune", "geotiffs", "scenes"} == {"finetune"}
+        and not line.startswith("python -m benchmarks")
     ):
         if "finetune.sample_data" in line:
             shutil.rmtree(place / line.split()[-1], ignore_errors=True)  # more than one page makes it

@@ -1,9 +1,11 @@
 """Architecture of a Vim backbone: every size, checked once, and the named sizes of the papers."""
 
 import math
+from collections.abc import Iterable, Sized
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from vim_backbone.channels import Channels, Sets, channels_of, check_sets
 from vim_backbone.errors import UserError, nearest
 from vim_backbone.tokens import TokenLayout
 
@@ -42,6 +44,10 @@ class VimConfig:
     """Pixels from one patch to the next; 8 gives overlapping patches. Given as 0 or None: patch_size."""
     in_chans: int = 3
     """Channels of the picture."""
+    channels: Channels = "mixed"
+    """mixed: a patch of all channels is one token. tokens: of each channel one, and pictures may lack channels."""
+    channel_sets: Sets | None = None
+    """Of channels=tokens: which channels a picture with fewer of them has, a set for each number; None: all, always."""
     num_classes: int = 1000
     """Outputs of the classifier; 0 for none, then the model returns pooled features."""
     class_token: Literal["middle", "first", "none"] = "middle"
@@ -90,6 +96,7 @@ class VimConfig:
             ("position", ("learned", "sincos")),
             ("global_pool", ("token", "avg")),
             ("scan", ("full", "pooled")),
+            ("channels", ("mixed", "tokens")),
         ):
             if getattr(self, name) not in choices:
                 raise UserError(f"{name} is {getattr(self, name)!r}: choose from {', '.join(choices)}")
@@ -106,9 +113,24 @@ class VimConfig:
             raise UserError(f"d_model is {self.d_model}: sine-cosine positions need a multiple of 4")
         if not 0.0 <= self.drop_path_rate < 1.0:
             raise UserError(f"drop_path_rate is {self.drop_path_rate}: it must lie in [0, 1)")
+        if self.channel_sets is not None:
+            self._check_channel_sets()
         rows, columns = self.grid(*size)
         if rows * columns * self.d_model > LARGEST_TABLE:
             raise UserError(f"img_size is {size}: {rows} x {columns} patches of {self.d_model} channels are too many")
+
+    def _check_channel_sets(self) -> None:
+        sets = self.channel_sets
+        if not isinstance(sets, (list, tuple)) or not all(isinstance(each, (list, tuple)) for each in sets):
+            raise UserError(f"channel_sets is {sets!r}: it must be a list of lists of channels")
+        check_sets(sets, range(self.in_chans), "channel_sets")
+        if self.channels == "mixed":
+            numbers = " or ".join(str(number) for number in sorted({len(each) for each in sets}))
+            raise UserError(
+                f"pictures have {numbers} of {self.in_chans} bands, and channels is 'mixed', which takes all: pretrain "
+                "with model.channels tokens, or choose bands that all pictures have"
+            )
+        object.__setattr__(self, "channel_sets", tuple(map(tuple, sets)))
 
     def _check_types(self) -> None:
         """Raise UserError for a field of another type, or beyond what any machine could hold."""
@@ -147,9 +169,26 @@ class VimConfig:
                 )
         return (height - self.patch_size) // self.stride + 1, (width - self.patch_size) // self.stride + 1
 
+    def channels_of(self, number: int) -> tuple[int, ...]:
+        """Which channels a picture with so many has. Raises UserError for a number that the model does not take."""
+        return channels_of(number, self.in_chans, self.channel_sets)
+
+    def tokens_a_patch(self, number: int) -> int:
+        """How many a patch has in a picture with so many channels."""
+        return number if self.channels == "tokens" else 1
+
+    def tokens_of(self, images: Iterable[Sized]) -> list[int]:
+        """How many a patch has in each picture (c, h, w)."""
+        return [self.tokens_a_patch(len(image)) for image in images]
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return asdict(self) | {"img_size": list(self.img_size)}
+        """Plain data for JSON; of mixed channels as versions that knew no others wrote it."""
+        data = asdict(self) | {"img_size": list(self.img_size)}
+        if self.channels == "mixed":
+            del data["channels"], data["channel_sets"]
+        elif self.channel_sets is not None:
+            data["channel_sets"] = [list(each) for each in self.channel_sets]
+        return data
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "VimConfig":

@@ -80,6 +80,9 @@ def model_card(config: VimConfig, name: str, preprocessing: Preprocessing = RGB)
             f"bands {list(preprocessing.bands)} of files of {preprocessing.dtype}, which\n"
             f'`vim_backbone.read_preprocessing("{name}").model_input(values)` takes as an array (bands, h, w)'
         )
+    if config.channels == "tokens":
+        numbers = sorted({config.in_chans, *(len(each) for each in config.channel_sets or ())})
+        pictures += f";\na picture has {' or '.join(map(str, numbers))} of them, and each gives tokens of its own"
     return f"""---
 library_name: vim_backbone
 tags: [vision-mamba, image-feature-extraction]

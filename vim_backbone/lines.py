@@ -1,7 +1,9 @@
 """Rows and columns of pictures as the `Lines` of the pooled scan: whole or masked, a batch or packed.
 
-Shape letters: b batch, l patches, v visible patches, n lines. Patches are counted row by row; packed, through all
-pictures. The lines are made anew for every forward pass, without waiting for the device, and serve all blocks.
+Shape letters: b batch, l patches, v visible patches, n lines, t tokens of a place. Patches are counted row by row;
+packed, through all pictures. Where each channel of a patch is a token, those of one place lie in the same two lines,
+and patches are counted as tokens. The lines are made anew for every forward pass, without waiting for the device, and
+serve all blocks.
 """
 
 from collections.abc import Sequence
@@ -25,47 +27,70 @@ class GridLines(NamedTuple):
 
 
 def batch_lines(
-    batch: int, grid: Grid, device: torch.device, *, visible: Tensor | None = None, share: float = 1.0
+    batch: int,
+    grid: Grid,
+    device: torch.device,
+    *,
+    visible: Tensor | None = None,
+    share: float = 1.0,
+    tokens: int = 1,
 ) -> GridLines:
     """Of `batch` pictures of one grid.
 
     Args:
         visible: (b, v) patches that have tokens, in the order of the tokens: ascending. None: all.
         share: the mean over a whole line is multiplied by this share.
+        tokens: those of a place, which `visible` then counts.
     """
-    rows, columns = grid
+    (rows, columns), width = grid, grid[1] * tokens
     if visible is None:
-        visible = torch.arange(rows * columns, device=device).expand(batch, -1)
+        visible = torch.arange(rows * width, device=device).expand(batch, -1)
     # flat before anything is computed: PyTorch 2.11 compiles no search in a view
     pictures = torch.arange(visible.numel(), device=device) // visible.shape[1]
     patches = visible.flatten()
-    row, column = patches // columns, patches % columns
-    key = (pictures * columns + column) * rows + row
+    row, within = patches // width, patches % width
+    key = ((pictures * columns + within // tokens) * rows + row) * tokens + within % tokens
     order = key.argsort()
     return GridLines(
-        _lines(pictures * rows + row, key.new_full((batch * rows,), share / columns, dtype=torch.float32)),
-        _lines(key[order] // rows, key.new_full((batch * columns,), share / rows, dtype=torch.float32), order),
+        _lines(pictures * rows + row, key.new_full((batch * rows,), share / width, dtype=torch.float32)),
+        _lines(
+            key[order] // (rows * tokens),
+            key.new_full((batch * columns,), share / (rows * tokens), dtype=torch.float32),
+            order,
+        ),
     )
 
 
 def packed_lines(
-    grids: Sequence[Grid], device: torch.device, *, visible: Tensor | None = None, share: float = 1.0
+    grids: Sequence[Grid],
+    device: torch.device,
+    *,
+    visible: Tensor | None = None,
+    share: float = 1.0,
+    tokens: Sequence[int] | None = None,
 ) -> GridLines:
-    """Of pictures packed into one row; `visible` (1, v) patches counted through all of them, else as `batch_lines`."""
-    row, row_line, column_line, tallest = [], [], [], max(rows for rows, _ in grids)
+    """Of pictures packed into one row; `visible` (1, v) patches counted through all of them, else as `batch_lines`.
+
+    `tokens`: those of a place of each picture; None for one.
+    """
+    tokens = tokens or [1] * len(grids)
+    place, row_line, column_line = [], [], []
+    tallest = max(rows * t for (rows, _), t in zip(grids, tokens, strict=True))
     cu_rows = [0, *accumulate(rows for rows, _ in grids)]
     cu_columns = [0, *accumulate(columns for _, columns in grids)]
-    for (rows, columns), row_before, column_before in zip(grids, cu_rows, cu_columns, strict=False):
-        patches = torch.arange(rows * columns)
-        row.append(patches // columns)
-        row_line.append(row_before + patches // columns)
-        column_line.append(column_before + patches % columns)
-    tables = torch.stack([torch.cat(t) for t in (row, row_line, column_line)]).to(device)
-    row_in_picture, line, key = tables if visible is None else tables[:, visible[0]]
-    key = key * tallest + row_in_picture
+    for (rows, columns), t, row_before, column_before in zip(grids, tokens, cu_rows, cu_columns, strict=False):
+        patches = torch.arange(rows * columns * t)
+        row, within = patches // (columns * t), patches % (columns * t)
+        place.append(row * t + within % t)
+        row_line.append(row_before + row)
+        column_line.append(column_before + within // t)
+    tables = torch.stack([torch.cat(part) for part in (place, row_line, column_line)]).to(device)
+    place_in_column, line, key = tables if visible is None else tables[:, visible[0]]
+    key = key * tallest + place_in_column
     order = key.argsort()
-    of_rows = torch.tensor([share / columns for rows, columns in grids for _ in range(rows)], device=device)
-    of_columns = torch.tensor([share / rows for rows, columns in grids for _ in range(columns)], device=device)
+    sizes = [(rows, columns, t) for (rows, columns), t in zip(grids, tokens, strict=True)]
+    of_rows = torch.tensor([share / (columns * t) for rows, columns, t in sizes for _ in range(rows)], device=device)
+    of_columns = torch.tensor([share / (rows * t) for rows, columns, t in sizes for _ in range(columns)], device=device)
     borders = [torch.tensor(cu, dtype=torch.int32, device=device) for cu in (cu_rows, cu_columns)]
     return GridLines(
         _lines(line, of_rows)._replace(cu_lines=borders[0]),

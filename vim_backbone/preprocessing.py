@@ -1,6 +1,7 @@
 """How pictures become input of a backbone: bands, range, normalisation, and preprocessor_config.json."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import inf, isfinite, nan
 from operator import index
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vim_backbone.channels import Sets, channels_of, check_sets
 from vim_backbone.config import VimConfig
 from vim_backbone.errors import UserError
 from vim_backbone.files import read_json
@@ -38,6 +40,9 @@ class Preprocessing:
     becomes 0 and 255 of pictures of more bits, one value each; None also refuses those that would be almost black."""
     nodata: float | None = None
     """Value of pixels that hold nothing (NaN for all that is no finite number); they become the mean."""
+    sets: Sets | None = None
+    """Which bands a file holds, in its order, by how many they are, where files hold different ones; `bands` are of
+    them. None: a file holds the bands 0, 1, 2 and so on."""
 
     @property
     def in_chans(self) -> int:
@@ -59,12 +64,51 @@ class Preprocessing:
         """The value of each channel of a view that becomes 0 in the model."""
         return tuple(low + mean * (high - low) for low, high, mean in zip(*self.scale, self.mean, strict=True))
 
+    @property
+    def channel_sets(self) -> Sets | None:
+        """Which channels of the model pictures have, where some lack some; as `VimConfig` takes them."""
+        held = {tuple(k for k, band in enumerate(self.bands or ()) if band in each) for each in self.sets or ()}
+        every = tuple(range(self.in_chans))
+        return tuple(sorted(held - {(), every})) or None
+
+    def of_file(self, number: int) -> "Preprocessing":
+        """That of a file with so many bands; its `bands` are places in the file.
+
+        Raises UserError where files of so many bands are not known, or hold nothing that is wanted.
+        """
+        if self.sets is None:
+            return self
+        known = {len(each): each for each in self.sets}
+        if number not in known:
+            numbers = " or ".join(map(str, sorted(known)))
+            raise UserError(f"it holds {number} bands, and files of {numbers} are known (data.statistics)")
+        held = [k for k, band in enumerate(self.bands or ()) if band in known[number]]
+        if not held:
+            raise UserError(f"it holds the bands {list(known[number])}, none of {list(self.bands or ())}")
+        return self._part(held, tuple(known[number].index((self.bands or ())[k]) for k in held))
+
+    def of_channels(self, number: int) -> "Preprocessing":
+        """That of a picture with so many of the model's channels. Raises UserError where no set has so many."""
+        if self.sets is None or number == self.in_chans:
+            return self
+        held = channels_of(number, self.in_chans, self.channel_sets)
+        return self._part(held, tuple((self.bands or ())[k] for k in held))
+
+    def _part(self, channels: Sequence[int], bands: tuple[int, ...]) -> "Preprocessing":
+        def part(values: tuple[float, ...]) -> tuple[float, ...]:
+            return tuple(values[channel] for channel in channels)
+
+        limits = (part(self.range[0]), part(self.range[1])) if isinstance(self.range, tuple) else self.range
+        return replace(self, mean=part(self.mean), std=part(self.std), bands=bands, range=limits, sets=None)
+
     def model_input(self, values: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
         """The values of a picture, all bands of its file (bands, h, w), as the model's input (1, channels, h, w).
 
-        Its size stays as it is. Raises UserError for a picture of other bands, of another type, or with NaN that is no
-        nodata.
+        Of files with different bands, the channels are those that it has. Its size stays as it is. Raises UserError for
+        a picture of other bands, of another type, or with NaN that is no nodata.
         """
+        if self.sets is not None:
+            return self.of_file(len(values)).model_input(values, device)
         count = self.in_chans if self.bands is None else max(self.bands) + 1
         wanted = self.dtype or "uint8"
         if values.ndim != 3 or len(values) < count or values.dtype.newbyteorder("=") != wanted:
@@ -103,13 +147,13 @@ class Preprocessing:
             "nodata": "nan" if self.nodata is not None and not isfinite(self.nodata) else self.nodata,
             "image_mean": list(self.mean),
             "image_std": list(self.std),
-        }
+        } | ({} if self.sets is None else {"sets": [list(each) for each in self.sets]})
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Preprocessing":
         """From plain data, of older versions too. Raises UserError for what makes no sense."""
         try:
-            bands, limits, nodata = data.get("bands"), data.get("range"), data.get("nodata")
+            bands, limits, nodata, sets = (data.get(key) for key in ("bands", "range", "nodata", "sets"))
             made = cls(
                 mean=tuple(map(float, data["image_mean"])),
                 std=tuple(map(float, data["image_std"])),
@@ -119,11 +163,24 @@ class Preprocessing:
                 if limits in (None, "type")
                 else (tuple(map(float, limits[0])), tuple(map(float, limits[1]))),
                 nodata=nan if nodata == "nan" else None if nodata is None else float(nodata),
+                sets=None if sets is None else tuple(tuple(map(index, each)) for each in sets),
             )
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise UserError(f"bands, range, image_mean and image_std make no sense: {error}") from error
         made.check()
         return made
+
+    def _check_sets(self) -> None:
+        assert self.sets is not None
+        everything = sorted({band for each in self.sets for band in each})
+        if self.bands is None or any(band < 0 for band in everything):
+            raise UserError(f"sets are {self.sets} and bands {self.bands}: both are numbers of bands, counted from 0")
+        check_sets(self.sets, everything, "sets")
+        if strange := sorted(set(self.bands) - set(everything)):
+            raise UserError(f"bands has {strange[0]}, which no file of the sets {self.sets} holds")
+        if len(set(self.bands)) < len(self.bands):
+            raise UserError(f"bands are {list(self.bands)}: of files with different bands, name each once")
+        check_sets(self.channel_sets or (), range(self.in_chans), f"of the bands {list(self.bands)}, what files hold")
 
     def check(self) -> None:
         """Raise UserError where the numbers do not fit together."""
@@ -140,6 +197,8 @@ class Preprocessing:
                 raise UserError(f"{name} has {length} values and image_mean {channels}: each needs one for each band")
         if any(band < 0 for band in self.bands or ()):
             raise UserError(f"bands are {list(self.bands or ())}: they are counted from 0")
+        if self.sets is not None:
+            self._check_sets()
         if isinstance(self.range, tuple) and any(
             not -inf < low < high < inf for low, high in zip(*self.range, strict=True)
         ):
@@ -235,14 +294,14 @@ def to_model(
     """(b, c, h, w) uint8, uint16 or float32, or a list -> float on the device, scaled and normalised."""
     if isinstance(images, list):
         return [to_model(image, device, preprocessing) for image in images]
-    low, span, mean, std = _constants(preprocessing, device)
+    low, span, mean, std = _constants(preprocessing.of_channels(images.shape[-3]), device)
     images = images.to(device, non_blocking=True).to(torch.float32, copy=True)  # converted there: fewer bytes are sent
     return images.sub_(low).div_(span).sub_(mean).div_(std)
 
 
 def to_pixels(images: Tensor, preprocessing: Preprocessing = RGB) -> Tensor:
     """The inverse of `to_model`, in [0, 1]."""
-    _, _, mean, std = _constants(preprocessing, images.device)
+    _, _, mean, std = _constants(preprocessing.of_channels(images.shape[-3]), images.device)
     return (images * std + mean).clamp(0, 1)
 
 

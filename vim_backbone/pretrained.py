@@ -1,5 +1,6 @@
 """Loading a backbone from its folder, with every tensor accounted for."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vim_backbone.channels import check_sets
 from vim_backbone.config import VimConfig
 from vim_backbone.errors import UserError
 from vim_backbone.files import refuse_what_is_no_file
@@ -19,20 +21,26 @@ from vim_backbone.vim import VisionMamba
 PATCH_WEIGHT = "patch_embed.proj.weight"
 
 
-def from_pretrained(folder: str | Path, **overrides: Any) -> VisionMamba:
+def from_pretrained(
+    folder: str | Path, *, chosen_channels: Sequence[int] | None = None, **overrides: Any
+) -> VisionMamba:
     """Read a backbone from a folder that `save_pretrained` wrote, in evaluation mode.
 
     Args:
+        chosen_channels: where channels are tokens, which of them the model keeps, in this order; all when None.
         overrides: fields of the config to change. Another `img_size` resamples the position table, another
             `patch_size` the first convolution, with the stride where it was a patch; another `in_chans` adapts that
-            convolution, another `num_classes` puts on a fresh head; `drop_path_rate` and `global_pool` are free to
-            change too.
+            convolution, another `num_classes` puts on a fresh head; `drop_path_rate`, `global_pool` and `channel_sets`
+            are free to change too.
 
     Raises:
         UserError: a file is missing, damaged, or does not fit; names the file or the tensor.
     """
     folder = Path(folder)
     saved = read_config(folder)
+    if chosen_channels is not None:
+        check_sets([chosen_channels], range(saved.in_chans), "chosen_channels")
+        overrides = {"in_chans": len(chosen_channels), "channel_sets": None} | overrides
     stride = {"stride": 0} if saved.stride == saved.patch_size else {}
     config = VimConfig.from_dict(saved.to_dict() | stride | overrides)
     refuse_what_is_no_file(folder / WEIGHTS)
@@ -41,6 +49,9 @@ def from_pretrained(folder: str | Path, **overrides: Any) -> VisionMamba:
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read {folder / 'model.safetensors'}: {error}") from error
     check_sizes(saved, state, folder / WEIGHTS)
+    check_channels(saved, config, folder, chosen_channels)
+    if chosen_channels is not None:
+        state["channel_embed"] = state["channel_embed"][:, list(chosen_channels)]
     model = VisionMamba(config)
     load_state(model, state, saved, folder / WEIGHTS)
     return model.eval()
@@ -52,12 +63,15 @@ def check_sizes(config: VimConfig, state: dict[str, Tensor], source: Path) -> No
     if depth != config.depth:
         raise UserError(f"{source} has {depth} blocks but depth is {config.depth} in config.json: one of them is wrong")
     mixer, d = "layers.0.mixer", config.d_inner
+    inputs = 1 if config.channels == "tokens" else config.in_chans
     expected = {
-        PATCH_WEIGHT: (config.d_model, config.in_chans, config.patch_size, config.patch_size),
+        PATCH_WEIGHT: (config.d_model, inputs, config.patch_size, config.patch_size),
         f"{mixer}.A_log": (d, config.d_state),
         f"{mixer}.conv1d.weight": (d, 1, config.d_conv),
         f"{mixer}.dt_proj.weight": (d, config.dt_rank),
     }
+    if config.channels == "tokens":
+        expected["channel_embed"] = (1, config.in_chans, config.d_model)
     if config.num_classes:
         expected["head.weight"] = (config.num_classes, config.d_model)
     rows, columns = config.grid(*config.img_size)
@@ -71,6 +85,23 @@ def check_sizes(config: VimConfig, state: dict[str, Tensor], source: Path) -> No
             raise UserError(f"{source}: {name} is {got}, config.json wants {shape}: one of them is wrong")
 
 
+def check_channels(saved: VimConfig, config: VimConfig, source: Path, chosen: Sequence[int] | None) -> None:
+    """Raise UserError where weights of mixed channels would have to become those of tokens, or for other channels."""
+    if saved.channels == "mixed" and chosen is not None:
+        raise UserError(f"{source} has channels 'mixed', of which none can be chosen: leave chosen_channels out")
+    if saved.channels != config.channels:
+        raise UserError(
+            f"{source} has channels {saved.channels!r}, which cannot become {config.channels!r}: pretrain with "
+            f"model.channels {config.channels}"
+        )
+    known = saved.in_chans if chosen is None else len(chosen)
+    if saved.channels == "tokens" and config.in_chans != known:
+        raise UserError(
+            f"in_chans is {config.in_chans}: {source} has embeddings of {known} channels, choose of them with "
+            "chosen_channels"
+        )
+
+
 def load_state(model: VisionMamba, state: dict[str, Tensor], saved: VimConfig, source: Path) -> None:
     """Put tensors of a model with config `saved` into `model`.
 
@@ -79,7 +110,7 @@ def load_state(model: VisionMamba, state: dict[str, Tensor], saved: VimConfig, s
     Raises UserError naming a tensor that is missing, unknown or of the wrong shape.
     """
     state = dict(state)
-    if saved.in_chans != model.config.in_chans and PATCH_WEIGHT in state:
+    if saved.channels == "mixed" and saved.in_chans != model.config.in_chans and PATCH_WEIGHT in state:
         state[PATCH_WEIGHT] = adapt_input_conv(state[PATCH_WEIGHT], model.config.in_chans)
     if saved.patch_size != model.config.patch_size and PATCH_WEIGHT in state:
         state[PATCH_WEIGHT] = resample_patches(state[PATCH_WEIGHT], model.config.patch_size)

@@ -1,6 +1,7 @@
 """Vision Mamba: patches, positions, class token and registers, a stack of bidirectional blocks, a head.
 
-Shape letters: b batch, c h w picture, l patch tokens; special: number of class token and registers.
+Shape letters: b batch, c h w picture, l patch tokens; special: number of class token and registers. Where channels are
+tokens, l is places times channels: place by place, and of a place channel by channel, in the picture's order of them.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from vim_backbone.config import VimConfig
 from vim_backbone.errors import UserError
 from vim_backbone.folder import save_pretrained
 from vim_backbone.hand_over import Given, hand_over
-from vim_backbone.lines import Grid, GridLines, batch_lines, packed_lines
+from vim_backbone.lines import GridLines, batch_lines, packed_lines
 from vim_backbone.packing import PackedLayout, layout_of
 from vim_backbone.position import resize_table, sincos_table
 from vim_backbone.tokens import TokenLayout
@@ -27,14 +28,23 @@ Images = Tensor | Sequence[Tensor]
 
 
 class PatchEmbed(nn.Module):
-    """Patches to tokens by one strided convolution."""
+    """Patches to tokens by one strided convolution, which all channels share where each gives tokens of its own."""
 
     def __init__(self, config: VimConfig) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(config.in_chans, config.d_model, config.patch_size, config.stride)
+        self.by_channel = config.channels == "tokens"
+        inputs = 1 if self.by_channel else config.in_chans
+        self.proj = nn.Conv2d(inputs, config.d_model, config.patch_size, config.stride)
 
     def forward(self, images: Tensor) -> Tensor:
         """(b, c, h, w) -> (b, l, d_model), row by row."""
+        if self.by_channel:
+            planes = self.project(images.flatten(0, 1)[:, None])
+            return planes.unflatten(0, images.shape[:2]).transpose(1, 2).flatten(1, 2)
+        return self.project(images)
+
+    def project(self, images: Tensor) -> Tensor:
+        """As `forward`, one token a place."""
         if images.is_cuda and self.proj.stride == self.proj.kernel_size:
             return self.as_product(images)  # a fifth of cuDNN's time for this convolution in bfloat16 on an H200
         return self.proj(images).flatten(2).transpose(1, 2)
@@ -66,6 +76,9 @@ class VisionMamba(nn.Module):
         self.grid_size = config.grid(*config.img_size)
 
         self.patch_embed = PatchEmbed(config)
+        self.channel_embed = (
+            nn.Parameter(torch.zeros(1, config.in_chans, d_model)) if config.channels == "tokens" else None
+        )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, d_model)) if config.class_token != "none" else None
         self.register_tokens = (
             nn.Parameter(torch.zeros(1, config.num_registers, d_model)) if config.num_registers else None
@@ -88,7 +101,7 @@ class VisionMamba(nn.Module):
         lecun_normal_(self.patch_embed.proj.weight)
         assert self.patch_embed.proj.bias is not None
         nn.init.zeros_(self.patch_embed.proj.bias)
-        for token in (self.cls_token, self.register_tokens):
+        for token in (self.cls_token, self.register_tokens, self.channel_embed):
             if token is not None:
                 nn.init.trunc_normal_(token, std=0.02)
         if self.config.position == "sincos":
@@ -118,6 +131,7 @@ class VisionMamba(nn.Module):
     def forward_features(self, images: Images) -> Tensor | list[Tensor]:
         """(b, c, h, w) -> normed tokens (b, special + l, d_model): class token, registers, then patches row by row.
 
+        Where channels are tokens, c is `in_chans` or the length of one of the config's `channel_sets`.
         Of a list of pictures, the list of each one's (special + l, d_model).
         """
         lengths = self.lengths(images)
@@ -134,9 +148,11 @@ class VisionMamba(nn.Module):
     def embed_patches(self, images: Tensor) -> Tensor:
         """(b, c, h, w) -> patch tokens with their positions (b, l, d_model)."""
         grid = self.config.grid(*images.shape[-2:])
-        if images.shape[1] != self.config.in_chans:
-            raise UserError(f"pictures have {images.shape[1]} channels, the backbone wants {self.config.in_chans}")
-        return self.patch_embed(images) + self._positions(grid)[1]
+        channels = self.config.channels_of(images.shape[1])
+        positions = self._positions(grid)[1]
+        if self.channel_embed is not None:
+            positions = with_channels(positions, self.channel_embed, channels)
+        return self.patch_embed(images) + positions
 
     def embed(self, images: Images) -> Tensor:
         """Pictures -> patch tokens with their positions (b, l, d_model); of a list, one row (1, l, d_model)."""
@@ -145,7 +161,7 @@ class VisionMamba(nn.Module):
         return torch.cat([self.embed_patches(image[None]) for image in images], dim=1)
 
     def lengths(self, images: Images) -> list[int] | None:
-        """Patches of each picture of a list; None for a batch. Raises UserError for what cannot be packed."""
+        """Patch tokens of each picture of a list; None for a batch. Raises UserError for what cannot be packed."""
         if isinstance(images, Tensor):
             return None
         if not images:
@@ -153,7 +169,9 @@ class VisionMamba(nn.Module):
         for image in images:
             if image.dim() != 3:
                 raise UserError(f"a picture of the list has shape {tuple(image.shape)}, it must be (channels, h, w)")
-        return [rows * columns for rows, columns in (self.config.grid(*image.shape[-2:]) for image in images)]
+        grids = [self.config.grid(*image.shape[-2:]) for image in images]
+        sizes = zip(grids, self.config.tokens_of(images), strict=True)
+        return [rows * columns * tokens for (rows, columns), tokens in sizes]
 
     def lines(self, images: Images, visible: Tensor | None = None) -> GridLines | None:
         """Rows and columns of the pictures where the scan is pooled, else None.
@@ -163,9 +181,7 @@ class VisionMamba(nn.Module):
         """
         if self.config.scan == "full":
             return None
-        grids = [self.config.grid(*image.shape[-2:]) for image in ([images] if isinstance(images, Tensor) else images)]
-        share = self.config.visible_share if visible is None else 1.0
-        return lines_of(images, grids, visible, share)
+        return lines_of(images, self.config, visible, self.config.visible_share if visible is None else 1.0)
 
     def encode(
         self, patches: Tensor, lengths: Sequence[int] | None = None, lines: GridLines | None = None
@@ -220,7 +236,8 @@ class VisionMamba(nn.Module):
             return_prefix_tokens: give each as (patches, prefix tokens).
             norm: pass each through the final norm.
             stop_early: run no block after the last one taken.
-            output_fmt: "NCHW" (b, d_model, rows, columns) or "NLC" (b, l, d_model).
+            output_fmt: "NCHW" (b, d_model, rows, columns) or "NLC" (b, rows * columns, d_model). Where channels are
+                tokens, a place has the mean over them.
             intermediates_only: leave out the final tokens.
 
         Returns:
@@ -235,6 +252,8 @@ class VisionMamba(nn.Module):
         h, residual, results = self._join_special(self.embed(images), layout, len(images)), None, {}
 
         def intermediate(special: Tensor, patches: Tensor, image: Tensor) -> Any:
+            if self.channel_embed is not None:
+                patches = patches.unflatten(-2, (-1, image.shape[-3])).mean(-2)
             if output_fmt == "NCHW":
                 patches = patches.transpose(-1, -2).unflatten(-1, self.config.grid(*image.shape[-2:]))
             return (patches, special) if return_prefix_tokens else patches
@@ -303,13 +322,13 @@ class VisionMamba(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that decay would harm although they have two axes or more."""
-        learned = {"cls_token", "register_tokens", "pos_embed"}
+        learned = {"cls_token", "register_tokens", "pos_embed", "channel_embed"}
         ends = (".A_log", ".A_b_log", ".D", ".D_b")
         return {name for name, _ in self.named_parameters() if name in learned or name.endswith(ends)}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that sort parameters into stem and blocks, for layer-wise learning rates."""
-        stem = r"^(?:cls_token|register_tokens|pos_embed|patch_embed)"
+        stem = r"^(?:cls_token|register_tokens|pos_embed|channel_embed|patch_embed)"
         if coarse:
             return {"stem": stem, "blocks": r"^layers"}
         return {"stem": stem, "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))]}
@@ -319,11 +338,19 @@ class VisionMamba(nn.Module):
         set_recompute(self, "products" if enable else "inputs")
 
 
-def lines_of(images: Images, grids: Sequence[Grid], visible: Tensor | None, share: float) -> GridLines:
-    """Rows and columns of a batch of one grid, or of a list with a grid each."""
+def with_channels(positions: Tensor, embeddings: Tensor, channels: Sequence[int]) -> Tensor:
+    """Positions (1, places, d) and all channels' embeddings (1, c, d) -> (1, places * channels, d), their sums."""
+    chosen = torch.stack([embeddings[:, channel] for channel in channels], dim=1)  # an index would wait for a GPU
+    return (positions[:, :, None] + chosen[:, None]).flatten(1, 2)
+
+
+def lines_of(images: Images, config: VimConfig, visible: Tensor | None, share: float) -> GridLines:
+    """Rows and columns of a batch of one grid, or of a list with a grid each; see `batch_lines`."""
     if isinstance(images, Tensor):
-        return batch_lines(len(images), grids[0], images.device, visible=visible, share=share)
-    return packed_lines(grids, images[0].device, visible=visible, share=share)
+        tokens, grid = config.tokens_a_patch(images.shape[1]), config.grid(*images.shape[-2:])
+        return batch_lines(len(images), grid, images.device, visible=visible, share=share, tokens=tokens)
+    grids = [config.grid(*image.shape[-2:]) for image in images]
+    return packed_lines(grids, images[0].device, visible=visible, share=share, tokens=config.tokens_of(images))
 
 
 def _joined(special: Tensor, patches: Tensor, lengths: list[int] | None) -> Tensor | list[Tensor]:

@@ -7,16 +7,17 @@ from typing import Any
 
 import datasets
 import numpy as np
+import torch
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from finetune.classification.config import ClassificationData
-from finetune.pixels import pixels_of
+from finetune.pixels import pixels_of, stacked
 from launch.data.pictures import Picture
 from launch.data.sources import HubDataset, ImageFiles, ImageSource, left_behind, load_split, picture_paths, split_names
 from launch.run.randomness import seed_of
 from vim_backbone.errors import UserError, nearest
 from vim_backbone.preprocessing import Preprocessing
+from vim_backbone.vim import Images
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,9 @@ class ClassSamples:
             pixels = pixels_of(picture, self.preprocessing, self.max_megapixels)
         return self.transform(pixels), self.data.labels[index]
 
-    def collate(self, samples: list[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
-        """(b, c, h, w) and (b,)."""
-        return default_collate(samples)
+    def collate(self, samples: list[tuple[Any, Any]]) -> tuple[Images, Tensor]:
+        """(b, c, h, w), or a list where bands differ, and (b,)."""
+        return stacked([picture for picture, _ in samples], self.preprocessing), torch.tensor([k for _, k in samples])
 
 
 def open_labelled(data: ClassificationData, seed: int) -> tuple[Labelled, Labelled]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from finetune.batches import evaluation_batches
 from finetune.classification.config import ClassificationConfig
+from finetune.pixels import on_device
 from finetune.task import EvaluationResult, Task
 from vim_backbone.preprocessing import shown, to_pixels
 
@@ -81,7 +82,7 @@ def evaluate(task: Task[ClassificationConfig], model: nn.Module, accelerator: Ac
     bad: list[tuple[str, str]] = []
     for batch in evaluation_batches(task.val, accelerator, task.eval_batch_size(accelerator), task.config.data.workers):
         bad += batch.bad
-        images, targets = batch.images.to(accelerator.device), batch.targets.to(accelerator.device)
+        images, targets = on_device(batch.images, accelerator.device), batch.targets.to(accelerator.device)
         with accelerator.autocast():
             logits = model(images)
         mask = torch.tensor(batch.counted, device=accelerator.device)

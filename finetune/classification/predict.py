@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from finetune.classification.evaluate import draw_predictions
 from finetune.classification.model import Classifier
 from finetune.classification.transforms import evaluation_transform
+from finetune.pixels import on_device, stacked
 from finetune.task import Prediction, Predictor
 from vim_backbone.preprocessing import shown, to_pixels
 
@@ -22,7 +22,7 @@ class ClassificationPredictor(Predictor):
     def predict(self, images: list[Tensor], drawings: list[Path]) -> list[Prediction]:
         """`class`, and `best`: the five best with their shares."""
         transform = evaluation_transform(self.config.img_size, self.description["crop_pct"], self.preprocessing)
-        batch = torch.stack([transform(image) for image in images]).to(self.device)
+        batch = on_device(stacked([transform(image) for image in images], self.preprocessing), self.device)
         predictions = []
         for picture, shares, path in zip(batch, self.model(batch).float().softmax(1).cpu(), drawings, strict=True):
             top = shares.topk(min(5, len(self.classes)))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from finetune.batches import evaluation_batches
 from finetune.classification.config import ClassificationConfig
 from finetune.classification.evaluate import Counts, write_tables
+from finetune.pixels import on_device
 from finetune.task import EvaluationResult, Samples, Task
 from vim_backbone import UserError
 
@@ -50,7 +51,7 @@ def extract(
     for batch in evaluation_batches(samples, accelerator, batch_size, workers):
         bad += batch.bad
         with accelerator.autocast():
-            pooled = model(batch.images.to(device))
+            pooled = model(on_device(batch.images, device))
         features.append(pooled.float())
         labels.append(batch.targets.to(device))
         numbers.append(torch.where(torch.tensor(batch.counted), torch.tensor(batch.numbers), -1).to(device))

@@ -15,6 +15,7 @@ from finetune.classification.model import Classifier
 from finetune.classification.predict import ClassificationPredictor
 from finetune.classification.probes import probe
 from finetune.classification.transforms import evaluation_transform, training_transform
+from finetune.pixels import on_device
 from finetune.task import EvaluationResult, LabelledBatch, Task
 from launch.data.first_look import look_at_first
 from launch.run.randomness import seeded
@@ -58,7 +59,10 @@ class ClassificationTask(Task[ClassificationConfig]):
             self.notes.append("pictures of bands are cropped, mirrored and erased; auto_augment is for RGB")
         augment = config.augment
         self.mixup = None
-        if config.mode == "train" and (augment.mixup or augment.cutmix):
+        mixed = config.mode == "train" and (augment.mixup or augment.cutmix)
+        if mixed and preprocessing.channel_sets is not None:
+            self.notes.append("pictures hold different bands and are not mixed: no mixup, no cutmix")
+        elif mixed:
             self.mixup = Mixup(
                 augment.mixup, augment.cutmix, label_smoothing=augment.smoothing, num_classes=num_classes
             )
@@ -71,9 +75,10 @@ class ClassificationTask(Task[ClassificationConfig]):
         self, model: nn.Module, batch: LabelledBatch, device: torch.device, key: tuple[int, ...]
     ) -> dict[str, Tensor]:
         """Cross-entropy with mixup, cutmix and smoothing."""
-        images, targets = (tensor.to(device, non_blocking=True) for tensor in (batch.images, batch.targets))
+        images, targets = on_device(batch.images, device), batch.targets.to(device, non_blocking=True)
         smoothing = self.config.augment.smoothing
         if self.mixup is not None:
+            assert isinstance(images, Tensor)
             if len(images) % 2:
                 raise UserError(f"a forward pass has {len(images)} pictures: mixup needs an even number of them")
             with seeded(*key):

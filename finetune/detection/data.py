@@ -16,10 +16,11 @@ from torchvision.transforms import v2
 from finetune.detection.coco import CocoFile, read_coco
 from finetune.detection.config import DetectionData, JitterConfig
 from finetune.detection.tta import Sizes, TestTimeAugmentation
-from finetune.pixels import read_file
+from finetune.pixels import read_file, stacked
 from launch.data.images import BadPictureError
 from vim_backbone.errors import UserError, escaped
 from vim_backbone.preprocessing import RGB, Preprocessing
+from vim_backbone.vim import Images
 
 
 @dataclass
@@ -91,14 +92,7 @@ class TrainPictures:
             raise UserError(f"no picture of {split.folder} has an object to train on")
         if empty := len(objects) - len(self.used):
             split.notes.append(f"{empty} of {len(objects)} pictures of {split.folder} have no object: not trained on")
-        fill = split.preprocessing.fill
-        grey: Any = list(fill) if split.preprocessing.bands is not None else [round(value) for value in fill]
-        self.transform = v2.Compose([
-            v2.RandomHorizontalFlip(jitter.flip),
-            v2.ScaleJitter(size, jitter.scale),
-            v2.RandomCrop(size, pad_if_needed=True, fill={tv_tensors.Image: grey, "others": 0}),
-            v2.ClampBoundingBoxes(),
-        ])  # fmt: skip
+        self.jitter = jitter
 
     def __len__(self) -> int:
         return len(self.used)
@@ -118,7 +112,7 @@ class TrainPictures:
         if self.masks:
             decoded = np.stack([coco_mask.decode(entry["segmentation"]) for entry in objects])
             target["masks"] = tv_tensors.Mask(torch.from_numpy(decoded))
-        picture, target = self.transform(tv_tensors.Image(image), target)
+        picture, target = self._transform(len(image))(tv_tensors.Image(image), target)
         boxes = target["boxes"].as_subclass(Tensor)
         visible = (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)
         instances: dict[str, Tensor] = {"boxes": boxes[visible], "labels": labels[visible]}
@@ -127,9 +121,22 @@ class TrainPictures:
             instances = with_boxes_of_masks(masks, instances["labels"])
         return picture.as_subclass(Tensor), instances
 
-    def collate(self, samples: list[tuple[Any, Any]]) -> tuple[Tensor, list[dict[str, Tensor]]]:
-        """(b, c, h, w), and a list of targets."""
-        return torch.stack([image for image, _ in samples]), [target for _, target in samples]
+    def _transform(self, channels: int) -> v2.Transform:
+        """The augmentation of pictures with so many channels, whose means fill up the crop."""
+        preprocessing = self.split.preprocessing.of_channels(channels)
+        fill = preprocessing.fill
+        grey: Any = list(fill) if preprocessing.bands is not None else [round(value) for value in fill]
+        return v2.Compose([
+            v2.RandomHorizontalFlip(self.jitter.flip),
+            v2.ScaleJitter(self.size, self.jitter.scale),
+            v2.RandomCrop(self.size, pad_if_needed=True, fill={tv_tensors.Image: grey, "others": 0}),
+            v2.ClampBoundingBoxes(),
+        ])  # fmt: skip
+
+    def collate(self, samples: list[tuple[Any, Any]]) -> tuple[Images, list[dict[str, Tensor]]]:
+        """(b, c, h, w), or a list where bands differ, and a list of targets."""
+        images = stacked([image for image, _ in samples], self.split.preprocessing)
+        return images, [target for _, target in samples]
 
 
 def with_boxes_of_masks(masks: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -159,9 +166,9 @@ class WholePictures:
         squares = self.tta.fit(self.split.picture(index))
         return [pixels for pixels, _ in squares], [sizes for _, sizes in squares]
 
-    def collate(self, samples: list[tuple[Any, Any]]) -> tuple[list[Tensor], list[list[Sizes]]]:
-        """For each square (b, c, h, w), and the sizes of the b pictures."""
+    def collate(self, samples: list[tuple[Any, Any]]) -> tuple[list[Images], list[list[Sizes]]]:
+        """For each square (b, c, h, w), or a list where bands differ, and the sizes of the b pictures."""
         images, sizes = (
             [list(of_square) for of_square in zip(*part, strict=True)] for part in zip(*samples, strict=True)
         )
-        return [torch.stack(of_square) for of_square in images], sizes
+        return [stacked(of_square, self.split.preprocessing) for of_square in images], sizes

@@ -21,6 +21,7 @@ from torchvision.ops.misc import Conv2dNormActivation
 from finetune.detection.config import DetectionHead
 from finetune.task import TaskModel
 from vim_backbone import VimConfig
+from vim_backbone.vim import Images
 
 LEVELS = ("0", "1", "2", "3")
 STAGES = ((0.5, 1.0), (0.6, 2.0), (0.7, 3.0))
@@ -193,17 +194,19 @@ class Detector(TaskModel):
         self.roi_heads = build_heads(head, classes + 1)
 
     def forward(
-        self, images: Tensor, targets: list[dict[str, Tensor]] | None = None, sizes: list[tuple[int, int]] | None = None
+        self, images: Images, targets: list[dict[str, Tensor]] | None = None, sizes: list[tuple[int, int]] | None = None
     ) -> Any:
-        """(b, c, h, w) normalised; with targets the named losses, else detections in pixels of the given pictures.
+        """(b, c, h, w), or a list of (c, h, w) of one size, normalised; with targets the named losses, else detections
+        in pixels of the given pictures.
 
         `sizes` are the height and width that a picture takes up, the rest being padding.
         """
-        sizes = sizes or [(images.shape[-2], images.shape[-1])] * len(images)
-        maps = self.backbone.forward_intermediates(images, [-1], norm=True, intermediates_only=True)[0]
-        levels = self.pyramid(maps)
+        height, width = images[0].shape[-2:]
+        sizes = sizes or [(height, width)] * len(images)
+        levels = self.pyramid(self.feature_maps(images, [-1])[0])
         levels = {name: level.float() for name, level in levels.items()}
-        proposals, losses = self.rpn(ImageList(images, sizes), levels, targets)
+        # of the pictures nothing but their height and width is looked at
+        proposals, losses = self.rpn(ImageList(images[0][None], sizes), levels, targets)
         detections, more = self.roi_heads(levels, proposals, sizes, targets)
         return detections if targets is None else losses | more
 

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -10,7 +9,7 @@ from finetune.detection.config import DetectionHead, TestConfig
 from finetune.detection.evaluate import SHOWN_SCORE, colours_of, drawn_on, to_coco
 from finetune.detection.model import Detector
 from finetune.detection.tta import tta_of, with_pasted_masks
-from finetune.pixels import displayed
+from finetune.pixels import displayed, stacked
 from finetune.task import Prediction, Predictor
 from vim_backbone.preprocessing import to_model
 
@@ -27,7 +26,7 @@ class DetectionPredictor(Predictor):
         test = TestConfig(**self.description.get("test", {}))
         tta = tta_of(self.config, test, self.description["head"]["detections"], self.preprocessing)
         of_squares = [list(of_square) for of_square in zip(*map(tta.fit, images), strict=True)]
-        stacks = [torch.stack([pixels for pixels, _ in of]) for of in of_squares]
+        stacks = [stacked([pixels for pixels, _ in of], self.preprocessing) for of in of_squares]
         batches = [to_model(stack, self.device, self.preprocessing) for stack in stacks]
         detections = tta.detect(self.model, batches, [[sizes for _, sizes in of] for of in of_squares])
         predictions = []

@@ -13,6 +13,7 @@ from finetune.detection.config import TestConfig
 from finetune.pixels import fill_of, resize_pixels
 from vim_backbone import VimConfig
 from vim_backbone.preprocessing import RGB, Preprocessing
+from vim_backbone.vim import Images
 
 SAME_OBJECT = 0.5
 """IoU from which boxes of two views are of one object: that of the heads' own suppression."""
@@ -38,15 +39,15 @@ class TestTimeAugmentation:
         """(c, h, w) -> for each square what `fit` gives."""
         return [fit(picture, square, self.preprocessing) for square in self.squares]
 
-    def detect(self, model: nn.Module, images: list[Tensor], sizes: list[list[Sizes]]) -> list[dict[str, Tensor]]:
-        """For each square a batch (b, c, h, w) normalised, and its sizes -> detections in pixels of the b pictures."""
+    def detect(self, model: nn.Module, images: Sequence[Images], sizes: list[list[Sizes]]) -> list[dict[str, Tensor]]:
+        """For each square a batch (b, c, h, w) normalised, or a list, and its sizes -> detections in the b pictures."""
         by_picture: list[list[dict[str, Tensor]]] = [[] for _ in sizes[0]]
         for batch, of_square in zip(images, sizes, strict=True):
             inside = [entry[:2] for entry in of_square]
             for detections, entry, parts in zip(model(batch, sizes=inside), of_square, by_picture, strict=True):
                 parts.append(enlarged(detections, entry))
             if self.flip:
-                flipped = batch.clone()
+                flipped = batch.clone() if isinstance(batch, Tensor) else [picture.clone() for picture in batch]
                 for picture, (height, width) in zip(flipped, inside, strict=True):
                     picture[:, :height, :width] = picture[:, :height, :width].flip(-1)
                 for detections, entry, parts in zip(model(flipped, sizes=inside), of_square, by_picture, strict=True):

@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from PIL import Image, ImageFile
 from torch import Tensor
-from torch.utils.data import default_collate
 from torchvision.transforms import v2
 
-from finetune.pixels import fill_of, read_file, resize_pixels
+from finetune.pixels import fill_of, read_file, resize_pixels, stacked
 from finetune.segmentation.config import CropConfig, SegmentationData
 from launch.data.images import BadPictureError, check_size, open_picture, upright
 from launch.data.reading import open_file
 from launch.data.sources import files_below
 from vim_backbone.errors import UserError, escaped
 from vim_backbone.preprocessing import RGB, Preprocessing
+from vim_backbone.vim import Images
 
 IGNORED = 255
 WRONG = 254
@@ -273,9 +273,10 @@ class TrainCrops:
         labels[:height, :width] = target
         return filled, labels
 
-    def collate(self, samples: list[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
-        """(b, c, h, w) and (b, h, w)."""
-        return default_collate(samples)
+    def collate(self, samples: list[tuple[Any, Any]]) -> tuple[Images, Tensor]:
+        """(b, c, h, w), or a list where bands differ, and (b, h, w)."""
+        images = stacked([image for image, _ in samples], self.pairs.preprocessing)
+        return images, torch.stack([labels for _, labels in samples])
 
 
 class WholePictures:

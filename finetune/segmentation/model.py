@@ -14,6 +14,7 @@ from finetune.segmentation.config import SegmentationHead
 from finetune.segmentation.data import IGNORED
 from finetune.task import TaskModel
 from vim_backbone import UserError, VimConfig
+from vim_backbone.vim import Images
 
 POOLED = (1, 2, 3, 6)
 """Rows and columns of the pooled maps of the pyramid pooling module (PSPNet)."""
@@ -94,17 +95,17 @@ class Segmenter(TaskModel):
                 nn.Conv2d(head.auxiliary_channels, classes, 1),
             )
 
-    def forward(self, images: Tensor, targets: Tensor | None = None) -> Tensor | dict[str, Tensor]:
-        """(b, 3, h, w) -> logits (b, classes, h, w); with targets (b, h, w), the named losses."""
+    def forward(self, images: Images, targets: Tensor | None = None) -> Tensor | dict[str, Tensor]:
+        """(b, c, h, w), or a list of (c, h, w), -> logits (b, classes, h, w); with targets (b, h, w), named losses."""
         indices = [layer - 1 for layer in self.layers]
-        maps = self.backbone.forward_intermediates(images, indices, norm=True, stop_early=True, intermediates_only=True)
-        levels = self.pyramid(maps)
-        logits = resize(self.head(levels).float(), images.shape[-2:])
+        maps = self.feature_maps(images, indices)
+        levels, size = self.pyramid(maps), images[0].shape[-2:]
+        logits = resize(self.head(levels).float(), size)
         if targets is None:
             return logits
         losses = {"loss_segmentation": pixel_loss(logits, targets)}
         if self.auxiliary is not None:
-            guess = resize(self.auxiliary(levels[2]).float(), images.shape[-2:])
+            guess = resize(self.auxiliary(levels[2]).float(), size)
             losses["loss_auxiliary"] = self.auxiliary_weight * pixel_loss(guess, targets)
         return losses
 

@@ -20,6 +20,7 @@ from launch.data.pictures import Box, Picture, PillowPicture
 from launch.data.resize import GAP, Resizer, resized_part
 from launch.data.slides import SlidePicture
 from launch.data.tiff import TiffPicture
+from vim_backbone.errors import UserError
 from vim_backbone.preprocessing import Preprocessing, invalid
 
 
@@ -127,7 +128,11 @@ def read_bands(
     box: Box | None = None,
     size: tuple[int, int] | None = None,
 ) -> tuple[np.ndarray, Box]:
-    """The chosen bands around a box, filled where they hold nothing, and where the box lies in them."""
+    """Chosen bands that a file has, around a box, filled where they hold nothing, and where the box lies in them."""
+    try:
+        preprocessing = preprocessing.of_file(picture.bands)
+    except UserError as error:
+        raise BadPictureError(str(error)) from error
     bands = preprocessing.bands
     assert bands is not None
     if max(bands) >= picture.bands:

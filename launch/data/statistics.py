@@ -36,10 +36,12 @@ class Statistics:
     """Value of pixels that hold nothing, or "nan"."""
     pictures: int
     """How many were read."""
+    sets: list[list[int]] | None = None
+    """Which of the bands a file holds, in its order, a set for each number of bands; None where all hold the same."""
 
     def write(self, path: Path) -> None:
         """Write the file of statistics."""
-        write_json(path, asdict(self))
+        write_json(path, {key: value for key, value in asdict(self).items() if (key, value) != ("sets", None)})
 
     @classmethod
     def read(cls, path: Path) -> "Statistics":
@@ -54,6 +56,10 @@ class Statistics:
             channels = len(made.mean)
             per_band: list[Any] = [made.deviation, made.minimum, made.maximum, *made.percentiles]
             numbers = [made.mean, *per_band]
+            if made.sets is not None and not all(type(band) is int for each in made.sets for band in each):
+                raise ValueError(f"sets are {made.sets}, no numbers of bands")
+            if made.sets is not None and made.bands is None:
+                raise ValueError("it has sets, and no bands")
             wrong = (
                 any(len(values) != channels for values in numbers) or not np.isfinite(np.array(numbers, float)).all()
             )
@@ -128,6 +134,7 @@ def preprocessing_of(
             dtype=measured.dtype,
             range=(tuple(low.tolist()), tuple(high.tolist())),
             nodata=nothing,
+            sets=None if measured.sets is None else tuple(map(tuple, measured.sets)),
         ),
         statistics,
     )

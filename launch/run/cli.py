@@ -151,7 +151,7 @@ def _spell_out_flags(config_class: type, argv: list[str]) -> list[str]:
     hints = get_type_hints(config_class)
     flags = {f"--{name}" for name, hint in hints.items() if hint is bool or bool in get_args(hint)}
     spelled = []
-    for here, after in zip(argv, [*argv[1:], "--"], strict=True):
+    for here, after in zip(argv, [*argv, "--"][1:], strict=True):
         spelled.append(f"{here}=true" if here in flags and after.startswith("--") else here)
     return spelled
 

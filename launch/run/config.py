@@ -1,6 +1,6 @@
 """The parts of a run's configuration that all kinds of runs share, and the resolved file that records it."""
 
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
@@ -143,7 +143,8 @@ def write_config(config: Any, path: Path) -> None:
 def differences(config: Any, path: Path) -> dict[str, tuple[Any, Any]]:
     """Dotted field -> (value in the file, value now) for every field that differs.
 
-    Raises UserError where the file cannot be read or holds no fields.
+    A field that the file lacks, because the version that wrote it did not have it, has its default there. Raises
+    UserError where the file cannot be read or holds no fields.
     """
     remedy = "put its last version back, or start with --overwrite"
     try:
@@ -152,12 +153,24 @@ def differences(config: Any, path: Path) -> dict[str, tuple[Any, Any]]:
         raise UserError(f"cannot read {path}: {' '.join(str(error).split())[:200]}; {remedy}") from error
     if not isinstance(saved, dict) or not saved:
         raise UserError(f"{path} has no fields (it holds {str(saved)[:40]!r}): {remedy}")
-    old, new = flattened(saved), flattened(plain(config))
+    new = flattened(plain(config))
+    old = {name: default_of(config, name) for name in new} | flattened(saved)
     return {
         key: (old.get(key), new.get(key))
         for key in sorted(old.keys() | new.keys(), key=str)
         if old.get(key) != new.get(key)
     }
+
+
+def default_of(config: Any, name: str) -> Any:
+    """The default of a dotted field, as plain data; None where it has none."""
+    *parents, last = name.split(".")
+    for parent in parents:
+        config = getattr(config, parent, None)
+    entry = next((each for each in fields(config) if each.name == last), None) if is_dataclass(config) else None
+    if entry is None or entry.default is entry.default_factory is MISSING:
+        return None
+    return _listed(entry.default if entry.default_factory is MISSING else entry.default_factory())
 
 
 def field_types(config_class: Any, prefix: str = "") -> dict[str, str]:

@@ -1,8 +1,8 @@
 """Masked autoencoding on Vim: the encoder scans the visible patches, a shallow Vim decoder rebuilds the hidden ones.
 
 Shape letters: b batch, c channels, l patches, v visible patches, m hidden patches, s special tokens, d encoder width,
-p pixels of a patch (side * side * channels). Pictures of different sizes come as a list and are one row: b is 1 then,
-and l, v and m count the patches of all.
+p pixels of a patch (side * side * channels). Pictures of different shapes come as a list and are one row: b is 1 then,
+and l, v and m count the patches of all. Where channels are tokens, each counts as a patch, and p is side * side.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from vim_backbone.errors import UserError, require
 from vim_backbone.packing import layout_of
 from vim_backbone.position import resize_table, sincos_table
 from vim_backbone.tokens import TokenLayout
-from vim_backbone.vim import Images, lines_of
+from vim_backbone.vim import Images, lines_of, with_channels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,13 +85,19 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_embed = nn.Linear(config.d_model, decoder.width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder.width))
         self.decoder_pos_embed = nn.Parameter(sincos_table(encoder.grid_size, decoder.width)[None], requires_grad=False)
+        self.decoder_channel_embed = (
+            nn.Parameter(torch.zeros(1, config.in_chans, decoder.width)) if config.channels == "tokens" else None
+        )
         self.decoder_layers = nn.ModuleList(Block(blocks, drop_path=0.0) for _ in range(decoder.depth))
         self.decoder_norm = RMSNorm(decoder.width, config.norm_eps)
-        self.decoder_pred = nn.Linear(decoder.width, self.patch_size**2 * config.in_chans)
+        pixels = self.patch_size**2 * config.in_chans // config.tokens_a_patch(config.in_chans)
+        self.decoder_pred = nn.Linear(decoder.width, pixels)
         self._init_decoder()
 
     def _init_decoder(self) -> None:
         nn.init.trunc_normal_(self.mask_token, std=0.02)
+        if self.decoder_channel_embed is not None:
+            nn.init.trunc_normal_(self.decoder_channel_embed, std=0.02)
         for linear in (self.decoder_embed, self.decoder_pred):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -116,7 +122,7 @@ class MaskedAutoencoder(nn.Module):
         if reconstruct:
             return self.reconstruct(images, visible, hidden, lengths)
         predicted = self.decoder_pred(select(self._decode(images, visible, lengths), hidden))
-        target, _, _ = normalise(select(patchify(images, self.patch_size), hidden))
+        target, _, _ = normalise(select(self._patchify(images), hidden))
         errors = (predicted.float() - target).square()
         if lengths is None:
             return errors.mean()
@@ -129,18 +135,30 @@ class MaskedAutoencoder(nn.Module):
     ) -> Reconstruction:
         """Predictions for every patch, and the pictures they make; arguments as `forward`."""
         predicted = self.decoder_pred(self._decode(images, visible, lengths)).float()
-        patches = patchify(images, self.patch_size)
+        patches = self._patchify(images)
         _, mean, deviation = normalise(patches)
         hidden = hidden[..., None].expand(-1, -1, patches.shape[-1])
         pixels = patches.scatter(1, hidden, (predicted * deviation + mean).gather(1, hidden).to(patches.dtype))
         if isinstance(images, Tensor):
-            return Reconstruction(predicted, unpatchify(pixels, self.patch_size, self._grid(images)))
+            return Reconstruction(predicted, self._unpatchify(pixels, images))
         pieces = pixels.split(self.encoder.lengths(images) or [], dim=1)
-        unpacked = [
-            unpatchify(piece, self.patch_size, self._grid(image))[0]
-            for piece, image in zip(pieces, images, strict=True)
-        ]
+        unpacked = [self._unpatchify(piece, image)[0] for piece, image in zip(pieces, images, strict=True)]
         return Reconstruction(predicted, unpacked)
+
+    def _patchify(self, images: Images) -> Tensor:
+        """(b, l, p), the tokens' order."""
+        if self.decoder_channel_embed is None:
+            return patchify(images, self.patch_size)
+        if not isinstance(images, Tensor):
+            return torch.cat([self._patchify(image[None]) for image in images], dim=1)
+        by_channel = patchify(images, self.patch_size).unflatten(2, (self.patch_size**2, -1))
+        return by_channel.transpose(2, 3).flatten(1, 2)
+
+    def _unpatchify(self, patches: Tensor, like: Tensor) -> Tensor:
+        """The inverse for one shape: (b, l, p) of pictures (..., c, h, w) -> (b, c, h, w)."""
+        if self.decoder_channel_embed is not None:
+            patches = patches.unflatten(1, (-1, like.shape[-3])).transpose(2, 3).flatten(2)
+        return unpatchify(patches, self.patch_size, self._grid(like))
 
     def _decode(self, images: Images, visible: Tensor, lengths: list[int] | None) -> Tensor:
         """(b, l, decoder width) for all patches."""
@@ -155,8 +173,7 @@ class MaskedAutoencoder(nn.Module):
         h, residual = layout.join(special.to(tokens.dtype), tokens), None
         lines = None
         if self.encoder.config.scan == "pooled":
-            grids = [self._grid(image) for image in ([images] if isinstance(images, Tensor) else images)]
-            lines = lines_of(images, grids, None, 1.0)
+            lines = lines_of(images, self.encoder.config, None, 1.0)
         for index, block in enumerate(self.decoder_layers):
             h, residual = block(h, residual, cu_seqlens, lines and lines[index % 2])
         return layout.split(self.decoder_norm(h, residual)[0])[1]
@@ -164,15 +181,21 @@ class MaskedAutoencoder(nn.Module):
     def _positions(self, images: Images) -> Tensor:
         """Of the decoder, (1, l, decoder width)."""
         layout, size = TokenLayout("none", 0), self.encoder.grid_size
-        grids = [self._grid(image) for image in ([images] if isinstance(images, Tensor) else images)]
-        return torch.cat([resize_table(self.decoder_pos_embed, layout, size, grid) for grid in grids], dim=1)
+        positions = []
+        for image in [images] if isinstance(images, Tensor) else images:
+            table = resize_table(self.decoder_pos_embed, layout, size, self._grid(image))
+            if self.decoder_channel_embed is not None:
+                channels = self.encoder.config.channels_of(image.shape[-3])
+                table = with_channels(table, self.decoder_channel_embed, channels)
+            positions.append(table)
+        return torch.cat(positions, dim=1)
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
         return self.encoder.config.grid(*images.shape[-2:])
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that decay would harm although they have two axes or more."""
-        ends = (".A_log", ".A_b_log")
+        ends = (".A_log", ".A_b_log", "decoder_channel_embed")
         inner = {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
         return inner | {"mask_token"} | {name for name, _ in self.named_parameters() if name.endswith(ends)}
 

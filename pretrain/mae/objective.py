@@ -58,8 +58,16 @@ class MAE:
         assert isinstance(model, MaskedAutoencoder)
         return model.encoder
 
-    def inputs(self, extras: Tensor | Sequence[Tensor], device: torch.device) -> Inputs:
-        """Which patches are visible and which hidden; split on the CPU, where counting waits for nothing."""
+    def inputs(
+        self, extras: Tensor | Sequence[Tensor], device: torch.device, tokens: Sequence[int] | None = None
+    ) -> Inputs:
+        """Which tokens are visible and which hidden; split on the CPU, where counting waits for nothing.
+
+        A hidden patch is hidden in all channels: beside its copy in another one there would be little to learn.
+        """
+        if tokens and max(tokens) > 1:
+            repeated = [mask.repeat_interleave(count) for mask, count in zip(extras, tokens, strict=True)]
+            extras = torch.stack(repeated) if isinstance(extras, Tensor) else repeated
         visible, hidden, lengths = split_patches(extras)
         return Inputs((to_device(visible, device), to_device(hidden, device), lengths), visible.numel())
 
@@ -68,9 +76,11 @@ class MAE:
     ) -> Callable[[str, Path], None]:
         """Input, what the encoder saw, and the reconstruction, of each image. For all processes."""
         device = images.device if isinstance(images, Tensor) else images[0].device
-        reconstruction = model(images, *self.inputs(extras, device).arguments, reconstruct=True)
+        encoder = self.encoder(model)
+        inputs = self.inputs(extras, device, encoder.config.tokens_of(images))
+        reconstruction = model(images, *inputs.arguments, reconstruct=True)
         assert isinstance(reconstruction, Reconstruction)
-        patch_size = self.encoder(model).config.patch_size
+        patch_size = encoder.config.patch_size
 
         def draw(title: str, path: Path) -> None:
             hidden = round(100 * torch.cat([mask.float() for mask in extras]).mean().item())
@@ -83,10 +93,10 @@ class MAE:
     def work(self, architecture: VimConfig, itemsize: int, recompute: Recompute) -> Work:
         """The encoder over the visible tokens, the decoder over all, and the ends: embedding, prediction, targets."""
         rows, columns = architecture.grid(*architecture.img_size)
-        patches, special = rows * columns, architecture.num_special
-        hidden = self.mask.num_masked(patches)
+        channels, special = architecture.tokens_a_patch(architecture.in_chans), architecture.num_special
+        patches, hidden = rows * columns * channels, self.mask.num_masked(rows * columns) * channels
         visible, width = patches - hidden + special, self.decoder.width
-        pixels = architecture.patch_size**2 * architecture.in_chans
+        pixels = architecture.patch_size**2 * architecture.in_chans // channels
         return Work(
             stacks=(
                 Stack(architecture, visible, recompute),

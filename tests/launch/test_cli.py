@@ -44,6 +44,20 @@ def test_the_resolved_config_reads_back(tmp_path):
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["optim"]["betas"] == [0.8, 0.99]
 
 
+def test_a_field_that_an_older_version_did_not_write_has_its_default(tmp_path):
+    config, path = parsed(), tmp_path / "config.yaml"
+    write_config(config, path)
+    saved = yaml.safe_load(path.read_text())
+    del saved["model"]["channels"], saved["optim"]["betas"], saved["steps"]
+    path.write_text(yaml.safe_dump(saved))
+    assert differences(config, path) == {}
+    changed = parsed("--model.channels=tokens", "--optim.betas", "[0.8, 0.99]")
+    assert differences(changed, path) == {
+        "model.channels": ("mixed", "tokens"),
+        "optim.betas": ([0.9, 0.95], [0.8, 0.99]),
+    }
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
