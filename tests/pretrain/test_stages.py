@@ -7,6 +7,7 @@ import shutil
 import datasets
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -33,7 +34,9 @@ from vim_backbone.position import resize_table, sincos_table
 from vim_backbone.tokens import TokenLayout
 
 GROWING = "--stages=[{until: 0.5, img_size: 16}, {batch_size: 2}]"
-NATIVE = ("--data.sizes=native", "--data.batch_by=patches", "--model.patch_size=8", "--data.min_scale=0.05")
+NATIVE = ("--data.sizes=native", "--data.batch_by=patches", "--data.min_scale=0.05", "--model.img_size=64",
+          "--model.patch_size=8")  # fmt: skip
+"""Of the pictures of `picture_folder`, 40 x 60 pixels, all views are smaller."""
 
 
 def stages(*sizes, accumulation=1, world=1, rank=0):
@@ -77,26 +80,27 @@ def test_what_a_run_in_stages_leaves_behind(tmp_path, capsys):
 def test_resume_is_exact_in_every_stage_and_between(tmp_path, picture_folder, options):
     options = (
         f"--data.source={picture_folder}",
-        "--steps=6",
+        "--steps=4",
         "--checkpoint_every=1",
-        "--keep_checkpoints=6",
+        "--keep_checkpoints=4",
         GROWING,
         *options,
     )
     whole = pretrain(config(tmp_path / "whole", *options))
-    for step in (2, 3, 5):  # the border is after 3
+    for step in (1, 2, 3):  # the border is after 2
         cut = tmp_path / f"cut{step}/pretrain"
         shutil.copytree(whole, cut, ignore=shutil.ignore_patterns("backbone"))
-        for later in range(step + 1, 7):
+        for later in range(step + 1, 5):
             shutil.rmtree(cut / f"checkpoints/step-{later:08d}")
         pretrain(config(cut.parent, "--resume", *options))
         assert losses(cut) == losses(whole)
         for part in ("model", "optimizer"):
-            torch.testing.assert_close(weights(cut, 6, part), weights(whole, 6, part), rtol=0, atol=0)
-        states = [json.loads((run / "checkpoints/step-00000006/state.json").read_text()) for run in (cut, whole)]
+            torch.testing.assert_close(weights(cut, 4, part), weights(whole, 4, part), rtol=0, atol=0)
+        states = [json.loads((run / "checkpoints/step-00000004/state.json").read_text()) for run in (cut, whole)]
         assert states[0] == states[1]
+        assert len(states[0]["guard"]["losses"]) == 2  # of this stage alone
         if NATIVE[0] in options:
-            assert states[0]["starts"]["6"] > 3 * 4 + 3 * 2  # more than `batch_size` views, as many are small
+            assert states[0]["starts"]["4"] > 2 * 4 + 2 * 2  # more than `batch_size` views, as many are small
 
 
 def test_a_stage_is_the_run_of_its_size(tmp_path):
@@ -301,18 +305,19 @@ def test_two_processes_have_the_losses_of_one(tmp_path, picture_folder):
         "--stages=[{until: 0.5, img_size: 16}, {batch_size: 4}]",
         *NATIVE,
     ]
-    one, two = (losses_of(run_command(tmp_path / strategy, strategy, *argv)) for strategy in ("one", "zero2"))
+    one, two = (losses_of(run_command(tmp_path / strategy, strategy, *argv)) for strategy in ("one", "ddp"))
     assert two == pytest.approx(one, rel=1e-5)
 
 
 @pytest.mark.slow
 def test_each_stage_is_compiled_once_for_its_own_sizes(tmp_path, monkeypatch, capsys):
-    argv = ("--steps=4", GROWING, "--model.depth=1")
+    argv = ("--steps=3", "--stages=[{until: 0.4, img_size: 16}, {until: 0.7, img_size: 24}, {}]", "--model.depth=1")
     plain = losses(pretrain(config(tmp_path / "plain", *argv)))
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    AcceleratorState._reset_state(reset_partial_state=True)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for step, (loss, norm, rate) in losses(pretrain(config(tmp_path / "compiled", *argv))).items():
         assert plain[step] == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-4), rate)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
     assert "its first step is compiled anew" in capsys.readouterr().err
