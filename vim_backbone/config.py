@@ -147,6 +147,10 @@ class VimConfig:
                 )
         return (height - self.patch_size) // self.stride + 1, (width - self.patch_size) // self.stride + 1
 
+    def padded(self, side: int) -> int:
+        """Pixels of a side filled up to what the stride divides, and to one patch."""
+        return -(-max(side, self.patch_size) // self.stride) * self.stride
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return asdict(self) | {"img_size": list(self.img_size)}

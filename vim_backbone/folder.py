@@ -10,6 +10,7 @@ from vim_backbone.files import read_json, write_json, write_tensors, write_text
 from vim_backbone.preprocessing import IMAGENET_MEAN, IMAGENET_STD, PREPROCESSOR, RGB, Preprocessing, preprocessor
 
 MODEL_TYPE = "vim"
+CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 
 
@@ -51,13 +52,13 @@ def save_pretrained(
     preprocessing = preprocessing or Preprocessing(mean=mean, std=std)
     write_json(folder / PREPROCESSOR, preprocessor(config, preprocessing))
     write_text(folder / "README.md", card or model_card(config, folder.name, preprocessing))
-    write_json(folder / "config.json", {"model_type": MODEL_TYPE, "architectures": ["VisionMamba"]} | config.to_dict())
+    write_json(folder / CONFIG, {"model_type": MODEL_TYPE, "architectures": ["VisionMamba"]} | config.to_dict())
     return folder
 
 
 def read_config(folder: Path) -> VimConfig:
     """The config of a backbone folder. Raises UserError naming what is missing."""
-    path = folder / "config.json"
+    path = folder / CONFIG
     if not folder.is_dir():
         raise UserError(f"no backbone at {folder}: the folder does not exist")
     if not path.exists():

@@ -62,8 +62,14 @@ class Preprocessing:
     def model_input(self, values: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
         """The values of a picture, all bands of its file (bands, h, w), as the model's input (1, channels, h, w).
 
-        Its size stays as it is. Raises UserError for a picture of other bands, of another type, or with NaN that is no
-        nodata.
+        Its size stays as it is. Raises what `channels_of` raises.
+        """
+        return to_model(torch.tensor(self.channels_of(values))[None], torch.device(device), self)
+
+    def channels_of(self, values: np.ndarray) -> np.ndarray:
+        """All bands of a picture's file (bands, h, w) -> the model's channels (c, h, w), filled where nothing is.
+
+        Raises UserError for a picture of other bands, of another type, or with NaN that is no nodata.
         """
         count = self.in_chans if self.bands is None else max(self.bands) + 1
         wanted = self.dtype or "uint8"
@@ -76,7 +82,7 @@ class Preprocessing:
         filled = self.filled(chosen, invalid(chosen, self.nodata))
         if not np.isfinite(filled).all():
             raise UserError("the picture holds NaN or infinity, and nodata is not nan: fill them first")
-        return to_model(torch.tensor(filled)[None], torch.device(device), self)
+        return filled
 
     def filled(self, values: np.ndarray, missing: np.ndarray | None) -> np.ndarray:
         """The channels (c, h, w) with the mean where they are missing, a copy where it is; other types become float32.

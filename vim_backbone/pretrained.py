@@ -1,8 +1,9 @@
-"""Loading a backbone from its folder, with every tensor accounted for."""
+"""Loading a backbone from its folder or the Hub, with every tensor accounted for."""
 
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -11,16 +12,49 @@ from vim_backbone.config import VimConfig
 from vim_backbone.errors import UserError
 from vim_backbone.files import refuse_what_is_no_file
 from vim_backbone.folder import WEIGHTS, read_config
+from vim_backbone.hub import find_backbone
 from vim_backbone.position import resize_table
+from vim_backbone.preprocessing import read_preprocessing
+from vim_backbone.transform import Transform
 from vim_backbone.vim import VisionMamba
 
 PATCH_WEIGHT = "patch_embed.proj.weight"
 
 
-def from_pretrained(folder: str | Path, **overrides: Any) -> VisionMamba:
-    """Read a backbone from a folder that `save_pretrained` wrote, in evaluation mode.
+def load(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    size: int | tuple[int, int] | None = None,
+    pad: bool = True,
+    device: torch.device | str = "cpu",
+    **overrides: Any,
+) -> tuple[VisionMamba, Transform]:
+    """A backbone for features, without its classifier, and what makes its input of pictures of any kind and size.
 
     Args:
+        name: folder of a backbone, or its id on the Hub, "owner/name".
+        revision: branch, tag or commit on the Hub.
+        size: side, or (height, width) in pixels, that pictures are resized to; None: each keeps its size.
+        pad: fill pictures up to what the stride divides; else the model refuses those that it does not divide.
+        device: of the model and its input.
+        overrides: as for `from_pretrained`; `num_classes` is 0 unless given.
+
+    Raises:
+        UserError: as `from_pretrained`, or preprocessor_config.json is damaged or of other channels.
+    """
+    folder = find_backbone(name, revision)
+    changes: dict[str, Any] = {"num_classes": 0} | overrides
+    model = from_pretrained(folder, **changes).to(device)
+    return model, Transform(read_preprocessing(folder), model.config, size=size, pad=pad, device=device)
+
+
+def from_pretrained(name: str | Path, *, revision: str | None = None, **overrides: Any) -> VisionMamba:
+    """Read a backbone that `save_pretrained` wrote from a folder or the Hub, in evaluation mode.
+
+    Args:
+        name: the folder, or an id on the Hub, "owner/name".
+        revision: branch, tag or commit on the Hub.
         overrides: fields of the config to change. Another `img_size` resamples the position table, another
             `num_classes` puts on a fresh head, another `in_chans` adapts the first convolution; `drop_path_rate` and
             `global_pool` are free to change too.
@@ -28,7 +62,7 @@ def from_pretrained(folder: str | Path, **overrides: Any) -> VisionMamba:
     Raises:
         UserError: a file is missing, damaged, or does not fit; names the file or the tensor.
     """
-    folder = Path(folder)
+    folder = find_backbone(name, revision)
     saved = read_config(folder)
     config = VimConfig.from_dict(saved.to_dict() | overrides)
     refuse_what_is_no_file(folder / WEIGHTS)

@@ -5,6 +5,7 @@ Shape letters: b batch, c h w picture, l patch tokens; special: number of class 
 
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, overload
 
 import torch
@@ -16,6 +17,7 @@ from vim_backbone.config import VimConfig
 from vim_backbone.errors import UserError
 from vim_backbone.folder import save_pretrained
 from vim_backbone.hand_over import Given, hand_over
+from vim_backbone.hub import push_to_hub
 from vim_backbone.lines import Grid, GridLines, batch_lines, packed_lines
 from vim_backbone.packing import PackedLayout, layout_of
 from vim_backbone.position import resize_table, sincos_table
@@ -133,9 +135,7 @@ class VisionMamba(nn.Module):
 
     def embed_patches(self, images: Tensor) -> Tensor:
         """(b, c, h, w) -> patch tokens with their positions (b, l, d_model)."""
-        grid = self.config.grid(*images.shape[-2:])
-        if images.shape[1] != self.config.in_chans:
-            raise UserError(f"pictures have {images.shape[1]} channels, the backbone wants {self.config.in_chans}")
+        grid = grid_of(images, self.config)
         return self.patch_embed(images) + self._positions(grid)[1]
 
     def embed(self, images: Images) -> Tensor:
@@ -153,7 +153,7 @@ class VisionMamba(nn.Module):
         for image in images:
             if image.dim() != 3:
                 raise UserError(f"a picture of the list has shape {tuple(image.shape)}, it must be (channels, h, w)")
-        return [rows * columns for rows, columns in (self.config.grid(*image.shape[-2:]) for image in images)]
+        return [rows * columns for rows, columns in (grid_of(image[None], self.config) for image in images)]
 
     def lines(self, images: Images, visible: Tensor | None = None) -> GridLines | None:
         """Rows and columns of the pictures where the scan is pooled, else None.
@@ -276,6 +276,15 @@ class VisionMamba(nn.Module):
                 raise UserError(f"block index {index} is out of range: the model has {depth} blocks")
         return [index % depth for index in positions]
 
+    def push_to_hub(self, name: str, *, private: bool = False, revision: str | None = None, **options: Any) -> str:
+        """Put this backbone on the Hub, "owner/name", and return its address; options as those of `save_pretrained`.
+
+        A folder that a run published goes there with `vim_backbone.push_to_hub`, which keeps its card and statistics.
+        """
+        with TemporaryDirectory() as place:
+            folder = self.save_pretrained(Path(place) / name.rpartition("/")[2], **options)
+            return push_to_hub(folder, name, private=private, revision=revision)
+
     def save_pretrained(self, folder: str | Path, **options: Any) -> Path:
         """Write this backbone as a folder that `vim_backbone.from_pretrained` reads; see `folder.save_pretrained`."""
         return save_pretrained(self, self.config, folder, **options)
@@ -317,6 +326,26 @@ class VisionMamba(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep as little as `vim_backbone.block.set_recompute` can of a block for the backward pass, as in timm."""
         set_recompute(self, "products" if enable else "inputs")
+
+
+def grid_of(images: Tensor, config: VimConfig) -> Grid:
+    """Rows and columns of patches of a batch (b, c, h, w). Raises UserError, saying what to do, for anything else."""
+    shape = tuple(images.shape)
+    if images.dim() != 4:
+        remedy = "a picture alone has no batch axis, add it as images[None]" if images.dim() == 3 else "give a batch"
+        raise UserError(f"pictures have shape {shape}, they must be (batch, channels, h, w): {remedy}")
+    if not images.is_floating_point():
+        raise UserError(
+            f"pictures are {images.dtype}: the model takes normalised floats, which the transform of "
+            "vim_backbone.load makes of them"
+        )
+    if shape[1] != config.in_chans:
+        last = ": channels come first, as images.permute(0, 3, 1, 2)" if shape[3] == config.in_chans else ""
+        raise UserError(f"pictures have {shape[1]} channels, the backbone wants {config.in_chans}{last}")
+    try:
+        return config.grid(*shape[-2:])
+    except UserError as error:
+        raise UserError(f"{error}; the transform of vim_backbone.load pads pictures") from error
 
 
 def lines_of(images: Images, grids: Sequence[Grid], visible: Tensor | None, share: float) -> GridLines:
