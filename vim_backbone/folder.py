@@ -5,11 +5,11 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from vim_backbone.config import VimConfig
+from vim_backbone.doors import FOREIGN, MODEL_TYPE, timm_fields
 from vim_backbone.errors import UserError
 from vim_backbone.files import read_json, write_json, write_tensors, write_text
 from vim_backbone.preprocessing import IMAGENET_MEAN, IMAGENET_STD, PREPROCESSOR, RGB, Preprocessing, preprocessor
 
-MODEL_TYPE = "vim"
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 
@@ -52,7 +52,8 @@ def save_pretrained(
     preprocessing = preprocessing or Preprocessing(mean=mean, std=std)
     write_json(folder / PREPROCESSOR, preprocessor(config, preprocessing))
     write_text(folder / "README.md", card or model_card(config, folder.name, preprocessing))
-    write_json(folder / CONFIG, {"model_type": MODEL_TYPE, "architectures": ["VisionMamba"]} | config.to_dict())
+    described = {"model_type": MODEL_TYPE, "architectures": ["VisionMamba"]} | config.to_dict()
+    write_json(folder / CONFIG, described | timm_fields(config, preprocessing))
     return folder
 
 
@@ -67,7 +68,7 @@ def read_config(folder: Path) -> VimConfig:
     if not isinstance(data, dict) or data.get("model_type") != MODEL_TYPE:
         raise UserError(f"{path} describes no Vim backbone: its model_type is not {MODEL_TYPE!r}")
     try:
-        return VimConfig.from_dict({k: v for k, v in data.items() if k not in ("model_type", "architectures")})
+        return VimConfig.from_dict({k: v for k, v in data.items() if k not in FOREIGN})
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 

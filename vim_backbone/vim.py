@@ -18,14 +18,12 @@ from vim_backbone.errors import UserError
 from vim_backbone.folder import save_pretrained
 from vim_backbone.hand_over import Given, hand_over
 from vim_backbone.hub import push_to_hub
+from vim_backbone.inputs import Images, grid_of
 from vim_backbone.lines import Grid, GridLines, batch_lines, packed_lines
 from vim_backbone.packing import PackedLayout, layout_of
 from vim_backbone.position import resize_table, sincos_table
 from vim_backbone.tokens import TokenLayout
 from vim_backbone.weights import lecun_normal_
-
-Images = Tensor | Sequence[Tensor]
-"""Pictures (b, c, h, w), or a list of pictures (c, h, w) of any sizes."""
 
 
 class PatchEmbed(nn.Module):
@@ -60,7 +58,8 @@ class VisionMamba(nn.Module):
         super().__init__()
         self.config = config
         d_model = config.d_model
-        self.num_features = self.embed_dim = d_model
+        self.num_features = self.head_hidden_size = self.embed_dim = d_model
+        self.in_chans = config.in_chans
         self.num_classes = config.num_classes
         self.global_pool = config.global_pool
         self.layout = TokenLayout(config.class_token, config.num_registers)
@@ -254,6 +253,18 @@ class VisionMamba(nn.Module):
         h = drop_path(h, self.config.drop_path_rate, self.training, cu_seqlens)
         return _joined(*layout.split(self.norm_f(h, residual)[0]), lengths), intermediates
 
+    def get_intermediate_layers(
+        self,
+        images: Images,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> list[Any]:
+        """`forward_intermediates` in DINO's names: (b, l, d_model) of the last n blocks, or of the n counted from 0."""
+        fmt: Literal["NCHW", "NLC"] = "NCHW" if reshape else "NLC"
+        return self.forward_intermediates(images, n, return_prefix_tokens, norm, True, fmt, intermediates_only=True)
+
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
@@ -310,6 +321,20 @@ class VisionMamba(nn.Module):
         with torch.no_grad():
             self._init_head()
 
+    @torch.no_grad()
+    def set_input_size(self, img_size: int | tuple[int, int] | None = None, patch_size: int | None = None) -> None:
+        """Resample the position table for pictures of another size in pixels, as timm's method of this name.
+
+        Raises UserError for a size that the stride does not divide, and for another patch size.
+        """
+        if patch_size not in (None, self.config.patch_size, (self.config.patch_size,) * 2):
+            raise UserError(f"patch_size is {patch_size}: the weights are made for {self.config.patch_size}")
+        size = self.config.img_size if img_size is None else img_size
+        self.config = VimConfig.from_dict(self.config.to_dict() | {"img_size": size})
+        old, self.grid_size = self.grid_size, self.config.grid(*self.config.img_size)
+        table = resize_table(self.pos_embed, self.position_layout, old, self.grid_size)
+        self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
+
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that decay would harm although they have two axes or more."""
         learned = {"cls_token", "register_tokens", "pos_embed"}
@@ -326,26 +351,6 @@ class VisionMamba(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep as little as `vim_backbone.block.set_recompute` can of a block for the backward pass, as in timm."""
         set_recompute(self, "products" if enable else "inputs")
-
-
-def grid_of(images: Tensor, config: VimConfig) -> Grid:
-    """Rows and columns of patches of a batch (b, c, h, w). Raises UserError, saying what to do, for anything else."""
-    shape = tuple(images.shape)
-    if images.dim() != 4:
-        remedy = "a picture alone has no batch axis, add it as images[None]" if images.dim() == 3 else "give a batch"
-        raise UserError(f"pictures have shape {shape}, they must be (batch, channels, h, w): {remedy}")
-    if not images.is_floating_point():
-        raise UserError(
-            f"pictures are {images.dtype}: the model takes normalised floats, which the transform of "
-            "vim_backbone.load makes of them"
-        )
-    if shape[1] != config.in_chans:
-        last = ": channels come first, as images.permute(0, 3, 1, 2)" if shape[3] == config.in_chans else ""
-        raise UserError(f"pictures have {shape[1]} channels, the backbone wants {config.in_chans}{last}")
-    try:
-        return config.grid(*shape[-2:])
-    except UserError as error:
-        raise UserError(f"{error}; the transform of vim_backbone.load pads pictures") from error
 
 
 def lines_of(images: Images, grids: Sequence[Grid], visible: Tensor | None, share: float) -> GridLines:
