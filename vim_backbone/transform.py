@@ -74,12 +74,12 @@ class Transform:
             return [self(picture)[0] for picture in pictures]
         assert not isinstance(pictures, Sequence) or isinstance(pictures, str)
         if isinstance(pictures, (np.ndarray, Tensor)) and pictures.ndim == 4:
-            return torch.cat([self._one(picture) for picture in pictures])
-        return self._one(pictures)
+            return torch.cat([self.from_values(self._values(picture)) for picture in pictures])
+        return self.from_values(self._values(pictures))
 
-    def _one(self, picture: Picture) -> Tensor:
-        """(1, c, h, w)."""
-        values = self._values(picture)[None]
+    def from_values(self, values: Tensor) -> Tensor:
+        """The channels of a picture in the values of its file (c, h, w), of RGB 0 to 255 -> (1, c, h, w) float32."""
+        values = values[None]
         if self.size is not None:
             kept = values.dtype == torch.uint8
             values = F.interpolate(
