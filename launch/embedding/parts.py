@@ -31,9 +31,9 @@ class Parts:
         if overwrite:
             remove(self.folder)
             out.unlink(missing_ok=True)
-        if out.exists():
-            raise UserError(f"{out} exists: choose another name, or --overwrite")
         file = self.folder / SETTINGS
+        if out.exists() and not (resume and file.exists()):
+            raise UserError(f"{out} exists: choose another name, or --overwrite")
         if file.exists():
             before = read_json(file)
             if not resume:
