@@ -77,7 +77,9 @@ def model_card(config: VimConfig, name: str, preprocessing: Preprocessing = RGB)
     """A short README.md for a backbone folder."""
     height, width = config.img_size
     pictures = f"{'RGB' if config.in_chans == 3 else f'{config.in_chans} channels'} in [0, 1]"
+    given = "a file, a PIL picture, an array or a tensor"
     if preprocessing.bands is not None:
+        given = "an array (bands, h, w)"
         pictures = (
             f"bands {list(preprocessing.bands)} of files of {preprocessing.dtype}, which\n"
             f'`vim_backbone.read_preprocessing("{name}").model_input(values)` takes as an array (bands, h, w)'
@@ -92,12 +94,14 @@ Vision Mamba (Vim, arXiv 2401.09417) backbone: {config.depth} blocks of width {c
 {config.patch_size} pixels every {config.stride}, made for pictures of {height} x {width}; other sizes work too.
 
 ```python
-import torch
 import vim_backbone
 
-model = vim_backbone.from_pretrained("{name}")
-features = model.forward_features(torch.rand(1, {config.in_chans}, {height}, {width}))
+model, transform = vim_backbone.load("{name}")  # this folder, or its id on the Hub
+features = model(transform(picture))  # {given}, of any size
 ```
+
+`timm.create_model("local-dir:{name}", pretrained=True)` after `import vim_backbone.timm` and
+`AutoModel.from_pretrained("{name}")` after `import vim_backbone.transformers` give the same model.
 
 Pictures: {pictures}, normalised as `preprocessor_config.json` says.
 """

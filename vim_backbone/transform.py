@@ -49,15 +49,17 @@ class Transform:
             device: of the input.
 
         Raises:
-            UserError: the preprocessing has other channels than the backbone.
+            UserError: the preprocessing has other channels than the backbone, or the size is none.
         """
         if preprocessing.in_chans != config.in_chans:
             raise UserError(
                 f"the backbone takes {config.in_chans} channels, its preprocessing describes {preprocessing.in_chans}: "
                 "take vim_backbone.from_pretrained, and normalise pictures as you trained it"
             )
-        self.preprocessing, self.config, self.pad = preprocessing, config, pad
-        self.size = (size, size) if isinstance(size, int) else size
+        sides = (size, size) if isinstance(size, int) else size
+        if sides is not None and (len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides)):
+            raise UserError(f"size is {size!r}: give a side, or (height, width), in pixels")
+        self.preprocessing, self.config, self.pad, self.size = preprocessing, config, pad, sides
         self.device = torch.device(device)
 
     @overload

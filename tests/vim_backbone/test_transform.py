@@ -49,6 +49,9 @@ def test_sizes(folder, photo):
         UserError, match=r"image height is 40 pixels: .* the transform of vim_backbone.load pads pictures"
     ):
         model(transform(photo(40, 64)))
+    for wrong in (0, (32,), (32, 1.5)):
+        with pytest.raises(UserError, match=r"size is .*: give a side, or \(height, width\), in pixels"):
+            load(folder, size=wrong)
     resized = load(folder, size=16)[1](photo(32, 32))[0]
     want = normalised(photo(32, 32).resize((16, 16), Image.Resampling.BICUBIC))
     torch.testing.assert_close(resized, want, atol=2 / 255 / 0.22, rtol=0)
