@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from timm.models import group_parameters
 from torch import Tensor, nn
 
@@ -14,8 +13,8 @@ from launch.data.statistics import preprocessing_of
 from launch.run.randomness import seed_of
 from launch.state.sharding import fill
 from vim_backbone import UserError, VimConfig, VisionMamba, from_pretrained
-from vim_backbone.errors import first_line
 from vim_backbone.folder import read_config
+from vim_backbone.hub import find_backbone as find_backbone
 from vim_backbone.preprocessing import PREPROCESSOR, RGB, Preprocessing, read_preprocessing
 
 
@@ -31,27 +30,6 @@ class Pretrained:
     def put_into(self, backbone: VisionMamba) -> None:
         """Fill the model, or its shards. For all processes."""
         fill(backbone, self.tensors.__getitem__)
-
-
-def find_backbone(name: str) -> Path:
-    """The folder that `--backbone` names, downloaded first where it is the id of one on the Hub.
-
-    Raises UserError for one that is neither.
-    """
-    if Path(name).expanduser().exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        return Path(name).expanduser()
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=["config.json", "model.safetensors", PREPROCESSOR]))
-    except Exception as error:  # the Hub's client raises a dozen unrelated classes
-        raise UserError(
-            f"backbone {name} is no folder here, and the Hub does not give it; without a network, give a folder "
-            f"({first_line(error)})"
-        ) from error
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"backbone {name} on the Hub has no config.json: the official weights go through vim_backbone.convert first"
-        )
-    return folder
 
 
 def read_preprocessing_of(folder: Path, data: LabelledData) -> Preprocessing:

@@ -85,7 +85,7 @@ class PretrainConfig(TrainingConfig):
     name: str = "pretrain"
     """Name of the run; its folder is OUT/NAME."""
     init: str | None = None
-    """Start from these weights: a folder of a backbone, or of a run that published one. It says what of `model` is not
+    """Start from these weights: folder of a backbone or of a run that published one, or an id on the Hub. It says what of `model` is not
     given; its positions, patches and bands are resampled where `model.img_size`, `model.patch_size` or the data differ.
     """
     model: ModelConfig = field(default_factory=ModelConfig)

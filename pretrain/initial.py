@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vim_backbone import SIZES, UserError, VimConfig, from_pretrained
 from vim_backbone.folder import read_config
+from vim_backbone.hub import find_backbone
 
 TAKEN_UP = ("depth", "patch_size", "img_size", "scan", "class_token", "num_registers", "mixer_norm", "position",
             "channels")  # fmt: skip
@@ -20,7 +21,7 @@ OUR_OWN = ("d_model", "stride", "in_chans", "channel_sets", "num_classes", "glob
 
 
 def backbone_folder(init: str) -> Path:
-    """The folder of the backbone that `--init` names: its own, or that of a run, which has it in `backbone/`.
+    """The folder of the backbone that `--init` names: its own, that of a run, which has it in `backbone/`, or the Hub's.
 
     Raises UserError where there is none.
     """
@@ -29,7 +30,7 @@ def backbone_folder(init: str) -> Path:
         return folder / "backbone"
     if (folder / "state.json").is_file():
         raise UserError(f"init {init} is a checkpoint: its run goes on with --resume, and publishes what --init takes")
-    return folder
+    return find_backbone(init)
 
 
 def model_arguments(init: str) -> list[str]:

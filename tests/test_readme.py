@@ -171,9 +171,11 @@ def test_the_commands_of_fine_tuning(place):
 
 
 @pytest.mark.slow
-def test_the_python_in_the_readme(place):
+def test_the_python_in_the_readme(place, photo):
     argv = [sys.executable, "pretrain/main.py", "--steps=1", *SMALL.split(), "--overwrite"]
     subprocess.run(argv, cwd=place, check=True, capture_output=True)
+    photo(128, 192).save(place / "photo.jpg")
+    photo(50, 70).save(place / "another.png")
     for block in blocks(ROOT / "README.md", "python"):
         shapes = "\nassert features.shape == (2, 192)\nassert [m.shape for m in maps] == [(1, 192, 16, 24)]"
         assert "# two maps" in block

@@ -1,4 +1,4 @@
-"""Vision Mamba backbones: create one by name, or load one from a folder of safetensors."""
+"""Vision Mamba backbones: create one by name, or load one from a folder of safetensors or the Hub."""
 
 from typing import Any
 
@@ -6,9 +6,12 @@ from vim_backbone.config import SIZES as SIZES
 from vim_backbone.config import VimConfig as VimConfig
 from vim_backbone.config import named_config as named_config
 from vim_backbone.errors import UserError as UserError
+from vim_backbone.hub import push_to_hub as push_to_hub
 from vim_backbone.preprocessing import Preprocessing as Preprocessing
 from vim_backbone.preprocessing import read_preprocessing as read_preprocessing
 from vim_backbone.pretrained import from_pretrained as from_pretrained
+from vim_backbone.pretrained import load as load
+from vim_backbone.transform import Transform as Transform
 from vim_backbone.vim import VisionMamba as VisionMamba
 
 

@@ -181,6 +181,10 @@ class VimConfig:
         """How many a patch has in each picture (c, h, w)."""
         return [self.tokens_a_patch(len(image)) for image in images]
 
+    def padded(self, side: int) -> int:
+        """Pixels of a side filled up to what the stride divides, and to one patch."""
+        return -(-max(side, self.patch_size) // self.stride) * self.stride
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; of mixed channels as versions that knew no others wrote it."""
         data = asdict(self) | {"img_size": list(self.img_size)}

@@ -5,11 +5,12 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from vim_backbone.config import VimConfig
+from vim_backbone.doors import FOREIGN, MODEL_TYPE, timm_fields
 from vim_backbone.errors import UserError
 from vim_backbone.files import read_json, write_json, write_tensors, write_text
 from vim_backbone.preprocessing import IMAGENET_MEAN, IMAGENET_STD, PREPROCESSOR, RGB, Preprocessing, preprocessor
 
-MODEL_TYPE = "vim"
+CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 
 
@@ -51,13 +52,14 @@ def save_pretrained(
     preprocessing = preprocessing or Preprocessing(mean=mean, std=std)
     write_json(folder / PREPROCESSOR, preprocessor(config, preprocessing))
     write_text(folder / "README.md", card or model_card(config, folder.name, preprocessing))
-    write_json(folder / "config.json", {"model_type": MODEL_TYPE, "architectures": ["VisionMamba"]} | config.to_dict())
+    described = {"model_type": MODEL_TYPE, "architectures": ["VisionMamba"]} | config.to_dict()
+    write_json(folder / CONFIG, described | timm_fields(config, preprocessing))
     return folder
 
 
 def read_config(folder: Path) -> VimConfig:
     """The config of a backbone folder. Raises UserError naming what is missing."""
-    path = folder / "config.json"
+    path = folder / CONFIG
     if not folder.is_dir():
         raise UserError(f"no backbone at {folder}: the folder does not exist")
     if not path.exists():
@@ -66,7 +68,7 @@ def read_config(folder: Path) -> VimConfig:
     if not isinstance(data, dict) or data.get("model_type") != MODEL_TYPE:
         raise UserError(f"{path} describes no Vim backbone: its model_type is not {MODEL_TYPE!r}")
     try:
-        return VimConfig.from_dict({k: v for k, v in data.items() if k not in ("model_type", "architectures")})
+        return VimConfig.from_dict({k: v for k, v in data.items() if k not in FOREIGN})
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
@@ -75,7 +77,9 @@ def model_card(config: VimConfig, name: str, preprocessing: Preprocessing = RGB)
     """A short README.md for a backbone folder."""
     height, width = config.img_size
     pictures = f"{'RGB' if config.in_chans == 3 else f'{config.in_chans} channels'} in [0, 1]"
+    given = "a file, a PIL picture, an array or a tensor"
     if preprocessing.bands is not None:
+        given = "an array (bands, h, w)"
         pictures = (
             f"bands {list(preprocessing.bands)} of files of {preprocessing.dtype}, which\n"
             f'`vim_backbone.read_preprocessing("{name}").model_input(values)` takes as an array (bands, h, w)'
@@ -93,12 +97,14 @@ Vision Mamba (Vim, arXiv 2401.09417) backbone: {config.depth} blocks of width {c
 {config.patch_size} pixels every {config.stride}, made for pictures of {height} x {width}; other sizes work too.
 
 ```python
-import torch
 import vim_backbone
 
-model = vim_backbone.from_pretrained("{name}")
-features = model.forward_features(torch.rand(1, {config.in_chans}, {height}, {width}))
+model, transform = vim_backbone.load("{name}")  # this folder, or its id on the Hub
+features = model(transform(picture))  # {given}, of any size
 ```
+
+`timm.create_model("local-dir:{name}", pretrained=True)` after `import vim_backbone.timm` and
+`AutoModel.from_pretrained("{name}")` after `import vim_backbone.transformers` give the same model.
 
 Pictures: {pictures}, normalised as `preprocessor_config.json` says.
 """

@@ -104,11 +104,18 @@ class Preprocessing:
     def model_input(self, values: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
         """The values of a picture, all bands of its file (bands, h, w), as the model's input (1, channels, h, w).
 
-        Of files with different bands, the channels are those that it has. Its size stays as it is. Raises UserError for
-        a picture of other bands, of another type, or with NaN that is no nodata.
+        Its size stays as it is. Raises what `channel_values` raises.
+        """
+        return to_model(torch.tensor(self.channel_values(values))[None], torch.device(device), self)
+
+    def channel_values(self, values: np.ndarray) -> np.ndarray:
+        """All bands of a picture's file (bands, h, w) -> the model's channels (c, h, w), filled where nothing is.
+
+        Of files with different bands, the channels are those that the file has. Raises UserError for a picture of other
+        bands, of another type, or with NaN that is no nodata.
         """
         if self.sets is not None:
-            return self.of_file(len(values)).model_input(values, device)
+            return self.of_file(len(values)).channel_values(values)
         count = self.in_chans if self.bands is None else max(self.bands) + 1
         wanted = self.dtype or "uint8"
         if values.ndim != 3 or len(values) < count or values.dtype.newbyteorder("=") != wanted:
@@ -120,7 +127,7 @@ class Preprocessing:
         filled = self.filled(chosen, invalid(chosen, self.nodata))
         if not np.isfinite(filled).all():
             raise UserError("the picture holds NaN or infinity, and nodata is not nan: fill them first")
-        return to_model(torch.tensor(filled)[None], torch.device(device), self)
+        return filled
 
     def filled(self, values: np.ndarray, missing: np.ndarray | None) -> np.ndarray:
         """The channels (c, h, w) with the mean where they are missing, a copy where it is; other types become float32.

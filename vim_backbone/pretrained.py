@@ -1,4 +1,4 @@
-"""Loading a backbone from its folder, with every tensor accounted for."""
+"""Loading a backbone from its folder or the Hub, with every tensor accounted for."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,18 +15,55 @@ from vim_backbone.config import VimConfig
 from vim_backbone.errors import UserError
 from vim_backbone.files import refuse_what_is_no_file
 from vim_backbone.folder import WEIGHTS, read_config
+from vim_backbone.hub import find_backbone
 from vim_backbone.position import resize_table
+from vim_backbone.preprocessing import read_preprocessing
+from vim_backbone.transform import Transform
 from vim_backbone.vim import VisionMamba
 
 PATCH_WEIGHT = "patch_embed.proj.weight"
 
 
-def from_pretrained(
-    folder: str | Path, *, chosen_channels: Sequence[int] | None = None, **overrides: Any
-) -> VisionMamba:
-    """Read a backbone from a folder that `save_pretrained` wrote, in evaluation mode.
+def load(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    size: int | tuple[int, int] | None = None,
+    pad: bool = True,
+    device: torch.device | str = "cpu",
+    **overrides: Any,
+) -> tuple[VisionMamba, Transform]:
+    """A backbone for features, without its classifier, and what makes its input of pictures of any kind and size.
 
     Args:
+        name: folder of a backbone, or its id on the Hub, "owner/name".
+        revision: branch, tag or commit on the Hub.
+        size: side, or (height, width) in pixels, that pictures are resized to; None: each keeps its size.
+        pad: fill pictures up to what the stride divides; else the model refuses those that it does not divide.
+        device: of the model and its input.
+        overrides: as for `from_pretrained`; `num_classes` is 0 unless given.
+
+    Raises:
+        UserError: as `from_pretrained`, or preprocessor_config.json is damaged or of other channels.
+    """
+    folder = find_backbone(name, revision)
+    changes: dict[str, Any] = {"num_classes": 0} | overrides
+    model = from_pretrained(folder, **changes).to(device)
+    return model, Transform(read_preprocessing(folder), model.config, size=size, pad=pad, device=device)
+
+
+def from_pretrained(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    chosen_channels: Sequence[int] | None = None,
+    **overrides: Any,
+) -> VisionMamba:
+    """Read a backbone that `save_pretrained` wrote from a folder or the Hub, in evaluation mode.
+
+    Args:
+        name: the folder, or an id on the Hub, "owner/name".
+        revision: branch, tag or commit on the Hub.
         chosen_channels: where channels are tokens, which of them the model keeps, in this order; all when None.
         overrides: fields of the config to change. Another `img_size` resamples the position table, another
             `patch_size` the first convolution, with the stride where it was a patch; another `in_chans` adapts that
@@ -36,7 +73,7 @@ def from_pretrained(
     Raises:
         UserError: a file is missing, damaged, or does not fit; names the file or the tensor.
     """
-    folder = Path(folder)
+    folder = find_backbone(name, revision)
     saved = read_config(folder)
     if chosen_channels is not None:
         check_sets([chosen_channels], range(saved.in_chans), "chosen_channels")

@@ -6,6 +6,7 @@ tokens, l is places times channels: place by place, and of a place channel by ch
 
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, overload
 
 import torch
@@ -17,14 +18,13 @@ from vim_backbone.config import VimConfig
 from vim_backbone.errors import UserError
 from vim_backbone.folder import save_pretrained
 from vim_backbone.hand_over import Given, hand_over
+from vim_backbone.hub import push_to_hub
+from vim_backbone.inputs import Images, grid_of
 from vim_backbone.lines import GridLines, batch_lines, packed_lines
 from vim_backbone.packing import PackedLayout, layout_of
 from vim_backbone.position import resize_table, sincos_table
 from vim_backbone.tokens import TokenLayout
 from vim_backbone.weights import lecun_normal_
-
-Images = Tensor | Sequence[Tensor]
-"""Pictures (b, c, h, w), or a list of pictures (c, h, w) of any sizes."""
 
 
 class PatchEmbed(nn.Module):
@@ -68,7 +68,8 @@ class VisionMamba(nn.Module):
         super().__init__()
         self.config = config
         d_model = config.d_model
-        self.num_features = self.embed_dim = d_model
+        self.num_features = self.head_hidden_size = self.embed_dim = d_model
+        self.in_chans = config.in_chans
         self.num_classes = config.num_classes
         self.global_pool = config.global_pool
         self.layout = TokenLayout(config.class_token, config.num_registers)
@@ -147,7 +148,7 @@ class VisionMamba(nn.Module):
 
     def embed_patches(self, images: Tensor) -> Tensor:
         """(b, c, h, w) -> patch tokens with their positions (b, l, d_model)."""
-        grid = self.config.grid(*images.shape[-2:])
+        grid = grid_of(images, self.config)
         channels = self.config.channels_of(images.shape[1])
         positions = self._positions(grid)[1]
         if self.channel_embed is not None:
@@ -169,7 +170,7 @@ class VisionMamba(nn.Module):
         for image in images:
             if image.dim() != 3:
                 raise UserError(f"a picture of the list has shape {tuple(image.shape)}, it must be (channels, h, w)")
-        grids = [self.config.grid(*image.shape[-2:]) for image in images]
+        grids = [grid_of(image[None], self.config) for image in images]
         sizes = zip(grids, self.config.tokens_of(images), strict=True)
         return [rows * columns * tokens for (rows, columns), tokens in sizes]
 
@@ -273,6 +274,18 @@ class VisionMamba(nn.Module):
         h = drop_path(h, self.config.drop_path_rate, self.training, cu_seqlens)
         return _joined(*layout.split(self.norm_f(h, residual)[0]), lengths), intermediates
 
+    def get_intermediate_layers(
+        self,
+        images: Images,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> list[Any]:
+        """`forward_intermediates` in DINO's names: (b, l, d_model) of the last n blocks, or of the n counted from 0."""
+        fmt: Literal["NCHW", "NLC"] = "NCHW" if reshape else "NLC"
+        return self.forward_intermediates(images, n, return_prefix_tokens, norm, True, fmt, intermediates_only=True)
+
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
@@ -294,6 +307,15 @@ class VisionMamba(nn.Module):
             if not -depth <= index < depth or (isinstance(indices, int) and index < 0):
                 raise UserError(f"block index {index} is out of range: the model has {depth} blocks")
         return [index % depth for index in positions]
+
+    def push_to_hub(self, name: str, *, private: bool = False, revision: str | None = None, **options: Any) -> str:
+        """Put this backbone on the Hub, "owner/name", and return its address; options as those of `save_pretrained`.
+
+        A folder that a run published goes there with `vim_backbone.push_to_hub`, which keeps its card and statistics.
+        """
+        with TemporaryDirectory() as place:
+            folder = self.save_pretrained(Path(place) / name.rpartition("/")[2], **options)
+            return push_to_hub(folder, name, private=private, revision=revision)
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> Path:
         """Write this backbone as a folder that `vim_backbone.from_pretrained` reads; see `folder.save_pretrained`."""
@@ -319,6 +341,20 @@ class VisionMamba(nn.Module):
         self.head = nn.Linear(self.embed_dim, num_classes, device=weight.device) if num_classes else nn.Identity()
         with torch.no_grad():
             self._init_head()
+
+    @torch.no_grad()
+    def set_input_size(self, img_size: int | tuple[int, int] | None = None, patch_size: int | None = None) -> None:
+        """Resample the position table for pictures of another size in pixels, as timm's method of this name.
+
+        Raises UserError for a size that the stride does not divide, and for another patch size.
+        """
+        if patch_size not in (None, self.config.patch_size, (self.config.patch_size,) * 2):
+            raise UserError(f"patch_size is {patch_size}: the weights are made for {self.config.patch_size}")
+        size = self.config.img_size if img_size is None else img_size
+        self.config = VimConfig.from_dict(self.config.to_dict() | {"img_size": size})
+        old, self.grid_size = self.grid_size, self.config.grid(*self.config.img_size)
+        table = resize_table(self.pos_embed, self.position_layout, old, self.grid_size)
+        self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that decay would harm although they have two axes or more."""

@@ -111,17 +111,17 @@ def test_a_backbone_that_is_not_there(tmp_path, monkeypatch):
 def test_a_backbone_on_the_hub(backbone, tmp_path, monkeypatch):
     names = []
 
-    def download(name, allow_patterns):
+    def download(name, allow_patterns, revision):
         names.append(name)
         for pattern in allow_patterns:
             shutil.copy(backbone / pattern, tmp_path)
         return str(tmp_path)
 
-    monkeypatch.setattr("finetune.backbone.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     tensors = read_backbone(find_backbone("someone/vim"), BackboneConfig(), seed=0, num_classes=0).tensors
     assert names == ["someone/vim"]
     torch.testing.assert_close(tensors, from_pretrained(backbone).state_dict(), rtol=0, atol=0)
-    monkeypatch.setattr("finetune.backbone.snapshot_download", lambda name, **_: str(tmp_path / name))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(tmp_path / name))
     with pytest.raises(UserError, match=r"someone/official on the Hub has no config.json: the official weights go thr"):
         find_backbone("someone/official")
 
