@@ -21,7 +21,7 @@ OUR_OWN = ("d_model", "stride", "in_chans", "channel_sets", "num_classes", "glob
 
 
 def backbone_folder(init: str) -> Path:
-    """The folder of the backbone that `--init` names: its own, that of a run, which has it in `backbone/`, or the Hub's.
+    """The folder of the backbone that `--init` names: its own, that of a run, or one of the Hub's cache.
 
     Raises UserError where there is none.
     """

@@ -69,7 +69,7 @@ class VimPreTrainedConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def vim(self) -> VimConfig:
         """The architecture. Raises UserError for values that do not fit together."""
-        fields = {name: getattr(self, name) for name in FIELDS if name != "num_classes"}
+        fields = {name: getattr(self, name) for name in FIELDS if name != "num_classes" and hasattr(self, name)}
         return VimConfig.from_dict(fields | {"num_classes": self.num_labels or 0})
 
     def to_dict(self) -> dict[str, Any]:
