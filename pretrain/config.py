@@ -85,9 +85,9 @@ class PretrainConfig(TrainingConfig):
     name: str = "pretrain"
     """Name of the run; its folder is OUT/NAME."""
     init: str | None = None
-    """Start from these weights: folder of a backbone or of a run that published one, or an id on the Hub. What of `model`
-    is not given is theirs; positions, patches and bands are resampled where `model.img_size`, `model.patch_size` or the
-    data differ."""
+    """Start from these weights: folder of a backbone, or of a run that published one, or an id on the Hub. What of
+    `model` is not given is theirs; positions, patches and bands are resampled where `model.img_size`,
+    `model.patch_size` or the data differ."""
     model: ModelConfig = field(default_factory=ModelConfig)
     decoder: DecoderConfig = field(default_factory=lambda: DecoderConfig(width=192))
     mask: MaskConfig = field(default_factory=MaskConfig)
