@@ -19,6 +19,8 @@ from vim_backbone.files import read_json
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PREPROCESSOR = "preprocessor_config.json"
+BANDS_PROCESSOR = "VimImageProcessor"
+"""Of `vim_backbone.transformers`: transformers has no processor of bands, and one of RGB would give other values."""
 Range = tuple[tuple[float, ...], tuple[float, ...]]
 """Lowest and highest values."""
 
@@ -260,7 +262,7 @@ def preprocessor(config: VimConfig, preprocessing: Preprocessing) -> dict[str, A
     low, high = preprocessing.scale
     plain = not any(low) and len(set(high)) == 1  # all that transformers can say
     return {
-        "image_processor_type": "ViTImageProcessor",
+        "image_processor_type": "ViTImageProcessor" if preprocessing.bands is None else BANDS_PROCESSOR,
         "do_resize": True,
         "size": {"height": height, "width": width},
         "resample": 3,

@@ -188,8 +188,20 @@ class VimBackbone(BackboneMixin, VimPreTrainedModel):
         return output.to_tuple() if return_dict is False else output
 
 
+class VimImageProcessor(ViTImageProcessor):
+    """Of RGB; it refuses bands, whose ranges transformers does not know."""
+
+    def __init__(self, bands: list[int] | None = None, **options: Any) -> None:
+        if bands is not None:
+            raise UserError(
+                f"the backbone takes bands {bands} of files, for which transformers has no image processor: take the "
+                "transform of vim_backbone.load"
+            )
+        super().__init__(**options)
+
+
 AutoConfig.register(MODEL_TYPE, VimPreTrainedConfig, exist_ok=True)
 AutoModel.register(VimPreTrainedConfig, VimModel, exist_ok=True)
 AutoModelForImageClassification.register(VimPreTrainedConfig, VimForImageClassification, exist_ok=True)
 AutoBackbone.register(VimPreTrainedConfig, VimBackbone, exist_ok=True)
-AutoImageProcessor.register(VimPreTrainedConfig, ViTImageProcessor, exist_ok=True)
+AutoImageProcessor.register(VimPreTrainedConfig, VimImageProcessor, exist_ok=True)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vim_backbone import create_model, from_pretrained, load
+from vim_backbone import Preprocessing, create_model, from_pretrained, load
 
 ROOT = Path(__file__).parents[2]
 COMMIT = "1" * 40
@@ -101,6 +101,11 @@ streams = AutoModel.from_pretrained(folder)(images, output_hidden_states=True).h
 same(streams[0][:, 1:].transpose(1, 2).unflatten(2, (4, 4)), "first")
 pixels = AutoImageProcessor.from_pretrained(folder)(image, return_tensors="pt")["pixel_values"]
 same(pixels, "pixels", rtol=0, atol=1e-5)
+try:
+    AutoImageProcessor.from_pretrained(f"{out}/bands")
+    raise AssertionError("bands")
+except vim_backbone.UserError as error:
+    assert "takes bands [1] of files" in str(error)
 upernet = UperNetForSemanticSegmentation(UperNetConfig(
     backbone_config=VimBackbone.from_pretrained(folder, out_indices=[1, 2, 3]).config,
     num_labels=4, use_auxiliary_head=False, pool_scales=[1, 2], hidden_size=16))
@@ -151,6 +156,9 @@ def place(tmp_path_factory):
     without = {name: t for name, t in model.state_dict().items() if name != "layers.1.mixer.A_log"}
     save_file(without, shutil.copytree(folder, place / "out/lacking") / "model.safetensors", {"format": "pt"})
     create_model("vim_tiny", d_model=32, depth=1, img_size=32, num_classes=0).save_pretrained(place / "out/headless")
+    bands = Preprocessing(mean=(0.5,), std=(0.5,), bands=(1,), dtype="uint16", range=((0.0,), (1000.0,)))
+    one = create_model("vim_tiny", d_model=32, depth=1, img_size=32, num_classes=0, in_chans=1)
+    one.save_pretrained(place / "out/bands", preprocessing=bands)
     return place
 
 
