@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Literal, NamedTuple, cast
 
 import numpy as np
@@ -11,14 +12,16 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from launch.data.bad_pictures import MAX_TRIES, first_usable, reason
+from launch.data.data_sets import open_cell
 from launch.data.loading import loader_of
 from launch.data.order import BatchPlan, StepSampler
 from launch.data.pictures import Box, Picture
 from launch.data.reading import read_pixels
 from launch.data.resize import Resizer
-from launch.data.sources import ImageSource, Source, StreamCells, open_cell
+from launch.data.sources import ImageSource, Source, WeightedSource, open_source, open_sources, shares_of, stand_ins
 from launch.data.statistics import NodataField, RangeField, preprocessing_of
-from launch.run.randomness import generator, seed_of
+from launch.data.streams import Stream, StreamReader
+from launch.run.randomness import generator
 from vim_backbone.errors import require
 from vim_backbone.preprocessing import Preprocessing
 
@@ -28,8 +31,11 @@ class DataConfig:
     """Pictures, and how a training view is cut from one."""
 
     source: str = "photos"
-    """A folder of pictures (any depth), .parquet, .arrow, .tar or .zip file(s), hf:NAME for `datasets.load_dataset`, or
-    photos (built in)."""
+    """A folder of pictures (any depth), a .txt list of paths and URLs, .parquet, .arrow, .tar or .zip file(s) by path,
+    glob or URL, a folder of `save_to_disk`, hf:NAME for `datasets.load_dataset`, or photos (built in)."""
+    sources: list[WeightedSource] | None = None
+    """Several sources in place of `source`, as [{source: a, weight: 2}, {source: b}]: each has its weight's share of
+    the pictures that are drawn."""
     split: str = "train"
     """Split of a data set."""
     column: str | None = None
@@ -68,6 +74,9 @@ class DataConfig:
     """File of `python -m pretrain.bands`, which says bands, range, mean, deviation and nodata."""
 
     def __post_init__(self) -> None:
+        require(self.sources != [], "data.sources", self.sources, "list one or more, or leave it out")
+        alone = self.sources is None or self.source == DataConfig.source
+        require(alone, "data.source", self.source, "give it or data.sources, not both")
         require(0.0 < self.min_scale <= 1.0, "data.min_scale", self.min_scale, "it must lie in (0, 1]")
         require((self.workers or 0) >= 0, "data.workers", self.workers, "it cannot be negative")
         require(0.0 <= self.max_bad_share <= 1.0, "data.max_bad_share", self.max_bad_share, "it must lie in [0, 1]")
@@ -75,10 +84,26 @@ class DataConfig:
         require((self.crop_megapixels or 1) > 0, "data.crop_megapixels", self.crop_megapixels, "it must be positive")
         _ = self.preprocessing
 
+    def open(self) -> Source:
+        """The pictures. Raises UserError where a source is not there, or cannot be mixed with the others."""
+        options = {"split": self.split, "column": self.column, "streaming": self.streaming}
+        return open_source(self.source, **options) if self.sources is None else open_sources(self.sources, **options)
+
+    @property
+    def title(self) -> str:
+        """The source, or several with their weights, in words."""
+        entries = self.sources or []
+        return ", ".join(f"{entry.title} x {entry.weight:g}" for entry in entries) or self.source
+
     @cached_property
     def preprocessing(self) -> Preprocessing:
         """Bands, range, normalisation and nodata. Raises UserError where they do not fit."""
         return preprocessing_of(self.statistics, self.bands, self.range, self.nodata)
+
+
+def source_field(text: str) -> str:
+    """The field of `DataConfig` that an argument of a command is: a source, or a list of several."""
+    return "sources" if text.lstrip().startswith("[") and not Path(text).exists() else "source"
 
 
 class Sample(NamedTuple):
@@ -230,7 +255,7 @@ class Views(Dataset[Sample]):
             with self.source.open(candidate) as picture:
                 return self.view.draw(picture, generator(self.seed, epoch, index))
 
-        sample, number, bad = first_usable(self.source, index, read)
+        sample, number, bad = first_usable(self.source, index, read, stand_ins(self.source, index))
         if sample is None:
             return Sample(None, torch.empty(0), "", bad)
         return Sample(*sample, self.source.name(number), bad)
@@ -244,7 +269,7 @@ class StreamedViews(IterableDataset[Sample | None]):
     """
 
     def __init__(
-        self, cells: StreamCells, view: View, seed: int, plan: BatchPlan, skip: int, known_bad: frozenset[str]
+        self, cells: Stream, view: View, seed: int, plan: BatchPlan, skip: int, known_bad: frozenset[str]
     ) -> None:
         self.cells = cells
         self.view = view
@@ -260,24 +285,25 @@ class StreamedViews(IterableDataset[Sample | None]):
         reader, readers = rank * workers + worker, self.plan.world * workers
         # the loader takes batch k from worker k % workers
         to_skip = self.plan.micro_batch * len(range(worker, self.skip, workers))
-        used = 0
+        cells = StreamReader(self.cells, self.seed, reader, readers)
         bad: list[tuple[str, str]] = []
-        for place, cell in self.cells.cells(seed_of(self.seed) % 2**31, reader, readers):
+        for place, cell in cells:
             name = f"rank {rank} worker {worker} {place}"
-            if used < to_skip:
+            if cells.used < to_skip:
                 if name not in self.known_bad:
-                    used += 1
+                    cells.used += 1
                     yield None
                 continue
             try:
                 with open_cell(cell) as picture:
-                    view, extra = self.view.draw(picture, generator(self.seed, rank, worker, used))
+                    view, extra = self.view.draw(picture, generator(self.seed, rank, worker, cells.used))
             except Exception as error:  # a decoder may raise anything on damaged data
                 bad.append((name, reason(error)))
                 if len(bad) >= MAX_TRIES:
                     yield Sample(None, torch.empty(0), "", bad)
                 continue
-            sample, used, bad = Sample(view, extra, name, bad), used + 1, []
+            sample, bad = Sample(view, extra, name, bad), []
+            cells.used += 1
             yield sample
 
 
@@ -303,10 +329,11 @@ def build_loader(
         workers=view.data.workers,
         ahead=4,
     )
-    if isinstance(source, StreamCells):
+    if isinstance(source, Stream):
         streamed = StreamedViews(source, view, seed, plan, start_batch, frozenset(known_bad))
         return cast("Iterable[Batch | None]", loader(streamed, batch_size=plan.micro_batch))
-    sampler = StepSampler(len(source), seed, plan, start_batch, total_steps)
+    counts, weights = shares_of(source)
+    sampler = StepSampler(counts, seed, plan, start_batch, total_steps, weights)
     return cast("Iterable[Batch | None]", loader(Views(source, view, seed), batch_sampler=sampler))
 
 

@@ -16,7 +16,7 @@ from finetune.detection.predict import DetectionPredictor
 from finetune.detection.tta import tta_of
 from finetune.task import EvaluationResult, LabelledBatch, Task
 from launch.data.first_look import look_at_first
-from launch.data.sources import ImageFiles
+from launch.data.folders import ImageFiles
 from vim_backbone import UserError
 from vim_backbone.preprocessing import to_model
 

@@ -15,9 +15,9 @@ from torchvision.transforms import v2
 
 from finetune.pixels import fill_of, read_file, resize_pixels
 from finetune.segmentation.config import CropConfig, SegmentationData
+from launch.data.folders import files_below
 from launch.data.images import BadPictureError, check_size, open_picture, upright
 from launch.data.reading import open_file
-from launch.data.sources import files_below
 from vim_backbone.errors import UserError, escaped
 from vim_backbone.preprocessing import RGB, Preprocessing
 

@@ -16,7 +16,7 @@ from finetune.segmentation.predict import SegmentationPredictor
 from finetune.segmentation.windows import windows_of
 from finetune.task import EvaluationResult, LabelledBatch, Task
 from launch.data.first_look import look_at_first
-from launch.data.sources import ImageFiles
+from launch.data.folders import ImageFiles
 from vim_backbone.preprocessing import to_model
 
 

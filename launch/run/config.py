@@ -176,6 +176,8 @@ def _in_words(hint: Any) -> str:
         return "[" + ", ".join(_in_words(part) for part in get_args(hint)) + "]"
     if hint is NoneType:
         return "null"
+    if is_dataclass(hint):
+        return "{" + ", ".join(f.name for f in fields(hint)) + "}"
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(hint, str(hint))
 
 

@@ -15,8 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from launch.data.data_sets import BUILDERS, open_cell
 from launch.data.images import BadPictureError
-from launch.data.sources import BUILDERS, StreamCells, open_cell, open_source, photograph_paths
+from launch.data.sources import open_source, photograph_paths
+from launch.data.streams import StreamCells
 from vim_backbone import UserError
 
 MORE = int(os.environ.get("FUZZ", "0"))
