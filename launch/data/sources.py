@@ -149,10 +149,6 @@ class WeightedSource:
     column: str | None = None
     """Image column of a data set; data.column when not given."""
 
-    def __post_init__(self) -> None:
-        good = 0 < self.weight < math.inf
-        require(good, f"weight of {self.source} in data.sources", self.weight, "it must be positive")
-
     @property
     def title(self) -> str:
         """What its pictures' names begin with."""
@@ -162,8 +158,12 @@ class WeightedSource:
 def open_sources(sources: Sequence[WeightedSource], *, split: str, column: str | None, streaming: bool) -> Source:
     """Several sources in one, each with its share; split and column of those that have none of their own.
 
-    Raises UserError as `open_source`, for a source that is listed twice, and for streams among others.
+    Raises UserError as `open_source`, for a weight that is not positive, a source that is listed twice, and for streams
+    among others.
     """
+    for entry in sources:
+        good = 0 < entry.weight < math.inf
+        require(good, f"weight of {entry.title} in data.sources", entry.weight, "it must be positive")
     titles = [entry.title for entry in sources]
     if twice := [title for title in titles if titles.count(title) > 1]:
         raise UserError(f"data.sources has {twice[0]} twice: list it once, with the sum of the weights")
