@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -202,11 +202,16 @@ def read_data_set(data: ClassificationData, place: DataSet, classes: list[str] |
     features = loaded.features
     fits = holds_pictures if data.image_column else is_image
     image = column_of(features, place.title, "image_column", data.image_column, "Image", fits)
+    pictures = HubDataset(loaded, image, f"{place.split} ")
+    if place.archive and data.label_column is None:
+        paths = [cell["path"].split("::")[0].split("://")[-1] for cell in pictures.data[image]]
+        folders = [PurePosixPath(path).parent.name for path in paths]
+        return Labelled(pictures, *_classes_of_text(folders, "its folders", place, classes))
     text = data.label_column is not None and holds_text(features.get(data.label_column))
     is_label = holds_text if text else holds_classes
     label = column_of(features, place.title, "label_column", data.label_column, "ClassLabel", is_label, NO_CLASSES)
     if text:
-        labels, classes = _classes_of_text(loaded[label], label, place, classes)
+        labels, classes = _classes_of_text(loaded[label], f"column {label!r}", place, classes)
     else:
         labels, names = list(loaded[label]), list(features[label].names)
         wrong = next((i for i, value in enumerate(labels) if value is None or not 0 <= value < len(names)), None)
@@ -217,21 +222,21 @@ def read_data_set(data: ClassificationData, place: DataSet, classes: list[str] |
             both = f"{(classes or [])[:5]} to train on, {names[:5]} to evaluate on"
             raise UserError(f"the splits of {data.source} have other classes: {both}")
         classes = names
-    return Labelled(HubDataset(loaded, image, f"{place.split} "), labels, classes)
+    return Labelled(pictures, labels, classes)
 
 
 def _classes_of_text(
-    column: Iterable[str | None], name: str, place: DataSet, classes: list[str] | None
+    column: Iterable[str | None], words: str, place: DataSet, classes: list[str] | None
 ) -> tuple[list[int], list[str]]:
     """The class of each row, and the classes: the texts of training, sorted. Raises UserError."""
     texts = [(text or "").strip() for text in column]
     where = f"{place.title} {place.split}"
     if "" in texts:
-        raise UserError(f"{where} row {texts.index('')} has no text in column {name!r}: give it a class, or remove it")
+        raise UserError(f"{where} row {texts.index('')} has no text in {words}: give it a class, or remove it")
     present = sorted(set(texts))
     if classes is None and not 1 < len(present) < max(3, len(texts)):
         kind = "one text" if len(present) == 1 else "another text in every row"
-        raise UserError(f"{where} has {kind} in column {name!r}, such as {present[0][:40]!r}: set data.label_column")
+        raise UserError(f"{where} has {kind} in {words}, such as {present[0][:40]!r}: set data.label_column")
     numbers = {text: number for number, text in enumerate(classes or present)}
     if strange := [text for text in present if text not in numbers]:
         raise UserError(

@@ -1,18 +1,20 @@
 """Data sets that `datasets` reads: where they are, their splits and columns, and their cells as pictures."""
 
 import glob
+import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 import datasets
 import fsspec
+from datasets.exceptions import DatasetGenerationError
 
 from launch.data.images import BadPictureError
 from launch.data.pictures import Picture
-from launch.data.reading import open_bytes, open_file
+from launch.data.reading import open_file
 from vim_backbone.errors import UserError, first_line, nearest
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset", ".zip": "imagefolder"}
@@ -37,6 +39,11 @@ class DataSet:
         """What to call it in messages."""
         return self.files[0] if self.files else self.name
 
+    @property
+    def archive(self) -> bool:
+        """Whether it is an archive of pictures in folders."""
+        return self.files is not None and self.name == "imagefolder"
+
     def load(self, streaming: bool = False) -> Any:
         """The split. Raises UserError for what cannot be loaded."""
         try:
@@ -47,10 +54,14 @@ class DataSet:
             split = "train" if self.apart else self.split
             # `datasets` takes names for patterns
             patterns = [file if is_url(file) else glob.escape(file) for file in self.files or []] or None
-            return datasets.load_dataset(self.name, data_files=patterns, split=split, streaming=streaming)
+            # of an archive with a folder for each class `datasets` 5.2 takes the name of its own folder for the class
+            more: Any = {"drop_labels": True} if self.archive else {}
+            return datasets.load_dataset(self.name, data_files=patterns, split=split, streaming=streaming, **more)
         except Exception as error:  # `datasets` raises a dozen unrelated classes for what users get wrong
             what = f"{self.title}{' and others' * (len(self.files or []) > 1)}"
-            raise UserError(f"datasets cannot load {what} (split {self.split!r}): {first_line(error)}") from error
+            cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
+            why = first_line(cause or error)
+            raise UserError(f"datasets cannot load {what} (split {self.split!r}): {why}") from error
 
 
 def data_set_of(source: str, split: str) -> DataSet | None:
@@ -125,7 +136,7 @@ def image_column(data: Any, title: str, column: str | None) -> str:
 
 
 def column_of(
-    features: datasets.Features,
+    features: Mapping[str, Any],
     title: str,
     field: str,
     column: str | None,
@@ -183,9 +194,51 @@ class HubDataset:
         """Row number, after the prefix."""
         return f"{self.prefix}row {index}"
 
+    def cell(self, index: int) -> Any:
+        """The row's picture as it is stored, {"bytes", "path"}."""
+        return self.data[index][self.column]
+
     def open(self, index: int) -> Picture:
         """The row's picture, opened but not decoded."""
-        return open_cell(self.data[index][self.column])
+        return open_cell(self.cell(index))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The picture in one row, where a file could be."""
+
+    source: HubDataset
+    index: int
+    parent: str
+    """The data set."""
+
+    @property
+    def name(self) -> str:
+        """Split and row number."""
+        return self.source.name(self.index)
+
+    def __str__(self) -> str:
+        return f"{self.parent} {self.name} (column {self.source.column})"
+
+    @property
+    def file(self) -> IO[bytes]:
+        """The file in it. Raises OSError or BadPictureError."""
+        return file_of(self.source.cell(self.index))
+
+
+class Cells(Sequence[Cell]):
+    """The pictures in the rows of a data set, as a list of files would be."""
+
+    def __init__(self, source: HubDataset, title: str) -> None:
+        self.source = source
+        self.title = title
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: Any) -> Any:
+        """A row."""
+        return Cell(self.source, range(len(self))[index], self.title)
 
 
 def holds_pictures(feature: Any) -> bool:
@@ -200,14 +253,18 @@ def open_cell(cell: Any) -> Picture:
 
     A path may be one of fsspec's, as zip://0.jpg::pictures.zip or hf://.
     """
+    path = cell.get("path") if isinstance(cell, dict) and not cell.get("bytes") else None
+    return open_file(path if path and not is_url(path) else file_of(cell))  # some formats are known by their path alone
+
+
+def file_of(cell: Any) -> IO[bytes]:
+    """The file that an undecoded cell holds or names, in memory. Raises OSError or BadPictureError."""
     if not isinstance(cell, dict) or not (cell.get("bytes") or cell.get("path")):
         raise BadPictureError("the cell is empty")
     if cell.get("bytes"):
-        return open_bytes(cell["bytes"])
-    if "://" not in cell["path"]:
-        return open_file(cell["path"])
+        return io.BytesIO(cell["bytes"])
     with fsspec.open(cell["path"], "rb") as file:
-        return open_bytes(file.read())  # pyright: ignore[reportAttributeAccessIssue]
+        return io.BytesIO(file.read())  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _matches(pattern: Path) -> list[str]:
