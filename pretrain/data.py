@@ -1,5 +1,6 @@
 """Views and batches: crop, flip and what the objective adds, keyed by (seed, epoch, picture), exact on resume."""
 
+import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -284,16 +285,14 @@ class StreamedViews(IterableDataset[Sample | None]):
         rank = self.plan.rank
         reader, readers = rank * workers + worker, self.plan.world * workers
         # the loader takes batch k from worker k % workers
-        to_skip = self.plan.micro_batch * len(range(worker, self.skip, workers))
-        cells = StreamReader(self.cells, self.seed, reader, readers)
+        used = self.plan.micro_batch * len(range(worker, self.skip, workers))
+        yield from itertools.repeat(None, used)
+        who = f"rank {rank} worker {worker} "
+        known_bad = {name.removeprefix(who) for name in self.known_bad if name.startswith(who)}
+        cells = StreamReader(self.cells, self.seed, reader, readers, used, known_bad)
         bad: list[tuple[str, str]] = []
         for place, cell in cells:
-            name = f"rank {rank} worker {worker} {place}"
-            if cells.used < to_skip:
-                if name not in self.known_bad:
-                    cells.used += 1
-                    yield None
-                continue
+            name = f"{who}{place}"
             try:
                 with open_cell(cell) as picture:
                     view, extra = self.view.draw(picture, generator(self.seed, rank, worker, cells.used))

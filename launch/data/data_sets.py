@@ -15,6 +15,7 @@ from datasets.exceptions import DatasetGenerationError
 from launch.data.images import BadPictureError
 from launch.data.pictures import Picture
 from launch.data.reading import open_file
+from launch.data.row_files import ArrowRows, ParquetRows, RowFile, SavedRows
 from vim_backbone.errors import UserError, first_line, nearest
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset", ".zip": "imagefolder"}
@@ -43,6 +44,18 @@ class DataSet:
     def archive(self) -> bool:
         """Whether it is an archive of pictures in folders."""
         return self.files is not None and self.name == "imagefolder"
+
+    def rows(self, column: str) -> Sequence[RowFile] | None:
+        """The files of a stream whose rows are known without reading them, in its order; None for other kinds."""
+        if saved_by_datasets(Path(self.name)):
+            saved = datasets.load_from_disk(self.name)
+            return [SavedRows(saved[self.split] if isinstance(saved, datasets.DatasetDict) else saved, column)]
+        files = self.files or []
+        if self.name == "parquet" and not any(is_url(file) and "*" in file for file in files):
+            return [ParquetRows(file, column) for file in files]
+        if self.name == "arrow" and not any(map(is_url, files)):
+            return [ArrowRows(file, column) for file in files]
+        return None
 
     def load(self, streaming: bool = False) -> Any:
         """The split. Raises UserError for what cannot be loaded."""

@@ -208,7 +208,7 @@ def open_source(source: str, *, split: str, column: str | None, streaming: bool)
         data = place.load(streaming)
         column = image_column(data, place.title, column)
         if isinstance(data, datasets.IterableDataset):
-            return StreamCells(data, column)
+            return StreamCells(data, column, place.rows(column))
         if not len(data):
             raise UserError(f"{place.title} has no rows in its split {place.split!r}: set data.split, or data.source")
         return HubDataset(data, column)
