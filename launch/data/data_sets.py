@@ -11,6 +11,8 @@ from typing import IO, Any
 import datasets
 import fsspec
 from datasets.exceptions import DatasetGenerationError
+from datasets.packaged_modules.arrow.arrow import Arrow
+from datasets.packaged_modules.parquet.parquet import Parquet
 
 from launch.data.images import BadPictureError
 from launch.data.pictures import Picture
@@ -50,12 +52,29 @@ class DataSet:
         if saved_by_datasets(Path(self.name)):
             saved = datasets.load_from_disk(self.name)
             return [SavedRows(saved[self.split] if isinstance(saved, datasets.DatasetDict) else saved, column)]
-        files = self.files or []
-        if self.name == "parquet" and not any(is_url(file) and "*" in file for file in files):
+        try:
+            builder = datasets.load_dataset_builder(**self._arguments)
+            files = list((builder.config.data_files or {}).get(self._split, []))
+        except Exception:  # as in `load`; what cannot be counted is read
+            return None
+        if isinstance(builder, Parquet):
             return [ParquetRows(file, column) for file in files]
-        if self.name == "arrow" and not any(map(is_url, files)):
+        if isinstance(builder, Arrow) and not any(map(is_url, files)):
             return [ArrowRows(file, column) for file in files]
         return None
+
+    @property
+    def _split(self) -> str:
+        """What `datasets` calls the split."""
+        return "train" if self.apart else self.split
+
+    @property
+    def _arguments(self) -> dict[str, Any]:
+        # `datasets` takes names for patterns
+        patterns = [file if is_url(file) else glob.escape(file) for file in self.files or []] or None
+        # of an archive with a folder for each class `datasets` 5.2 takes the name of its own folder for the class
+        more = {"drop_labels": True} if self.archive else {}
+        return {"path": self.name, "data_files": patterns} | more
 
     def load(self, streaming: bool = False) -> Any:
         """The split. Raises UserError for what cannot be loaded."""
@@ -64,12 +83,7 @@ class DataSet:
                 data = datasets.load_from_disk(self.name)
                 data = data[self.split] if isinstance(data, datasets.DatasetDict) else data
                 return data.to_iterable_dataset() if streaming else data
-            split = "train" if self.apart else self.split
-            # `datasets` takes names for patterns
-            patterns = [file if is_url(file) else glob.escape(file) for file in self.files or []] or None
-            # of an archive with a folder for each class `datasets` 5.2 takes the name of its own folder for the class
-            more: Any = {"drop_labels": True} if self.archive else {}
-            return datasets.load_dataset(self.name, data_files=patterns, split=split, streaming=streaming, **more)
+            return datasets.load_dataset(**self._arguments, split=self._split, streaming=streaming)
         except Exception as error:  # `datasets` raises a dozen unrelated classes for what users get wrong
             what = f"{self.title}{' and others' * (len(self.files or []) > 1)}"
             cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None

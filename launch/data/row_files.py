@@ -1,7 +1,7 @@
 """Files whose rows are known without reading them, so that a stream can go on in the middle of an epoch.
 
-`datasets` shuffles the tables that it makes of files. Tables of the numbers of rows, put through the same shuffling, say
-in which order the rows come; then only the parts of files with rows that are still to come are read.
+`datasets` shuffles the tables that it makes of files. Tables of the numbers of rows, put through the same shuffling,
+say in which order the rows come; then only the parts of files with rows that are still to come are read.
 """
 
 from collections.abc import Iterator, Sequence
