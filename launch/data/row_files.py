@@ -1,7 +1,7 @@
 """Files whose rows are known without reading them, so that a stream can go on in the middle of an epoch.
 
-`datasets` shuffles the tables that it makes of files. Tables of the numbers of rows, put through the same shuffling,
-say in which order the rows come; then only the parts of files with rows that are still to come are read.
+The numbers of rows, put through the shuffling of `datasets` in place of the pictures, say in which order the rows come;
+then only the parts of files with rows that are still to come are read.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import Any
 
 import datasets
-import datasets.config
 import fsspec
 import numpy as np
 import pyarrow as pa
@@ -20,8 +19,7 @@ from datasets.iterable_dataset import ArrowExamplesIterable
 class ParquetRows:
     """The column of pictures of a parquet file.
 
-    As of the other kinds, `tables` are the rows of each table that `datasets` makes of it, `groups` those of each part
-    that is read at once: here the row groups.
+    As of the other kinds, `groups` are the numbers of rows of its parts, each of which is read at once: the row groups.
     """
 
     def __init__(self, path: str, column: str) -> None:
@@ -34,12 +32,6 @@ class ParquetRows:
         with self._open() as file:
             metadata = pq.read_metadata(file)
         return [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
-
-    @cached_property
-    def tables(self) -> list[int]:
-        """Row groups, those cut up that are larger than the first."""
-        most = self.groups[0] if self.groups else 0
-        return [min(most, group - start) for group in self.groups for start in range(0, group, most)]
 
     def read(self, group: int) -> pa.ChunkedArray | pa.Array:
         """The pictures of a row group."""
@@ -58,14 +50,9 @@ class ArrowRows:
         self.column = column
 
     @cached_property
-    def tables(self) -> list[int]:
+    def groups(self) -> list[int]:
         """Record batches; what they hold stays on disk."""
         return [batch.num_rows for batch in self._batches()]
-
-    @cached_property
-    def groups(self) -> list[int]:
-        """Record batches."""
-        return self.tables
 
     def read(self, group: int) -> pa.ChunkedArray | pa.Array:
         """The pictures of a record batch."""
@@ -88,18 +75,12 @@ class SavedRows:
         self.column = column
 
     @cached_property
-    def tables(self) -> list[int]:
-        """As `to_iterable_dataset` makes them."""
-        most = datasets.config.DEFAULT_MAX_BATCH_SIZE
-        return [min(most, len(self.data) - start) for start in range(0, len(self.data), most)]
-
-    @cached_property
     def groups(self) -> list[int]:
-        """As the tables."""
-        return self.tables
+        """A thousand rows each."""
+        return [min(1000, len(self.data) - start) for start in range(0, len(self.data), 1000)]
 
     def read(self, group: int) -> pa.ChunkedArray | pa.Array:
-        """The pictures of a table."""
+        """The pictures of a thousand rows."""
         start = sum(self.groups[:group])
         return self.data[start : start + self.groups[group]][self.column]
 
@@ -113,14 +94,13 @@ def numbered(files: Sequence[RowFile]) -> datasets.IterableDataset:
     def tables(numbers: list[int]) -> Iterator[tuple[Any, pa.Table]]:
         for number in numbers:
             row = 0
-            for index, length in enumerate(files[number].tables):
+            for index, length in enumerate(files[number].groups):
                 rows = np.arange(row, row + length)
                 yield (number, index), pa.table({"file": np.full(length, number), "row": rows})
                 row += length
 
-    return datasets.IterableDataset(ArrowExamplesIterable(tables, {"numbers": list(range(len(files)))})).with_format(
-        "arrow"
-    )
+    rows = ArrowExamplesIterable(tables, {"numbers": list(range(len(files)))})
+    return datasets.IterableDataset(rows).with_format("arrow")
 
 
 def order_of(stream: datasets.IterableDataset, epoch: int) -> np.ndarray:
@@ -146,8 +126,8 @@ def cells_at(files: Sequence[RowFile], order: np.ndarray) -> Iterator[Any]:
         if row not in pending:
             number, group = parts[part]
             wanted = rows[by_part[slice(*np.searchsorted(sorted_parts, (part, part + 1)))]]
-            column = files[number].read(group)
-            whole: Any = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-            taken = whole.take(pa.array(wanted - (ends[part] - files[number].groups[group])))
-            pending |= zip(wanted.tolist(), datasets.Image().cast_storage(taken).to_pylist(), strict=True)
+            first = ends[part] - files[number].groups[group]
+            taken = files[number].read(group).take(pa.array(wanted - first))
+            whole: Any = taken.combine_chunks() if isinstance(taken, pa.ChunkedArray) else taken
+            pending |= zip(wanted.tolist(), datasets.Image().cast_storage(whole).to_pylist(), strict=True)
         yield pending.pop(row)

@@ -64,6 +64,8 @@ def test_sources_are_passed_over_each_at_its_pace():
     for epoch in range(4):
         assert sorted(second[3 * epoch : 3 * epoch + 3]) == [(epoch, 4), (epoch, 5), (epoch, 6)]
     assert [Passes([4, 3], [2, 1], 5)[position] for position in range(35, 17, -1)] == samples[:17:-1]
+    alike = Passes([9, 9], [1, 1], 5)  # each has an order of its own
+    assert [alike[2 * k][1] for k in range(9)] != [alike[2 * k + 1][1] - 9 for k in range(9)]
     assert [Passes([4, 3], [2, 1], 5).in_order(position) for position in range(4)] == [(0, 0), (0, 4), (0, 1), (0, 2)]
 
 

@@ -85,6 +85,12 @@ def test_a_resumed_stream_is_that_of_the_start(tmp_path, kind, monkeypatch):
     assert [name for name, _ in cells] == [name for name, _ in read(source, 300, 0, 1, used=450)]
 
 
+def test_one_file_with_parts_of_different_lengths(tmp_path):
+    source = written(tmp_path, "parquet", (3333,))
+    whole = read(source, 3800, 0, 1)
+    assert read(source, 1000, 0, 1, used=2800) == whole[2800:]
+
+
 def test_more_readers_than_rows(tmp_path):
     source = written(tmp_path, "parquet", (3,))
     whole = read(source, 12, 4, 5)
@@ -126,12 +132,3 @@ def test_a_file_that_cannot_be_counted_is_read(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pq, "read_metadata", refuse)
     assert read(source, 10, 0, 1, used=40) == whole[40:]
-
-
-def test_tables_are_those_of_datasets(tmp_path):
-    source = written(tmp_path, "parquet")
-    for count, file in zip(COUNTS, opened(source).files, strict=True):
-        alone = datasets.load_dataset("parquet", data_files=file.path, split="train", streaming=True) if count else None
-        batches = alone.with_format("arrow").iter(batch_size=10**6) if alone else []
-        assert sum(map(len, batches)) == sum(file.groups) == sum(file.tables) == count
-        assert max(file.tables, default=0) == (file.groups or [0])[0]
