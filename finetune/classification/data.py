@@ -30,9 +30,7 @@ from launch.run.randomness import seed_of
 from vim_backbone.errors import UserError
 from vim_backbone.preprocessing import Preprocessing
 
-NO_CLASSES = (
-    ", also to a column of text, encode one by class_encode_column of `datasets`, or use a folder for each class"
-)
+NO_CLASSES = " (text will do), encode one by class_encode_column of `datasets`, or use a folder for each class"
 """What else to do about a data set without a column of classes: numbers do not say which classes there are."""
 
 
