@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from launch.run.config import BlocksConfig, TrainingConfig
@@ -86,6 +87,19 @@ class LabelledData:
 
     def __post_init__(self) -> None:
         require((self.workers or 0) >= 0, "data.workers", self.workers, "it cannot be negative")
+
+
+Places = tuple[str, str] | str
+"""Where files are, below the source or anywhere: of any split, with {split} for its name, or of training and of
+evaluation."""
+
+
+def place_of(source: str, places: Places, split: str, train_split: str) -> Path:
+    """Where the files of a split are: below the source, else at that path as it stands."""
+    place = places if isinstance(places, str) else places[int(split != train_split)]
+    path = Path(place.replace("{split}", split)).expanduser()
+    below = Path(source).expanduser() / path
+    return path if path.exists() and not below.exists() else below
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from launch.data.data_sets import Cell
 from launch.data.pictures import Picture
 from launch.data.reading import open_file, read_pixels, resized
 from vim_backbone.preprocessing import Preprocessing, shown, to_model, to_pixels
@@ -23,10 +24,15 @@ def pixels_of(picture: Picture, preprocessing: Preprocessing, max_megapixels: fl
     return pixels if pixels.dtype == torch.uint8 else pixels.float()
 
 
-def read_file(path: Path, preprocessing: Preprocessing, max_megapixels: float) -> Tensor:
-    """As `pixels_of` the picture in a file."""
-    with open_file(path) as picture:
+def read_file(place: Path | Cell, preprocessing: Preprocessing, max_megapixels: float) -> Tensor:
+    """As `pixels_of` the picture in a file, or in a row of a data set."""
+    with open_place(place) as picture:
         return pixels_of(picture, preprocessing, max_megapixels)
+
+
+def open_place(place: Path | Cell) -> Picture:
+    """The picture in a file, or in a row of a data set, opened but not decoded. Raises as `open_file`."""
+    return open_file(place) if isinstance(place, Path) else place.source.open(place.index)
 
 
 def to_image(pixels: Tensor) -> Image.Image:

@@ -20,8 +20,8 @@ from finetune.pixels import pixels_of
 from finetune.registry import TASKS
 from finetune.task import MAX_MEGAPIXELS, Prediction, Predictor
 from launch.data.bad_pictures import reason
+from launch.data.folders import files_below
 from launch.data.reading import open_file
-from launch.data.sources import files_below
 from launch.run.cli import run
 from launch.run.progress import ProgressReport
 from vim_backbone.errors import UserError, escaped, nearest, require

@@ -24,7 +24,8 @@ from launch.data.bad_pictures import reason
 from launch.data.first_look import look_at_first
 from launch.data.loading import number_of_workers
 from launch.data.reading import read_pixels
-from launch.data.sources import ImageSource, StreamCells, open_source, what_was_left_out
+from launch.data.sources import ImageSource, open_source, what_was_left_out
+from launch.data.streams import Stream
 from launch.embedding.features import KINDS, Wanted, compute
 from launch.embedding.outputs import WRITERS, check_output
 from launch.embedding.pages import draw_components, draw_neighbours, nearest_neighbours, thumbnail
@@ -179,7 +180,7 @@ def main(argv: list[str]) -> None:
     wanted = Wanted.of(model, arguments.features, arguments.layers)
     check_output(out, wanted, size is not None)
     source = open_source(arguments.source, split=arguments.split, column=arguments.column, streaming=False)
-    assert not isinstance(source, StreamCells)
+    assert not isinstance(source, Stream)
     look_at_first(source, transform.preprocessing, arguments.max_megapixels)
     parts = Parts(out, len(source), PART)
     parts.start(settings_of(arguments, folder, source, wanted, size), out, arguments.resume, arguments.overwrite)

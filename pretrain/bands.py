@@ -16,11 +16,12 @@ import numpy as np
 from rich.console import Console
 
 from launch.data.bad_pictures import reason
-from launch.data.sources import Source, StreamCells, open_source, some_pictures
+from launch.data.sources import Source, length_of, some_pictures
 from launch.data.statistics import Statistics
 from launch.data.tiff import MOST_BANDS
-from launch.run.cli import run
+from launch.run.cli import parse, run
 from launch.run.progress import ProgressReport
+from pretrain.data import DataConfig, source_field
 from vim_backbone.channels import check_sets
 from vim_backbone.errors import UserError, require
 
@@ -101,10 +102,12 @@ def gather(
     kinds: dict[Kind, list[str]] = {}
     declared: set[float | str | None] = set()
 
-    def drawn(length: int) -> list[int]:
-        return sorted(np.random.default_rng(seed).permutation(length)[:pictures].tolist())
+    def drawn(length: int, count: int) -> list[int]:
+        # a source with fewer pictures than its share has some of them drawn again
+        return sorted(np.resize(np.random.default_rng(seed).permutation(length), count).tolist())
 
-    for done, (name, opened) in enumerate(some_pictures(source, drawn, pictures), start=1):
+    count = min(pictures, length_of(source) or pictures)
+    for done, (name, opened) in enumerate(some_pictures(source, count, drawn), start=1):
         try:
             with opened() as picture:
                 values = picture.sample(max_megapixels)
@@ -234,7 +237,7 @@ def set_of(text: str) -> list[int]:
 def main(argv: list[str]) -> None:
     """Read the pictures, write the file, and print it as a table."""
     parser = argparse.ArgumentParser("pretrain.bands", description=__doc__)
-    parser.add_argument("source", help="as data.source: a folder, .parquet, .tar or .zip files, hf:NAME")
+    parser.add_argument("source", help="as data.source, or a list as data.sources")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write, for --data.statistics")
     parser.add_argument("--pictures", type=int, default=1000, help="how many are read, drawn at random")
     parser.add_argument("--bands", type=numbers, help="which bands, in which order, such as 3,2,1; all when not given")
@@ -253,8 +256,11 @@ def main(argv: list[str]) -> None:
     require(options.pictures >= 1, "--pictures", options.pictures, "it must be at least 1")
     if options.sets:
         check_sets(options.sets, range(MOST_BANDS), "--sets")
-    source = open_source(options.source, split=options.split, column=options.column, streaming=options.streaming)
-    total = options.pictures if isinstance(source, StreamCells) else min(options.pictures, len(source))
+    fields = {source_field(options.source): options.source, "split": options.split, "column": options.column}
+    words = [f"--{name}={text}" for name, text in fields.items() if text is not None]
+    words += [f"--streaming={str(options.streaming).lower()}"]
+    source = parse(DataConfig, words, "pretrain.bands", "").open()
+    total = min(options.pictures, length_of(source) or options.pictures)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     with ProgressReport(console, "pictures", total) as report:
         measured, notes = gather(

@@ -1,10 +1,10 @@
 """Views and batches: crop, flip and what the objective adds, keyed by (seed, epoch, picture), exact on resume."""
 
 import itertools
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
@@ -13,13 +13,15 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from launch.data.bad_pictures import MAX_TRIES, first_usable, reason
+from launch.data.data_sets import open_cell
 from launch.data.loading import loader_of
 from launch.data.pictures import Box, Picture
 from launch.data.reading import read_pixels
 from launch.data.resize import Resizer
-from launch.data.sources import ImageSource, Source, StreamCells, open_cell
+from launch.data.sources import ImageSource, Source, WeightedSource, open_source, open_sources, shares_of, stand_ins
 from launch.data.statistics import NodataField, RangeField, preprocessing_of
-from launch.run.randomness import generator, seed_of
+from launch.data.streams import Stream, StreamReader
+from launch.run.randomness import generator
 from pretrain.stages import Item, Size, Stage, StageSampler, stage_at
 from vim_backbone.errors import require
 from vim_backbone.preprocessing import Preprocessing
@@ -30,8 +32,11 @@ class DataConfig:
     """Pictures, and how a training view is cut from one."""
 
     source: str = "photos"
-    """A folder of pictures (any depth), .parquet, .arrow, .tar or .zip file(s), hf:NAME for `datasets.load_dataset`, or
-    photos (built in)."""
+    """A folder of pictures (any depth), a .txt list of paths and URLs, .parquet, .arrow, .tar or .zip file(s) by path,
+    glob or URL, a folder of `save_to_disk`, hf:NAME for `datasets.load_dataset`, or photos (built in)."""
+    sources: list[WeightedSource] | None = None
+    """Several sources in place of `source`, as [{source: a, weight: 2}, {source: b}]: each has its weight's share of
+    the pictures that are drawn."""
     split: str = "train"
     """Split of a data set."""
     column: str | None = None
@@ -73,6 +78,9 @@ class DataConfig:
     """File of `python -m pretrain.bands`, which says bands, range, mean, deviation and nodata."""
 
     def __post_init__(self) -> None:
+        require(self.sources != [], "data.sources", self.sources, "list one or more, or leave it out")
+        alone = self.sources is None or self.source == DataConfig.source
+        require(alone, "data.source", self.source, "give it or data.sources, not both")
         require(0.0 < self.min_scale <= 1.0, "data.min_scale", self.min_scale, "it must lie in (0, 1]")
         require((self.workers or 0) >= 0, "data.workers", self.workers, "it cannot be negative")
         require(0.0 <= self.max_bad_share <= 1.0, "data.max_bad_share", self.max_bad_share, "it must lie in [0, 1]")
@@ -80,10 +88,26 @@ class DataConfig:
         require((self.crop_megapixels or 1) > 0, "data.crop_megapixels", self.crop_megapixels, "it must be positive")
         _ = self.preprocessing
 
+    def open(self) -> Source:
+        """The pictures. Raises UserError where a source is not there, or cannot be mixed with the others."""
+        options = {"split": self.split, "column": self.column, "streaming": self.streaming}
+        return open_source(self.source, **options) if self.sources is None else open_sources(self.sources, **options)
+
+    @property
+    def title(self) -> str:
+        """The source, or several with their weights, in words."""
+        entries = self.sources or []
+        return ", ".join(f"{entry.title} x {entry.weight:g}" for entry in entries) or self.source
+
     @cached_property
     def preprocessing(self) -> Preprocessing:
         """Bands, range, normalisation and nodata. Raises UserError where they do not fit."""
         return preprocessing_of(self.statistics, self.bands, self.range, self.nodata)
+
+
+def source_field(text: str) -> str:
+    """The field of `DataConfig` that an argument of a command is: a source, or a list of several."""
+    return "sources" if text.lstrip().startswith("[") and not Path(text).exists() else "source"
 
 
 class Sample(NamedTuple):
@@ -259,7 +283,7 @@ class Views(Dataset[Sample]):
             with self.source.open(candidate) as picture:
                 return view.draw(picture, generator(self.seed, epoch, index))
 
-        sample, number, bad = first_usable(self.source, index, read)
+        sample, number, bad = first_usable(self.source, index, read, stand_ins(self.source, index))
         if sample is None:
             return Sample(None, torch.empty(0), "", bad)
         return Sample(*sample, self.source.name(number), bad)
@@ -274,7 +298,7 @@ class StreamedViews(IterableDataset["Batch | None"]):
 
     def __init__(
         self,
-        cells: StreamCells,
+        cells: Stream,
         view: View,
         seed: int,
         stages: Sequence[Stage],
@@ -293,21 +317,24 @@ class StreamedViews(IterableDataset["Batch | None"]):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         plan = self.stages[0].plan
         reader, readers = plan.rank * workers + worker, plan.world * workers
-        cells = self.cells.cells(seed_of(self.seed) % 2**31, reader, readers)
-        named = ((f"rank {plan.rank} worker {worker} {place}", cell) for place, cell in cells)
-        usable = (name for name, _ in named if name not in self.known_bad)
-        used = 0
-        for number in itertools.count(worker, workers):  # the loader takes batch k from worker k % workers
-            stage = stage_at(self.stages, number // plan.accumulation)
-            micro_batch = stage.plan.micro_batch
-            if number < self.skip:
-                deque(itertools.islice(usable, micro_batch), maxlen=0)
-                yield None
-            else:
-                view = self.view.sized(stage.img_size)
-                keys = [(self.seed, plan.rank, worker, used + ahead) for ahead in range(micro_batch)]
-                yield collate([sample_of(named, view, key) for key in keys], view.native)
-            used += micro_batch
+        # the loader takes batch k from worker k % workers
+        skipped = range(worker, self.skip, workers)
+        used = sum(self._stage_of(number).plan.micro_batch for number in skipped)
+        who = f"rank {plan.rank} worker {worker} "
+        known_bad = {name.removeprefix(who) for name in self.known_bad if name.startswith(who)}
+        cells = StreamReader(self.cells, self.seed, reader, readers, used, known_bad)
+        named = ((f"{who}{place}", cell) for place, cell in cells)
+        yield from itertools.repeat(None, len(skipped))
+        for number in itertools.count(worker + len(skipped) * workers, workers):
+            stage = self._stage_of(number)
+            view, samples = self.view.sized(stage.img_size), []
+            for _ in range(stage.plan.micro_batch):
+                samples.append(sample_of(named, view, (self.seed, plan.rank, worker, cells.used)))
+                cells.used += 1
+            yield collate(samples, view.packed)
+
+    def _stage_of(self, batch: int) -> Stage:
+        return stage_at(self.stages, batch // self.stages[0].plan.accumulation)
 
 
 def sample_of(named: Iterator[tuple[str, Any]], view: View, key: tuple[int, ...]) -> Sample:
@@ -342,10 +369,11 @@ def build_loader(
         sampler: which pictures of an indexed source each batch has; those of `StageSampler` when None.
     """
     loader = partial(loader_of, seed=seed, workers=view.data.workers, ahead=4)
-    if isinstance(source, StreamCells):
+    if isinstance(source, Stream):
         streamed = StreamedViews(source, view, seed, stages, start_batch, frozenset(known_bad))
         return cast("Iterable[Batch | None]", loader(streamed, collate=unchanged, batch_size=None))
-    sampler = sampler or StageSampler(len(source), seed, stages, start_batch)
+    counts, weights = shares_of(source)
+    sampler = sampler or StageSampler(counts, seed, stages, start_batch, weights)
     collated = partial(collate, packed=view.packed)
     return cast("Iterable[Batch | None]", loader(Views(source, view, seed), collate=collated, batch_sampler=sampler))
 

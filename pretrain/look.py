@@ -7,12 +7,12 @@ from pathlib import Path
 from rich.console import Console
 
 from launch.data.first_look import look_at_first
-from launch.data.sources import StreamCells, open_source
+from launch.data.sources import length_of
 from launch.data.statistics import require_statistics
 from launch.run.cli import parse, run
 from launch.run.progress import ProgressReport
 from pretrain.config import PretrainConfig
-from pretrain.data import View
+from pretrain.data import View, source_field
 from pretrain.look_page import draw_page
 from pretrain.survey import survey
 from vim_backbone.errors import UserError, require
@@ -39,15 +39,15 @@ class LookConfig(PretrainConfig):
 def main(argv: list[str]) -> None:
     """Read the first pictures of the run, draw the page, and print its path last."""
     if argv and not argv[0].startswith("-"):
-        argv = [f"--data.source={argv[0]}", *argv[1:]]
+        argv = [f"--data.{source_field(argv[0])}={argv[0]}", *argv[1:]]
     config = parse(LookConfig, argv, "pretrain.look SOURCE", DESCRIPTION)
     data = config.data
     require_statistics(data.preprocessing)
-    source = open_source(data.source, split=data.split, column=data.column, streaming=data.streaming)
+    source = data.open()
     architecture = config.architecture()
     view = View(architecture.img_size, architecture.grid(*architecture.img_size), data, config.objective.draw)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    total = config.pictures if isinstance(source, StreamCells) else min(config.pictures, len(source))
+    total = min(config.pictures, length_of(source) or config.pictures)
     with ProgressReport(console, "pictures", total) as report:
         surveyed = survey(source, view, config.seed, config.pictures, report)
     try:

@@ -69,7 +69,7 @@ def draw_page(surveyed: Survey, view: View, config: PretrainConfig, path: Path) 
         figure = Figure(figsize=(WIDTH, sum(sections.values())), dpi=100, layout="constrained")
         parts = figure.subfigures(len(sections), 1, height_ratios=list(sections.values()), squeeze=False)
         part = dict(zip(sections, parts[:, 0], strict=True))
-        write(part["heading"], config.data.source, heading, size=15)
+        write(part["heading"], config.data.title, heading, size=15)
         draw_charts(part["charts"], surveyed, view, preprocessing)
         draw_whole(part["whole"], drawn)
         if "views" in part:

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
-from launch.data.order import Passes
-from launch.data.sources import ImageSource
+from launch.data.sources import ImageSource, passes_over
 from launch.run.randomness import generator
 from pretrain.data import View
 from pretrain.stages import Item, Stage, stage_at
@@ -43,7 +42,7 @@ class Packs:
         uniform = stage.first_sample + (step - stage.steps.start) * stage.plan.batch_size
         self.starts: dict[int, int] = {step: uniform} | {int(other): first for other, first in saved.items()}
         """First sample of each step, as far as steps are drawn."""
-        self._passes = Passes(len(source), seed)
+        self._passes = passes_over(source, seed)
         self._sizes = np.zeros((len(source), 2), np.int32)
 
     def state(self, step: int) -> dict[str, int]:

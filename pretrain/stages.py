@@ -98,9 +98,13 @@ def pixels_of(stages: Sequence[Stage]) -> Callable[[int], float]:
 class StageSampler(Sampler[list[Item]]):
     """Batches of one process: the samples of `StepSampler`, whose order goes on through the stages."""
 
-    def __init__(self, count: int, seed: int, stages: Sequence[Stage], start_batch: int) -> None:
-        """`start_batch`: batches of this process that are done, over all stages."""
-        self.count = count
+    def __init__(
+        self, counts: int | Sequence[int], seed: int, stages: Sequence[Stage], start_batch: int,
+        weights: Sequence[float] = (1.0,),
+    ) -> None:  # fmt: skip
+        """`counts` and `weights` as `StepSampler`; `start_batch`: batches of this process that are done, in all."""
+        self.counts = counts
+        self.weights = weights
         self.seed = seed
         self.stages = stages
         self.start_batch = start_batch
@@ -112,6 +116,6 @@ class StageSampler(Sampler[list[Item]]):
     def __iter__(self) -> Iterator[list[Item]]:
         for stage in self.stages:
             done = max(0, self.start_batch - stage.steps.start * stage.plan.accumulation)
-            batches = StepSampler(self.count, self.seed, stage.plan, done, len(stage.steps), stage.first_sample)
-            for items in batches:
+            steps = len(stage.steps)
+            for items in StepSampler(self.counts, self.seed, stage.plan, done, steps, self.weights, stage.first_sample):
                 yield [(epoch, index, stage.img_size) for epoch, index in items]

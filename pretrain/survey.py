@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from launch.data.bad_pictures import reason
+from launch.data.data_sets import open_cell
 from launch.data.images import BadPictureError, range_of
 from launch.data.loading import number_of_workers
-from launch.data.order import BatchPlan, StepSampler
 from launch.data.pictures import Picture, whole_box
 from launch.data.reading import read_pixels, resized
-from launch.data.sources import Source, StreamCells, open_cell, what_was_left_out
+from launch.data.sources import Source, length_of, passes_over, what_was_left_out
+from launch.data.streams import Stream, StreamCells, StreamReader
 from launch.run.progress import ProgressReport
-from launch.run.randomness import generator, seed_of
+from launch.run.randomness import generator
 from pretrain.data import Cut, View
 from vim_backbone.errors import UserError
 from vim_backbone.preprocessing import Preprocessing, shown, to_model, to_pixels
@@ -103,17 +104,23 @@ Opening = tuple[str, Callable[[], Picture], Callable[[int], list[torch.Generator
 """Name, what opens it, and what its first views are drawn with, after so many usable pictures."""
 
 
-def openings(source: Source, view: View, seed: int, pictures: int) -> Iterator[Opening]:
-    """The first pictures that a run of one process reads; of a stream, those of its first worker."""
-    if isinstance(source, StreamCells):
+def openings(source: Source, view: View, seed: int, pictures: int, looked: list[Looked]) -> Iterator[Opening]:
+    """The first pictures that a run of one process reads; of a stream, those of its first worker.
+
+    `looked`: those of them that were looked at so far.
+    """
+    if isinstance(source, Stream):
         readers = max(1, number_of_workers(view.data.workers))
-        for place, cell in source.cells(seed_of(seed) % 2**31, 0, readers):
-            if not place.startswith("epoch 0 "):
+        cells = StreamReader(source, seed, 0, readers)
+        for place, cell in cells:
+            if isinstance(source, StreamCells) and not place.startswith("epoch 0 "):
                 return
             yield place, partial(open_cell, cell), lambda used: [generator(seed, 0, 0, used)]
+            cells.used = sum(not each.problem for each in looked)
         return
-    plan = BatchPlan(min(pictures, len(source)), accumulation=1, world=1, rank=0)
-    for _, index in next(iter(StepSampler(len(source), seed, plan, start_batch=0, total_steps=1))):
+    passes = passes_over(source, seed)
+    for position in range(min(pictures, len(source))):
+        _, index = passes[position]
 
         def keys(used: int, index: int = index) -> list[torch.Generator]:
             del used
@@ -127,7 +134,7 @@ def survey(source: Source, view: View, seed: int, pictures: int, report: Progres
     looked: list[Looked] = []
     drawn: Counter[bool] = Counter()
     usable = 0
-    for name, opened, keys in islice(openings(source, view, seed, pictures), pictures):
+    for name, opened, keys in islice(openings(source, view, seed, pictures, looked), pictures):
         entry = Looked(name)
         try:
             with opened() as picture:
@@ -140,7 +147,7 @@ def survey(source: Source, view: View, seed: int, pictures: int, report: Progres
             report.update(len(looked), report.rate())
     if not any(entry.kind for entry in looked):
         raise UserError(f"no picture can be opened, such as {looked[0].name}: {looked[0].problem}; see data.source")
-    return Survey(looked, None if isinstance(source, StreamCells) else len(source), what_was_left_out(source))
+    return Survey(looked, length_of(source), what_was_left_out(source))
 
 
 def look_at(entry: Looked, picture: Picture, view: View, keys: list[torch.Generator], drawn: Counter[bool]) -> None:

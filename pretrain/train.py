@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from launch.data.bad_pictures import BadPictures
 from launch.data.first_look import look_at_first
 from launch.data.loading import enduring, number_of_workers, workers_of_stream
-from launch.data.sources import Source, StreamCells, open_source, what_was_left_out
+from launch.data.sources import Source, length_of, passes_over, what_was_left_out
+from launch.data.streams import Stream
 from launch.run.accelerator import build_accelerator, on_main, strategy
 from launch.run.folder import run_folder
 from launch.run.metrics import RunLog, Throughput, peak_memory_gb
@@ -65,8 +66,8 @@ def pretrain(config: PretrainConfig) -> Path:
     Raises UserError before any work where something asked for cannot be done, and Stopped after an interrupt.
     """
     data = config.data
-    source = open_source(data.source, split=data.split, column=data.column, streaming=data.streaming)
-    pictures = None if isinstance(source, StreamCells) else len(source)
+    source = data.open()
+    pictures = length_of(source)
     total_steps = config.total_steps(pictures)
     accelerator = build_accelerator(config, config.accumulation)
     world = accelerator.num_processes
@@ -104,7 +105,7 @@ def pretrain(config: PretrainConfig) -> Path:
             view = View(architecture.img_size, architecture.grid(*architecture.img_size), settled_data, objective.draw)
             packs = None
             if data.batch_by == "patches":
-                assert not isinstance(source, StreamCells)
+                assert not isinstance(source, Stream)
                 packs = Packs(source, view, config.seed, stages, first, training.state.extra.get(STARTS, {}))
 
             def batches_from(number: int) -> Iterator[Batch]:
@@ -144,7 +145,7 @@ def require_same_pixels(state: TrainState, data: DataConfig) -> None:
 
 def settled_workers(data: DataConfig, source: Source, training: Training) -> tuple[int, list[str]]:
     """Data-loading processes of each training process, and lines for the user. For all processes."""
-    if not isinstance(source, StreamCells):
+    if not isinstance(source, Stream):
         return number_of_workers(data.workers), []
     accelerator = training.accelerator  # hosts may differ in cores, and all must count the readers alike
     return on_main(accelerator, lambda: workers_of_stream(data.workers, accelerator.num_processes, training.state))
@@ -279,9 +280,10 @@ def show(run: Run, batch: Batch | None, stage: Stage) -> None:
     """
     training, step = run.training, run.training.state.step
     crops = "crops of this step"
-    if not isinstance(run.source, StreamCells):
-        views, count = Views(run.source, run.view.sized(stage.img_size), run.config.seed), len(run.source)
-        samples = [views[SHOWN_EPOCH + i // count, i % count] for i in range(SAMPLES_SHOWN)]
+    if not isinstance(run.source, Stream):
+        views, passes = Views(run.source, run.view, run.config.seed), passes_over(run.source, run.config.seed)
+        places = [passes.in_order(i) for i in range(SAMPLES_SHOWN)]
+        samples = [views[SHOWN_EPOCH + epoch, index, stage.img_size] for epoch, index in places]
         batch = collate([sample for sample in samples if sample.image is not None], run.view.packed)
         crops = "crops never trained on"
     assert batch is not None
@@ -306,7 +308,7 @@ def publish(run: Run) -> None:
     folder = config.folder / "backbone"
     steps = ", then ".join(f"{len(stage.steps)} steps of {stage_in_words(run, stage)}" for stage in run.stages)
     history = (
-        f"\n## Pretraining\n\n{run.objective.title} of {config.data.source!r}: {steps}, "
+        f"\n## Pretraining\n\n{run.objective.title} of {config.data.title!r}: {steps}, "
         f"{run.objective.summary}, {config.precision}, "
         f"seed {config.seed}{f', weights averaged with decay {config.ema_decay}' if config.ema_decay else ''}"
         f"{f', from the weights of {config.init}' if config.init else ''}.\n"
@@ -329,7 +331,7 @@ def introduction(run: Run, pictures: int | None) -> str:
     sizes = ", then ".join(run.view.sized(stage.img_size).sizes for stage in run.stages)
     return (
         f"{config.model.name} ({millions:.1f} M parameters) on {pictures if pictures is not None else 'streamed'} "
-        f"pictures of {config.data.source!r}, {sizes}, {start}"
+        f"pictures of {config.data.title!r}, {sizes}, {start}"
         f"to step {run.training.total_steps}, {accelerator.num_processes} x {accelerator.device.type} "
         f"{strategy(accelerator)}, {config.precision}, data.workers {run.view.data.workers}"
     )

@@ -12,7 +12,9 @@ class ClassificationData(LabelledData):
     """Pictures with one class each."""
 
     source: str = ""
-    """Folder with train/CLASS/* and val/CLASS/* (ImageNet's layout), or CLASS/* alone with `holdout`; or hf:NAME."""
+    """Folder with train/CLASS/* and val/CLASS/* (ImageNet's layout), or CLASS/* alone with `holdout`; or a data set:
+    .parquet, .arrow, .tar or .zip file(s) by path, glob or URL, with {split} where splits have files of their own, a
+    folder of `save_to_disk`, or hf:NAME."""
     train_split: str = "train"
     """Folder or split to train on."""
     val_split: str = "val"
@@ -20,9 +22,10 @@ class ClassificationData(LabelledData):
     holdout: float = 0.0
     """Share of each class that is kept for evaluation, where there is no validation set."""
     image_column: str | None = None
-    """Image column of a data set; the first one when not given."""
+    """Image column of a data set, or one of bytes or paths; the first of type Image when not given."""
     label_column: str | None = None
-    """Label column of a data set; the first one of type ClassLabel when not given."""
+    """Label column of a data set; the first one of type ClassLabel when not given. A column of text can be named: its
+    different texts, sorted, are the classes."""
     shots: int | None = None
     """Train on so many pictures of each class, chosen by the seed."""
 

@@ -1,23 +1,38 @@
 """Pictures with one class each, from class folders or `datasets`, with the split that each is in."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from torch import Tensor
 
 from finetune.classification.config import ClassificationData
 from finetune.pixels import pixels_of, stacked
+from launch.data.data_sets import (
+    BUILDERS,
+    DataSet,
+    HubDataset,
+    column_of,
+    data_set_of,
+    first_split,
+    holds_classes,
+    holds_pictures,
+    holds_text,
+    is_image,
+)
+from launch.data.folders import ImageFiles, left_behind, picture_paths
 from launch.data.pictures import Picture
-from launch.data.sources import HubDataset, ImageFiles, ImageSource, left_behind, load_split, picture_paths, split_names
+from launch.data.sources import ImageSource
 from launch.run.randomness import seed_of
-from vim_backbone.errors import UserError, nearest
+from vim_backbone.errors import UserError
 from vim_backbone.preprocessing import Preprocessing
 from vim_backbone.vim import Images
+
+NO_CLASSES = " (text will do), encode one by class_encode_column of `datasets`, or use a folder for each class"
+"""What else to do about a data set without a column of classes: numbers do not say which classes there are."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +98,9 @@ class ClassSamples:
 
 def open_labelled(data: ClassificationData, seed: int) -> tuple[Labelled, Labelled]:
     """Training and validation pictures. Raises UserError naming the folder, split or column that is wrong."""
-    if data.source.startswith("hf:"):
-        train, val = _from_datasets(data)
+    place = data_set_of(data.source, data.train_split)
+    if place is not None:
+        train, val = _from_data_set(data, place)
     else:
         train, val = _from_folders(data, Path(data.source).expanduser())
     if val is None:
@@ -128,7 +144,9 @@ def shuffled_within_classes(labels: list[int], seed: int) -> list[list[int]]:
 def _from_folders(data: ClassificationData, root: Path) -> tuple[Labelled, Labelled | None]:
     if not root.is_dir():
         what = "is no folder" if root.exists() else "does not exist"
-        raise UserError(f"data.source {root} {what}: give a folder with train/CLASS/*, or hf:NAME, also of a folder")
+        raise UserError(
+            f"data.source {root} {what}: give a folder with train/CLASS/*, {', '.join(BUILDERS)} files, or hf:NAME"
+        )
     if not (root / data.train_split).is_dir():
         return read_class_folders(root, None), None
     train = read_class_folders(root / data.train_split, None)
@@ -167,44 +185,61 @@ def read_class_folders(folder: Path, classes: list[str] | None) -> Labelled:
     return Labelled(ImageFiles(paths, folder.parent), labels, classes)
 
 
-def _from_datasets(data: ClassificationData) -> tuple[Labelled, Labelled | None]:
-    train = read_dataset(data, data.train_split)
-    names = split_names(data.source[3:]) or [data.val_split]
-    val = next((name for name in (data.val_split, "validation", "test") if name in names), None)
-    if val is None or val == data.train_split:
-        return train, None
-    evaluated = read_dataset(data, val)
-    if evaluated.classes != train.classes:
-        both = f"{train.classes[:5]} to train on, {evaluated.classes[:5]} to evaluate on"
-        raise UserError(f"the splits of {data.source} have other classes: {both}")
-    return train, evaluated
+def _from_data_set(data: ClassificationData, place: DataSet) -> tuple[Labelled, Labelled | None]:
+    train = read_data_set(data, place)
+    name = first_split(data.source, [data.val_split, "validation", "test"])
+    evaluated = None if name in (None, data.train_split) else data_set_of(data.source, str(name))
+    return train, evaluated and read_data_set(data, evaluated, train.classes)
 
 
-def read_dataset(data: ClassificationData, split: str) -> Labelled:
-    """One split of what `datasets.load_dataset` loads. Raises UserError for what cannot be loaded or has no labels."""
-    name = data.source[3:]
-    loaded = load_split(name, split)
+def read_data_set(data: ClassificationData, place: DataSet, classes: list[str] | None = None) -> Labelled:
+    """One split of a data set, of which `classes` are those of training, where they are known.
+
+    Raises UserError for what cannot be loaded, has no labels, or has other classes.
+    """
+    loaded = place.load()
     features = loaded.features
-    image = _column(name, features, "image_column", data.image_column, datasets.Image)
-    label = _column(name, features, "label_column", data.label_column, datasets.ClassLabel)
-    labels = loaded[label]
-    classes = list(features[label].names)
-    wrong = next((i for i, value in enumerate(labels) if value is None or not 0 <= value < len(classes)), None)
-    if wrong is not None:
-        raise UserError(f"{name} {split} row {wrong} has label {labels[wrong]}: it must be 0 .. {len(classes) - 1}")
-    return Labelled(HubDataset(loaded, image, f"{split} "), list(labels), classes)
+    fits = holds_pictures if data.image_column else is_image
+    image = column_of(features, place.title, "image_column", data.image_column, "Image", fits)
+    pictures = HubDataset(loaded, image, f"{place.split} ")
+    if place.archive and data.label_column is None:
+        paths = [cell["path"].split("::")[0].split("://")[-1] for cell in pictures.data[image]]
+        folders = [PurePosixPath(path).parent.name for path in paths]
+        return Labelled(pictures, *_classes_of_text(folders, "its folders", place, classes))
+    text = data.label_column is not None and holds_text(features.get(data.label_column))
+    is_label = holds_text if text else holds_classes
+    label = column_of(features, place.title, "label_column", data.label_column, "ClassLabel", is_label, NO_CLASSES)
+    if text:
+        labels, classes = _classes_of_text(loaded[label], f"column {label!r}", place, classes)
+    else:
+        labels, names = list(loaded[label]), list(features[label].names)
+        wrong = next((i for i, value in enumerate(labels) if value is None or not 0 <= value < len(names)), None)
+        if wrong is not None:
+            got = f"{place.title} {place.split} row {wrong} has label {labels[wrong]}"
+            raise UserError(f"{got}: it must be 0 .. {len(names) - 1}")
+        if classes not in (None, names):
+            both = f"{(classes or [])[:5]} to train on, {names[:5]} to evaluate on"
+            raise UserError(f"the splits of {data.source} have other classes: {both}")
+        classes = names
+    return Labelled(pictures, labels, classes)
 
 
-def _column(name: str, features: datasets.Features, field: str, column: str | None, kind: type) -> str:
-    """The column that was asked for, else the first of its type. Raises UserError where it is not there, or no such."""
-    column = column or next((key for key, feature in features.items() if isinstance(feature, kind)), None)
-    if column is not None and isinstance(features.get(column), kind):
-        return column
-    if column is not None and column not in features:
-        hint = nearest(column, features)
-        raise UserError(f"{name} has no column {column!r} of type {kind.__name__}: set data.{field}; {hint}")
-    got = f"{column!r} is none" if column else f"none of {sorted(features)} is one"
-    remedy = f"set data.{field}"
-    if kind is datasets.ClassLabel:  # text or numbers, which do not say what classes there are
-        remedy += ", encode one by class_encode_column of `datasets`, or use a folder for each class"
-    raise UserError(f"{name} needs a column of type {kind.__name__}, {got}: {remedy}")
+def _classes_of_text(
+    column: Iterable[str | None], words: str, place: DataSet, classes: list[str] | None
+) -> tuple[list[int], list[str]]:
+    """The class of each row, and the classes: the texts of training, sorted. Raises UserError."""
+    texts = [(text or "").strip() for text in column]
+    where = f"{place.title} {place.split}"
+    if "" in texts:
+        raise UserError(f"{where} row {texts.index('')} has no text in {words}: give it a class, or remove it")
+    present = sorted(set(texts))
+    if classes is None and not 1 < len(present) < max(3, len(texts)):
+        kind = "one text" if len(present) == 1 else "another text in every row"
+        raise UserError(f"{where} has {kind} in {words}, such as {present[0][:40]!r}: set data.label_column")
+    numbers = {text: number for number, text in enumerate(classes or present)}
+    if strange := [text for text in present if text not in numbers]:
+        raise UserError(
+            f"{where} row {texts.index(strange[0])} has class {strange[0]!r}, which the training split lacks "
+            f"({len(numbers)} classes there): rename or remove it"
+        )
+    return [numbers[text] for text in texts], list(numbers)

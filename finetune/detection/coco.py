@@ -42,7 +42,11 @@ def read_coco(path: Path, masks: bool) -> CocoFile:
 
     Raises UserError where it is missing or no COCO file, and where no picture or annotation of it can be used.
     """
-    content = _load(path)
+    return check_coco(_load(path), str(path), masks)
+
+
+def check_coco(content: dict[str, list[Any]], path: str, masks: bool) -> CocoFile:
+    """Check what a COCO file holds; `path` is its name in messages. Raises as `read_coco`."""
     categories, notes = _categories(content["categories"], path)
     images, bad = _images(content["images"])
     if not images:
@@ -88,7 +92,7 @@ def _load(path: Path) -> dict[str, list[Any]]:
     return content
 
 
-def _categories(entries: list[Any], path: Path) -> tuple[dict[int, dict[str, Any]], list[str]]:
+def _categories(entries: list[Any], path: str) -> tuple[dict[int, dict[str, Any]], list[str]]:
     """Id -> category. Classes are what a model has for good: one that is in doubt is an error."""
     categories: dict[int, dict[str, Any]] = {}
     nameless = []
@@ -261,7 +265,7 @@ def _id(entry: Any, position: int) -> str:
     return escaped(str(key))[:40] if isinstance(key, (int, float, str)) else f"at place {position + 1}"
 
 
-def _summary(bad: list[tuple[str, str]], total: int, what: str, path: Path) -> list[str]:
+def _summary(bad: list[tuple[str, str]], total: int, what: str, path: str) -> list[str]:
     return [f"{len(bad)} of {total} {what} of {path} skipped: {_causes(bad)}"] if bad else []
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from finetune.config import FinetuneConfig, FinetuneOptim, LabelledData
+from finetune.config import FinetuneConfig, FinetuneOptim, LabelledData, Places
 from vim_backbone.errors import require
 
 
@@ -12,11 +12,20 @@ class DetectionData(LabelledData):
     """Pictures with a COCO file for each split."""
 
     source: str = ""
-    """Folder with SPLIT/* and annotations/instances_SPLIT.json, as COCO has them; any category ids will do."""
-    annotations: str = "annotations/instances_{split}.json"
-    """File of a split below the source, where it lies elsewhere, such as {split}.json."""
-    images: str = "{split}"
-    """Folder of the pictures of a split below the source, such as images where all splits share one."""
+    """Folder with SPLIT/* and annotations/instances_SPLIT.json, as COCO has them; any category ids will do. Or a data
+    set with a column of objects: .parquet, .arrow or .tar file(s) by path, glob or URL, with {split} where splits have
+    files of their own, a folder of `save_to_disk`, or hf:NAME. Not needed where `images` and `annotations` say all."""
+    annotations: Places = "annotations/instances_{split}.json"
+    """COCO file of a split, below the source or anywhere, such as {split}.json; or [of training, of evaluation]."""
+    images: Places = "{split}"
+    """Folder of the pictures of a split, below the source or anywhere, such as images where all splits share one; or
+    [of training, of evaluation]."""
+    image_column: str | None = None
+    """Column of the pictures in a data set; the first of type Image when not given."""
+    objects_column: str | None = None
+    """Column of the objects in a data set, each with bbox and category; the first such when not given."""
+    boxes: Literal["xywh", "xyxy"] = "xywh"
+    """What bbox is in a data set: left, upper, width, height as COCO has it, or left, upper, right, lower."""
     train_split: str = "train"
     """Split to train on; train2017 for COCO."""
     val_split: str = "val"
@@ -24,7 +33,17 @@ class DetectionData(LabelledData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(bool(self.source), "data.source", self.source, "give a folder with annotations/instances_train.json")
+        anywhere = self.images != DetectionData.images and self.annotations != DetectionData.annotations
+        remedy = "give a folder with annotations/instances_train.json, or data.images and data.annotations"
+        require(bool(self.source) or anywhere, "data.source", self.source, remedy)
+
+    @property
+    def one_for_all(self) -> bool:
+        """Whether training and evaluation have the same annotations."""
+        places, train_split = self.annotations, self.train_split
+        if isinstance(places, tuple):
+            return places[0] == places[1]
+        return train_split == self.val_split or ("{split}" not in places)
 
 
 @dataclass(frozen=True, kw_only=True)

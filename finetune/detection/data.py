@@ -13,11 +13,16 @@ from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 
-from finetune.detection.coco import CocoFile, read_coco
+from finetune.config import place_of
+from finetune.detection.coco import CocoFile, check_coco, read_coco
 from finetune.detection.config import DetectionData, JitterConfig
+from finetune.detection.rows import read_rows
 from finetune.detection.tta import Sizes, TestTimeAugmentation
 from finetune.pixels import read_file, stacked
+from launch.data.data_sets import Cell, Cells, data_set_of
+from launch.data.folders import ImageFiles
 from launch.data.images import BadPictureError
+from launch.data.sources import ImageSource
 from vim_backbone.errors import UserError, escaped
 from vim_backbone.preprocessing import RGB, Preprocessing
 from vim_backbone.vim import Images
@@ -25,9 +30,11 @@ from vim_backbone.vim import Images
 
 @dataclass
 class CocoSplit(CocoFile):
-    """A checked COCO file with its folder of pictures; class k of the model is the k-th category, counted from 1."""
+    """A checked COCO file or data set with its pictures; class k of the model is the k-th category, counted from 1."""
 
     folder: Path = Path()
+    cells: Cells | None = None
+    """The pictures, where they are in the rows of a data set."""
     max_megapixels: float = math.inf
     preprocessing: Preprocessing = RGB
 
@@ -35,13 +42,30 @@ class CocoSplit(CocoFile):
         return len(self.images)
 
     def name(self, index: int) -> str:
-        """File name."""
+        """File name, or row."""
         return escaped(self.images[index]["file_name"])
+
+    def place(self, index: int) -> Path | Cell:
+        """Where the picture is."""
+        entry = self.images[index]
+        return self.folder / entry["file_name"] if self.cells is None else self.cells[entry["id"]]
+
+    @property
+    def source(self) -> ImageSource:
+        """The pictures alone."""
+        if self.cells is not None:
+            return self.cells.source
+        return ImageFiles([self.folder / entry["file_name"] for entry in self.images])
+
+    @property
+    def title(self) -> str:
+        """Where the pictures are, in messages."""
+        return str(self.folder) if self.cells is None else self.cells.title
 
     def picture(self, index: int) -> Tensor:
         """(c, h, w) uint8 or float32. Raises BadPictureError where the file has not the size of the annotations."""
         entry = self.images[index]
-        pixels = read_file(self.folder / entry["file_name"], self.preprocessing, self.max_megapixels)
+        pixels = read_file(self.place(index), self.preprocessing, self.max_megapixels)
         if (size := tuple(pixels.shape[:0:-1])) != (entry["width"], entry["height"]):
             raise BadPictureError(f"it is {size} pixels, its annotations are for {entry['width'], entry['height']}")
         return pixels
@@ -58,14 +82,24 @@ class CocoSplit(CocoFile):
         return {"images": self.images, "annotations": annotations, "categories": self.categories}
 
 
-def open_coco(data: DetectionData, split: str, masks: bool, preprocessing: Preprocessing = RGB) -> CocoSplit:
-    """Read one split. What cannot be used is left out and named in `notes`.
+def open_coco(
+    data: DetectionData, split: str, masks: bool, preprocessing: Preprocessing = RGB, classes: list[str] | None = None
+) -> CocoSplit:
+    """Read one split; `classes` are those of training, where they are known.
 
-    Raises UserError where the file or the folder is missing or is not in COCO's format.
+    What cannot be used is left out and named in `notes`. Raises UserError where the file or the folder is missing or is
+    not in COCO's format, and for a data set without objects.
     """
+    if data.source and (place := data_set_of(data.source, split)):
+        content, cells = read_rows(data, place, classes)
+        file = check_coco(content, f"{place.title} {split}", masks)
+        read = (file.images, file.annotations, file.categories, file.notes)
+        return CocoSplit(*read, Path(), cells, data.max_megapixels, preprocessing)
     root = Path(data.source).expanduser()
-    path, folder = (root / place.replace("{split}", split) for place in (data.annotations, data.images))
-    if root.is_dir() and not path.exists() and (others := sorted(root.glob("*.json"))):
+    path, folder = (
+        place_of(data.source, places, split, data.train_split) for places in (data.annotations, data.images)
+    )
+    if data.source and root.is_dir() and not path.exists() and (others := sorted(root.glob("*.json"))):
         raise UserError(
             f"{path} does not exist, but {others[0].name} does: make it a file for each split, such as train.json and "
             "val.json, and set data.annotations to {split}.json, data.images to the folder of the pictures"
@@ -74,7 +108,7 @@ def open_coco(data: DetectionData, split: str, masks: bool, preprocessing: Prepr
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist: it must hold the pictures that {path} names")
     read = (file.images, file.annotations, file.categories, file.notes)
-    return CocoSplit(*read, folder, data.max_megapixels, preprocessing)
+    return CocoSplit(*read, folder, None, data.max_megapixels, preprocessing)
 
 
 class TrainPictures:
@@ -89,9 +123,9 @@ class TrainPictures:
         self.used = [index for index, entries in enumerate(objects) if entries]
         self.objects = objects
         if not self.used:
-            raise UserError(f"no picture of {split.folder} has an object to train on")
+            raise UserError(f"no picture of {split.title} has an object to train on")
         if empty := len(objects) - len(self.used):
-            split.notes.append(f"{empty} of {len(objects)} pictures of {split.folder} have no object: not trained on")
+            split.notes.append(f"{empty} of {len(objects)} pictures of {split.title} have no object: not trained on")
         self.jitter = jitter
 
     def __len__(self) -> int:

@@ -16,7 +16,6 @@ from finetune.detection.predict import DetectionPredictor
 from finetune.detection.tta import tta_of
 from finetune.task import EvaluationResult, LabelledBatch, Task
 from launch.data.first_look import look_at_first
-from launch.data.sources import ImageFiles
 from vim_backbone import UserError
 from vim_backbone.preprocessing import to_model
 
@@ -36,23 +35,22 @@ class DetectionTask(Task[DetectionConfig]):
         folder = find_backbone(config.backbone)
         preprocessing = read_preprocessing_of(folder, config.data)
         train = open_coco(config.data, config.data.train_split, config.head.masks, preprocessing)
-        self.split = open_coco(config.data, config.data.val_split, config.head.masks, preprocessing)
         self.classes = [category["name"] for category in train.categories]
+        self.split = open_coco(config.data, config.data.val_split, config.head.masks, preprocessing, self.classes)
         ours, theirs = ([(c["id"], c["name"]) for c in split.categories] for split in (train, self.split))
         if ours != theirs:
             raise UserError(
                 f"the splits of {config.data.source} have other category ids or names: {ours[:9]} to train on, "
                 f"{theirs[:9]} to evaluate on"
             )
-        files = ImageFiles([train.folder / entry["file_name"] for entry in train.images])
-        look_at_first(files, preprocessing, config.data.max_megapixels)
+        look_at_first(train.source, preprocessing, config.data.max_megapixels)
         self.pretrained = read_backbone(folder, config.model, config.seed, 0, preprocessing)
         size = self.pretrained.config.img_size
         self.train = TrainPictures(train, size, config.jitter, config.head.masks)
         self.tta = tta_of(self.pretrained.config, config.test, config.head.detections, preprocessing)
         self.val = WholePictures(self.split, self.tta)
         self.notes = [*train.notes, *self.split.notes]
-        if "{split}" not in config.data.annotations or config.data.train_split == config.data.val_split:
+        if config.data.one_for_all:
             self.notes.append("the splits are the same file: the scores are of pictures that are trained on")
 
     def new_model(self) -> Detector:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from finetune.config import FinetuneConfig, FinetuneOptim, LabelledData
+from finetune.config import FinetuneConfig, FinetuneOptim, LabelledData, Places
 from vim_backbone.errors import require
 
 
@@ -12,15 +12,22 @@ class SegmentationData(LabelledData):
     """Pictures, and a map of labels for each."""
 
     source: str = ""
-    """Folder with images/SPLIT/NAME.jpg and annotations/SPLIT/NAME.png, as ADE20K (ADEChallengeData2016) has them."""
-    images: str = "images"
-    """Folder of the pictures below the source."""
-    maps: str = "annotations"
-    """Folder of the maps below the source: one channel, the value of a pixel is its label."""
+    """Folder with images/SPLIT/NAME.jpg and annotations/SPLIT/NAME.png, as ADE20K (ADEChallengeData2016) has them; or a
+    data set with columns of both: .parquet, .arrow or .tar file(s) by path, glob or URL, with {split} where splits have
+    files of their own, a folder of `save_to_disk`, or hf:NAME. Not needed where `images` and `maps` say all."""
+    images: Places = "images"
+    """Folder of the pictures, below the source or anywhere: with a folder for each split in it, or with {split} in its
+    place, or [of training, of evaluation]."""
+    maps: Places = "annotations"
+    """Folder of the maps, given as `images`: one channel, the value of a pixel is its label."""
+    image_column: str | None = None
+    """Column of the pictures in a data set; the first of type Image when not given."""
+    map_column: str | None = None
+    """Column of the maps in a data set; the next of type Image when not given."""
     train_split: str = "training"
-    """Folder below both to train on."""
+    """Folder below both, or split of a data set, to train on."""
     val_split: str = "validation"
-    """Folder below both to evaluate on."""
+    """Folder below both, or split of a data set, to evaluate on."""
     num_classes: int | None = None
     """Number of classes; null: as many as objectInfo*.txt (ADE20K) or classes.txt (a name a line) in the source has."""
     zero_is_ignored: bool = True
@@ -31,7 +38,9 @@ class SegmentationData(LabelledData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(bool(self.source), "data.source", self.source, "give a folder with images/ and annotations/")
+        anywhere = self.images != "images" and self.maps != "annotations"
+        remedy = "give a folder with images/ and annotations/, or data.images and data.maps"
+        require(bool(self.source) or anywhere, "data.source", self.source, remedy)
         few = self.num_classes is not None and not 2 <= self.num_classes <= 254
         require(not few, "data.num_classes", self.num_classes, "it must be 2 to 254")
         values = self.values or [0, 1]

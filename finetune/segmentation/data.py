@@ -1,6 +1,7 @@
 """Pictures with maps of labels, from two folders; checked before training, augmented after mmsegmentation."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,11 +13,14 @@ from PIL import Image, ImageFile
 from torch import Tensor
 from torchvision.transforms import v2
 
-from finetune.pixels import fill_of, read_file, resize_pixels, stacked
+from finetune.config import Places, place_of
+from finetune.pixels import fill_of, open_place, read_file, resize_pixels, stacked
 from finetune.segmentation.config import CropConfig, SegmentationData
+from launch.data.data_sets import Cell, Cells, DataSet, HubDataset, column_of, data_set_of, holds_pictures, is_image
+from launch.data.folders import ImageFiles, files_below
 from launch.data.images import BadPictureError, check_size, open_picture, upright
 from launch.data.reading import open_file
-from launch.data.sources import files_below
+from launch.data.sources import ImageSource
 from vim_backbone.errors import UserError, escaped
 from vim_backbone.preprocessing import RGB, Preprocessing
 from vim_backbone.vim import Images
@@ -32,10 +36,10 @@ CROP_TRIES = 10
 
 @dataclass(frozen=True)
 class Pairs:
-    """Files of pictures and of their maps."""
+    """Pictures and their maps, in files or in the rows of a data set."""
 
-    images: list[Path]
-    maps: list[Path]
+    images: Sequence[Path | Cell]
+    maps: Sequence[Path | Cell]
     data: SegmentationData
     classes: int
     preprocessing: Preprocessing = RGB
@@ -44,8 +48,15 @@ class Pairs:
         return len(self.images)
 
     def name(self, index: int) -> str:
-        """File name of the picture."""
+        """File name of the picture, or its row."""
         return escaped(self.images[index].name)
+
+    @property
+    def source(self) -> ImageSource:
+        """The pictures alone."""
+        if isinstance(self.images, Cells):
+            return self.images.source
+        return ImageFiles([path for path in self.images if isinstance(path, Path)])
 
     def image(self, index: int) -> Tensor:
         """The picture (c, h, w), uint8 or float32."""
@@ -79,14 +90,21 @@ class Pairs:
         """(h, w) uint8: the class of each pixel, or IGNORED. Raises BadPictureError for a label out of range."""
         return self.table[self.values(index)]
 
+    def pair(self, index: int) -> tuple[Tensor, np.ndarray]:
+        """Picture and labels. Raises BadPictureError also where these differ in size."""
+        picture, labels = self.image(index), self.labels(index)
+        if (size := labels.shape[::-1]) != (full := tuple(picture.shape[:0:-1])):
+            raise BadPictureError(f"{self.maps[index]} is {size} pixels, its picture {full}")
+        return picture, labels
 
-def read_map(path: Path, max_megapixels: float) -> np.ndarray:
+
+def read_map(place: Path | Cell, max_megapixels: float) -> np.ndarray:
     """The values of a map as its file has them, (h, w), or (h, w, channels) where it is none."""
-    if path.suffix.lower() == ".npy":
-        with open_file(path) as array:
+    if isinstance(place, Path) and place.suffix.lower() == ".npy":
+        with open_file(place) as array:
             bands, _ = array.values(max_megapixels)
             return bands[0] if len(bands) == 1 else np.moveaxis(bands, 0, -1)
-    with open_picture(path) as image:
+    with open_picture(place if isinstance(place, Path) else place.file) as image:
         check_size(image, max_megapixels)
         step = level_step(image)
         raw = np.asarray(upright(image))
@@ -103,10 +121,11 @@ def level_step(image: Image.Image) -> int:
 def class_names(data: SegmentationData) -> list[str]:
     """Names of the classes. Raises UserError where nothing says how many there are, or the sources differ."""
     root = Path(data.source).expanduser()
-    if not root.is_dir():
+    files = bool(data.source) and data_set_of(data.source, data.train_split) is None
+    if files and not root.is_dir():
         raise UserError(f"data.source {root} does not exist: give a folder with {data.images}/ and {data.maps}/")
     names: list[str] = []
-    lists = [*sorted(root.glob("objectInfo*.txt")), *root.glob("classes.txt")]
+    lists = [*sorted(root.glob("objectInfo*.txt")), *root.glob("classes.txt")] if files else []
     if lists:
         try:
             text = lists[0].read_text(encoding="utf-8-sig")
@@ -123,7 +142,8 @@ def class_names(data: SegmentationData) -> list[str]:
     elif number := data.num_classes or len(data.values or []):
         names = [f"class {k}" for k in range(number)]
     if not names:
-        raise UserError(f"how many classes? set data.num_classes, or put classes.txt into {root}, a name a line")
+        more = f", or put classes.txt into {root}, a name a line" if files else " or data.values"
+        raise UserError(f"how many classes? set data.num_classes{more}")
     return names
 
 
@@ -134,10 +154,11 @@ def open_pairs(
 
     Raises UserError for a folder or map that is missing, and for labels out of range.
     """
-    root = Path(data.source).expanduser()
-    images, maps = root / data.images / split, root / data.maps / split
+    if data.source and (place := data_set_of(data.source, split)):
+        return open_rows(data, place, classes, preprocessing)
+    images, maps = (_folder(data, places, split) for places in (data.images, data.maps))
     for folder, setting in ((images, "data.images"), (maps, "data.maps")):
-        if not folder.is_dir() and any(path.is_file() for path in folder.parent.glob("*")):
+        if not folder.is_dir() and folder.name == split and any(path.is_file() for path in folder.parent.glob("*")):
             raise UserError(
                 f"{folder} does not exist, but files in {folder.parent} do: move them into {data.train_split}/ and "
                 f"{data.val_split}/ there, pictures and maps alike"
@@ -163,9 +184,40 @@ def open_pairs(
     return usable, [*notes, *more]
 
 
-def _size(path: Path) -> tuple[int, int] | None:
+def _folder(data: SegmentationData, places: Places, split: str) -> Path:
+    """The folder of the pictures or maps of a split."""
+    whole = isinstance(places, str) and "{split}" not in places
+    return place_of(data.source, f"{places}/{{split}}" if whole else places, split, data.train_split)
+
+
+def open_rows(
+    data: SegmentationData, place: DataSet, classes: list[str], preprocessing: Preprocessing
+) -> tuple[Pairs, list[str]]:
+    """As `open_pairs`, of a data set. A map of another size than its picture is named when it is read."""
+    loaded = place.load()
+    columns: list[str] = []
+    for field, column in (("image_column", data.image_column), ("map_column", data.map_column)):
+        taken = {*columns, data.map_column if field == "image_column" else None}
+        left = {key: feature for key, feature in loaded.features.items() if key not in taken}
+        columns.append(column_of(left, place.title, field, column, "Image", holds_pictures if column else is_image))
+    images, maps = (Cells(HubDataset(loaded, column, f"{place.split} "), place.title) for column in columns)
+    pairs = Pairs(images, maps, data, len(classes), preprocessing)
+    sizes = [(_size(images[index]), _size(maps[index]), index) for index in checked(pairs)]
+    unlike = [each for each in sizes if None not in each and each[0] != each[1]]
+    if len(unlike) > len(sizes) / 2:
+        of_picture, of_map, index = unlike[0]
+        raise UserError(f"{maps[index]} is {of_map} pixels, its picture {of_picture}; {len(unlike)} maps are so")
+    return pairs, _check_labels(pairs, place.split, classes)
+
+
+def checked(pairs: Pairs) -> range:
+    """Pairs that are looked at before training."""
+    return range(0, len(pairs), max(1, len(pairs) // MAPS_CHECKED))
+
+
+def _size(place: Path | Cell) -> tuple[int, int] | None:
     try:
-        with open_file(path) as picture:
+        with open_place(place) as picture:
             return picture.size[1], picture.size[0]
     except Exception:  # it is named when it is read
         return None
@@ -176,11 +228,11 @@ def _check_labels(pairs: Pairs, split: str, classes: list[str]) -> list[str]:
 
     Raises UserError where they cannot be what was meant.
     """
-    counts, checked = np.zeros(len(pairs.table), np.int64), 0
-    for index in range(0, len(pairs), max(1, len(pairs) // MAPS_CHECKED)):
+    counts, read = np.zeros(len(pairs.table), np.int64), 0
+    for index in checked(pairs):
         try:
             counts += np.bincount(pairs.values(index).ravel(), minlength=len(counts))
-            checked += 1
+            read += 1
         except BadPictureError as error:
             raise UserError(
                 f"{error}; see data.num_classes ({pairs.classes}) and data.zero_is_ignored, or set data.values"
@@ -190,7 +242,7 @@ def _check_labels(pairs: Pairs, split: str, classes: list[str]) -> list[str]:
     of_classes = np.bincount(pairs.table, counts, minlength=256)
     values = np.flatnonzero(counts).tolist()
     folder = pairs.maps[0].parent
-    if checked and not of_classes[: pairs.classes].any():
+    if read and not of_classes[: pairs.classes].any():
         raise UserError(
             f"no pixel of the maps in {folder} counts, all have the values {values}: see data.zero_is_ignored, or set "
             "data.values to the value of each class, such as [0, 255]"
@@ -205,7 +257,7 @@ def _check_labels(pairs: Pairs, split: str, classes: list[str]) -> list[str]:
     if absent:
         more = f" and {len(absent) - MOST_NAMED} more" if len(absent) > MOST_NAMED else ""
         line += f"{'; ' * bool(line)}no pixel is of {', '.join(absent[:MOST_NAMED])}{more}"
-    return [f"in {checked} maps of {split} {line}"] if checked and line else []
+    return [f"in {read} maps of {split} {line}"] if read and line else []
 
 
 class PhotometricDistort(v2.RandomPhotometricDistort):
@@ -238,7 +290,8 @@ class TrainCrops:
 
     def draw(self, index: int) -> tuple[Tensor, Tensor]:
         """(c, h, w) uint8 or float32, and (h, w) uint8."""
-        picture, labels = self.pairs.image(index), Image.fromarray(self.pairs.labels(index))
+        picture, values = self.pairs.pair(index)
+        labels = Image.fromarray(values)
         low, high = self.crop.ratio
         factor = max(self.size) / min(picture.shape[1:]) * (low + (high - low) * torch.rand(()).item())
         height, width = (max(1, round(side * factor)) for side in picture.shape[1:])
@@ -295,9 +348,7 @@ class WholePictures:
 
     def draw(self, index: int) -> tuple[Tensor, Tensor]:
         """(c, h, w) uint8 or float32, and (H, W) uint8."""
-        picture, labels = self.pairs.image(index), self.pairs.labels(index)
-        if (size := labels.shape[::-1]) != (full := tuple(picture.shape[:0:-1])):
-            raise BadPictureError(f"{self.pairs.maps[index]} is {size} pixels, its picture {full}")
+        picture, labels = self.pairs.pair(index)
         return to_test_size(picture, self.size), torch.from_numpy(labels)
 
     def collate(self, samples: list[tuple[Any, Any]]) -> tuple[Any, Any]:

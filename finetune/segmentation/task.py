@@ -16,7 +16,6 @@ from finetune.segmentation.predict import SegmentationPredictor
 from finetune.segmentation.windows import windows_of
 from finetune.task import EvaluationResult, LabelledBatch, Task
 from launch.data.first_look import look_at_first
-from launch.data.sources import ImageFiles
 from vim_backbone.preprocessing import to_model
 
 
@@ -37,7 +36,7 @@ class SegmentationTask(Task[SegmentationConfig]):
         preprocessing = read_preprocessing_of(folder, config.data)
         train, notes = open_pairs(config.data, config.data.train_split, self.classes, preprocessing)
         val, more = open_pairs(config.data, config.data.val_split, self.classes, preprocessing)
-        look_at_first(ImageFiles(train.images), preprocessing, config.data.max_megapixels)
+        look_at_first(train.source, preprocessing, config.data.max_megapixels)
         self.notes = [*notes, *more]
         if config.data.train_split == config.data.val_split:
             self.notes.append("the splits are the same folder: the scores are of pictures that are trained on")

@@ -84,19 +84,21 @@ class BadPictures:
 
 
 def first_usable(
-    source: Named, index: int, read: Callable[[int, int], Sample]
+    source: Named, index: int, read: Callable[[int, int], Sample], among: range | None = None
 ) -> tuple[Sample | None, int, list[tuple[str, str]]]:
     """Sample `index`, or the next one of the source that can be read.
 
     Args:
         read: (index, number of samples passed over before) -> the sample; it may raise anything.
+        among: indices of those that can stand in for it; None: all.
 
     Returns:
         The sample, None after MAX_TRIES bad ones; its index; names of those passed over, with the reason.
     """
     bad: list[tuple[str, str]] = []
-    for attempt in range(min(MAX_TRIES, len(source))):
-        candidate = (index + attempt) % len(source)
+    among = among or range(len(source))
+    for attempt in range(min(MAX_TRIES, len(among))):
+        candidate = among[(index - among.start + attempt) % len(among)]
         try:
             return read(candidate, attempt), candidate, bad
         except Exception as error:  # a decoder may raise anything on damaged data

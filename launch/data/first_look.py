@@ -4,7 +4,7 @@ from launch.data.bad_pictures import reason
 from launch.data.images import BadPictureError
 from launch.data.pictures import Picture, PillowPicture
 from launch.data.reading import read_pixels
-from launch.data.sources import Source, some_pictures
+from launch.data.sources import Source, parts_of, some_pictures
 from launch.data.statistics import require_statistics
 from vim_backbone.errors import UserError
 from vim_backbone.preprocessing import Preprocessing
@@ -22,7 +22,13 @@ def look_at_first(
     Files that are damaged count for nothing here: they are named when they are met.
     """
     require_statistics(preprocessing)
-    pictures = list(some_pictures(source, spread, LOOKED_AT))
+    for part in parts_of(source)[0]:
+        look_at_part(part, preprocessing, max_megapixels, max_bad_share)
+
+
+def look_at_part(source: Source, preprocessing: Preprocessing, max_megapixels: float, max_bad_share: float) -> None:
+    """As `look_at_first`, at one of several sources."""
+    pictures = list(some_pictures(source, LOOKED_AT, spread))
     refused: list[str] = []
     for name, opened in pictures:
         try:
@@ -38,9 +44,9 @@ def look_at_first(
         raise UserError(f"{len(refused)} of {len(pictures)} pictures cannot be what is meant, such as {refused[0]}")
 
 
-def spread(length: int) -> list[int]:
-    """At most LOOKED_AT indices, spread evenly."""
-    count = min(LOOKED_AT, length)
+def spread(length: int, count: int) -> list[int]:
+    """At most `count` indices, spread evenly."""
+    count = min(count, length)
     return [i * length // count for i in range(count)]
 
 

@@ -1,7 +1,9 @@
 """Which samples a step has, on which process: a function of the seed and the step, whatever the number of processes."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import torch
 from accelerate import Accelerator
@@ -39,32 +41,79 @@ def plan_batches(accelerator: Accelerator, batch_size: int, accumulation: int) -
     return BatchPlan(batch_size, accumulation, world, accelerator.process_index)
 
 
-class Passes:
-    """Endless shuffled passes over a source: sample k of a run as (epoch, index)."""
+class Turns:
+    """Which source each sample comes from, so that every stretch of samples has each source's share of it.
 
-    def __init__(self, count: int, seed: int) -> None:
-        self.count = count
+    Closed form: of any number of samples, each source has had its share, to a sample or two.
+    """
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        """`weights`: of the sources, positive."""
+        exact = [Fraction(weight) for weight in weights]
+        rest = [sum(exact[number:], Fraction(0)) for number in range(len(exact))]
+        self.shares = [weight / left for weight, left in zip(exact, rest, strict=True)]
+        """Of what the sources before leave; the last takes all."""
+
+    def before(self, position: int) -> list[int]:
+        """How many of the first `position` samples each source has."""
+        counts = []
+        for share in self.shares:
+            counts.append(math.floor(position * share + Fraction(1, 2)))  # exact, and never falls
+            position -= counts[-1]
+        return counts
+
+    def at(self, position: int) -> tuple[int, int]:
+        """Number of the source that sample `position` is of, and how many samples that has had before."""
+        now, then = self.before(position), self.before(position + 1)
+        number = next(number for number, taken in enumerate(now) if then[number] > taken)
+        return number, now[number]
+
+
+class Passes:
+    """Endless shuffled passes over one source, or over several in turns; their indices follow one another."""
+
+    def __init__(self, counts: Sequence[int], weights: Sequence[float], seed: int) -> None:
+        """`counts`: samples of each source."""
+        self.counts = counts
+        self.firsts = [sum(counts[:number]) for number in range(len(counts))]
+        self.turns = Turns(weights)
         self.seed = seed
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+        self.orders = [(-1, torch.empty(0, dtype=torch.int64))] * len(counts)
+        """Pass that each source is in, and its order."""
 
     def __getitem__(self, position: int) -> tuple[int, int]:
-        if position // self.count != self._epoch:
-            self._epoch = position // self.count
-            self._order = torch.randperm(self.count, generator=generator(self.seed, self._epoch))
-        return self._epoch, int(self._order[position % self.count])
+        """Sample `position` as (pass over its source, index)."""
+        number, epoch, place = self._turn(position)
+        if epoch != self.orders[number][0]:
+            key = (self.seed, epoch, *([number] if number else []))  # the first keeps the order that it has alone
+            self.orders[number] = epoch, torch.randperm(self.counts[number], generator=generator(*key))
+        return epoch, self.firsts[number] + int(self.orders[number][1][place])
+
+    def in_order(self, position: int) -> tuple[int, int]:
+        """What sample `position` would be if nothing were shuffled."""
+        number, epoch, place = self._turn(position)
+        return epoch, self.firsts[number] + place
+
+    def _turn(self, position: int) -> tuple[int, int, int]:
+        """Number of the source, pass over it, and place in the pass."""
+        number, taken = self.turns.at(position)
+        return number, *divmod(taken, self.counts[number])
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index): sample k of the run is the k-th of endless shuffled passes over the source.
+    """Batches of (epoch, index): sample k of the run is the k-th of endless shuffled passes (`Passes`).
 
     Step s takes samples first_sample + s * batch_size and on, whatever the number of processes; each process takes its
     share.
     """
 
     def __init__(
-        self, count: int, seed: int, plan: BatchPlan, start_batch: int, total_steps: int, first_sample: int = 0
-    ) -> None:
-        self.count = count
+        self, counts: int | Sequence[int], seed: int, plan: BatchPlan, start_batch: int, total_steps: int,
+        weights: Sequence[float] = (1.0,), first_sample: int = 0,
+    ) -> None:  # fmt: skip
+        """`counts`: samples of the source, or of each of several, whose weights are `weights`."""
+        self.counts = [counts] if isinstance(counts, int) else counts
+        self.weights = weights
         self.seed = seed
         self.plan = plan
         self.batches = range(start_batch, total_steps * plan.accumulation)
@@ -74,7 +123,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        plan, passes = self.plan, Passes(self.count, self.seed)
+        plan, passes = self.plan, Passes(self.counts, self.weights, self.seed)
         for batch in self.batches:
             first = self.first_sample + (batch * plan.world + plan.rank) * plan.micro_batch
             yield [passes[position] for position in range(first, first + plan.micro_batch)]

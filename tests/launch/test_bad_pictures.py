@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import UnidentifiedImageError
 
 from launch.data.bad_pictures import MAX_TRIES, BadPictures, escaped, first_usable
-from launch.data.sources import ImageFiles, files_below
+from launch.data.folders import ImageFiles, files_below
 from vim_backbone import UserError
 
 MORE = int(os.environ.get("FUZZ", "0"))

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.data.order import BatchPlan, StepSampler
+from launch.data.order import BatchPlan, Passes, StepSampler, Turns
 from vim_backbone import UserError
 
 
@@ -38,6 +38,35 @@ def test_an_epoch_has_every_picture_once(count, micro, world, accumulation, star
 def test_epochs_are_shuffled_differently():
     samples = [item for items in StepSampler(50, 5, BatchPlan(50, 1, 1, 0), 0, 2) for item in items]
     assert [i for _, i in samples[:50]] != [i for _, i in samples[50:]]
+
+
+@given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=4), st.integers(0, 10**12))
+def test_every_stretch_of_samples_has_each_source_by_its_weight(weights, start):
+    turns = Turns(weights)
+    taken, drawn = turns.before(start), []
+    assert sum(taken) == start
+    for position in range(start, start + 50):
+        number, before = turns.at(position)
+        assert before == taken[number] + drawn.count(number)
+        drawn.append(number)
+    for number, weight in enumerate(weights):
+        assert abs(drawn.count(number) - 50 * weight / sum(weights)) < 3
+
+
+def test_samples_of_two_sources_by_hand():
+    assert [Turns([2, 1]).at(position)[0] for position in range(6)] == [0, 1, 0, 0, 1, 0]
+
+
+def test_sources_are_passed_over_each_at_its_pace():
+    samples = [item for items in StepSampler([4, 3], 5, BatchPlan(3, 1, 1, 0), 0, 12, [2, 1]) for item in items]
+    first, second = ([item for item in samples if (item[1] < 4) == of_first] for of_first in (True, False))
+    assert first == [Passes([4], [1], 5)[position] for position in range(24)]  # as it would be alone
+    for epoch in range(4):
+        assert sorted(second[3 * epoch : 3 * epoch + 3]) == [(epoch, 4), (epoch, 5), (epoch, 6)]
+    assert [Passes([4, 3], [2, 1], 5)[position] for position in range(35, 17, -1)] == samples[:17:-1]
+    alike = Passes([9, 9], [1, 1], 5)  # each has an order of its own
+    assert [alike[2 * k][1] for k in range(9)] != [alike[2 * k + 1][1] - 9 for k in range(9)]
+    assert [Passes([4, 3], [2, 1], 5).in_order(position) for position in range(4)] == [(0, 0), (0, 4), (0, 1), (0, 2)]
 
 
 def test_a_batch_that_does_not_divide():

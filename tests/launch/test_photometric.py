@@ -10,9 +10,9 @@ import tifffile
 from PIL import Image
 
 import launch.data.tiff
+from launch.data.folders import ImageFiles
 from launch.data.images import BadPictureError
 from launch.data.reading import open_bytes, open_file, read_pixels
-from launch.data.sources import ImageFiles
 from pretrain.bands import gather
 from vim_backbone.preprocessing import RGB, Preprocessing
 

@@ -15,8 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from launch.data.data_sets import BUILDERS, open_cell
 from launch.data.images import BadPictureError
-from launch.data.sources import BUILDERS, StreamCells, open_cell, open_source, photograph_paths
+from launch.data.sources import open_source, photograph_paths
+from launch.data.streams import StreamCells
 from vim_backbone import UserError
 
 MORE = int(os.environ.get("FUZZ", "0"))
@@ -177,6 +179,60 @@ def test_files_of_every_kind_of_data_set(tmp_path, picture_folder):
         else:
             opened = [source.open(index) for index in range(len(source))]
         assert sorted(picture.rgb(1)[0].size for picture in opened) == sizes, (name, streaming)
+
+
+def test_lists_of_paths_and_urls(tmp_path, picture_folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = [
+        "pictures/top/0.jpg",
+        "",
+        f" {picture_folder}/deep/er/1.png ",
+        f"file://{picture_folder}/top/2.webp",
+        "gone",
+    ]
+    (tmp_path / "list.TXT").write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8")
+    for place in ("list.TXT", f"file://{tmp_path}/list.TXT"):
+        source = open_source(place, split="train", column=None, streaming=False)
+        assert [source.open(i).rgb(1)[0].size for i in range(3)] == [(60, 40), (59, 41), (58, 42)]
+        assert source.name(2) == f"file://{picture_folder}/top/2.webp"
+        with pytest.raises(OSError, match="No such file"):
+            source.open(3)
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(UserError, match=r"empty.txt names no pictures: it must have a path or URL on each line"):
+        open_source("empty.txt", split="train", column=None, streaming=False)
+    with pytest.raises(UserError, match=r"cannot read data.source file:///gone.txt: "):
+        open_source("file:///gone.txt", split="train", column=None, streaming=False)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_folders_of_save_to_disk_and_urls(tmp_path, parquet, streaming):
+    rows = datasets.load_dataset("parquet", data_files=parquet, split="train", cache_dir=str(tmp_path / "cache"))
+    datasets.DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(str(tmp_path / "saved"))
+    url = f"file://{tmp_path}/part-1.parquet"
+    lengths = {}
+    for source, split in ((f"{tmp_path}/saved", "train"), (f"{tmp_path}/saved", "test"), (url, "train")):
+        opened = open_source(source, split=split, column=None, streaming=streaming)
+        if streaming:
+            cells = itertools.takewhile(lambda cell: cell[0].startswith("epoch 0"), opened.cells(0, 0, 1))
+            lengths[source, split] = len(list(cells))
+        else:
+            lengths[source, split] = len(opened)
+    assert list(lengths.values()) == [10, 1, 5]
+    with pytest.raises(UserError, match=r"datasets cannot load .*saved \(split 'val'\)"):
+        open_source(f"{tmp_path}/saved", split="val", column=None, streaming=streaming)
+
+
+def test_a_split_may_have_files_of_its_own(tmp_path):
+    for split, count in (("train", 3), ("test", 2)):
+        (tmp_path / split).mkdir()
+        rows_of_files(tmp_path / split, [count])
+    pattern = f"{tmp_path}/{{split}}/*.parquet"
+    assert [len(open_source(pattern, split=split, column="photo", streaming=False)) for split in ("train", "test")] == [
+        3,
+        2,
+    ]
+    with pytest.raises(UserError, match=r"no file matches data.source .*/val/\*.parquet"):
+        open_source(pattern, split="val", column="photo", streaming=False)
 
 
 @pytest.mark.parametrize(
