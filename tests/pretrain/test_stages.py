@@ -320,4 +320,5 @@ def test_each_stage_is_compiled_once_for_its_own_sizes(tmp_path, monkeypatch, ca
     for step, (loss, norm, rate) in losses(pretrain(config(tmp_path / "compiled", *argv))).items():
         assert plain[step] == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-4), rate)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+    assert AcceleratorState().dynamo_plugin.dynamic is False
     assert "its first step is compiled anew" in capsys.readouterr().err
