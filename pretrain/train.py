@@ -157,7 +157,7 @@ def refuse_to_compile_native_sizes(accelerator: Accelerator, data: DataConfig) -
 
 
 def compile_by_stage(accelerator: Accelerator, stages: list[Stage]) -> None:
-    """Let `torch.compile` compile each stage for its own sizes; from the second on it would else try sizes left open."""
+    """Let `torch.compile` compile every stage for its own sizes, where it would leave them open from the second on."""
     if len(stages) > 1 and is_compiled(accelerator):
         plugin: Any = accelerator.state.dynamo_plugin
         plugin.dynamic = bool(plugin.dynamic)
