@@ -167,7 +167,7 @@ def refuse_to_compile_many_shapes(accelerator: Accelerator, data: DataConfig) ->
 
 
 def compile_by_stage(accelerator: Accelerator, stages: list[Stage]) -> None:
-    """Let `torch.compile` compile each stage for its own sizes; by itself it would make one program for any size."""
+    """Let `torch.compile` compile every stage for its own sizes, where it would leave them open from the second on."""
     if len(stages) > 1 and is_compiled(accelerator):
         plugin: Any = accelerator.state.dynamo_plugin
         plugin.dynamic = bool(plugin.dynamic)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -50,7 +50,7 @@ def parse(config_class: type[Config], argv: list[str], prog: str, description: s
     for file in _config_files(argv):
         argv = [*argv, *_overruled(read_yaml(Path(file)), argv)]
     try:
-        parsed = parser.parse_args(_spell_out_flags(config_class, argv))
+        parsed = parser.parse_args(_replacing(config_class, _spell_out_flags(config_class, argv)))
         values = parser.instantiate(parsed)
         return config_class(**{f.name: values[f.name] for f in fields(config_class)})
     except ArgumentError as error:
@@ -154,6 +154,18 @@ def _spell_out_flags(config_class: type, argv: list[str]) -> list[str]:
     for here, after in zip(argv, [*argv, "--"][1:], strict=True):
         spelled.append(f"{here}=true" if here in flags and after.startswith("--") else here)
     return spelled
+
+
+def _replacing(config_class: type, argv: list[str]) -> list[str]:
+    """Let a list of groups take the place of that in a file: jsonargparse would fill each group from the one there."""
+    hints = get_type_hints(config_class)
+    lists = {f"--{name}" for name, hint in hints.items() if any(map(_lists_groups, (hint, *get_args(hint))))}
+    empty = ([f"{name}=null"] * (name in lists) for name in (word.partition("=")[0] for word in argv))
+    return [each for before, word in zip(empty, argv, strict=True) for each in (*before, word)]
+
+
+def _lists_groups(hint: Any) -> bool:
+    return get_origin(hint) is list and any(map(is_dataclass, get_args(hint)))
 
 
 def _one_line(message: str, config_class: type) -> str:

@@ -291,6 +291,16 @@ def test_a_run_that_cannot_be_divided_begins_no_work(tmp_path, argv, words):
     assert not (tmp_path / "pretrain").exists()
 
 
+def test_stages_on_the_command_line_replace_those_of_a_file(tmp_path):
+    (tmp_path / "run.yaml").write_text("stages:\n- {until: 0.9, img_size: 64}\n- {img_size: 96, batch_size: 1}\n")
+    file = ["--config", str(tmp_path / "run.yaml")]
+    for text, sides in (("[{until: 0.5}, {until: 0.7}, {}]", [96] * 3), ("[{}]", [96]), ("null", [96])):
+        for argv in ([*file, f"--stages={text}"], [*file, "--stages", text]):
+            made = parse(PretrainConfig, argv, "", "").schedule(10, 1, 0)
+            assert [(stage.img_size[0], stage.plan.batch_size) for stage in made] == [(side, 32) for side in sides]
+    assert [stage.img_size[0] for stage in parse(PretrainConfig, file, "", "").schedule(10, 1, 0)] == [64, 96]
+
+
 def test_epochs_are_passes_whatever_the_batches():
     made = parse(PretrainConfig, ["--epochs=3", "--stages=[{until: 0.75, batch_size: 10}, {batch_size: 30}]"], "", "")
     assert made.total_steps(100) == 20
@@ -320,4 +330,5 @@ def test_each_stage_is_compiled_once_for_its_own_sizes(tmp_path, monkeypatch, ca
     for step, (loss, norm, rate) in losses(pretrain(config(tmp_path / "compiled", *argv))).items():
         assert plain[step] == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-4), rate)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+    assert AcceleratorState().dynamo_plugin.dynamic is False
     assert "its first step is compiled anew" in capsys.readouterr().err
