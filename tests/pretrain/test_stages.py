@@ -195,7 +195,7 @@ def test_a_step_has_as_many_views_as_its_patches_allow(picture_folder):
     assert all(found == each[0] for each in steps.values() for found in each)
 
     samples = [item[:2] for step in range(4) for item in steps[step][0]]
-    passes = Passes(len(source), 3)
+    passes = Passes([len(source)], [1.0], 3)
     assert sorted(samples) == sorted(passes[k] for k in range(len(samples)))
     packs = Packs(source, native, 3, stages(*sizes), 0, {})
     loader = build_loader(source, native, 3, packs.stages, 0, (), PackSampler(packs, 0))
