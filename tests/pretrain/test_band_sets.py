@@ -119,10 +119,10 @@ def test_bands_that_all_files_have_need_no_tokens(scenes, tmp_path):
     assert np.array_equal(pixels, bands_of(0)[[1, 0]])
 
 
-@pytest.mark.parametrize("sizes", ["fixed", "native"])
-def test_a_run_on_files_with_three_and_five_bands(scenes, tmp_path, sizes):
+@pytest.mark.parametrize(("sizes", "scan"), [("fixed", "full"), ("native", "pooled")])
+def test_a_run_on_files_with_three_and_five_bands(scenes, tmp_path, sizes, scan):
     """From the folder to a backbone that takes both; what has other bands is named; a resumed run keeps its sets."""
-    argv = ["--model.channels=tokens", f"--data.source={scenes}", f"--data.sizes={sizes}"]
+    argv = ["--model.channels=tokens", f"--model.scan={scan}", f"--data.source={scenes}", f"--data.sizes={sizes}"]
     argv.append(f"--data.statistics={made(scenes, '--sets', *IN_WORDS)}")
     write(scenes / "two.tif", bands_of(0)[:2])
     folder = pretrain(config(tmp_path, "--steps=3", *argv))
@@ -153,6 +153,14 @@ def test_before_a_run_what_cannot_be_meant_is_refused(scenes, tmp_path, argv, li
     with pytest.raises(UserError, match=line):
         pretrain(config(tmp_path, f"--data.source={scenes}", f"--data.statistics={path}", *argv))
     assert not (tmp_path / "pretrain").exists()
+
+
+def test_files_with_different_bands_are_not_compiled(scenes, tmp_path, monkeypatch):
+    path = made(scenes, "--sets", *IN_WORDS)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    argv = [f"--data.source={scenes}", f"--data.statistics={path}", "--model.channels=tokens"]
+    with pytest.raises(UserError, match=r"data\.statistics is .*differ in bands.*--dynamo_backend no"):
+        pretrain(config(tmp_path, *argv))
 
 
 @pytest.mark.parametrize("change", [{"sets": [0, 1]}, {"sets": [["0"]]}, {"bands": None, "sets": [[0, 1, 2]]}])

@@ -135,6 +135,18 @@ def test_the_command_is_printed(capsys):
     assert "zero3_offload.yaml" in capsys.readouterr().out
 
 
+def test_where_channels_are_tokens_each_band_of_a_patch_is_counted(capsys):
+    small = ["--model", "vim_tiny", "--image-size", "64", "--gpus", "1", "--in-chans", "5", "--batch-size", "8"]
+    main([*small, "--channels", "tokens"])
+    printed = capsys.readouterr().out
+    assert "of 80 patches a picture the encoder sees 20" in printed
+    words = printed.splitlines()[-1].split("pretrain/main.py ")[1].split()
+    architecture = parse(PretrainConfig, words, "", "").architecture()
+    assert (architecture.channels, architecture.in_chans) == ("tokens", 5)
+    main(small)
+    assert "of 16 patches a picture the encoder sees 4" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
