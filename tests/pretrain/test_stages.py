@@ -126,7 +126,7 @@ def test_small_views_have_the_positions_of_the_places_in_between(grid, least):
 
 @given(world=st.integers(1, 3), accumulation=st.integers(1, 2), start=st.integers(0, 5))
 def test_the_order_goes_on_through_the_stages(world, accumulation, start):
-    sizes, passes = ((2, 16, 24), (3, 32, 12)), Passes(10, 5)
+    sizes, passes = ((2, 16, 24), (3, 32, 12)), Passes([10], [1.0], 5)
     parts = [
         list(
             StageSampler(10, 5, stages(*sizes, accumulation=accumulation, world=world, rank=rank), start * accumulation)
