@@ -72,7 +72,8 @@ def place(tmp_path_factory, request):
 @pytest.mark.slow
 def test_all_other_commands(place, picture_folder):
     (place / "path/to").mkdir(parents=True)
-    (place / "path/to/pictures").symlink_to(picture_folder)
+    for name in ("pictures", "more_pictures"):
+        (place / "path/to" / name).symlink_to(picture_folder)
     (place / "path/to/slides").mkdir()
     colours = np.random.default_rng(0).integers(0, 255, (300, 400, 3), np.uint8)
     for number in range(4):  # openslide knows a tiled TIFF whatever it is called
