@@ -9,7 +9,7 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from finetune.config import BackboneConfig, FinetuneOptim, LabelledData
-from launch.data.statistics import preprocessing_of
+from launch.data.statistics import channels_of_bands, preprocessing_of
 from launch.run.randomness import seed_of
 from launch.state.sharding import fill
 from vim_backbone import UserError, VimConfig, VisionMamba, from_pretrained
@@ -83,20 +83,6 @@ def read_backbone(
     else:
         model = from_pretrained(folder, **changes)
     return Pretrained(model.config, model.state_dict(), preprocessing)
-
-
-def channels_of_bands(folder: Path, preprocessing: Preprocessing) -> list[int]:
-    """Which channels of a backbone, each of which is a token, have the bands of `preprocessing`.
-
-    Raises UserError for a band that the backbone does not know.
-    """
-    known, wanted = (each.bands or tuple(range(each.in_chans)) for each in (read_preprocessing(folder), preprocessing))
-    if strange := [band for band in wanted if band not in known]:
-        raise UserError(
-            f"data.statistics has band {strange[0]}: {folder} was pretrained on the bands {list(known)}; say which of "
-            "them your files hold, with --sets of python -m pretrain.bands"
-        )
-    return [known.index(band) for band in wanted]
 
 
 def layer_scales(model: nn.Module, backbone: VisionMamba, optim: FinetuneOptim) -> dict[str, float]:

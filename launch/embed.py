@@ -33,9 +33,10 @@ from launch.embedding.parts import Parts
 from launch.run.cli import run
 from launch.run.progress import ProgressReport
 from vim_backbone import Transform, VisionMamba, load
-from vim_backbone.errors import UserError, require
+from vim_backbone.errors import UserError, first_line, require
 from vim_backbone.folder import WEIGHTS
 from vim_backbone.hub import find_backbone
+from vim_backbone.preprocessing import read_preprocessing
 
 PART = 256
 """Pictures of a part: what a killed command loses at most."""
@@ -102,11 +103,12 @@ def embed_part(
             bad[index] = picture
             continue
         rows, columns = model.config.grid(*picture.shape[-2:])
-        if len(batch) == batch_size or patches + rows * columns > ROW_PATCHES:
+        count = rows * columns * model.config.tokens_a_patch(picture.shape[1])
+        if len(batch) == batch_size or patches + count > ROW_PATCHES:
             flush()
             patches = 0
         batch[index] = picture
-        patches += rows * columns
+        patches += count
     flush()
     return features, bad
 
@@ -176,7 +178,12 @@ def main(argv: list[str]) -> None:
     out: Path = arguments.out
     size = None if arguments.size is None else (arguments.size[0], arguments.size[-1])
     folder = find_backbone(arguments.backbone, arguments.revision)
-    model, transform = load(folder, size=size, device=torch.device(arguments.device))
+    model, transform = load(folder, size=size)
+    try:
+        model = model.to(arguments.device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
+        why = f"--device {arguments.device} cannot be used ({first_line(error)})"
+        raise UserError(f"{why}: give cuda or cpu") from error
     wanted = Wanted.of(model, arguments.features, arguments.layers)
     check_output(out, wanted, size is not None)
     source = open_source(arguments.source, split=arguments.split, column=arguments.column, streaming=False)
@@ -216,11 +223,13 @@ def settings_of(
     """What the features depend on: a command that goes on must have the same."""
     with open(folder / WEIGHTS, "rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()
+    preprocessing = read_preprocessing(folder).to_dict()
     names = hashlib.sha256()
     for index in range(len(source)):
         names.update(source.name(index).encode() + b"\0")
     return {
-        "weights": weights, "pictures": names.hexdigest(), "split": arguments.split, "column": arguments.column,
+        "weights": weights, "preprocessing": preprocessing, "pictures": names.hexdigest(), "split": arguments.split,
+        "column": arguments.column,
         "features": wanted.kinds, "layers": wanted.layers, "size": size, "max_megapixels": arguments.max_megapixels,
     }  # fmt: skip
 

@@ -2,14 +2,18 @@
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
+from launch.data.statistics import channels_of_bands
+from launch.run.cli import parse, value_given
 from vim_backbone import SIZES, UserError, VimConfig, from_pretrained
 from vim_backbone.folder import read_config
 from vim_backbone.hub import find_backbone
+from vim_backbone.preprocessing import Preprocessing
 
+Config = TypeVar("Config")
 TAKEN_UP = ("depth", "patch_size", "img_size", "scan", "class_token", "num_registers", "mixer_norm", "position",
             "channels")  # fmt: skip
 """Fields of the backbone's config that are fields of `ModelConfig`, too."""
@@ -52,10 +56,28 @@ def model_arguments(init: str) -> list[str]:
     return [f"--model.name={names[0]}", *(f"--model.{name}={_written(getattr(config, name))}" for name in TAKEN_UP)]
 
 
-def initial_weights(init: str, architecture: VimConfig) -> tuple[dict[str, Tensor], list[str]]:
+def parse_run(config_class: type[Config], argv: list[str], prog: str, description: str) -> Config:
+    """As `parse`; what of `model` is not given is that of the weights that `--init` names.
+
+    A resumed run needs its weights no more: where they are gone, its config.yaml says what they set.
+    """
+    init = value_given(argv, "init")
+    try:
+        implied = model_arguments(init) if init else []
+    except UserError:
+        if not any(word.partition("=")[0] == "--resume" for word in argv):
+            raise
+        implied = []
+    return parse(config_class, [*implied, *argv], prog, description)
+
+
+def initial_weights(
+    init: str, architecture: VimConfig, preprocessing: Preprocessing
+) -> tuple[dict[str, Tensor], list[str]]:
     """Every tensor of an encoder of this architecture, from the backbone in a folder, and lines on how they came there.
 
-    Raises UserError where the architectures differ in more than can be resampled.
+    Raises UserError where the architectures differ in more than can be resampled, or in their bands where each is a
+    token.
     """
     folder = backbone_folder(init)
     saved = read_config(folder)
@@ -67,6 +89,8 @@ def initial_weights(init: str, architecture: VimConfig) -> tuple[dict[str, Tenso
     changes: dict[str, Any] = {
         name: getattr(architecture, name) for name in (*RESAMPLED, *OUR_OWN) if name != "d_model"
     }
+    if saved.channels == "tokens":
+        changes["chosen_channels"] = channels_of_bands(folder, preprocessing)
     return from_pretrained(folder, **changes).state_dict(), [f"starts from {folder}: {_changes(saved, architecture)}"]
 
 
@@ -80,7 +104,9 @@ def _changes(saved: VimConfig, now: VimConfig) -> str:
         lines.append(f"stride {saved.stride} becomes {now.stride}")
     if before != after:
         lines.append(f"positions resampled from {before[0]} x {before[1]} to {after[0]} x {after[1]} patches")
-    if saved.in_chans != now.in_chans:
+    if saved.in_chans != now.in_chans and saved.channels == "tokens":
+        lines.append(f"embeddings of {now.in_chans} of {saved.in_chans} bands")
+    elif saved.in_chans != now.in_chans:
         lines.append(f"first convolution adapted from {saved.in_chans} to {now.in_chans} bands")
     if saved.num_classes:
         lines.append("classifier left out")

@@ -9,10 +9,11 @@ from rich.console import Console
 from launch.data.first_look import look_at_first
 from launch.data.sources import length_of
 from launch.data.statistics import require_statistics
-from launch.run.cli import parse, run
+from launch.run.cli import run
 from launch.run.progress import ProgressReport
 from pretrain.config import PretrainConfig
 from pretrain.data import View, source_field
+from pretrain.initial import parse_run
 from pretrain.look_page import draw_page
 from pretrain.survey import survey
 from vim_backbone.errors import UserError, require
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> None:
     """Read the first pictures of the run, draw the page, and print its path last."""
     if argv and not argv[0].startswith("-"):
         argv = [f"--data.{source_field(argv[0])}={argv[0]}", *argv[1:]]
-    config = parse(LookConfig, argv, "pretrain.look SOURCE", DESCRIPTION)
+    config = parse_run(LookConfig, argv, "pretrain.look SOURCE", DESCRIPTION)
     data = config.data
     require_statistics(data.preprocessing)
     source = data.open()

@@ -279,7 +279,7 @@ def draw_packing(part: SubFigure, surveyed: Survey, config: PretrainConfig) -> N
     else:
         usable = usable[:micro_batch]
     extras = [each.cuts[0].extra for each in usable]
-    architecture, objective = config.architecture(), config.objective
+    objective = config.objective
     of_patches = [architecture.tokens_a_patch(each.channels) for each in usable]
     patches = [len(extra) * count for extra, count in zip(extras, of_patches, strict=True)]
     tokens = [

@@ -14,9 +14,9 @@ if __name__ == "__main__":
 
 import os
 
-from launch.run.cli import leave, parse, run, value_given
+from launch.run.cli import leave, run
 from pretrain.config import PretrainConfig
-from pretrain.initial import model_arguments
+from pretrain.initial import parse_run
 from pretrain.train import pretrain
 
 DESCRIPTION = "Pretrain a Vision Mamba backbone on pictures, and publish it."
@@ -24,9 +24,7 @@ DESCRIPTION = "Pretrain a Vision Mamba backbone on pictures, and publish it."
 
 def main(argv: list[str]) -> None:
     """Parse, train, and print the run's folder last."""
-    init = value_given(argv, "init")
-    implied = model_arguments(init) if init else []
-    config = parse(PretrainConfig, [*implied, *argv], "pretrain/main.py", DESCRIPTION)
+    config = parse_run(PretrainConfig, argv, "pretrain/main.py", DESCRIPTION)
     folder = pretrain(config)
     if os.environ.get("RANK", "0") == "0":
         print(folder)  # noqa: T201 - the command's result

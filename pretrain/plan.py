@@ -152,7 +152,8 @@ def expected(config: PretrainConfig, level: Recompute, options: argparse.Namespa
     """A line on the speed of a run, or of one of its stages."""
     architecture = config.architecture()
     work = config.objective.work(architecture, 2 if config.precision == "bf16" else 4, level)
-    patches, scanned = math.prod(architecture.grid(*architecture.img_size)), work.stacks[0].tokens
+    patches = math.prod(architecture.grid(*architecture.img_size)) * architecture.tokens_a_patch(architecture.in_chans)
+    scanned = work.stacks[0].tokens
     a_second = options.gpus / seconds_a_picture(work.stacks, measured(options.device))
     return (
         f"expected on {options.gpus} x {options.device}: {a_second:,.0f} pictures/s, {a_second * patches:,.0f} "

@@ -16,12 +16,12 @@ from launch.data.loading import enduring, number_of_workers, workers_of_stream
 from launch.data.sources import Source, length_of, passes_over, what_was_left_out
 from launch.data.streams import Stream
 from launch.run.accelerator import build_accelerator, on_main, strategy
-from launch.run.folder import run_folder
+from launch.run.folder import CHECKPOINTS, run_folder
 from launch.run.metrics import RunLog, Throughput, peak_memory_gb
 from launch.run.optim import build_optimizer, learning_rate
 from launch.run.randomness import seed_of
 from launch.run.training import Training, start_training
-from launch.state.checkpoint import TrainState
+from launch.state.checkpoint import TrainState, checkpoints
 from launch.state.sharding import fill, shape_of, zero_stage
 from pretrain.config import PretrainConfig
 from pretrain.data import Batch, DataConfig, View, Views, build_loader, collate
@@ -33,7 +33,7 @@ from pretrain.report import REPORT, write_report
 from pretrain.stages import Stage, pixels_of, stage_at
 from vim_backbone import VisionMamba
 from vim_backbone.block import Block, set_recompute
-from vim_backbone.errors import UserError, require
+from vim_backbone.errors import UserError, first_line, require
 from vim_backbone.folder import model_card
 from vim_backbone.memory import LEVELS, Recompute
 from vim_backbone.preprocessing import to_model
@@ -80,8 +80,9 @@ def pretrain(config: PretrainConfig) -> Path:
     fixed = ("model.", "data.bands", "data.statistics", *objective.architecture_fields)
     architecture = config.architecture()
     initial, taken_up = {}, []
-    if config.init is not None and config.resume is not True:
-        initial, taken_up = initial_weights(config.init, architecture)
+    goes_on = bool(config.resume and checkpoints(config.folder / CHECKPOINTS))
+    if config.init is not None and not goes_on:
+        initial, taken_up = initial_weights(config.init, architecture, data.preprocessing)
     with run_folder(accelerator, config, fixed, total_steps) as start:
         bad = BadPictures(config.folder / "bad_pictures.txt", pictures, data.max_bad_share)
         level = level_of_all_stages(config, accelerator, stages)
@@ -98,6 +99,7 @@ def pretrain(config: PretrainConfig) -> Path:
             clip_grad=config.optim.clip_grad,
             ema_decay=config.ema_decay,
         ) as training:
+            initial.clear()  # they are in the model; under ZeRO-3 no process is to hold all of it
             first = training.state.step
             require_same_pixels(training.state, data)
             workers, lines = settled_workers(data, source, training)
@@ -319,7 +321,12 @@ def publish(run: Run) -> None:
     run.log.say(
         f"{training.state.step} steps done, {len(run.bad.known)} bad pictures skipped; the backbone is in {folder}"
     )
-    on_main(training.accelerator, lambda: write_report([config.folder], config.folder / REPORT))
+    if training.accelerator.is_main_process:
+        try:
+            write_report([config.folder], config.folder / REPORT)
+        except Exception as error:  # all is done and published: a page is no reason to fail
+            again = f"python -m pretrain.report {config.folder} tries again"
+            run.log.say(f"{REPORT} is not written ({first_line(error)}): {again}")
 
 
 def introduction(run: Run, pictures: int | None) -> str:

@@ -99,7 +99,7 @@ Vision Mamba (Vim, arXiv 2401.09417) backbone: {config.depth} blocks of width {c
 ```python
 import vim_backbone
 
-model, transform = vim_backbone.load("{name}")  # this folder, or its id on the Hub
+model, transform = vim_backbone.load("{name}")  # the path of this folder; of one on the Hub "owner/name"
 features = model(transform(picture))  # {given}, of any size
 ```
 

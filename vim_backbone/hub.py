@@ -14,7 +14,8 @@ FILES = [CONFIG, WEIGHTS, PREPROCESSOR]
 def find_backbone(name: str | Path, revision: str | None = None) -> Path:
     """The folder that a name means, downloaded first where it is the id of one on the Hub.
 
-    Only a text of the form "owner/name" that is no path here leads to the network; HF_HUB_OFFLINE=1 keeps to the cache.
+    Only a text of the form "owner/name" whose owner is no folder here leads to the network; HF_HUB_OFFLINE=1 keeps to
+    the cache.
 
     Args:
         revision: branch, tag or commit on the Hub; the newest of its main branch when None.
@@ -23,10 +24,11 @@ def find_backbone(name: str | Path, revision: str | None = None) -> Path:
         UserError: the Hub does not give it, or what it gives is no backbone.
     """
     text = str(name)
-    if isinstance(name, Path) or Path(text).expanduser().exists() or not _is_id(text):
+    place = Path(text).expanduser()
+    if isinstance(name, Path) or place.exists() or not _is_id(text) or place.parent.is_dir():
         if revision is not None:
             raise UserError(f"revision is {revision!r}, but {text} is a folder here: only the Hub has revisions")
-        return Path(text).expanduser()
+        return place
     try:
         folder = Path(_hub().snapshot_download(text, allow_patterns=FILES, revision=revision))
     except UserError:

@@ -41,11 +41,13 @@ def load(
         size: side, or (height, width) in pixels, that pictures are resized to; None: each keeps its size.
         pad: fill pictures up to what the stride divides; else the model refuses those that it does not divide.
         device: of the model and its input.
-        overrides: as for `from_pretrained`; `num_classes` is 0 unless given.
+        overrides: as for `from_pretrained`, but for its channels; `num_classes` is 0 unless given.
 
     Raises:
         UserError: as `from_pretrained`, or preprocessor_config.json is damaged or of other channels.
     """
+    if some := {"chosen_channels", "channel_sets"} & overrides.keys():
+        raise UserError(f"load takes no {min(some)}: take from_pretrained, and give the model its input")
     folder = find_backbone(name, revision)
     changes: dict[str, Any] = {"num_classes": 0} | overrides
     model = from_pretrained(folder, **changes).to(device)

@@ -56,6 +56,11 @@ class Transform:
                 f"the backbone takes {config.in_chans} channels, its preprocessing describes {preprocessing.in_chans}: "
                 "take vim_backbone.from_pretrained, and normalise pictures as you trained it"
             )
+        if preprocessing.bands is None and config.in_chans != 3:
+            raise UserError(
+                f"the preprocessing does not say which bands the backbone's {config.in_chans} channels are: take "
+                "vim_backbone.from_pretrained, and normalise pictures as you trained it"
+            )
         sides = (size, size) if isinstance(size, int) else size
         if sides is not None and (len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides)):
             raise UserError(f"size is {size!r}: give a side, or (height, width), in pixels")
@@ -73,7 +78,7 @@ class Transform:
         Raises UserError for what is no picture, naming it.
         """
         if isinstance(pictures, (list, tuple)):
-            return [self(picture)[0] for picture in pictures]
+            return [self.from_values(self._values(picture))[0] for picture in pictures]
         assert not isinstance(pictures, Sequence) or isinstance(pictures, str)
         if isinstance(pictures, (np.ndarray, Tensor)) and pictures.ndim == 4:
             return torch.cat([self.from_values(self._values(picture)) for picture in pictures])
@@ -95,7 +100,10 @@ class Transform:
         if isinstance(picture, (str, Path)):
             picture = self._read(Path(picture).expanduser())
         if isinstance(picture, Image.Image):
-            picture = np.array(to_rgb(picture, float("inf")))
+            try:
+                picture = np.array(to_rgb(picture, float("inf"), self._span))
+            except Exception as error:  # a decoder may raise anything on damaged data
+                raise UserError(f"cannot use the picture: {first_line(error)}") from error
         elif not isinstance(picture, (np.ndarray, Tensor)):
             raise UserError(
                 f"{type(picture).__name__} is no picture: give a file, a PIL picture, an array or a tensor, or a list"
@@ -129,7 +137,9 @@ class Transform:
     def _bands(self, values: np.ndarray) -> Tensor:
         if values.ndim == 2:
             values = values[None]
-        if values.ndim == 3 and values.shape[-1] <= len(values):
+        known = {len(each) for each in self.preprocessing.sets or ()}
+        first = len(values) in known and values.shape[-1] not in known
+        if values.ndim == 3 and not first and values.shape[-1] <= len(values):
             values = np.moveaxis(values, -1, 0)
         return torch.tensor(self.preprocessing.channel_values(values))
 

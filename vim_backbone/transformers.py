@@ -132,7 +132,8 @@ class VimModel(VimPreTrainedModel):
     ) -> Any:
         """(b, c, h, w) -> last_hidden_state (b, special + l, d_model), pooler_output (b, d_model).
 
-        `output_hidden_states`: also the stream (b, special + l, d_model) after each block.
+        `output_hidden_states`: also the stream (b, special + l, d_model) after each block; where channels are tokens, a
+        place has the mean over them.
         """
         streams = None
         if output_hidden_states or (output_hidden_states is None and self.config.output_hidden_states):
@@ -181,7 +182,8 @@ class VimBackbone(BackboneMixin, VimPreTrainedModel):
         maps = []
         if len(blocks) < len(self.out_features):
             rows, columns = self.vim.config.grid(*pixel_values.shape[-2:])
-            maps.append(self.vim.embed_patches(pixel_values).transpose(1, 2).unflatten(2, (rows, columns)))
+            patches = self.vim.embed_patches(pixel_values).unflatten(1, (rows, columns, -1)).mean(3)
+            maps.append(patches.permute(0, 3, 1, 2))
         if blocks:
             maps += self.vim.forward_intermediates(pixel_values, blocks, stop_early=True, intermediates_only=True)
         output = BackboneOutput(feature_maps=tuple(maps))

@@ -153,7 +153,7 @@ class VisionMamba(nn.Module):
         positions = self._positions(grid)[1]
         if self.channel_embed is not None:
             positions = with_channels(positions, self.channel_embed, channels)
-        return self.patch_embed(images) + positions
+        return self.patch_embed(images.to(self.patch_embed.proj.weight.dtype)) + positions
 
     def embed(self, images: Images) -> Tensor:
         """Pictures -> patch tokens with their positions (b, l, d_model); of a list, one row (1, l, d_model)."""

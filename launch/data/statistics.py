@@ -9,7 +9,7 @@ import numpy as np
 
 from vim_backbone.errors import UserError
 from vim_backbone.files import read_json, write_json
-from vim_backbone.preprocessing import RGB, Preprocessing, number_type, type_range
+from vim_backbone.preprocessing import RGB, Preprocessing, number_type, read_preprocessing, type_range
 
 RangeField = Literal["type", "percentiles"] | list[float] | None
 """Type of the field `data.range`."""
@@ -157,3 +157,17 @@ def require_statistics(preprocessing: Preprocessing) -> None:
             f"data.bands is {list(preprocessing.bands)}: their mean and deviation are not known, run {COMMAND} "
             f"--bands {bands} and add --data.statistics FILE.json"
         )
+
+
+def channels_of_bands(folder: Path, preprocessing: Preprocessing) -> list[int]:
+    """Which channels of a backbone, each of which is a token, have the bands of `preprocessing`.
+
+    Raises UserError for a band that the backbone does not know.
+    """
+    known, wanted = (each.bands or tuple(range(each.in_chans)) for each in (read_preprocessing(folder), preprocessing))
+    if strange := [band for band in wanted if band not in known]:
+        raise UserError(
+            f"data.statistics has band {strange[0]}: {folder} was pretrained on the bands {list(known)}; say which of "
+            "them your files hold, with --sets of python -m pretrain.bands"
+        )
+    return [known.index(band) for band in wanted]

@@ -66,7 +66,8 @@ def compute(model: VisionMamba, images: list[Tensor], wanted: Wanted) -> list[di
     for number, image in enumerate(images):
         grid = model.config.grid(*image.shape[-2:])
         features = {"pooled": pooled[number], "class": tokens[number][0]}
-        features["patches"] = tokens[number][model.num_prefix_tokens :].unflatten(0, grid)
+        # where channels are tokens, a place has the mean over them, as in `forward_intermediates`
+        features["patches"] = tokens[number][model.num_prefix_tokens :].unflatten(0, (*grid, -1)).mean(2)
         for layer, stream in zip(wanted.layers, streams, strict=True):
             features[f"layer_{layer}"] = stream[number].mean(0)
             features[f"layer_{layer}_patches"] = stream[number].unflatten(0, grid)

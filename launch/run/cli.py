@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
@@ -158,14 +158,18 @@ def _spell_out_flags(config_class: type, argv: list[str]) -> list[str]:
 
 def _replacing(config_class: type, argv: list[str]) -> list[str]:
     """Let a list of groups take the place of that in a file: jsonargparse would fill each group from the one there."""
-    hints = get_type_hints(config_class)
-    lists = {f"--{name}" for name, hint in hints.items() if any(map(_lists_groups, (hint, *get_args(hint))))}
+    lists = set(_lists_of_groups(config_class, "--"))
     empty = ([f"{name}=null"] * (name in lists) for name in (word.partition("=")[0] for word in argv))
     return [each for before, word in zip(empty, argv, strict=True) for each in (*before, word)]
 
 
-def _lists_groups(hint: Any) -> bool:
-    return get_origin(hint) is list and any(map(is_dataclass, get_args(hint)))
+def _lists_of_groups(config_class: type, prefix: str) -> Iterator[str]:
+    for name, hint in get_type_hints(config_class).items():
+        lists = [each for each in (hint, *get_args(hint)) if get_origin(each) is list]
+        if isinstance(hint, type) and is_dataclass(hint):
+            yield from _lists_of_groups(hint, f"{prefix}{name}.")
+        elif any(is_dataclass(group) for each in lists for group in get_args(each)):
+            yield prefix + name
 
 
 def _one_line(message: str, config_class: type) -> str:

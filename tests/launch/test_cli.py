@@ -197,3 +197,9 @@ def test_a_file_that_was_taken_away_is_named(number, tmp_path):
     assert ended.stderr == (
         f"error: cannot use x/y: {os.strerror(number)}; --resume goes on from what is left of the run\n"
     )
+
+
+def test_sources_on_the_command_line_replace_those_of_a_file(tmp_path):
+    (tmp_path / "run.yaml").write_text("data: {sources: [{source: a, weight: 3, split: test}]}\n")
+    (only,) = parsed(f"--config={tmp_path}/run.yaml", "--data.sources=[{source: b}]").data.sources
+    assert (only.source, only.weight, only.split) == ("b", 1.0, None)

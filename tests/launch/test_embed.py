@@ -166,3 +166,23 @@ def test_nearest_neighbours():
         want = [place for place in np.argsort(-(unit @ unit[sample])) if place != sample][:4]
         assert found[row].tolist() == want
         assert cosines[row, 0].item() == pytest.approx(unit[want[0]] @ unit[sample], abs=1e-6)
+
+
+def test_a_patch_of_a_backbone_with_a_token_for_each_channel_is_their_mean(picture_folder, tmp_path):
+    model = create_model("vim_tiny", d_model=32, depth=2, img_size=32, num_classes=0, channels="tokens")
+    folder = model.save_pretrained(tmp_path / "tokens")
+    out = tmp_path / "f.npy"
+    main([str(folder), str(picture_folder), str(out), "--size", "32", "--features", "patches"])
+    model, transform = load(folder, size=32)
+    images = torch.cat([transform(path) for path in rows_of(picture_folder)])
+    with torch.no_grad():
+        tokens = model.forward_features(images)[:, 1:]
+    want = tokens.reshape(len(images), 2, 2, 3, 32).mean(3)
+    torch.testing.assert_close(torch.from_numpy(np.load(out)), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda"])
+def test_a_device_that_is_not_there(device, backbone, picture_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: exec("raise AssertionError('no CUDA')"))
+    with pytest.raises(UserError, match=f"--device {device} cannot be used"):
+        main([str(backbone), str(picture_folder), str(tmp_path / "f.npy"), "--device", device])

@@ -8,9 +8,9 @@ from timm.layers.patch_embed import resample_patch_embed
 
 from launch.run.cli import parse, value_given
 from pretrain.config import PretrainConfig
-from pretrain.initial import initial_weights, model_arguments
+from pretrain.initial import initial_weights, model_arguments, parse_run
 from pretrain.train import pretrain
-from vim_backbone import UserError, create_model, from_pretrained
+from vim_backbone import Preprocessing, UserError, create_model, from_pretrained
 from vim_backbone.pretrained import resample_patches
 
 SMALL = ["--decoder.width=32", "--decoder.depth=1", "--batch_size=4", "--optim.warmup_steps=1", "--log_every=1",
@@ -44,7 +44,7 @@ def test_a_run_goes_on_from_what_another_published(tmp_path):
     first = pretrain(parse(PretrainConfig, options, "", ""))
     given = config(tmp_path, first)
     assert (given.model.depth, given.model.img_size, given.model.patch_size) == (2, (32, 32), 8)
-    tensors, (line,) = initial_weights(str(first), given.architecture())
+    tensors, (line,) = initial_weights(str(first), given.architecture(), given.data.preprocessing)
     torch.testing.assert_close(tensors, from_pretrained(first / "backbone").state_dict(), rtol=0, atol=0)
     assert line == f"starts from {first}/backbone: all blocks as they are, what is not published (a decoder) fresh"
 
@@ -52,7 +52,7 @@ def test_a_run_goes_on_from_what_another_published(tmp_path):
 def test_patches_positions_and_bands_are_resampled_and_named(folder, tmp_path):
     given = config(tmp_path, folder, "--model.patch_size=4", "--model.img_size=48", "--data.bands=[0,1,2,3]",
                    "--data.range=type")  # fmt: skip
-    tensors, (line,) = initial_weights(str(folder), given.architecture())
+    tensors, (line,) = initial_weights(str(folder), given.architecture(), given.data.preprocessing)
     assert tensors["patch_embed.proj.weight"].shape == (192, 4, 4, 4)
     assert tensors["pos_embed"].shape == (1, 12 * 12 + 1, 192)
     assert "patches resampled from 8 to 4 pixels" in line
@@ -113,3 +113,28 @@ def test_the_command_line_and_its_files_say_where_weights_are(tmp_path):
     assert value_given(["--init=there", "--steps", "3"], "init") == "there"
     assert value_given([f"--config={file}", "--init", "null"], "init") is None
     assert value_given(["--steps", "3"], "init") is None
+
+
+def test_where_each_band_is_a_token_it_keeps_its_embedding(tmp_path):
+    torch.manual_seed(3)
+    model = create_model("vim_tiny", img_size=32, depth=1, patch_size=8, in_chans=4, channels="tokens")
+    of_bands = Preprocessing(mean=(0.5,) * 4, std=(0.2,) * 4, bands=(0, 1, 2, 3), dtype="uint8", range="type")
+    folder = model.save_pretrained(tmp_path / "tokens", preprocessing=of_bands)
+    given = config(tmp_path, folder, "--data.bands=[3,1]", "--data.range=type")
+    tensors, (line,) = initial_weights(str(folder), given.architecture(), given.data.preprocessing)
+    torch.testing.assert_close(tensors["channel_embed"], model.channel_embed.detach()[:, [3, 1]], rtol=0, atol=0)
+    assert "embeddings of 2 of 4 bands" in line
+    given = config(tmp_path, folder, "--data.bands=[0,1,2,7]", "--data.range=type")
+    with pytest.raises(UserError, match="has band 7"):
+        initial_weights(str(folder), given.architecture(), given.data.preprocessing)
+
+
+def test_a_resumed_run_needs_no_weights(folder, tmp_path):
+    command = [*SMALL, f"--out={tmp_path}", f"--init={folder}", "--name=first"]
+    run = pretrain(parse_run(PretrainConfig, command, "", ""))
+    folder.rename(tmp_path / "gone")
+    with pytest.raises(UserError, match="the folder does not exist"):
+        parse_run(PretrainConfig, command, "", "")
+    again = [f"--config={run}/config.yaml", "--steps=2", "--resume"]
+    pretrain(parse_run(PretrainConfig, again, "", ""))
+    assert from_pretrained(run / "backbone").config.num_registers == 2

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from launch.run.config import write_config
+from finetune.registry import TASKS
+from launch.run.config import field_types, write_config
 from launch.run.metrics import read_rows
 from pretrain.charts import INK, Curve, chart, thinned
 from pretrain.config import PretrainConfig
@@ -135,3 +136,15 @@ def test_rows_are_read_while_they_are_written(tmp_path):
     assert read_rows(path) == []
     path.write_text('{"step": 1}\n{"step": 2, "loss"')
     assert read_rows(path) == [{"step": 1}]
+
+
+def test_the_commands_of_a_page_are_read_by_the_programs(tmp_path):
+    folder = run_of(tmp_path / "run")
+    (folder / "backbone").mkdir()
+    (folder / "backbone/config.json").write_text("{}")
+    main([str(folder)])
+    page = Page(folder / "report.html")
+    lines = [line for text in page.texts for line in text.splitlines() if line.startswith("python -m launch ")]
+    assert [line.split()[3] for line in lines] == ["pretrain/main.py", "pretrain/main.py", "finetune/main.py"]
+    fields = {*field_types(PretrainConfig), *field_types(TASKS["classification"].config_class), "config"}
+    assert {word[2:] for line in lines for word in line.split() if word.startswith("--")} <= fields

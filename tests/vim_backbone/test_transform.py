@@ -121,3 +121,37 @@ def test_bands(tmp_path):
         transform(values.astype(np.uint8))
     with pytest.raises(UserError, match="takes 3 channels, its preprocessing describes 2"):
         load(folder, in_chans=3)
+
+
+def test_a_list_holds_pictures_and_no_batches(folder):
+    _, transform = load(folder)
+    with pytest.raises(UserError, match=r"the picture has shape \(8, 3, 32, 32\)"):
+        transform([torch.rand(8, 3, 32, 32)])
+    with pytest.raises(UserError, match="list is no picture"):
+        transform([[torch.rand(3, 32, 32)]])
+
+
+def test_sixteen_bits_are_the_same_from_a_file_and_from_pillow(folder, tmp_path):
+    wide = Preprocessing(range=((0.0,), (4095.0,)))
+    create_model("vim_tiny", d_model=32, depth=1, img_size=32).save_pretrained(tmp_path / "wide", preprocessing=wide)
+    _, transform = load(tmp_path / "wide")
+    Image.fromarray(np.full((32, 32), 4095, np.uint16)).save(tmp_path / "white.png")
+    with Image.open(tmp_path / "white.png") as image:
+        torch.testing.assert_close(transform(image), transform(tmp_path / "white.png"))
+        torch.testing.assert_close(transform(image)[0], normalised(np.full((32, 32, 3), 255.0)))
+
+
+def test_channels_that_no_transform_can_make(folder, tmp_path):
+    made = create_model("vim_tiny", d_model=32, depth=1, img_size=32, in_chans=4)
+    made.save_pretrained(tmp_path / "four", mean=(0.5,) * 4, std=(0.2,) * 4)
+    with pytest.raises(UserError, match="does not say which bands the backbone's 4 channels are"):
+        load(tmp_path / "four")
+    with pytest.raises(UserError, match="load takes no chosen_channels"):
+        load(folder, chosen_channels=[0])
+
+
+def test_bfloat16_weights_take_what_the_transform_gives(folder, photo):
+    model, transform = load(folder)
+    with torch.no_grad():
+        exact = model(transform(photo(32, 32)))
+        torch.testing.assert_close(model.bfloat16()(transform(photo(32, 32))).float(), exact, rtol=0.1, atol=0.05)
