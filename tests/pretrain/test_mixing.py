@@ -17,6 +17,7 @@ from pretrain.config import PretrainConfig
 from pretrain.data import DataConfig, View, build_loader
 from pretrain.look import main as look
 from pretrain.mae.objective import MAE
+from pretrain.stages import Stage
 from pretrain.train import pretrain
 from tests.rows import read_metrics
 from vim_backbone import UserError
@@ -59,8 +60,8 @@ def opened(*sources, streaming=False):
 
 def draw(source, *, workers=0, start=0, stop=4, world=1, rank=0, known_bad=()):
     view = View((32, 48), (4, 6), DataConfig(workers=workers), MAE().draw)
-    plan = BatchPlan(6, 1, world, rank)
-    loader = build_loader(source, view, 3, plan, start, stop, known_bad)
+    stage = Stage(range(stop), (32, 48), BatchPlan(6, 1, world, rank))
+    loader = build_loader(source, view, 3, [stage], start, known_bad)
     return [batch for _, batch in zip(range(stop), loader, strict=False) if batch is not None]
 
 
@@ -124,7 +125,7 @@ def test_fields_that_exclude_each_other():
     with pytest.raises(UserError, match=r"data.source is 'a': give it or data.sources, not both"):
         DataConfig(source="a", sources=[WeightedSource(source="b")])
     with pytest.raises(
-        UserError, match=r"data.sources is .*: it must be \[\{source, weight, split, column\}\] or null"
+        UserError, match=r"data.sources is .*: it must be \[\{source: text, weight: a number, split: text or null, colu"
     ):
         parse(PretrainConfig, ["--data.sources=[{weight: 2}]"], "test", "")
 

@@ -1,5 +1,6 @@
 """The planner against what real steps allocate, and the command that it prints."""
 
+import shlex
 from types import SimpleNamespace
 
 import pytest
@@ -140,7 +141,7 @@ def test_where_channels_are_tokens_each_band_of_a_patch_is_counted(capsys):
     main([*small, "--channels", "tokens"])
     printed = capsys.readouterr().out
     assert "of 80 patches a picture the encoder sees 20" in printed
-    words = printed.splitlines()[-1].split("pretrain/main.py ")[1].split()
+    words = shlex.split(printed.splitlines()[-1].split("pretrain/main.py ")[1])
     architecture = parse(PretrainConfig, words, "", "").architecture()
     assert (architecture.channels, architecture.in_chans) == ("tokens", 5)
     main(small)
