@@ -204,7 +204,9 @@ def measure(strategy: str, what: str, every: int, first: int, moments: int, plac
         code = finish(start(out, strategy, operation, what), moment)
         ended += code != 0
         printed = place / f"{out.name}-0.txt"  # a run that was killed at once has none
-        wrong = (fault_of_words(printed.read_text()) if what == "full" else None) or resumed(out, strategy, wanted)
+        unharmed = code == 0 and outcome(out / "run") == wanted  # what was left to do needed no room
+        wrong = fault_of_words(printed.read_text()) if what == "full" and not unharmed else None
+        wrong = wrong or resumed(out, strategy, wanted)
         if wrong is not None:
             failed += 1
             print(f"{strategy}, {what} at {name}: {wrong}", printed.read_text()[-2000:])
