@@ -14,7 +14,6 @@ from launch.run.randomness import seed_of
 from launch.state.sharding import fill
 from vim_backbone import UserError, VimConfig, VisionMamba, from_pretrained
 from vim_backbone.folder import read_config
-from vim_backbone.hub import find_backbone as find_backbone
 from vim_backbone.preprocessing import PREPROCESSOR, RGB, Preprocessing, read_preprocessing
 
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from launch.data.statistics import channels_of_bands
-from launch.run.cli import parse, value_given
+from launch.run.cli import argument_value, parse
 from vim_backbone import SIZES, UserError, VimConfig, from_pretrained
 from vim_backbone.folder import read_config
 from vim_backbone.hub import find_backbone
@@ -61,7 +61,7 @@ def parse_run(config_class: type[Config], argv: list[str], prog: str, descriptio
 
     A resumed run needs its weights no more: where they are gone, its config.yaml says what they set.
     """
-    init = value_given(argv, "init")
+    init = argument_value(argv, "init")
     try:
         implied = model_arguments(init) if init else []
     except UserError:

@@ -80,7 +80,7 @@ class Packs:
             items.append((epoch, index, stage.img_size))
             patches.append(drawn)
         self.starts[step + 1] = self.starts[step] + len(items)
-        return [[items[number] for number in part] for part in dealt(patches, plan.world * plan.accumulation)]
+        return [[items[number] for number in part] for part in balanced(patches, plan.world * plan.accumulation)]
 
     def _read_sizes(self, position: int, count: int) -> None:
         """Learn height and width of so many pictures of the order, where they are not known; -1 for what cannot be
@@ -114,15 +114,14 @@ class PackSampler(Sampler[list[Item]]):
         return last.steps.stop * last.plan.accumulation - self.start_batch
 
     def __iter__(self) -> Iterator[list[Item]]:
-        stages = self.packs.stages
-        first, done = divmod(self.start_batch, stages[0].plan.accumulation)
+        stages, plan = self.packs.stages, self.packs.stages[0].plan
+        first, done = divmod(self.start_batch, plan.accumulation)
         for step in range(first, stages[-1].steps.stop):
-            plan = stages[0].plan
             yield from self.packs.draw(step)[plan.rank :: plan.world][done:]
             done = 0
 
 
-def dealt(lengths: Sequence[int], parts: int) -> list[list[int]]:
+def balanced(lengths: Sequence[int], parts: int) -> list[list[int]]:
     """Numbers of the items of each part, in order: the longest first, each to the part that has the least.
 
     No part has more than the mean and the longest item together.

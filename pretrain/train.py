@@ -31,7 +31,7 @@ from pretrain.packs import STARTS, Packs, PackSampler
 from pretrain.plan import fitting_level
 from pretrain.report import REPORT, write_report
 from pretrain.stages import Stage, pixels_of, stage_at
-from vim_backbone import VisionMamba
+from vim_backbone import VimConfig, VisionMamba
 from vim_backbone.block import Block, set_recompute
 from vim_backbone.errors import UserError, first_line, require
 from vim_backbone.folder import model_card
@@ -79,10 +79,7 @@ def pretrain(config: PretrainConfig) -> Path:
     objective = config.objective
     fixed = ("model.", "data.bands", "data.statistics", *objective.architecture_fields)
     architecture = config.architecture()
-    initial, taken_up = {}, []
-    goes_on = bool(config.resume and checkpoints(config.folder / CHECKPOINTS))
-    if config.init is not None and not goes_on:
-        initial, taken_up = initial_weights(config.init, architecture, data.preprocessing)
+    initial, taken_up = weights_to_start_from(config, architecture)
     with run_folder(accelerator, config, fixed, total_steps) as start:
         bad = BadPictures(config.folder / "bad_pictures.txt", pictures, data.max_bad_share)
         level = level_of_all_stages(config, accelerator, stages)
@@ -134,6 +131,13 @@ def pretrain(config: PretrainConfig) -> Path:
     return config.folder
 
 
+def weights_to_start_from(config: PretrainConfig, architecture: VimConfig) -> tuple[dict[str, Tensor], list[str]]:
+    """As `initial_weights`, for a run that has none or goes on from a checkpoint nothing."""
+    if config.init is None or (config.resume and checkpoints(config.folder / CHECKPOINTS)):
+        return {}, []
+    return initial_weights(config.init, architecture, config.data.preprocessing)
+
+
 def require_same_pixels(state: TrainState, data: DataConfig) -> None:
     """Raise UserError where pixels would reach the model otherwise than before; note how they do in the state."""
     now = data.preprocessing.to_dict()
@@ -182,7 +186,7 @@ def level_of_all_stages(config: PretrainConfig, accelerator: Accelerator, stages
     levels: list[Recompute] = []
     for each, stage in zip(config.by_stage(), stages, strict=True):
         plan = stage.plan
-        over = config.data.batch_by == "patches" and plan.micro_batch < plan.batch_size  # see `dealt`
+        over = config.data.batch_by == "patches" and plan.micro_batch < plan.batch_size  # see `balanced`
         levels.append(recompute_level(each, accelerator, plan.micro_batch + over))
     return max(levels, key=LEVELS.index)
 

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from timm.data.mixup import Mixup
 from torch import Tensor, nn
 
-from finetune.backbone import find_backbone, read_backbone, read_preprocessing_of
+from finetune.backbone import read_backbone, read_preprocessing_of
 from finetune.classification.config import ClassificationConfig
 from finetune.classification.data import ClassSamples, missing_classes, open_labelled
 from finetune.classification.evaluate import METRICS, evaluate
@@ -21,6 +21,7 @@ from launch.data.first_look import look_at_first
 from launch.run.randomness import seeded
 from vim_backbone import UserError
 from vim_backbone.folder import read_config
+from vim_backbone.hub import find_backbone
 
 
 class ClassificationTask(Task[ClassificationConfig]):

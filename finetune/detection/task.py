@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from finetune.backbone import find_backbone, read_backbone, read_preprocessing_of
+from finetune.backbone import read_backbone, read_preprocessing_of
 from finetune.detection.config import DetectionConfig
 from finetune.detection.data import TrainPictures, WholePictures, open_coco
 from finetune.detection.evaluate import METRICS, evaluate
@@ -17,6 +17,7 @@ from finetune.detection.tta import tta_of
 from finetune.task import EvaluationResult, LabelledBatch, Task
 from launch.data.first_look import look_at_first
 from vim_backbone import UserError
+from vim_backbone.hub import find_backbone
 from vim_backbone.preprocessing import to_model
 
 

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from finetune.backbone import find_backbone, read_backbone, read_preprocessing_of
+from finetune.backbone import read_backbone, read_preprocessing_of
 from finetune.segmentation.config import SegmentationConfig
 from finetune.segmentation.data import TrainCrops, WholePictures, class_names, open_pairs
 from finetune.segmentation.evaluate import METRICS, evaluate
@@ -16,6 +16,7 @@ from finetune.segmentation.predict import SegmentationPredictor
 from finetune.segmentation.windows import windows_of
 from finetune.task import EvaluationResult, LabelledBatch, Task
 from launch.data.first_look import look_at_first
+from vim_backbone.hub import find_backbone
 from vim_backbone.preprocessing import to_model
 
 

@@ -57,7 +57,7 @@ def parse(config_class: type[Config], argv: list[str], prog: str, description: s
         raise UserError(_one_line(str(error), config_class)) from error
 
 
-def value_given(argv: list[str], field: str) -> str | None:
+def argument_value(argv: list[str], field: str) -> str | None:
     """The text that a command line, or else the last of its files that has the field, gives for it before it is parsed.
 
     None where nothing does. Raises UserError for a file that cannot be read.

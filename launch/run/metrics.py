@@ -141,13 +141,9 @@ def forget_after(path: Path, step: int) -> list[str]:
     Raises:
         UserError: the file cannot be read or written.
     """
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
+    rows = _rows(path)
+    if not rows:
         return []
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {explain(error)}; move it away") from error
-    rows = [_row(line) for line in lines]
     kept = [json_line(row) for row in rows if row is not None and row["step"] <= step]
     write_text(path, "".join(kept))
     odd = sum(row is None for row in rows[:-1])
@@ -159,13 +155,18 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
     A line that is no row is left out. Raises UserError for a file that cannot be read.
     """
+    return [row for row in _rows(path) if row is not None]
+
+
+def _rows(path: Path) -> list[dict[str, Any] | None]:
+    """A row for each line, None for a line that is none; nothing where there is no such file."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise UserError(f"cannot read {path}: {explain(error)}") from error
-    return [row for row in map(_row, lines) if row is not None]
+        raise UserError(f"cannot read {path}: {explain(error)}; move it away") from error
+    return [_row(line) for line in lines]
 
 
 def _row(line: str) -> dict[str, Any] | None:

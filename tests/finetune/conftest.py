@@ -1,5 +1,7 @@
 """Shared by the tests of fine-tuning: a small published backbone and small drawn data, made once."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -44,3 +46,18 @@ def plain_kernels():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VIM_KERNELS_BACKEND", "reference")
         yield
+
+
+def converted(sample_data, folder, convert):
+    """Task -> its drawn data below the folder, each picture made a TIFF by `convert(number, path)`, once."""
+
+    def make(task):
+        if not (folder / task).exists():
+            shutil.copytree(sample_data(task), folder / task)
+            for number, path in enumerate(sorted((folder / task).rglob("*.jpg"))):
+                convert(number, path)
+            for path in (folder / task).rglob("*.json"):
+                path.write_text(path.read_text().replace(".jpg", ".tif"))
+        return folder / task
+
+    return make

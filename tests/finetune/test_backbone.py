@@ -6,11 +6,12 @@ import shutil
 import pytest
 import torch
 
-from finetune.backbone import find_backbone, layer_scales, read_backbone
+from finetune.backbone import layer_scales, read_backbone
 from finetune.classification.model import Classifier
 from finetune.config import BackboneConfig, FinetuneOptim
 from launch.run.optim import build_optimizer, set_learning_rate
 from vim_backbone import UserError, VimConfig, VisionMamba, from_pretrained
+from vim_backbone.hub import find_backbone
 
 
 def classifier(depth):

@@ -17,7 +17,7 @@ from finetune.predict import main as predict
 from finetune.segmentation.config import SegmentationHead
 from finetune.segmentation.model import Segmenter
 from pretrain.bands import main as statistics
-from tests.finetune.conftest import ARCHITECTURE
+from tests.finetune.conftest import ARCHITECTURE, converted
 from tests.finetune.test_bands import SCALE
 from tests.finetune.test_predict import MORE, PICTURES, SMALL
 from vim_backbone import UserError, VimConfig, VisionMamba, from_pretrained
@@ -47,19 +47,9 @@ def to_bands(path, held):
 @pytest.fixture(scope="module")
 def band_data(sample_data, tmp_path_factory):
     """Task -> its drawn data, every other file with three bands, the others with five."""
-    folders = {}
-
-    def make(task):
-        if task not in folders:
-            folder = folders[task] = tmp_path_factory.mktemp("sets") / task
-            shutil.copytree(sample_data(task), folder)
-            for number, path in enumerate(sorted(folder.rglob("*.jpg"))):
-                to_bands(path, SETS[number % 2])
-            for path in folder.rglob("*.json"):
-                path.write_text(path.read_text().replace(".jpg", ".tif"))
-        return folders[task]
-
-    return make
+    return converted(
+        sample_data, tmp_path_factory.mktemp("sets"), lambda number, path: to_bands(path, SETS[number % 2])
+    )
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from finetune.main import main as finetune
 from finetune.pixels import displayed, resize_pixels
 from finetune.predict import main as predict
 from pretrain.bands import main as statistics
-from tests.finetune.conftest import ARCHITECTURE
+from tests.finetune.conftest import ARCHITECTURE, converted
 from tests.finetune.test_predict import MORE, PICTURES, SMALL
 from vim_backbone import UserError, VimConfig, VisionMamba, from_pretrained
 from vim_backbone.preprocessing import Preprocessing, read_preprocessing
@@ -47,19 +47,7 @@ def to_bands(path):
 @pytest.fixture(scope="module")
 def band_data(sample_data, tmp_path_factory):
     """Task -> its drawn data, in bands."""
-    folders = {}
-
-    def make(task):
-        if task not in folders:
-            folder = folders[task] = tmp_path_factory.mktemp("bands") / task
-            shutil.copytree(sample_data(task), folder)
-            for path in sorted(folder.rglob("*.jpg")):
-                to_bands(path)
-            for path in folder.rglob("*.json"):
-                path.write_text(path.read_text().replace(".jpg", ".tif"))
-        return folders[task]
-
-    return make
+    return converted(sample_data, tmp_path_factory.mktemp("bands"), lambda _, path: to_bands(path))
 
 
 @pytest.fixture(scope="module")

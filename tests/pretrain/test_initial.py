@@ -6,7 +6,7 @@ import pytest
 import torch
 from timm.layers.patch_embed import resample_patch_embed
 
-from launch.run.cli import parse, value_given
+from launch.run.cli import argument_value, parse
 from pretrain.config import PretrainConfig
 from pretrain.initial import initial_weights, model_arguments, parse_run
 from pretrain.train import pretrain
@@ -108,11 +108,11 @@ def test_what_does_not_fit_is_said_before_the_run_has_a_folder(folder, tmp_path)
 def test_the_command_line_and_its_files_say_where_weights_are(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("init: here\n")
-    assert value_given(["--config", str(file)], "init") == "here"
-    assert value_given([f"--config={file}", "--init", "there"], "init") == "there"
-    assert value_given(["--init=there", "--steps", "3"], "init") == "there"
-    assert value_given([f"--config={file}", "--init", "null"], "init") is None
-    assert value_given(["--steps", "3"], "init") is None
+    assert argument_value(["--config", str(file)], "init") == "here"
+    assert argument_value([f"--config={file}", "--init", "there"], "init") == "there"
+    assert argument_value(["--init=there", "--steps", "3"], "init") == "there"
+    assert argument_value([f"--config={file}", "--init", "null"], "init") is None
+    assert argument_value(["--steps", "3"], "init") is None
 
 
 def test_where_each_band_is_a_token_it_keeps_its_embedding(tmp_path):

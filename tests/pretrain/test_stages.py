@@ -22,7 +22,7 @@ from pretrain import plan as planner
 from pretrain.config import PretrainConfig
 from pretrain.data import DataConfig, View, build_loader
 from pretrain.mae.objective import MAE
-from pretrain.packs import Packs, PackSampler, dealt
+from pretrain.packs import Packs, PackSampler, balanced
 from pretrain.stages import Stage, StageSampler, pixels_of
 from pretrain.train import level_of_all_stages, pretrain
 from tests.launch.real import losses as losses_of
@@ -169,7 +169,7 @@ def test_a_stream_goes_on_through_the_stages(tmp_path, picture_folder, workers, 
 
 @given(lengths=st.lists(st.integers(1, 50), min_size=8, max_size=60), parts=st.integers(1, 8))
 def test_views_are_dealt_out_evenly(lengths, parts):
-    numbers = dealt(lengths, parts)
+    numbers = balanced(lengths, parts)
     assert sorted(number for part in numbers for number in part) == list(range(len(lengths)))
     assert all(part == sorted(part) and part for part in numbers)
     held = [sum(lengths[number] for number in part) for part in numbers]
