@@ -47,7 +47,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--nets", nargs="+", choices=NETS, default=["vim", "vit"])
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=["scratch"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=800, help="of fine-tuning")
+    parser.add_argument("--steps", type=int, default=1000, help="of fine-tuning")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rate", type=float, default=5e-4, help="learning rate of a step")
     parser.add_argument("--model", default="vim_tiny")
@@ -96,7 +96,7 @@ def segment(backbone: Path, name: str, width: int, seed: int, options: argparse.
         f"--data.source={options.folder}", f"--seed={seed}", f"--model.img_size={side_of(width, options.patch)}",
         "--model.drop_path_rate=0", f"--steps={options.steps}", f"--batch_size={options.batch}",
         f"--optim.base_lr={options.rate * 256 / options.batch}", f"--optim.warmup_steps={options.steps // 20}",
-        "--optim.layer_decay=1", "--optim.clip_grad=1", "--crop.ratio=[0.8,1.25]", "--crop.category_max=1",
+        "--optim.layer_decay=1", "--optim.clip_grad=1", "--crop.ratio=[0.8,1.25]", "--crop.category_max=1", "--crop.photometric=false",
         "--test.mode=whole", "--pictures=4",
     ], "finetune/main.py", "")  # fmt: skip
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

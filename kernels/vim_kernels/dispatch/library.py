@@ -136,6 +136,7 @@ class AddRmsNormOp(Op):
         self, ctx: Any, incoming: Sequence[Tensor | None], forward: Callable[..., Any], backward: Callable[..., Any]
     ) -> tuple[Tensor | None, ...]:
         """Of all values of the forward op, which is not run again."""
+        del forward
         dnormed, dtotal = incoming
         total, weight = ctx.saved_tensors
         dnormed = torch.zeros_like(total, dtype=ctx.x_dtype) if dnormed is None else dnormed.contiguous()
