@@ -47,7 +47,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--nets", nargs="+", choices=NETS, default=["vim", "vit"])
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=["scratch"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=1000, help="of fine-tuning")
+    parser.add_argument("--steps", type=int, default=800, help="of fine-tuning")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rate", type=float, default=5e-4, help="learning rate of a step")
     parser.add_argument("--model", default="vim_tiny")
@@ -96,8 +96,8 @@ def segment(backbone: Path, name: str, width: int, seed: int, options: argparse.
         f"--data.source={options.folder}", f"--seed={seed}", f"--model.img_size={side_of(width, options.patch)}",
         "--model.drop_path_rate=0", f"--steps={options.steps}", f"--batch_size={options.batch}",
         f"--optim.base_lr={options.rate * 256 / options.batch}", f"--optim.warmup_steps={options.steps // 20}",
-        "--optim.layer_decay=1", "--optim.clip_grad=1", "--crop.ratio=[0.8,1.25]", "--crop.category_max=1", "--crop.photometric=false",
-        "--test.mode=whole", "--pictures=4",
+        "--optim.layer_decay=1", "--optim.clip_grad=1", "--crop.ratio=[0.8,1.25]", "--crop.category_max=1",
+        "--crop.photometric=false", "--test.mode=whole", "--pictures=4",
     ], "finetune/main.py", "")  # fmt: skip
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
@@ -143,9 +143,9 @@ def print_table(rows: list[dict[str, Any]], classes: list[str]) -> None:
 def draw(path: Path, rows: list[dict[str, Any]], classes: list[str], about: str) -> None:
     """IoU over the width of the pictures, an axis a class."""
     means = summary(rows, classes)
-    columns = 4
+    columns = 3
     figure, axes = plt.subplots(
-        -(-len(classes) // columns), columns, figsize=(12, 5.6), layout="constrained", sharex=True, squeeze=False
+        -(-len(classes) // columns), columns, figsize=(10, 5.6), layout="constrained", sharex=True, squeeze=False
     )
     for axis, name in zip(axes.flat, classes, strict=False):
         for net, start in dict.fromkeys(entry["key"][:2] for entry in means):
