@@ -20,6 +20,8 @@ class Stack:
     tokens: int
     recompute: Recompute = "inputs"
     """What of a block the backward pass makes again."""
+    apart: bool = False
+    """Each token is scanned twice, once in each direction, by blocks whose directions are apart."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def footprint(model: nn.Module, work: Work, dtype: torch.dtype, backend: str = "
     """
 
     def saved_by_block(stack: Stack, recompute: Recompute) -> float:
-        return block_saved_bytes(stack.config, backend, dtype, stack.tokens, recompute)
+        return block_saved_bytes(stack.config, backend, dtype, stack.tokens, recompute, apart=stack.apart)
 
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -16,9 +16,9 @@ from vim_backbone import VimConfig, VisionMamba
 from vim_backbone.block import Block, RMSNorm
 from vim_backbone.errors import UserError, require
 from vim_backbone.packing import layout_of
-from vim_backbone.position import resize_table, sincos_table
+from vim_backbone.position import resize_table, sincos_table, with_channels
 from vim_backbone.tokens import TokenLayout
-from vim_backbone.vim import Images, lines_of, with_channels
+from vim_backbone.vim import Images, lines_of
 
 
 @dataclass(frozen=True, kw_only=True)

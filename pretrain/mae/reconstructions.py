@@ -1,10 +1,7 @@
 """The picture of what a masked autoencoder learned: input, what it saw, what it made of it."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from pretrain.mae.model import patchify, unpatchify
@@ -34,23 +31,3 @@ def without_hidden(pixels: Tensor, mask: Tensor, patch_size: int) -> Tensor:
     patches = patchify(pixels[None], patch_size)
     grid = (pixels.shape[1] // patch_size, pixels.shape[2] // patch_size)
     return unpatchify(torch.where(mask[None, :, None].to(patches.device), 0.35, patches), patch_size, grid)[0]
-
-
-def draw_reconstructions(grid: list[np.ndarray], title: str, path: Path) -> None:
-    """Write the grid as a PNG, two samples a row, with a title and column names."""
-    samples = len(grid)
-    rows = -(-samples // 2)
-    height, width = (max(sample.shape[axis] for sample in grid) for axis in (1, 2))
-    figure = Figure(figsize=(13, 0.9 + rows * (2.15 * height / width)), dpi=100, layout="constrained")
-    axes = figure.subplots(rows, 6 if samples > 1 else 3, squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for index, sample in enumerate(grid):
-        for column, (image, label) in enumerate(zip(sample, COLUMNS, strict=True)):
-            axis = axes[index // 2][(index % 2) * 3 + column]
-            axis.imshow(image, interpolation="nearest")
-            if index < 2:
-                axis.set_title(label, fontsize=11)
-    figure.suptitle(title, fontsize=12)
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path)
