@@ -1,0 +1,97 @@
+"""Whole runs of the objectives beside MAE: they learn, resume exactly, and publish a backbone like any other."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from launch.run.cli import parse
+from pretrain.config import PretrainConfig
+from pretrain.train import pretrain
+from tests.rows import read_metrics
+from vim_backbone import UserError, from_pretrained
+
+SMALL = ["--model.img_size=32", "--model.depth=2", "--batch_size=4", "--optim.warmup_steps=1", "--log_every=1",
+         "--data.workers=0", "--trackers=[]"]  # fmt: skip
+OTHERS = ["nepa"]
+FOLDERS = {"nepa": "predictions"}
+
+
+def config(folder, objective, *argv):
+    return parse(PretrainConfig, [*SMALL, f"--objective={objective}", f"--out={folder}", *argv], "", "")
+
+
+def losses(folder):
+    return {row["step"]: (row["loss"], row["grad_norm"]) for row in read_metrics(folder / "metrics.jsonl")}
+
+
+@pytest.mark.parametrize("objective", OTHERS)
+def test_it_learns(objective, tmp_path):
+    folder = pretrain(config(tmp_path, objective, "--steps=30", "--optim.base_lr=0.02", "--batch_size=8"))
+    curve = [loss for loss, _ in losses(folder).values()]
+    assert sum(curve[-5:]) / 5 < sum(curve[:3]) / 3 - 0.1
+
+
+@pytest.mark.parametrize("objective", OTHERS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(
+            ("--accumulation=2", "--ema_decay=0.9", "--model.drop_path_rate=0.5", "--precision=bf16"), id="everything"
+        ),
+        pytest.param(("--data.sizes=native", "--data.batch_by=patches", "--model.channels=tokens"), id="packed"),
+        pytest.param(("--stages=[{until: 0.5, img_size: 16}, {}]",), id="stages"),
+    ],
+)
+def test_resume_is_exact(objective, options, tmp_path):
+    options = ["--steps=4", "--checkpoint_every=2", *options]
+    whole = pretrain(config(tmp_path / "whole", objective, *options))
+    cut = tmp_path / "cut/pretrain"
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoints/step-00000004")
+    shutil.rmtree(cut / "backbone")
+    pretrain(config(tmp_path / "cut", objective, "--resume", *options))
+    assert losses(cut) == losses(whole)
+    last = "checkpoints/step-00000004/model.safetensors"
+    torch.testing.assert_close(load_file(cut / last), load_file(whole / last), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("objective", OTHERS)
+def test_what_a_run_leaves_behind(objective, tmp_path):
+    """Its backbone scans in both directions, as any other; what another objective would need is said to be unused."""
+    folder = pretrain(config(tmp_path, objective, "--steps=2", "--mask.ratio=0.5"))
+    assert [path.name for path in (folder / FOLDERS[objective]).iterdir()] == ["step-00000002.png"]
+    assert (folder / "report.html").read_text().count("data:image/webp") == 1
+    assert (
+        f"mask.ratio 0.5 is a setting of objective mae, which {objective} does not use"
+        in (folder / "log.jsonl").read_text()
+    )
+    backbone = from_pretrained(folder / "backbone")
+    trained = {k[8:]: v for k, v in load_file(folder / "checkpoints/step-00000002/model.safetensors").items()}
+    torch.testing.assert_close(backbone.state_dict(), {k: trained[k] for k in backbone.state_dict()}, rtol=0, atol=0)
+    first = torch.randn(1, 3, 32, 32)
+    second = first.clone()
+    second[..., -8:, -8:] += 1  # the last patch, which the features of the first one see
+    with torch.no_grad():
+        features, others = (backbone.forward_features(images)[0, 1] for images in (first, second))
+    assert not torch.equal(features, others)
+    with pytest.raises(UserError, match=f"was trained with objective = {objective}, not mae"):
+        pretrain(config(tmp_path, "mae", "--steps=3", "--resume"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--objective=nipa"], r"objective is nipa: it must be one of mae, nepa"),
+        (["--objective=nepa", "--model.scan=pooled"], "model.scan is 'pooled': objective nepa foretells patches"),
+        (["--objective=nepa", "--model.img_size=8"], r"model.img_size is \[8, 8\]: objective nepa needs two patches"),
+        (
+            ["--objective=nepa", "--model.img_size=64", "--stages=[{until: 0.5, img_size: 8}, {}]"],
+            r"stages\[0\]: model.img_size is \[8, 8\]",
+        ),
+    ],
+)
+def test_mistakes_get_one_line_before_any_work(argv, words):
+    with pytest.raises(UserError, match=words):
+        parse(PretrainConfig, argv, "", "")
