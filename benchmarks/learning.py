@@ -3,7 +3,7 @@
 `python -m benchmarks.learning` draws scikit-learn's digits, pretrains on the training pictures without their labels,
 evaluates the frozen features at several points on the way, and fine-tunes on a few labels of each class, from the
 pretrained and from fresh weights. `--data cifar10 --folder FOLDER` does the same with CIFAR-10's parquet files, and
-`--data tinyimagenet` with Tiny ImageNet's. `--objectives mae nepa` compares what is learned without labels. All nets go
+`--data tinyimagenet` with Tiny ImageNet's. `--objectives mae nepa ar` compares what is learned without labels. All nets go
 through the engines of pretrain/ and finetune/, and differ in their blocks alone. Each seed has weights, masks and
 labels of its own. Prints means and spreads; `--out` gets learning.csv and learning.png.
 """
@@ -41,7 +41,7 @@ from pretrain.train import build_model, pretrain
 NETS = {"vim": "tab:blue", "pooled": "tab:green", "vit": "tab:orange"}
 """Nets, each with its colour: Vim by its full and by its pooled scan, and a ViT of half the blocks, which have about
 twice the parameters of a Vim's."""
-OBJECTIVES = {"mae": 1.0, "nepa": 0.75}
+OBJECTIVES = {"mae": 1.0, "nepa": 0.75, "ar": 0.55}
 """Objectives, each with the strength of its colour."""
 CAUSAL = [name for name in OBJECTIVES if name != "mae"]
 STYLES = {"linear": "-", "knn": "--"}
@@ -180,7 +180,8 @@ class Seed:
         """Step -> the folder of the backbone as it was then."""
         recipe, halves = self.recipe, 2 if self.net == "vit" else 1
         width, depth = recipe.decoder
-        decoder = [f"--decoder.width={width}", f"--decoder.depth={max(1, depth // halves)}"]
+        decoders = {"mae": [f"--decoder.width={width}", f"--decoder.depth={max(1, depth // halves)}"],
+                    "ar": [f"--ar.width={width}", f"--ar.depth={depth}"]}  # fmt: skip
         source = self.data / ("train*.parquet" if self.options.folder else "train")
         total = self.options.epochs * recipe.pictures // recipe.pretraining_batch
         wanted = [round(total * share) for share in recipe.points if share]
@@ -191,7 +192,7 @@ class Seed:
             f"--model.img_size={recipe.size}", f"--model.patch_size={recipe.patch}",
             f"--model.depth={recipe.depth // halves}",
             f"--model.scan={'pooled' if self.net == 'pooled' else 'full'}",
-            f"--objective={self.objective}", *(decoder if self.objective == "mae" else []),
+            f"--objective={self.objective}", *decoders.get(self.objective, []),
             f"--checkpoint_every={every}", f"--keep_every={every}", f"--picture_every={total}",
         ], "pretrain/main.py", "")  # fmt: skip
         encoder = config.method.encoder(build_model(config))  # the weights that the run starts with

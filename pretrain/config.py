@@ -7,6 +7,8 @@ from typing import Any, ClassVar, Literal
 from launch.data.order import BatchPlan
 from launch.run.config import BlocksConfig, TrainingConfig, flattened, plain
 from launch.run.optim import OptimConfig
+from pretrain.ar.clusters import ARConfig
+from pretrain.ar.objective import AR
 from pretrain.data import DataConfig
 from pretrain.mae.masking import MaskConfig
 from pretrain.mae.model import DecoderConfig
@@ -18,7 +20,7 @@ from vim_backbone import VimConfig, named_config
 from vim_backbone.channels import Channels, Sets
 from vim_backbone.errors import require
 
-OBJECTIVES: dict[str, type[Any]] = {"mae": MAE, "nepa": NEPA}
+OBJECTIVES: dict[str, type[Any]] = {"mae": MAE, "nepa": NEPA, "ar": AR}
 """What can be learned, each an `Objective`. Its settings are fields of `PretrainConfig`, by their names."""
 
 
@@ -89,12 +91,14 @@ class PretrainConfig(TrainingConfig):
     """Start from these weights: folder of a backbone, or of a run that published one, or an id on the Hub. What of
     `model` is not given is theirs; positions, patches and bands are resampled where `model.img_size`,
     `model.patch_size` or the data differ."""
-    objective: Literal["mae", "nepa"] = "mae"
+    objective: Literal["mae", "nepa", "ar"] = "mae"
     """What is learned. mae: the pixels of hidden patches, from the visible ones (mask, decoder). nepa: the embedding of
-    the next patch, from all before it, in both directions of the scan; no mask and no decoder."""
+    the next patch, from all before it, in both directions of the scan; no mask and no decoder. ar: the pixels of the
+    next row or square of patches, likewise (ar)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     decoder: DecoderConfig = field(default_factory=lambda: DecoderConfig(width=192))
     mask: MaskConfig = field(default_factory=MaskConfig)
+    ar: ARConfig = field(default_factory=lambda: ARConfig(width=192))
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(base_lr=8e-3, warmup_steps=20))
     steps: int | None = None

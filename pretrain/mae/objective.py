@@ -12,8 +12,9 @@ from launch.data.loading import to_device
 from launch.planning.memory import FLOAT, Stack, Work
 from pretrain.mae.masking import MaskConfig, draw_mask
 from pretrain.mae.model import DecoderConfig, MaskedAutoencoder, Reconstruction, split_patches
-from pretrain.mae.reconstructions import COLUMNS, reconstruction_grid, without_hidden
+from pretrain.mae.reconstructions import COLUMNS, reconstruction_grid
 from pretrain.objective import Inputs
+from pretrain.patches import without_hidden
 from pretrain.strips import draw_strips
 from vim_backbone import VimConfig, VisionMamba
 from vim_backbone.memory import Recompute

@@ -2,9 +2,8 @@
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from pretrain.mae.model import patchify, unpatchify
+from pretrain.patches import without_hidden
 from vim_backbone.preprocessing import Preprocessing, shown, to_pixels
 from vim_backbone.vim import Images
 
@@ -24,10 +23,3 @@ def reconstruction_grid(
         visible = without_hidden(original, mask, patch_size)
         strips.append(torch.stack([original, visible, rebuilt]).permute(0, 2, 3, 1).cpu().numpy())
     return strips
-
-
-def without_hidden(pixels: Tensor, mask: Tensor, patch_size: int) -> Tensor:
-    """An image (c, h, w) in [0, 1] whose hidden patches, by the mask (l,), are grey."""
-    patches = patchify(pixels[None], patch_size)
-    grid = (pixels.shape[1] // patch_size, pixels.shape[2] // patch_size)
-    return unpatchify(torch.where(mask[None, :, None].to(patches.device), 0.35, patches), patch_size, grid)[0]

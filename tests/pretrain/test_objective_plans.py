@@ -10,6 +10,7 @@ from benchmarks.machine import peak_allocated
 from launch.planning.memory import peak, shares
 from launch.run.cli import parse
 from launch.run.optim import OptimConfig, build_optimizer
+from launch.run.randomness import generator
 from pretrain.config import ModelConfig, PretrainConfig
 from pretrain.plan import main, planned_footprints
 from pretrain.train import build_model
@@ -18,7 +19,7 @@ from vim_backbone import UserError
 PICTURES = 4
 
 
-@pytest.mark.parametrize("objective", ["nepa"])
+@pytest.mark.parametrize("objective", ["nepa", "ar"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("level", ["none", "inputs", "products"])
 def test_the_peak_of_a_real_step_is_foretold(objective, level, dtype):
@@ -28,10 +29,12 @@ def test_the_peak_of_a_real_step_is_foretold(objective, level, dtype):
     trained = build_model(config)
     optimizer = build_optimizer(trained, OptimConfig(), 256)
     images = torch.randn(PICTURES, 3, 224, 224)
+    extras = torch.stack([config.method.draw((14, 14), generator(0))] * PICTURES)
+    inputs = config.method.inputs(extras, images.device)
 
     def step():
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            loss = trained(images)
+            loss = trained(images, *inputs.arguments)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -47,7 +50,7 @@ def test_the_peak_of_a_real_step_is_foretold(objective, level, dtype):
     assert peak(planned, shares(planned, 1)[0], PICTURES) == pytest.approx(measured, rel=0.06)
 
 
-@pytest.mark.parametrize("objective", ["nepa"])
+@pytest.mark.parametrize("objective", ["nepa", "ar"])
 def test_the_command_trains_by_the_objective(objective, capsys):
     main(["--model", "vim_tiny", "--gpus", "1", "--batch-size", "64", "--objective", objective])
     printed = capsys.readouterr().out

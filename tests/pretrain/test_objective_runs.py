@@ -14,8 +14,7 @@ from vim_backbone import UserError, from_pretrained
 
 SMALL = ["--model.img_size=32", "--model.depth=2", "--batch_size=4", "--optim.warmup_steps=1", "--log_every=1",
          "--data.workers=0", "--trackers=[]"]  # fmt: skip
-OTHERS = ["nepa"]
-FOLDERS = {"nepa": "predictions"}
+OTHERS = ["nepa", "ar"]
 
 
 def config(folder, objective, *argv):
@@ -40,7 +39,7 @@ def test_it_learns(objective, tmp_path):
         pytest.param(
             ("--accumulation=2", "--ema_decay=0.9", "--model.drop_path_rate=0.5", "--precision=bf16"), id="everything"
         ),
-        pytest.param(("--data.sizes=native", "--data.batch_by=patches", "--model.channels=tokens"), id="packed"),
+        pytest.param(("--data.sizes=native", "--data.batch_by=patches"), id="packed"),
         pytest.param(("--stages=[{until: 0.5, img_size: 16}, {}]",), id="stages"),
     ],
 )
@@ -61,7 +60,7 @@ def test_resume_is_exact(objective, options, tmp_path):
 def test_what_a_run_leaves_behind(objective, tmp_path):
     """Its backbone scans in both directions, as any other; what another objective would need is said to be unused."""
     folder = pretrain(config(tmp_path, objective, "--steps=2", "--mask.ratio=0.5"))
-    assert [path.name for path in (folder / FOLDERS[objective]).iterdir()] == ["step-00000002.png"]
+    assert [path.name for path in (folder / "predictions").iterdir()] == ["step-00000002.png"]
     assert (folder / "report.html").read_text().count("data:image/webp") == 1
     assert (
         f"mask.ratio 0.5 is a setting of objective mae, which {objective} does not use"
@@ -83,8 +82,10 @@ def test_what_a_run_leaves_behind(objective, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--objective=nipa"], r"objective is nipa: it must be one of mae, nepa"),
+        (["--objective=nipa"], "objective is nipa: it must be one of mae, nepa, ar"),
         (["--objective=nepa", "--model.scan=pooled"], "model.scan is 'pooled': objective nepa foretells patches"),
+        (["--objective=ar", "--model.channels=tokens"], "model.channels is 'tokens': objective ar rebuilds patches"),
+        (["--objective=ar", "--ar.cluster=0"], "ar.cluster is 0: it must be at least 1 patch, or null"),
         (["--objective=nepa", "--model.img_size=8"], r"model.img_size is \[8, 8\]: objective nepa needs two patches"),
         (
             ["--objective=nepa", "--model.img_size=64", "--stages=[{until: 0.5, img_size: 8}, {}]"],
