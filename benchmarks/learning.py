@@ -3,8 +3,8 @@
 `python -m benchmarks.learning` draws scikit-learn's digits, pretrains on the training pictures without their labels,
 evaluates the frozen features at several points on the way, and fine-tunes on a few labels of each class, from the
 pretrained and from fresh weights. `--data cifar10 --folder FOLDER` does the same with CIFAR-10's parquet files, and
-`--data tinyimagenet` with Tiny ImageNet's. `--objectives mae nepa ar` compares what is learned without labels. All nets go
-through the engines of pretrain/ and finetune/, and differ in their blocks alone. Each seed has weights, masks and
+`--data tinyimagenet` with Tiny ImageNet's. `--objectives mae nepa ar` compares what is learned without labels. All nets
+go through the engines of pretrain/ and finetune/, and differ in their blocks alone. Each seed has weights, masks and
 labels of its own. Prints means and spreads; `--out` gets learning.csv and learning.png.
 """
 

@@ -32,6 +32,10 @@ class Work:
     """In the order of the forward pass."""
     ends: float
     """Bytes that are saved outside of them."""
+    freed: float = 0.0
+    """Of these, what a decoder without blocks has given back before the backward pass of the blocks begins."""
+    ends_backward: float = 0.0
+    """Bytes that the backward pass of such a decoder needs beside what was saved."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def footprint(model: nn.Module, work: Work, dtype: torch.dtype, backend: str = "
         block=max(sizes),
         outside=parameters - sum(sizes),
         saved=saved,
-        first_backward=backward(work.stacks[-1]),
+        first_backward=max(work.ends_backward, backward(work.stacks[-1]) - work.freed),
         last_backward=backward(work.stacks[0]),
         casts=2 * trained if dtype.itemsize == 2 else 0,
     )

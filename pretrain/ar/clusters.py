@@ -26,7 +26,12 @@ class ARConfig:
     """Its blocks, which work on each patch by itself."""
 
     def __post_init__(self) -> None:
-        require((self.cluster or 1) >= 1, "ar.cluster", self.cluster, "it must be at least 1 patch, or null")
+        require(
+            self.cluster is None or self.cluster >= 1,
+            "ar.cluster",
+            self.cluster,
+            "it must be at least 1 patch, or null",
+        )
         require(self.width >= 4 and self.width % 4 == 0, "ar.width", self.width, "it must be a multiple of 4")
         require(self.depth >= 1, "ar.depth", self.depth, "it must be at least 1")
 

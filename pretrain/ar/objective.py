@@ -106,8 +106,14 @@ class AR:
         stack, width = encoder_stack(architecture, recompute), self.ar.width
         pixels = architecture.patch_size**2 * architecture.in_chans
         block = FLOAT * 2 * width + itemsize * (width + 8 * width)
+        tokens = 2 * stack.tokens  # of both directions
         decoder = self.ar.depth * block + FLOAT * 2 * width + itemsize * (width + pixels) + FLOAT * 2 * pixels
-        return Work(stacks=(stack,), ends=2 * stack.tokens * (architecture.d_model * (FLOAT + itemsize) + decoder))
+        return Work(
+            stacks=(stack,),
+            ends=tokens * (architecture.d_model * (FLOAT + itemsize) + decoder),
+            freed=tokens * decoder,
+            ends_backward=tokens * FLOAT * 4 * width,
+        )
 
 
 def _to_device(planned: Plan, device: torch.device) -> tuple[Tensor, Foretold, Foretold, list[int] | None]:
