@@ -153,14 +153,11 @@ def test_all_levels_of_recomputing_give_the_same_gradients():
 
 
 def test_compiled_without_a_graph_break():
-    images = pictures()
-    for level in ("none", "inputs"):
-        model = NextEmbedding(encoder())
-        set_recompute(model, level)
-        plain = model(images)
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(images)
-        torch.testing.assert_close(compiled, plain)
-        compiled.backward()
+    model, images = NextEmbedding(encoder(depth=1)), pictures()
+    set_recompute(model, "inputs")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(images)
+    torch.testing.assert_close(compiled, model(images))
+    compiled.backward()
 
 
 @pytest.mark.parametrize(
