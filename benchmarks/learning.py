@@ -1,16 +1,17 @@
-"""Does masked pretraining help? Few labels, several seeds; Vim with the full and the pooled scan beside a ViT.
+"""Does pretraining help? Few labels, several seeds; Vim with the full and the pooled scan beside a ViT.
 
 `python -m benchmarks.learning` draws scikit-learn's digits, pretrains on the training pictures without their labels,
 evaluates the frozen features at several points on the way, and fine-tunes on a few labels of each class, from the
 pretrained and from fresh weights. `--data cifar10 --folder FOLDER` does the same with CIFAR-10's parquet files, and
-`--data tinyimagenet` with Tiny ImageNet's. All nets go through the engines of pretrain/ and finetune/, and differ in
-their blocks alone. Each seed has weights, masks and labels of its own. Prints means and spreads; `--out` gets
-learning.csv and learning.png.
+`--data tinyimagenet` with Tiny ImageNet's. `--objectives mae nepa ar` compares what is learned without labels. All nets
+go through the engines of pretrain/ and finetune/, and differ in their blocks alone. Each seed has weights, masks and
+labels of its own. Prints means and spreads; `--out` gets learning.csv and learning.png.
 """
 
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -40,6 +41,9 @@ from pretrain.train import build_model, pretrain
 NETS = {"vim": "tab:blue", "pooled": "tab:green", "vit": "tab:orange"}
 """Nets, each with its colour: Vim by its full and by its pooled scan, and a ViT of half the blocks, which have about
 twice the parameters of a Vim's."""
+OBJECTIVES = {"mae": 1.0, "nepa": 0.75, "ar": 0.55}
+"""Objectives, each with the strength of its colour."""
+CAUSAL = [name for name in OBJECTIVES if name != "mae"]
 STYLES = {"linear": "-", "knn": "--"}
 TRAIN, VAL = 1297, 500
 """Pictures of the digits."""
@@ -106,6 +110,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, help="the parquet files of the real sets")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--nets", nargs="+", choices=NETS, default=["vim", "vit"])
+    parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=["mae"], help="of pretraining")
     parser.add_argument("--epochs", type=int, default=15, help="of pretraining")
     parser.add_argument("--rates", type=float, nargs="+", help="try these rates of fine-tuning instead of the recipe's")
     parser.add_argument("--processes", type=int, default=1, help="seeds and nets that run at the same time")
@@ -117,22 +122,26 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.data != "digits" and not options.folder:
         parser.error(f"--data {options.data} needs --folder, with its parquet files")
+    if "pooled" in options.nets and set(options.objectives) & set(CAUSAL):
+        parser.error(f"the pooled scan learns by mae alone, not by {', '.join(CAUSAL)}")
     return options
 
 
 class Seed:
-    """One net, all of whose randomness follows from one seed."""
+    """One net and objective, all of whose randomness follows from one seed."""
 
-    def __init__(self, net: str, seed: int, options: argparse.Namespace) -> None:
+    def __init__(self, net: str, objective: str, seed: int, options: argparse.Namespace) -> None:
         self.net, self.seed, self.options, self.recipe = net, seed, options, RECIPES[options.data]
-        self.work = options.work / f"{net}-{seed}"
+        self.objective = objective
+        self.work = options.work / f"{net}-{objective}-{seed}"
         self.data = options.folder or options.work / f"digits-{seed}"
         self.quiet = [*QUIET, f"--data.workers={options.workers}", f"--precision={options.precision}"]
         self.rows: list[dict[str, Any]] = []
 
     def note(self, what: str, labels: int, step: int, top1: float) -> None:
         """Keep and print one score."""
-        row = {"seed": self.seed, "net": self.net, "what": what, "labels": labels, "step": step, "top1": top1}
+        learned = {"net": self.net, "objective": "" if what.startswith("scratch") else self.objective}
+        row = {"seed": self.seed} | learned | {"what": what, "labels": labels, "step": step, "top1": top1}
         self.rows.append(row)
         print(*row.values(), flush=True)
 
@@ -159,9 +168,11 @@ class Seed:
         return self.rows
 
     def tunings(self) -> Iterator[tuple[tuple[int | None, int], tuple[str, float]]]:
-        """Labels of each class and steps, with the start and the rate."""
+        """Labels of each class and steps, with the start and the rate; from scratch once for all objectives."""
         for budget in self.recipe.tuning:
             for start, rate in self.recipe.rates[self.net].items():
+                if start == "scratch" and self.objective != self.options.objectives[0]:
+                    continue
                 for tried in self.options.rates or [rate]:
                     yield budget, (start, tried)
 
@@ -169,6 +180,8 @@ class Seed:
         """Step -> the folder of the backbone as it was then."""
         recipe, halves = self.recipe, 2 if self.net == "vit" else 1
         width, depth = recipe.decoder
+        decoders = {"mae": [f"--decoder.width={width}", f"--decoder.depth={max(1, depth // halves)}"],
+                    "ar": [f"--ar.width={width}", f"--ar.depth={depth}"]}  # fmt: skip
         source = self.data / ("train*.parquet" if self.options.folder else "train")
         total = self.options.epochs * recipe.pictures // recipe.pretraining_batch
         wanted = [round(total * share) for share in recipe.points if share]
@@ -179,10 +192,10 @@ class Seed:
             f"--model.img_size={recipe.size}", f"--model.patch_size={recipe.patch}",
             f"--model.depth={recipe.depth // halves}",
             f"--model.scan={'pooled' if self.net == 'pooled' else 'full'}",
-            f"--decoder.width={width}", f"--decoder.depth={max(1, depth // halves)}",
+            f"--objective={self.objective}", *decoders.get(self.objective, []),
             f"--checkpoint_every={every}", f"--keep_every={every}", f"--picture_every={total}",
         ], "pretrain/main.py", "")  # fmt: skip
-        encoder = config.objective.encoder(build_model(config))  # the weights that the run starts with
+        encoder = config.method.encoder(build_model(config))  # the weights that the run starts with
         backbones = {0: encoder.save_pretrained(self.work / "at-0")} if 0.0 in recipe.points else {}
         with contextlib.redirect_stderr(io.StringIO()):
             folder = pretrain(config)
@@ -209,13 +222,22 @@ class Seed:
         return json.loads(metrics.read_text())["top1"]
 
 
+KEY = ("net", "objective", "what", "labels", "step")
+"""What the seeds have in common."""
+
+
+def name_of(entry: dict[str, Any]) -> str:
+    """Net and objective, in words."""
+    return f"{entry['net']} {entry['objective']}".strip()
+
+
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean and standard deviation over the seeds, of every score."""
     scores_of: dict[tuple[Any, ...], list[float]] = {}
     for row in rows:
-        scores_of.setdefault((row["net"], row["what"], row["labels"], row["step"]), []).append(row["top1"])
+        scores_of.setdefault(tuple(row[name] for name in KEY), []).append(row["top1"])
     return [
-        dict(zip(("net", "what", "labels", "step"), key, strict=True))
+        dict(zip(KEY, key, strict=True))
         | {"mean": mean(scores), "deviation": stdev(scores) if len(scores) > 1 else 0.0, "seeds": len(scores)}
         for key, scores in scores_of.items()
     ]
@@ -244,12 +266,15 @@ def draw(path: Path, rows: list[dict[str, Any]], about: dict[str, str]) -> None:
 
 def lines(axes: Axes, means: list[dict[str, Any]]) -> None:
     """Scores over the steps of pretraining; a bar is a deviation of the seeds."""
-    for (net, colour), (what, style) in ((n, w) for n in NETS.items() for w in STYLES.items()):
-        points = [entry for entry in means if (entry["net"], entry["what"]) == (net, what)]
+    for net, objective, what in itertools.product(NETS, OBJECTIVES, STYLES):
+        points = [
+            entry for entry in means if (entry["net"], entry["objective"], entry["what"]) == (net, objective, what)
+        ]
         if points:
             steps, scores = [e["step"] for e in points], [e["mean"] for e in points]
-            axes.errorbar(steps, scores, [e["deviation"] for e in points], label=f"{net}, {what}", color=colour,
-                          linestyle=style, marker="o", markersize=4, capsize=3)  # fmt: skip
+            axes.errorbar(steps, scores, [e["deviation"] for e in points],
+                          label=f"{name_of(points[0])}, {what}", color=NETS[net], alpha=OBJECTIVES[objective],
+                          linestyle=STYLES[what], marker="o", markersize=4, capsize=3)  # fmt: skip
     axes.set(xlabel="steps of pretraining")
     axes.legend(loc="lower right", fontsize=9)
 
@@ -258,26 +283,28 @@ def bars(axes: Axes, means: list[dict[str, Any]], rows: list[dict[str, Any]]) ->
     """Means with their values, best at the top, and a dot for each seed."""
     means = sorted(means, key=lambda entry: entry["mean"])
     for place, entry in enumerate(means):
-        key = {name: entry[name] for name in ("net", "what", "labels")}
+        key = {name: entry[name] for name in KEY[:-1]}
         scores = [row["top1"] for row in rows if row.items() >= key.items()]
         plain = entry["what"].startswith("scratch") or entry["what"] == "knn"
-        axes.barh(place, entry["mean"], color=NETS[entry["net"]], alpha=0.4 if plain else 1)
+        strength = OBJECTIVES.get(entry["objective"], 1.0)
+        axes.barh(place, entry["mean"], color=NETS[entry["net"]], alpha=0.4 * strength if plain else strength)
         axes.plot(scores, [place] * len(scores), "o", color="black", markersize=3)
         axes.text(0.01, place, f"{entry['mean']:.3f}", va="center")
-    shown = [f"{e['net']}, {e['what']}" + (f"\n{labels_of(e['labels'])}" if e["labels"] else "") for e in means]
+    shown = [f"{name_of(e)}, {e['what']}" + (f"\n{labels_of(e['labels'])}" if e["labels"] else "") for e in means]
     axes.set_yticks(range(len(means)), shown, fontsize=8)
     axes.set(xlim=(0, 1), xlabel="top-1")
 
 
-def run_seed(net: str, seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """All scores of one net and seed."""
+def run_seed(net: str, objective: str, seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All scores of one net, objective and seed."""
     torch.set_num_threads(options.threads)
-    return Seed(net, seed, options).run()
+    return Seed(net, objective, seed, options).run()
 
 
 def scores(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
-    """Those of each net and seed, as they are done."""
-    cases = [(net, seed, options) for seed in options.seeds for net in options.nets]
+    """Those of each net, objective and seed, as they are done."""
+    cases = [(*case, options) for case in itertools.product(options.nets, options.objectives, options.seeds)]
+    cases.sort(key=lambda case: options.seeds.index(case[2]))
     if options.processes == 1:
         yield from (run_seed(*case) for case in cases)
         return
@@ -290,7 +317,7 @@ def main() -> None:
     options = parse_options()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     about = {
-        "run": f"{options.data}, {options.epochs} epochs of MAE",
+        "run": f"{options.data}, {options.epochs} epochs of {', '.join(options.objectives)}",
         "device": clock(device),
         "versions": versions(),
         "date": time.strftime("%Y-%m-%d"),
@@ -302,10 +329,12 @@ def main() -> None:
             write_csv(options.out / "learning.csv", rows, about)
     print("\n" + "\n".join(about.values()) + "\n")
     print(
-        "| net | evaluated by | labels | steps of pretraining | top-1, mean | deviation | seeds |\n" + "|---" * 7 + "|"
+        "| net | objective | evaluated by | labels | steps of pretraining | top-1, mean | deviation | seeds |\n"
+        + "|---" * 8
+        + "|"
     )
     for entry in summary(rows):
-        values = (entry["net"], entry["what"], labels_of(entry["labels"]), entry["step"])
+        values = (entry["net"], entry["objective"], entry["what"], labels_of(entry["labels"]), entry["step"])
         print("| " + " | ".join(map(str, values)), end=" | ")
         print(f"{entry['mean']:.3f} | {entry['deviation']:.3f} | {entry['seeds']} |")
     if options.out:

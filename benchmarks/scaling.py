@@ -51,8 +51,8 @@ def strategies(where: Path, options: argparse.Namespace) -> list[dict[str, float
     """Print a row for each strategy."""
     config = PretrainConfig()
     architecture, dtype = config.architecture(), torch.float32
-    work = config.objective.work(architecture, dtype.itemsize, config.model.level)
-    model = planned_footprints(architecture, config.objective, [work], dtype, backend="cpu")[0]
+    work = config.method.work(architecture, dtype.itemsize, config.model.level)
+    model = planned_footprints(architecture, config.method, [work], dtype, backend="cpu")[0]
     print(f"{model.parameters / 1e6:.2f} M parameters, {options.processes} processes, batch {options.batch_size}")
     print("| strategy | s / step | times ddp | held MB | theory | peak MB | plan.py | start s |\n|" + "---|" * 8)
     rows: list[dict[str, float]] = []

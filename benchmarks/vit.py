@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
+import torch
 from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
 
@@ -32,15 +33,22 @@ class ViTBlock(nn.Module):
         residual: Given[Tensor | None],
         cu_seqlens: Tensor | None = None,
         lines: Lines | None = None,
+        apart: bool = False,
     ) -> tuple[Tensor, None]:
         """(batch, length, d_model) -> the same: a ViT block adds to the stream by itself, and knows no lines.
 
-        It takes no packed pictures.
+        It takes no packed pictures. With `apart` a token of the first half of the batch attends to itself and those
+        before it, of the second half to itself and those after it.
         """
         del lines
         assert take(residual) is None
         assert cu_seqlens is None
-        return self.block(take(h)), None
+        h = take(h)
+        if apart:
+            ahead, back = h.chunk(2)
+            ahead, back = (self.block(half, is_causal=True) for half in (ahead, back.flip(1)))
+            return torch.cat([ahead, back.flip(1)]), None
+        return self.block(h), None
 
 
 @contextmanager

@@ -1,24 +1,27 @@
-"""The configuration of a pretraining run, its objective included."""
+"""The configuration of a pretraining run, and the objectives that it chooses from."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 
 from launch.data.order import BatchPlan
-from launch.run.config import BlocksConfig, TrainingConfig
+from launch.run.config import BlocksConfig, TrainingConfig, flattened, plain
 from launch.run.optim import OptimConfig
+from pretrain.ar.clusters import ARConfig
+from pretrain.ar.objective import AR
 from pretrain.data import DataConfig
 from pretrain.mae.masking import MaskConfig
 from pretrain.mae.model import DecoderConfig
 from pretrain.mae.objective import MAE
+from pretrain.nepa.objective import NEPA
 from pretrain.objective import Objective
 from pretrain.stages import Stage, StageConfig, borders, check_stages, errors_of
 from vim_backbone import VimConfig, named_config
 from vim_backbone.channels import Channels, Sets
 from vim_backbone.errors import require
 
-OBJECTIVE = MAE
-"""What is learned. Its settings are fields of `PretrainConfig`."""
+OBJECTIVES: dict[str, type[Any]] = {"mae": MAE, "nepa": NEPA, "ar": AR}
+"""What can be learned, each an `Objective`. Its settings are fields of `PretrainConfig`, by their names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +91,14 @@ class PretrainConfig(TrainingConfig):
     """Start from these weights: folder of a backbone, or of a run that published one, or an id on the Hub. What of
     `model` is not given is theirs; positions, patches and bands are resampled where `model.img_size`,
     `model.patch_size` or the data differ."""
+    objective: Literal["mae", "nepa", "ar"] = "mae"
+    """What is learned. mae: the pixels of hidden patches, from the visible ones (mask, decoder). nepa: the embedding of
+    the next patch, from all before it, in both directions of the scan; no mask and no decoder. ar: the pixels of the
+    next row or square of patches, likewise (ar)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     decoder: DecoderConfig = field(default_factory=lambda: DecoderConfig(width=192))
     mask: MaskConfig = field(default_factory=MaskConfig)
+    ar: ARConfig = field(default_factory=lambda: ARConfig(width=192))
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(base_lr=8e-3, warmup_steps=20))
     steps: int | None = None
@@ -161,11 +169,24 @@ class PretrainConfig(TrainingConfig):
         """The backbone's full config; it knows the share of visible patches, which a pooled scan learned with."""
         preprocessing = self.data.preprocessing
         architecture = self.model.architecture(preprocessing.in_chans, preprocessing.channel_sets)
+        self.method.check(architecture)
         return (
             replace(architecture, visible_share=1.0 - self.mask.ratio) if self.model.scan == "pooled" else architecture
         )
 
     @property
-    def objective(self) -> Objective:
-        """What is learned."""
-        return OBJECTIVE(mask=self.mask, decoder=self.decoder)
+    def method(self) -> Objective:
+        """What is learned, with its settings."""
+        chosen = OBJECTIVES[self.objective]
+        return chosen(**{each.name: getattr(self, each.name) for each in fields(chosen)})
+
+    def not_used(self) -> list[str]:
+        """Lines on settings of other objectives that are not at their defaults: a recipe's may be there."""
+        own = {each.name for each in fields(OBJECTIVES[self.objective])}
+        others = {each.name: name for name, other in OBJECTIVES.items() for each in fields(other)}
+        usual, given = flattened(plain(type(self)())), flattened(plain(self))
+        return [
+            f"{name} {given[name]} is a setting of objective {others[group]}, which {self.objective} does not use"
+            for name, group in ((name, name.partition(".")[0]) for name in given)
+            if group in others.keys() - own and given[name] != usual.get(name)
+        ]

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     require_statistics(data.preprocessing)
     source = data.open()
     architecture = config.architecture()
-    view = View(architecture.img_size, architecture.grid(*architecture.img_size), data, config.objective.draw)
+    view = View(architecture.img_size, architecture.grid(*architecture.img_size), data, config.method.draw)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     total = min(config.pictures, length_of(source) or config.pictures)
     with ProgressReport(console, "pictures", total) as report:

@@ -92,7 +92,7 @@ def headline(surveyed: Survey, view: View, config: PretrainConfig) -> list[str]:
         f"{total}, of which {read:,} were read (the first of a run with seed {config.seed}); "
         f"{len(surveyed.bad):,} of these cannot be used",
         f"views{stage}: {view.sizes} pixels, {view.grid[0]} x {view.grid[1]} patches of {side}; "
-        f"{config.objective.summary}",
+        f"{config.method.summary}",
         *surveyed.notes,
     ]
 
@@ -262,7 +262,7 @@ def draw_views(part: SubFigure, drawn: list[Looked], config: PretrainConfig, vie
         left, top, right, bottom = cut.box
         shape = f"{bottom - top:g} x {right - left:g} to {cut.size[0]} x {cut.size[1]}"
         image(axes[0][column], pixels, shape + ", mirrored" * cut.mirror, colour)
-        visible = config.objective.visible(pixels, cut.extra, side)
+        visible = config.method.visible(pixels, cut.extra, side)
         rows, columns = cut.size[0] // side, cut.size[1] // side
         image(axes[1][column], visible, f"{rows} x {columns} patches", colour)
 
@@ -279,7 +279,7 @@ def draw_packing(part: SubFigure, surveyed: Survey, config: PretrainConfig) -> N
     else:
         usable = usable[:micro_batch]
     extras = [each.cuts[0].extra for each in usable]
-    objective = config.objective
+    objective = config.method
     of_patches = [architecture.tokens_a_patch(each.channels) for each in usable]
     patches = [len(extra) * count for extra, count in zip(extras, of_patches, strict=True)]
     tokens = [
@@ -292,7 +292,7 @@ def draw_packing(part: SubFigure, surveyed: Survey, config: PretrainConfig) -> N
         f"encoder scans {sum(tokens):,}; padded to the largest they would be {padded:,}",
     )
     axis = part.subplots()
-    for row, (lengths, name) in enumerate(((patches, "decoder"), (tokens, "encoder"))):
+    for row, (lengths, name) in enumerate(((patches, "patches"), (tokens, "encoder"))):
         starts = np.cumsum([0, *lengths[:-1]])
         for number, (start, length) in enumerate(zip(starts, lengths, strict=True)):
             drawn = number < SHOWN

@@ -1,4 +1,4 @@
-"""What an objective of pretraining is; `pretrain/mae/` is one, `pretrain/config.py` names the one that is used."""
+"""What an objective of pretraining is; `pretrain/mae/` is one, `pretrain/config.py` names all."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,8 +44,14 @@ class Objective(Protocol):
         """Its settings in a few words, for the model card."""
         ...
 
+    def check(self, architecture: VimConfig) -> None:
+        """Raise UserError for an architecture that the objective cannot train, naming the field."""
+        ...
+
     def draw(self, grid: tuple[int, int], rng: torch.Generator) -> Tensor:
-        """What is added to a view of so many rows and columns of patches, such as its mask; drawn while it is read."""
+        """What is added to a view of so many rows and columns of patches, with an entry for each patch, such as its
+        mask; drawn while it is read.
+        """
         ...
 
     def visible(self, pixels: Tensor, extra: Tensor, patch_size: int) -> Tensor:

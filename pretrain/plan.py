@@ -29,7 +29,7 @@ import torch
 from launch.planning.memory import Footprint, Share, Work, fitting, footprint, peak, shares
 from launch.planning.speed import measured, seconds_a_picture
 from launch.run.cli import parse, run
-from pretrain.config import OBJECTIVE, PretrainConfig
+from pretrain.config import OBJECTIVES, PretrainConfig
 from pretrain.objective import Objective
 from vim_backbone import VimConfig, VisionMamba
 from vim_backbone.channels import Channels
@@ -52,9 +52,12 @@ def options_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--in-chans", type=int, default=3, help="bands of the pictures")
     text = "mixed: a patch of all bands is one token; tokens: of each band one"
     parser.add_argument("--channels", choices=get_args(Channels), default="mixed", help=text)
-    for name, text in OBJECTIVE.cost_fields.items():
-        default = attrgetter(name)(OBJECTIVE())
-        parser.add_argument(f"--{name.replace('.', '-')}", dest=name, type=type(default), default=default, help=text)
+    parser.add_argument("--objective", choices=OBJECTIVES, default="mae", help="what is learned")
+    for objective, kind in OBJECTIVES.items():
+        for name, text in kind.cost_fields.items():
+            default = attrgetter(name)(kind())
+            text += f"; of objective {objective}, {default} if not given"
+            parser.add_argument(f"--{name.replace('.', '-')}", dest=name, type=type(default), default=None, help=text)
     parser.add_argument("--batch-size", type=int, default=4096, help="pictures of a step on all GPUs together")
     text = "of the run, as its config has them, such as '[{until: 0.7, img_size: 224}, {}]'; the largest is planned"
     parser.add_argument("--stages", default=None, help=text)
@@ -73,6 +76,10 @@ def options_of(argv: list[str]) -> argparse.Namespace:
     require(options.in_chans >= 1, "in-chans", options.in_chans, "it must be at least 1")
     require(options.gpu_memory > 0, "gpu-memory", options.gpu_memory, "it must be positive")
     require(0 <= options.reserve < 1, "reserve", options.reserve, "it must lie in [0, 1)")
+    for objective, kind in OBJECTIVES.items():
+        for name in kind.cost_fields:
+            given, remedy = getattr(options, name), f"it is of objective {objective}, not of {options.objective}"
+            require(given is None or objective == options.objective, name.replace(".", "-"), given, remedy)
     require(options.accumulation >= 1, "accumulation", options.accumulation, "it must be at least 1")
     parts = options.gpus * options.accumulation
     passes = f" x {options.accumulation} forward passes" if options.accumulation > 1 else ""
@@ -100,7 +107,7 @@ def main(argv: list[str]) -> None:
     levels: tuple[Recompute, ...] = LEVELS if options.recompute == "auto" else (options.recompute,)
     words = settings(options)
     config = parse(PretrainConfig, words, "launch/plan.py", "")
-    objective, stages = config.objective, config.by_stage()
+    objective, stages = config.method, config.by_stage()
     schedule = replace(config, accumulation=options.accumulation).schedule(ANY_STEPS, options.gpus, rank=0)
     largest = max(stages, key=lambda stage: stage.batch_size * math.prod(stage.architecture().img_size))
     architecture, pictures = largest.architecture(), schedule[stages.index(largest)].plan.micro_batch
@@ -151,7 +158,7 @@ def main(argv: list[str]) -> None:
 def expected(config: PretrainConfig, level: Recompute, options: argparse.Namespace) -> str:
     """A line on the speed of a run, or of one of its stages."""
     architecture = config.architecture()
-    work = config.objective.work(architecture, 2 if config.precision == "bf16" else 4, level)
+    work = config.method.work(architecture, 2 if config.precision == "bf16" else 4, level)
     patches = math.prod(architecture.grid(*architecture.img_size)) * architecture.tokens_a_patch(architecture.in_chans)
     scanned = work.stacks[0].tokens
     a_second = options.gpus / seconds_a_picture(work.stacks, measured(options.device))
@@ -195,7 +202,7 @@ def fitting_level(
         stage: of ZeRO; 0 for none.
     """
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    architecture, objective = config.architecture(), config.objective
+    architecture, objective = config.architecture(), config.method
     works = [objective.work(architecture, dtype.itemsize, level) for level in LEVELS]
     models = planned_footprints(architecture, objective, works, dtype)
     share = shares(models[0], processes)[stage]
@@ -227,7 +234,12 @@ def settings(options: argparse.Namespace) -> list[str]:
     }
     if options.stages is not None:
         fields["stages"] = options.stages
-    fields |= {name: getattr(options, name) for name in OBJECTIVE.cost_fields}
+    chosen = OBJECTIVES[options.objective]
+    for name in chosen.cost_fields:
+        given = getattr(options, name)
+        fields[name] = attrgetter(name)(chosen()) if given is None else given
+    if options.objective != "mae":
+        fields["objective"] = options.objective
     if options.channels != "mixed":
         fields["model.channels"] = options.channels
     if options.in_chans != 3:

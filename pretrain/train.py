@@ -76,8 +76,8 @@ def pretrain(config: PretrainConfig) -> Path:
     on_main(accelerator, lambda: refuse_to_compile_many_shapes(accelerator, data))
     compile_by_stage(accelerator, stages)
     on_main(accelerator, lambda: look_at_first(source, data.preprocessing, data.max_megapixels, data.max_bad_share))
-    objective = config.objective
-    fixed = ("model.", "data.bands", "data.statistics", *objective.architecture_fields)
+    objective = config.method
+    fixed = ("objective", "model.", "data.bands", "data.statistics", *objective.architecture_fields)
     architecture = config.architecture()
     initial, taken_up = weights_to_start_from(config, architecture)
     with run_folder(accelerator, config, fixed, total_steps) as start:
@@ -120,6 +120,7 @@ def pretrain(config: PretrainConfig) -> Path:
                     introduction(run, pictures),
                     *what_was_left_out(source),
                     *made_again,
+                    *config.not_used(),
                     *(taken_up if start.checkpoint is None else []),
                     *start.notes,
                     *lines,
@@ -203,9 +204,9 @@ def recompute_level(config: PretrainConfig, accelerator: Accelerator, pictures: 
 def build_model(config: PretrainConfig, initial: Mapping[str, Tensor] | None = None) -> nn.Module:
     """The model as it is before the first step, the same for one seed on every process; `initial`: its encoder."""
     torch.manual_seed(seed_of(config.seed))
-    model = config.objective.build(VisionMamba(config.architecture()))
+    model = config.method.build(VisionMamba(config.architecture()))
     if initial:
-        fill(config.objective.encoder(model), initial.__getitem__)
+        fill(config.method.encoder(model), initial.__getitem__)
     set_recompute(model, config.model.level)
     return model
 

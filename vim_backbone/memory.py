@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from vim_backbone.config import VimConfig
-from vim_kernels import saved_bytes
+from vim_kernels import saved_bytes, saved_bytes_one_way
 
 Recompute = Literal["none", "inputs", "states", "products"]
 """What the backward pass of a block makes again; each level what those before it do, too.
@@ -25,7 +25,12 @@ recomputed convolutions and the gradients of both directions. Measured: 7.7 on C
 
 
 def block_saved_bytes(
-    config: VimConfig, backend: str, dtype: torch.dtype, tokens: int, recompute: Recompute = "inputs"
+    config: VimConfig,
+    backend: str,
+    dtype: torch.dtype,
+    tokens: int,
+    recompute: Recompute = "inputs",
+    apart: bool = False,
 ) -> float:
     """Bytes a token: residual stream, input of in_proj; its output, what the scan saves, input of out_proj.
 
@@ -33,11 +38,14 @@ def block_saved_bytes(
         backend: fast backend of `vim_kernels` that runs the scan.
         dtype: of the products. The residual stream is float32.
         tokens: of one picture; a pooled scan keeps less where more of them share a line.
+        apart: each token is there twice, once in each direction: see `Mixer.forward`.
     """
     d, e, size, between = config.d_model, config.d_inner, dtype.itemsize, 0.0
     options: dict[str, Any] = {"dt_rank": config.dt_rank, "dtype": dtype, "recompute": recompute}
     if recompute == "products":
-        return (FLOAT + size) * d
+        return (1 + apart) * (FLOAT + size) * d
+    if apart:
+        return 2 * (FLOAT * d + size * d + size * 2 * e + _one_way_saved_bytes(config, backend, dtype, recompute))
     if config.scan == "pooled":
         lines = sum(config.grid(*config.img_size)) / 2  # rows and columns in turn
         options |= {"tokens_a_line": tokens / lines, "norm": config.mixer_norm}
@@ -52,3 +60,13 @@ def block_saved_bytes(
 def block_backward_bytes(config: VimConfig) -> float:
     """Bytes a token that the backward pass of a block needs beside what was saved."""
     return BACKWARD_FLOATS * FLOAT * config.d_inner
+
+
+def _one_way_saved_bytes(config: VimConfig, backend: str, dtype: torch.dtype, recompute: Recompute) -> float:
+    """Of a block whose directions are apart, bytes a token of one: what the scan needs, and the input of out_proj."""
+    e, n, size = config.d_inner, config.d_state, dtype.itemsize
+    if recompute != "none":
+        return size * e
+    states = saved_bytes_one_way(backend, d_inner=e, d_state=n, dtype=dtype)
+    norm = 2 * (FLOAT if backend == "triton" else size) * e if config.mixer_norm else size * e
+    return size * (3 * e + config.dt_rank + 2 * n) + states + norm + size * e  # u, dt, the gate's sigmoid; B and C

@@ -1,13 +1,24 @@
 """The bidirectional Mamba mixer of a Vim block: projections around the scan op of `vim_kernels`."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vim_backbone.config import VimConfig
 from vim_backbone.hand_over import Given, hooked, take
 from vim_backbone.memory import Recompute
-from vim_kernels import Lines, NormWeights, ScanWeights, bidirectional_scan, pooled_scan
+from vim_kernels import (
+    Lines,
+    NormWeights,
+    ScanWeights,
+    bidirectional_scan,
+    causal_conv1d,
+    pooled_scan,
+    selective_scan,
+)
 
 
 class Mixer(nn.Module):
@@ -34,17 +45,27 @@ class Mixer(nn.Module):
         self.scan_norm = nn.LayerNorm(d) if config.mixer_norm else None
         self.recompute: Recompute = "inputs"
 
-    def forward(self, h: Given[Tensor], cu_seqlens: Tensor | None = None, lines: Lines | None = None) -> Tensor:
+    def forward(
+        self,
+        h: Given[Tensor],
+        cu_seqlens: Tensor | None = None,
+        lines: Lines | None = None,
+        apart: bool = False,
+    ) -> Tensor:
         """(batch, length, d_model) -> the same; or (1, total, d_model), pictures packed with borders `cu_seqlens`.
 
-        With `lines` it is the pooled scan, whose lines know the borders.
+        With `lines` it is the pooled scan, whose lines know the borders. With `apart` each direction has a half of the
+        batch for itself: the first half is scanned forward alone, the second backward alone, so that a token of it sees
+        only itself and those before, or after, it.
         """
         xz = self.in_proj(take(h))
         # where all is made again the backward pass follows at once, and convolutions need not run a second time for it
         recompute = "none" if self.recompute == "products" else self.recompute
         forward = _weights(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
         backward = _weights(self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
-        if lines is not None:
+        if apart:
+            y = self._apart(xz, forward, backward, cu_seqlens)
+        elif lines is not None:
             norm, eps = (None, 0.0) if self.scan_norm is None else (_norm_weights(self.scan_norm), self.scan_norm.eps)
             y = pooled_scan(xz, forward, backward, lines, norm=norm, eps=eps, recompute=recompute)
         elif self.scan_norm is None:
@@ -57,6 +78,29 @@ class Mixer(nn.Module):
             y = bidirectional_scan(x, forward, backward, gated=False, cu_seqlens=cu_seqlens, recompute=recompute)
             y = self.scan_norm(y) * F.silu(z)
         return self.out_proj(y)
+
+    def _apart(self, xz: Tensor, forward: ScanWeights, backward: ScanWeights, cu_seqlens: Tensor | None) -> Tensor:
+        """Halves of xz (2 batch, length, 2 d_inner), a direction each -> (2 batch, length, d_inner)."""
+        again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn
+        halves = []
+        for half, weights, reverse in zip(xz.chunk(2), (forward, backward), (False, True), strict=True):
+            if self.recompute in ("inputs", "states") and torch.is_grad_enabled():
+                halves.append(checkpoint(self._one_way, half, weights, reverse, cu_seqlens, **again))
+            else:
+                halves.append(self._one_way(half, weights, reverse, cu_seqlens))
+        return torch.cat(halves)
+
+    def _one_way(self, xz: Tensor, weights: ScanWeights, reverse: bool, cu_seqlens: Tensor | None) -> Tensor:
+        """One direction, gated: (batch, length, 2 d_inner) -> (batch, length, d_inner)."""
+        x, z = xz.chunk(2, dim=-1)
+        rank, n = weights.dt_proj.shape[1], weights.A_log.shape[1]
+        u = causal_conv1d(x, weights.conv_weight, weights.conv_bias, reverse=reverse, cu_seqlens=cu_seqlens)
+        low_rank, B, C = F.linear(u, weights.x_proj).split([rank, n, n], dim=-1)
+        dt, A = F.linear(low_rank, weights.dt_proj), -weights.A_log.exp()
+        y = selective_scan(
+            u, dt, A, B, C, weights.D, None, weights.dt_bias, dt_softplus=True, reverse=reverse, cu_seqlens=cu_seqlens
+        )
+        return (y if self.scan_norm is None else self.scan_norm(y)) * F.silu(z)
 
 
 def _norm_weights(norm: nn.LayerNorm) -> NormWeights:

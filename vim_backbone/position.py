@@ -1,5 +1,7 @@
 """The position table: made, and resampled to another grid with the class slot left alone."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,3 +33,9 @@ def resize_table(table: Tensor, layout: TokenLayout, old: tuple[int, int], new: 
     image = patches.reshape(1, *old, -1).permute(0, 3, 1, 2)
     image = F.interpolate(image.float(), size=new, mode="bicubic", antialias=True, align_corners=False)
     return layout.join(special, image.flatten(2).transpose(1, 2).to(table.dtype))
+
+
+def with_channels(positions: Tensor, embeddings: Tensor, channels: Sequence[int]) -> Tensor:
+    """Positions (1, places, d) and all channels' embeddings (1, c, d) -> (1, places * channels, d), their sums."""
+    chosen = torch.stack([embeddings[:, channel] for channel in channels], dim=1)  # an index would wait for a GPU
+    return (positions[:, :, None] + chosen[:, None]).flatten(1, 2)

@@ -22,7 +22,7 @@ from vim_backbone.hub import push_to_hub
 from vim_backbone.inputs import Images, grid_of
 from vim_backbone.lines import GridLines, batch_lines, packed_lines
 from vim_backbone.packing import PackedLayout, layout_of
-from vim_backbone.position import resize_table, sincos_table
+from vim_backbone.position import resize_table, sincos_table, with_channels
 from vim_backbone.tokens import TokenLayout
 from vim_backbone.weights import lecun_normal_
 
@@ -185,24 +185,33 @@ class VisionMamba(nn.Module):
         return lines_of(images, self.config, visible, self.config.visible_share if visible is None else 1.0)
 
     def encode(
-        self, patches: Tensor, lengths: Sequence[int] | None = None, lines: GridLines | None = None
+        self,
+        patches: Tensor,
+        lengths: Sequence[int] | None = None,
+        lines: GridLines | None = None,
+        apart: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Patch tokens in scan order, all or the visible ones -> normed: special (b, special, d_model), patches
         (b, l, d_model).
 
         With `lengths`, one row (1, l, d_model) with so many patches of each picture -> (pictures, special, d_model) and
-        (1, l, d_model). `lines`: those of `self.lines`, where the scan is pooled.
+        (1, l, d_model). `lines`: those of `self.lines`, where the scan is pooled. `apart`: the directions never meet in
+        any block, and what each made of the pictures comes one after the other, forward first, in twice the batch.
         """
         layout, cu_seqlens = layout_of(self.layout, lengths, patches.device)
         h = self._join_special(patches, layout, len(lengths or patches))
+        h = torch.cat([h, h]) if apart else h
         residual: Tensor | None = None
         del patches  # the memory of what is used up is free while the blocks run
         for index, block in enumerate(self.layers):
             given: tuple[Given[Tensor], Given[Tensor | None]] = hand_over(h, block), hand_over(residual, block)
             del h, residual
-            h, residual = block(*given, cu_seqlens, lines and lines[index % 2])
+            h, residual = block(*given, cu_seqlens, lines and lines[index % 2], apart)
         h = drop_path(h, self.config.drop_path_rate, self.training, cu_seqlens)
         normed, _ = self.norm_f(h, residual)
+        if apart:
+            (special, patches), (other_special, other_patches) = map(layout.split, normed.chunk(2))
+            return torch.cat([special, other_special]), torch.cat([patches, other_patches])
         return layout.split(normed)
 
     def _join_special(self, patches: Tensor, layout: TokenLayout | PackedLayout, pictures: int) -> Tensor:
@@ -372,12 +381,6 @@ class VisionMamba(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep as little as `vim_backbone.block.set_recompute` can of a block for the backward pass, as in timm."""
         set_recompute(self, "products" if enable else "inputs")
-
-
-def with_channels(positions: Tensor, embeddings: Tensor, channels: Sequence[int]) -> Tensor:
-    """Positions (1, places, d) and all channels' embeddings (1, c, d) -> (1, places * channels, d), their sums."""
-    chosen = torch.stack([embeddings[:, channel] for channel in channels], dim=1)  # an index would wait for a GPU
-    return (positions[:, :, None] + chosen[:, None]).flatten(1, 2)
 
 
 def lines_of(images: Images, config: VimConfig, visible: Tensor | None, share: float) -> GridLines:

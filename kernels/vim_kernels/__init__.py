@@ -8,6 +8,7 @@ from vim_kernels.dispatch.contract import NormWeights as NormWeights
 from vim_kernels.dispatch.contract import ScanWeights as ScanWeights
 from vim_kernels.memory import less_memory as less_memory
 from vim_kernels.memory import saved_bytes as saved_bytes
+from vim_kernels.memory import saved_bytes_one_way as saved_bytes_one_way
 from vim_kernels.ops import add_rms_norm as add_rms_norm
 from vim_kernels.ops import bidirectional_scan as bidirectional_scan
 from vim_kernels.ops import causal_conv1d as causal_conv1d

@@ -1,13 +1,22 @@
 """Memory of the ops: how much a forward pass may take without gradients, and what it keeps with them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 
 from vim_kernels.dispatch.choice import function
-from vim_kernels.dispatch.contract import BidirectionalScan, Lines, NormWeights, PooledScan, Recompute, ScanWeights
+from vim_kernels.dispatch.contract import (
+    BidirectionalScan,
+    Lines,
+    NormWeights,
+    PooledScan,
+    Recompute,
+    ScanWeights,
+    SelectiveScan,
+)
 
 _is_tight: ContextVar[bool] = ContextVar("vim_kernels_less_memory", default=False)
 
@@ -51,10 +60,7 @@ def saved_bytes(
     if recompute == "states":
         return 0.0
     op = ("mixer", "bidirectional_scan_saved") if tokens_a_line is None else ("pooled", "pooled_scan_saved")
-    try:
-        saved_of = function(backend, *op)
-    except ImportError as error:
-        raise RuntimeError(f"backend {backend!r} cannot be imported: {error}") from error
+    saved_of = _function(backend, *op)
     tokens = 1 << 16
     with torch.device("meta"):
         xz = torch.empty(1, tokens, (1 + gated) * d_inner, dtype=dtype)
@@ -69,3 +75,21 @@ def saved_bytes(
             arguments = PooledScan(xz, weights, weights, places, norm_weights, 0.0)
         saved = saved_of(arguments)
         return sum(tensor.nbytes for tensor in saved) / tokens
+
+
+def saved_bytes_one_way(backend: str, *, d_inner: int, d_state: int, dtype: torch.dtype) -> float:
+    """As `saved_bytes`, that a `selective_scan` keeps beside its arguments."""
+    saved_of = _function(backend, "scan", "selective_scan_saved")
+    tokens = 1 << 16
+    with torch.device("meta"):
+        x, bc = torch.empty(1, tokens, d_inner, dtype=dtype), torch.empty(1, tokens, d_state, dtype=dtype)
+        channels, A = torch.empty(d_inner), torch.empty(d_inner, d_state)
+        saved = saved_of(SelectiveScan(x, x, A, bc, bc, channels, None, channels, None, None, True, False))
+        return sum(tensor.nbytes for tensor in saved) / tokens
+
+
+def _function(backend: str, room: str, name: str) -> Callable[..., Any]:
+    try:
+        return function(backend, room, name)
+    except ImportError as error:
+        raise RuntimeError(f"backend {backend!r} cannot be imported: {error}") from error

@@ -20,6 +20,8 @@ class Stack:
     tokens: int
     recompute: Recompute = "inputs"
     """What of a block the backward pass makes again."""
+    apart: bool = False
+    """Each token is scanned twice, once in each direction, by blocks whose directions are apart."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,10 @@ class Work:
     """In the order of the forward pass."""
     ends: float
     """Bytes that are saved outside of them."""
+    freed: float = 0.0
+    """Of these, what a decoder without blocks has given back before the backward pass of the blocks begins."""
+    ends_backward: float = 0.0
+    """Bytes that the backward pass of such a decoder needs beside what was saved."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ def footprint(model: nn.Module, work: Work, dtype: torch.dtype, backend: str = "
     """
 
     def saved_by_block(stack: Stack, recompute: Recompute) -> float:
-        return block_saved_bytes(stack.config, backend, dtype, stack.tokens, recompute)
+        return block_saved_bytes(stack.config, backend, dtype, stack.tokens, recompute, apart=stack.apart)
 
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -71,6 +77,10 @@ def footprint(model: nn.Module, work: Work, dtype: torch.dtype, backend: str = "
         saved += saved_by_block(stack, stack.recompute) * stack.tokens * stack.config.depth
 
     def backward(stack: Stack) -> float:
+        if stack.apart:  # one direction after the other; of a whole mixer that is made again both are there
+            again = saved_by_block(stack, "none") - saved_by_block(stack, stack.recompute)
+            again = again if stack.recompute == "products" else again / 2
+            return (block_backward_bytes(stack.config) / 2 + again) * stack.tokens
         # of what is made again, block_backward_bytes has the inputs of the scan
         again = saved_by_block(stack, "inputs") - saved_by_block(stack, stack.recompute)
         return (block_backward_bytes(stack.config) + again) * stack.tokens
@@ -81,7 +91,7 @@ def footprint(model: nn.Module, work: Work, dtype: torch.dtype, backend: str = "
         block=max(sizes),
         outside=parameters - sum(sizes),
         saved=saved,
-        first_backward=backward(work.stacks[-1]),
+        first_backward=max(work.ends_backward, backward(work.stacks[-1]) - work.freed),
         last_backward=backward(work.stacks[0]),
         casts=2 * trained if dtype.itemsize == 2 else 0,
     )

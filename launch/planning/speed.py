@@ -67,7 +67,7 @@ def _seconds(stack: Stack, rows: list[Row]) -> float:
     rate = beside / (step.batch * step.tokens * step.depth * _products(measured_config))
     work = stack.tokens * config.depth
     scan = work * config.d_inner * _scan_rate(stack.tokens, config.d_inner, rows)
-    return (scan + work * _products(config) * rate) / 1e3
+    return (scan + work * _products(config, stack.apart) * rate) / 1e3
 
 
 def _scan_rate(tokens: int, channels: int, rows: list[Row]) -> float:
@@ -80,7 +80,10 @@ def _scan_rate(tokens: int, channels: int, rows: list[Row]) -> float:
     return nearest.milliseconds / nearest.work
 
 
-def _products(config: VimConfig) -> float:
-    """Multiply-adds of a token in one block: in_proj and out_proj, x_proj and dt_proj of both directions."""
+def _products(config: VimConfig, apart: bool = False) -> float:
+    """Multiply-adds of a token in one block: in_proj and out_proj, x_proj and dt_proj of both directions.
+
+    Where these are apart, in_proj and out_proj have each token twice; each direction still scans it once.
+    """
     e, rank = config.d_inner, config.dt_rank
-    return 3 * config.d_model * e + 2 * e * (2 * rank + 2 * config.d_state)
+    return (1 + apart) * 3 * config.d_model * e + 2 * e * (2 * rank + 2 * config.d_state)

@@ -39,6 +39,7 @@ SYNONYMS = {
     "log_every": ("logging_steps", "log_interval", "print_freq"),
     "overwrite": ("overwrite_output_dir", "force"),
     "mask.ratio": ("masking_ratio",),
+    "objective": ("method", "pretext", "ssl", "pretraining"),
     "model.drop_path_rate": ("drop_path",),
     "model.recompute": ("grad_checkpointing", "gradient_checkpointing", "checkpointing", "activation_checkpointing"),
     "ema_decay": ("ema", "model_ema", "model_ema_decay"),

@@ -12,13 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pretrain.patches import normalise, patchify, unpatchify
 from vim_backbone import VimConfig, VisionMamba
 from vim_backbone.block import Block, RMSNorm
 from vim_backbone.errors import UserError, require
 from vim_backbone.packing import layout_of
-from vim_backbone.position import resize_table, sincos_table
+from vim_backbone.position import resize_table, sincos_table, with_channels
 from vim_backbone.tokens import TokenLayout
-from vim_backbone.vim import Images, lines_of, with_channels
+from vim_backbone.vim import Images, lines_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,27 +218,3 @@ def split_patches(mask: Tensor | Sequence[Tensor]) -> Split:
 def select(tokens: Tensor, indices: Tensor) -> Tensor:
     """Tokens (b, l, d) at indices (b, n) -> (b, n, d)."""
     return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[-1]))
-
-
-def patchify(images: Images, side: int) -> Tensor:
-    """(b, c, h, w) -> (b, l, p): patches row by row; within a patch row, column, channel. A list gives one row."""
-    if not isinstance(images, Tensor):
-        return torch.cat([patchify(image[None], side) for image in images], dim=1)
-    b, c, h, w = images.shape
-    grid = images.reshape(b, c, h // side, side, w // side, side)
-    return grid.permute(0, 2, 4, 3, 5, 1).reshape(b, (h // side) * (w // side), side * side * c)
-
-
-def unpatchify(patches: Tensor, side: int, grid: tuple[int, int]) -> Tensor:
-    """The inverse of `patchify`."""
-    b, (rows, columns) = len(patches), grid
-    image = patches.reshape(b, rows, columns, side, side, -1).permute(0, 5, 1, 3, 2, 4)
-    return image.reshape(b, -1, rows * side, columns * side)
-
-
-def normalise(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each patch with mean 0 and deviation 1 (b, l, p), and that mean and deviation (b, l, 1)."""
-    patches = patches.float()
-    mean = patches.mean(-1, keepdim=True)
-    deviation = (patches.var(-1, keepdim=True) + 1e-6).sqrt()
-    return (patches - mean) / deviation, mean, deviation

@@ -12,8 +12,10 @@ from launch.data.loading import to_device
 from launch.planning.memory import FLOAT, Stack, Work
 from pretrain.mae.masking import MaskConfig, draw_mask
 from pretrain.mae.model import DecoderConfig, MaskedAutoencoder, Reconstruction, split_patches
-from pretrain.mae.reconstructions import draw_reconstructions, reconstruction_grid, without_hidden
+from pretrain.mae.reconstructions import COLUMNS, reconstruction_grid
 from pretrain.objective import Inputs
+from pretrain.patches import without_hidden
+from pretrain.strips import draw_strips
 from vim_backbone import VimConfig, VisionMamba
 from vim_backbone.memory import Recompute
 from vim_backbone.preprocessing import Preprocessing
@@ -40,6 +42,10 @@ class MAE:
     def summary(self) -> str:
         """Share and kind of the masks."""
         return f"{self.mask.ratio:.0%} of the patches hidden ({self.mask.kind})"
+
+    def check(self, architecture: VimConfig) -> None:
+        """All that pretraining can make."""
+        del architecture
 
     def draw(self, grid: tuple[int, int], rng: torch.Generator) -> Tensor:
         """A mask (l,) bool, True = hidden."""
@@ -86,7 +92,7 @@ class MAE:
             hidden = round(100 * torch.cat([mask.float() for mask in extras]).mean().item())
             grid = reconstruction_grid(reconstruction.pixels, images, extras, patch_size, preprocessing)
             words = f"{title}, {hidden} % of the patches hidden; rebuilt ones have their true mean and contrast"
-            draw_reconstructions(grid, words, path)
+            draw_strips(grid, COLUMNS, words, path)
 
         return draw
 

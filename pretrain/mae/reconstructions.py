@@ -1,13 +1,9 @@
 """The picture of what a masked autoencoder learned: input, what it saw, what it made of it."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from torch import Tensor
 
-from pretrain.mae.model import patchify, unpatchify
+from pretrain.patches import without_hidden
 from vim_backbone.preprocessing import Preprocessing, shown, to_pixels
 from vim_backbone.vim import Images
 
@@ -27,30 +23,3 @@ def reconstruction_grid(
         visible = without_hidden(original, mask, patch_size)
         strips.append(torch.stack([original, visible, rebuilt]).permute(0, 2, 3, 1).cpu().numpy())
     return strips
-
-
-def without_hidden(pixels: Tensor, mask: Tensor, patch_size: int) -> Tensor:
-    """An image (c, h, w) in [0, 1] whose hidden patches, by the mask (l,), are grey."""
-    patches = patchify(pixels[None], patch_size)
-    grid = (pixels.shape[1] // patch_size, pixels.shape[2] // patch_size)
-    return unpatchify(torch.where(mask[None, :, None].to(patches.device), 0.35, patches), patch_size, grid)[0]
-
-
-def draw_reconstructions(grid: list[np.ndarray], title: str, path: Path) -> None:
-    """Write the grid as a PNG, two samples a row, with a title and column names."""
-    samples = len(grid)
-    rows = -(-samples // 2)
-    height, width = (max(sample.shape[axis] for sample in grid) for axis in (1, 2))
-    figure = Figure(figsize=(13, 0.9 + rows * (2.15 * height / width)), dpi=100, layout="constrained")
-    axes = figure.subplots(rows, 6 if samples > 1 else 3, squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for index, sample in enumerate(grid):
-        for column, (image, label) in enumerate(zip(sample, COLUMNS, strict=True)):
-            axis = axes[index // 2][(index % 2) * 3 + column]
-            axis.imshow(image, interpolation="nearest")
-            if index < 2:
-                axis.set_title(label, fontsize=11)
-    figure.suptitle(title, fontsize=12)
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path)

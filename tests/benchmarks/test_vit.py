@@ -35,3 +35,15 @@ def test_a_backbone_of_vit_blocks_is_published_and_read_again(tmp_path):
         again = from_pretrained(ours.save_pretrained(tmp_path))
     images = torch.randn(1, 3, 16, 16)
     assert torch.equal(again(images), ours(images))
+
+
+def test_apart_a_vit_sees_one_side_alone():
+    """The first half of the batch by what comes before, the second by what comes after, as Vim's directions."""
+    with blocks_of("vit"):
+        ours = VisionMamba(VimConfig(d_model=64, depth=2, img_size=(16, 24), patch_size=8, num_classes=0))
+    for direction in (0, 1):
+        tokens = torch.randn(1, 6, 64, requires_grad=True)
+        ours.encode(tokens, apart=True)[1][direction, 2].sum().backward()
+        assert tokens.grad is not None
+        seen = (tokens.grad[0].abs().amax(dim=1) > 0).tolist()
+        assert seen == [(place <= 2 if direction == 0 else place >= 2) for place in range(6)]

@@ -26,7 +26,7 @@ FIELDS = ["--data.workers=0", "--model.img_size=32", "--seed=3"]
 def configured(source, *argv):
     config = parse(PretrainConfig, [f"--data.source={source}", *FIELDS, *argv], "test", "")
     architecture = config.architecture()
-    view = View(architecture.img_size, architecture.grid(*architecture.img_size), config.data, config.objective.draw)
+    view = View(architecture.img_size, architecture.grid(*architecture.img_size), config.data, config.method.draw)
     data = config.data
     return config, view, open_source(data.source, split="train", column=None, streaming=data.streaming)
 

@@ -1,4 +1,4 @@
-"""What the loop relies on of an objective, for the one that is used: its parts fit together."""
+"""What the loop relies on of an objective, for each of them: its parts fit together."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from PIL import Image
 
 from launch.run.config import field_types
 from launch.run.randomness import generator
-from pretrain.config import OBJECTIVE, PretrainConfig
+from pretrain.config import OBJECTIVES, PretrainConfig
 from vim_backbone import VimConfig, VisionMamba
 from vim_backbone.block import Block
 from vim_backbone.preprocessing import RGB
@@ -14,10 +14,14 @@ from vim_backbone.preprocessing import RGB
 GRID = (4, 6)
 
 
+@pytest.fixture(params=OBJECTIVES)
+def objective(request):
+    return PretrainConfig(objective=request.param).method
+
+
 @pytest.fixture(params=["fixed", "native"])
-def views(request):
+def views(request, objective):
     """Images and what is added to them, stacked or as lists."""
-    objective = PretrainConfig().objective
     extras = [objective.draw(GRID, generator(i)) for i in range(3)]
     images = torch.randn(3, 3, 32, 48, generator=generator(0))
     return (images, torch.stack(extras)) if request.param == "fixed" else (list(images), extras)
@@ -30,8 +34,8 @@ def encoder():
     )
 
 
-def test_the_model_trains_the_encoder_that_is_published(views):
-    objective, whole = PretrainConfig().objective, encoder()
+def test_the_model_trains_the_encoder_that_is_published(objective, views):
+    whole = encoder()
     model = objective.build(whole)
     assert objective.encoder(model) is whole
     images, extras = views
@@ -42,24 +46,24 @@ def test_the_model_trains_the_encoder_that_is_published(views):
     assert all(p.grad is not None for p in whole.parameters() if p.requires_grad)
 
 
-def test_tokens_are_those_that_the_encoder_scans(views):
-    objective, whole = PretrainConfig().objective, encoder()
+def test_tokens_are_those_that_the_encoder_scans(objective, views):
+    whole = encoder()
     model = objective.build(whole)
     images, extras = views
     lengths = []
+    twice = 2 if objective.work(whole.config, 4, recompute="inputs").stacks[0].apart else 1
     block = next(m for m in whole.modules() if isinstance(m, Block))
     block.register_forward_pre_hook(
         lambda module, arguments: lengths.append(arguments[0].shape[0] * arguments[0].shape[1])
     )
     inputs = objective.inputs(extras, torch.device("cpu"))
     model(images, *inputs.arguments)
-    assert lengths == [inputs.tokens + 3]  # and a class token for each of three pictures
+    assert lengths == [twice * (inputs.tokens + 3)]  # and a class token for each of three pictures
     work = objective.work(whole.config, 4, recompute="inputs")
-    assert 3 * work.stacks[0].tokens == lengths[0]
+    assert 3 * twice * work.stacks[0].tokens == lengths[0]
 
 
-def test_what_was_learned_becomes_a_picture(views, tmp_path):
-    objective = PretrainConfig().objective
+def test_what_was_learned_becomes_a_picture(objective, views, tmp_path):
     images, extras = views
     with torch.no_grad():
         draw = objective.show(objective.build(encoder()).eval(), images, extras, RGB)
@@ -70,13 +74,17 @@ def test_what_was_learned_becomes_a_picture(views, tmp_path):
 
 def test_the_fields_it_names_exist():
     types = field_types(PretrainConfig)
-    assert all(any(name.startswith(prefix) for name in types) for prefix in OBJECTIVE.architecture_fields)
-    assert set(OBJECTIVE.cost_fields) <= types.keys()
+    for kind in OBJECTIVES.values():
+        assert all(any(name.startswith(prefix) for name in types) for prefix in kind.architecture_fields)
+        assert set(kind.cost_fields) <= types.keys()
 
 
-def test_what_is_visible_is_the_view_without_what_the_encoder_skips():
+def test_the_command_line_knows_all():
+    assert field_types(PretrainConfig)["objective"] == f"one of {', '.join(OBJECTIVES)}"
+
+
+def test_what_is_visible_is_the_view_without_what_the_encoder_skips(objective):
     """As many patches stay as the encoder scans tokens, and they stay as they were."""
-    objective = PretrainConfig().objective
     extra = objective.draw(GRID, generator(0))
     pixels = torch.rand(3, 32, 48, generator=generator(1))
     visible = objective.visible(pixels, extra, 8)

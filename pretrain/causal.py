@@ -1,0 +1,58 @@
+"""What objectives that predict what comes next share: which encoders they can train, and what a step costs them.
+
+The two directions of a Vim are two causal networks here (`VisionMamba.encode` with `apart`): in no block does one see
+what the other made, so that nothing comes back from the patches that are to be foretold. The forward one foretells what
+comes next, the backward one what came before.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from launch.planning.memory import Stack
+from pretrain.objective import Inputs
+from vim_backbone import VimConfig, VisionMamba
+from vim_backbone.errors import UserError, require
+from vim_backbone.memory import Recompute
+from vim_backbone.vim import Images
+
+
+def check_causal(architecture: VimConfig, objective: str) -> None:
+    """Raise UserError for an encoder that lets a patch see what comes after it, or has nothing that does."""
+    remedy = f"objective {objective} foretells patches, and the mean of a line holds later ones; set model.scan to full"
+    require(architecture.scan == "full", "model.scan", architecture.scan, remedy)
+    if architecture.stride != architecture.patch_size:
+        raise UserError(
+            f"stride {architecture.stride} differs from patch_size {architecture.patch_size}: patches that overlap "
+            "show what is to be foretold; pretrain with stride = patch_size"
+        )
+    rows, columns = architecture.grid(*architecture.img_size)
+    size = list(architecture.img_size)
+    require(rows * columns > 1, "model.img_size", size, f"objective {objective} needs two patches at least")
+
+
+def draw_nothing(grid: tuple[int, int]) -> Tensor:
+    """A mask (l,) bool that hides no patch."""
+    return torch.zeros(grid[0] * grid[1], dtype=torch.bool)
+
+
+def inputs_of_all(extras: Tensor | Sequence[Tensor], tokens: Sequence[int] | None) -> Inputs:
+    """No arguments, and the tokens of all patches of views to which `draw_nothing` was added."""
+    return Inputs((), sum(len(extra) * count for extra, count in zip(extras, tokens or [1] * len(extras), strict=True)))
+
+
+def apart(encoder: VisionMamba, images: Images) -> tuple[Tensor, Tensor]:
+    """What the forward and the backward direction make of pictures: normed patches (b, l, d_model) each.
+
+    Of a list, one row (1, l, d_model) each.
+    """
+    forward, backward = encoder.encode(encoder.embed(images), encoder.lengths(images), apart=True)[1].chunk(2)
+    return forward, backward
+
+
+def encoder_stack(architecture: VimConfig, recompute: Recompute) -> Stack:
+    """The encoder's blocks, over all patches of a picture, in each direction apart."""
+    rows, columns = architecture.grid(*architecture.img_size)
+    patches = rows * columns * architecture.tokens_a_patch(architecture.in_chans)
+    return Stack(architecture, patches + architecture.num_special, recompute, apart=True)

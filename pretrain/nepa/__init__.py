@@ -1,0 +1,1 @@
+"""Next embedding prediction (NEPA, arXiv 2512.16922) on Vim."""

@@ -1,0 +1,87 @@
+"""Next embedding prediction as an objective: the model, its pictures, and what a step of it costs."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from launch.planning.memory import FLOAT, Work
+from pretrain.causal import check_causal, draw_nothing, encoder_stack, inputs_of_all
+from pretrain.nepa.agreement import COLUMNS, agreement_strips
+from pretrain.nepa.model import NextEmbedding
+from pretrain.objective import Inputs
+from pretrain.strips import draw_strips
+from vim_backbone import VimConfig, VisionMamba
+from vim_backbone.memory import Recompute
+from vim_backbone.preprocessing import Preprocessing
+from vim_backbone.vim import Images
+
+
+@dataclass(frozen=True, kw_only=True)
+class NEPA:
+    """Next embedding prediction (arXiv 2512.16922); see `pretrain.objective.Objective`."""
+
+    title: ClassVar[str] = "Next embedding prediction"
+    picture_folder: ClassVar[str] = "predictions"
+    architecture_fields: ClassVar[tuple[str, ...]] = ()
+    cost_fields: ClassVar[dict[str, str]] = {}
+
+    @property
+    def summary(self) -> str:
+        """What is foretold."""
+        return "each patch's embedding foretold from those before it, and from those after it"
+
+    def check(self, architecture: VimConfig) -> None:
+        """Full scans alone, of two patches or more."""
+        check_causal(architecture, "nepa")
+
+    def draw(self, grid: tuple[int, int], rng: torch.Generator) -> Tensor:
+        """A mask (l,) bool that hides nothing."""
+        del rng
+        return draw_nothing(grid)
+
+    def visible(self, pixels: Tensor, extra: Tensor, patch_size: int) -> Tensor:
+        """All of it."""
+        del extra, patch_size
+        return pixels
+
+    def build(self, encoder: VisionMamba) -> NextEmbedding:
+        """The encoder with the loss."""
+        return NextEmbedding(encoder)
+
+    def encoder(self, model: nn.Module) -> VisionMamba:
+        """The encoder inside the model."""
+        assert isinstance(model, NextEmbedding)
+        return model.encoder
+
+    def inputs(
+        self, extras: Tensor | Sequence[Tensor], device: torch.device, tokens: Sequence[int] | None = None
+    ) -> Inputs:
+        """No arguments."""
+        del device
+        return inputs_of_all(extras, tokens)
+
+    def show(
+        self, model: nn.Module, images: Images, extras: Tensor | Sequence[Tensor], preprocessing: Preprocessing
+    ) -> Callable[[str, Path], None]:
+        """Input, and how well each patch was foretold by either direction. For all processes."""
+        del extras
+        encoder, agreements = self.encoder(model), model(images, agree=True)
+        if isinstance(images, Tensor):
+            agreements = [(ahead[None], back[None]) for both in agreements for ahead, back in zip(*both, strict=True)]
+
+        def draw(title: str, path: Path) -> None:
+            cosine = torch.cat([torch.cat(both, dim=1).flatten() for both in agreements]).mean().item()
+            strips = agreement_strips(images, agreements, encoder.config, preprocessing)
+            words = f"{title}; bright where a patch was foretold well, by its cosine (mean {cosine:.3f})"
+            draw_strips(strips, COLUMNS, words, path)
+
+        return draw
+
+    def work(self, architecture: VimConfig, itemsize: int, recompute: Recompute) -> Work:
+        """The encoder over all tokens in both directions apart, and the ends: its output, and the cosines."""
+        stack = encoder_stack(architecture, recompute)
+        return Work(stacks=(stack,), ends=2 * stack.tokens * architecture.d_model * (2 * FLOAT + itemsize))

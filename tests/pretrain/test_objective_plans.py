@@ -1,0 +1,66 @@
+"""The planner against what real steps of the objectives that mask nothing allocate, and what it says of them."""
+
+import shlex
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.machine import peak_allocated
+from launch.planning.memory import peak, shares
+from launch.run.cli import parse
+from launch.run.optim import OptimConfig, build_optimizer
+from launch.run.randomness import generator
+from pretrain.config import ModelConfig, PretrainConfig
+from pretrain.plan import main, planned_footprints
+from pretrain.train import build_model
+from vim_backbone import UserError
+
+PICTURES = 4
+
+
+@pytest.mark.parametrize("objective", ["nepa", "ar"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", ["none", "inputs", "products"])
+def test_the_peak_of_a_real_step_is_foretold(objective, level, dtype):
+    torch.set_num_threads(1)  # two threads wait for each other where the cores are shared
+    model = ModelConfig(img_size=224, patch_size=16, depth=6, recompute=level)
+    config = PretrainConfig(objective=objective, model=model)
+    trained = build_model(config)
+    optimizer = build_optimizer(trained, OptimConfig(), 256)
+    images = torch.randn(PICTURES, 3, 224, 224)
+    extras = torch.stack([config.method.draw((14, 14), generator(0))] * PICTURES)
+    inputs = config.method.inputs(extras, images.device)
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = trained(images, *inputs.arguments)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    held = [*trained.parameters(), *(v for entry in optimizer.state.values() for v in entry.values())]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    measured = sum(t.nbytes for t in held) + peak_allocated(profiled)
+    work = config.method.work(config.architecture(), dtype.itemsize, level)
+    planned = planned_footprints(config.architecture(), config.method, [work], dtype, "cpu")[0]
+    assert planned.parameters == sum(p.numel() for p in trained.parameters())
+    assert peak(planned, shares(planned, 1)[0], PICTURES) == pytest.approx(measured, rel=0.06)
+
+
+@pytest.mark.parametrize("objective", ["nepa", "ar"])
+def test_the_command_trains_by_the_objective(objective, capsys):
+    main(["--model", "vim_tiny", "--gpus", "1", "--batch-size", "64", "--objective", objective])
+    printed = capsys.readouterr().out
+    assert "of 196 patches a picture the encoder sees 196" in printed
+    words = shlex.split(printed.splitlines()[-1].split("pretrain/main.py ")[1])
+    config = parse(PretrainConfig, words, "", "")
+    assert config.objective == objective
+    assert config.not_used() == []
+
+
+def test_costs_of_another_objective_are_refused():
+    with pytest.raises(UserError, match=r"mask-ratio is 0\.5: it is of objective mae, not of nepa"):
+        main(["--objective", "nepa", "--mask-ratio", "0.5"])

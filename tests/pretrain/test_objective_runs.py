@@ -1,0 +1,103 @@
+"""Whole runs of the objectives beside MAE: they learn, resume exactly, and publish a backbone like any other."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from launch.run.cli import parse
+from pretrain.config import PretrainConfig
+from pretrain.train import pretrain
+from tests.rows import read_metrics
+from vim_backbone import UserError, from_pretrained
+
+SMALL = ["--model.img_size=32", "--model.depth=2", "--batch_size=4", "--optim.warmup_steps=1", "--log_every=1",
+         "--data.workers=0", "--trackers=[]"]  # fmt: skip
+OTHERS = ["nepa", "ar"]
+
+
+def config(folder, objective, *argv):
+    return parse(PretrainConfig, [*SMALL, f"--objective={objective}", f"--out={folder}", *argv], "", "")
+
+
+def losses(folder):
+    return {row["step"]: (row["loss"], row["grad_norm"]) for row in read_metrics(folder / "metrics.jsonl")}
+
+
+@pytest.mark.parametrize("objective", OTHERS)
+def test_it_learns(objective, tmp_path):
+    """Of the same views at every step, so that nothing but learning changes the loss."""
+    same = ("--batch_size=12", "--data.min_scale=1", "--data.flip=false")
+    curve = losses(pretrain(config(tmp_path, objective, "--steps=12", "--optim.base_lr=0.05", *same)))
+    assert curve[12][0] < curve[1][0] - 0.2
+
+
+EVERYTHING = ("--accumulation=2", "--ema_decay=0.9", "--model.drop_path_rate=0.5", "--precision=bf16")
+PACKED = ("--data.sizes=native", "--data.batch_by=patches", "--model.patch_size=8")
+STAGES = ("--stages=[{until: 0.5, img_size: 16}, {}]",)
+
+
+@pytest.mark.parametrize(
+    ("objective", "options"),
+    [
+        pytest.param("nepa", EVERYTHING, id="nepa, everything"),
+        pytest.param("nepa", (*PACKED, "--model.channels=tokens"), id="nepa, packed"),
+        pytest.param("nepa", STAGES, id="nepa, stages"),
+        pytest.param("ar", (*EVERYTHING, "--ar.cluster=2"), id="ar, everything"),
+        pytest.param("ar", PACKED, id="ar, packed"),
+    ],
+)
+def test_resume_is_exact(objective, options, tmp_path):
+    options = ["--steps=4", "--checkpoint_every=2", *options]
+    whole = pretrain(config(tmp_path / "whole", objective, *options))
+    cut = tmp_path / "cut/pretrain"
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoints/step-00000004")
+    shutil.rmtree(cut / "backbone")
+    pretrain(config(tmp_path / "cut", objective, "--resume", *options))
+    assert losses(cut) == losses(whole)
+    last = "checkpoints/step-00000004/model.safetensors"
+    torch.testing.assert_close(load_file(cut / last), load_file(whole / last), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("objective", OTHERS)
+def test_what_a_run_leaves_behind(objective, tmp_path):
+    """Its backbone scans in both directions, as any other; what another objective would need is said to be unused."""
+    folder = pretrain(config(tmp_path, objective, "--steps=2", "--mask.ratio=0.5"))
+    assert [path.name for path in (folder / "predictions").iterdir()] == ["step-00000002.png"]
+    assert (folder / "report.html").read_text().count("data:image/webp") == 1
+    assert (
+        f"mask.ratio 0.5 is a setting of objective mae, which {objective} does not use"
+        in (folder / "log.jsonl").read_text()
+    )
+    backbone = from_pretrained(folder / "backbone")
+    trained = {k[8:]: v for k, v in load_file(folder / "checkpoints/step-00000002/model.safetensors").items()}
+    torch.testing.assert_close(backbone.state_dict(), {k: trained[k] for k in backbone.state_dict()}, rtol=0, atol=0)
+    first = torch.randn(1, 3, 32, 32)
+    second = first.clone()
+    second[..., -8:, -8:] += 1  # the last patch, which the features of the first one see
+    with torch.no_grad():
+        features, others = (backbone.forward_features(images)[0, 1] for images in (first, second))
+    assert not torch.equal(features, others)
+    with pytest.raises(UserError, match=f"was trained with objective = {objective}, not mae"):
+        pretrain(config(tmp_path, "mae", "--steps=3", "--resume"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--objective=nipa"], "objective is nipa: it must be one of mae, nepa, ar"),
+        (["--objective=nepa", "--model.scan=pooled"], "model.scan is 'pooled': objective nepa foretells patches"),
+        (["--objective=ar", "--model.channels=tokens"], "model.channels is 'tokens': objective ar rebuilds patches"),
+        (["--objective=ar", "--ar.cluster=0"], "ar.cluster is 0: it must be at least 1 patch, or null"),
+        (["--objective=nepa", "--model.img_size=8"], r"model.img_size is \[8, 8\]: objective nepa needs two patches"),
+        (
+            ["--objective=nepa", "--model.img_size=64", "--stages=[{until: 0.5, img_size: 8}, {}]"],
+            r"stages\[0\]: model.img_size is \[8, 8\]",
+        ),
+    ],
+)
+def test_mistakes_get_one_line_before_any_work(argv, words):
+    with pytest.raises(UserError, match=words):
+        parse(PretrainConfig, argv, "", "")
