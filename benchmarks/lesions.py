@@ -80,7 +80,7 @@ def backbone_of(net: str, start: str, seed: int, options: argparse.Namespace) ->
         "--optim.warmup_steps=50", "--optim.clip_grad=1", f"--picture_every={options.pretraining}",
     ], "pretrain/main.py", "")  # fmt: skip
     if start == "scratch":
-        return config.objective.encoder(build_model(config)).save_pretrained(folder)
+        return config.method.encoder(build_model(config)).save_pretrained(folder)
     with contextlib.redirect_stderr(io.StringIO()):
         return pretrain(config) / "backbone"
 
