@@ -23,7 +23,7 @@ from vim_backbone.vim import VisionMamba
 Feature = Literal["logits", "pooled", "class", "patches"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
-"""Largest difference to the model in float32, as a share of the largest value of an output (of 1 where that is less)."""
+"""Largest difference to the model in float32, as a share of an output's largest value (of 1 where that is less)."""
 
 
 class Exported(NamedTuple):
@@ -71,7 +71,15 @@ def export(
     parts = {"channels": model.in_chans, "stride": model.config.stride, "smallest": fewest_strides(model.config)}
     sizes = sizes_to_try(model.config)
     return write_program(
-        lambda model: lambda images: outputs_of(model, names, images), model, out, kind, dtype, names, texts, parts, sizes
+        lambda model: lambda images: outputs_of(model, names, images),
+        model,
+        out,
+        kind,
+        dtype,
+        names,
+        texts,
+        parts,
+        sizes,
     )
 
 
@@ -97,6 +105,8 @@ def check_request(out: Path, format: str, dtype: str) -> Format:  # noqa: A002 -
         raise UserError(f"format is {format!r}: {nearest(format, FORMATS)}")
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}: {nearest(dtype, DTYPES)}")
+    if format == "onnx" and dtype == "bfloat16":
+        raise UserError("dtype is bfloat16: onnxruntime has no convolution of it on CPUs, take float16 or float32")
     kind = FORMATS[format]
     if out.suffix != kind.ending:
         raise UserError(f"OUT is {out}: a file of format {format} ends in {kind.ending}")
@@ -112,7 +122,7 @@ def check_features(features: Sequence[str] | None, config: VimConfig) -> list[st
     """The outputs asked for. Raises UserError for those that the backbone does not have."""
     if config.num_registers:
         raise UserError(
-            f"num_registers is {config.num_registers}: where registers sit depends on the size, which a program leaves open"
+            f"num_registers is {config.num_registers}: a program leaves the size open, on which their places depend"
         )
     names = list(features or (["logits"] if config.num_classes else ["pooled"]))
     for name in names:
@@ -145,7 +155,10 @@ def sizes_to_try(config: VimConfig) -> list[tuple[int, int, int]]:
     """Batch, height and width: two pictures of the size of training, and one of another shape and size."""
     height, width = config.img_size
     smallest = (fewest_strides(config) + 1) * config.stride
-    return [(2, height, width), (1, max(smallest, height + 2 * config.stride), max(smallest, config.padded(width // 2)))]
+    return [
+        (2, height, width),
+        (1, max(smallest, height + 2 * config.stride), max(smallest, config.padded(width // 2))),
+    ]
 
 
 def write_program(
@@ -207,15 +220,19 @@ def compare(
             with torch.no_grad():
                 got = list(run(images))
         except Exception as error:  # a runtime raises anything
-            raise UserError(f"the program does not run on pictures {size}: {str(error).strip().splitlines()[0]}") from error
+            raise UserError(
+                f"the program does not run on pictures {size}: {str(error).strip().splitlines()[0]}"
+            ) from error
         for name, a, b in zip(names, got, wanted, strict=True):
             if a.shape != b.shape:
-                raise UserError(f"{name} of the program has shape {tuple(a.shape)} for {size}, the model's {tuple(b.shape)}")
+                raise UserError(
+                    f"{name} of the program has shape {tuple(a.shape)} for {size}, the model's {tuple(b.shape)}"
+                )
             difference = ((a - b).abs().max() / b.abs().max().clamp(min=1)).item()
             if not difference <= tolerance:
                 raise UserError(
-                    f"{name} of the program differs from the model's by {difference:.1e} for pictures {size}, more than "
-                    f"{tolerance:.0e}: nothing was written"
+                    f"{name} of the program differs from the model's by {difference:.1e} for pictures {size}, "
+                    f"more than {tolerance:.0e}: nothing was written"
                 )
             worst = max(worst, difference)
     return worst

@@ -55,7 +55,9 @@ def batch_lines(
         key = ((pictures * columns + within // tokens) * rows + row) * tokens + within % tokens
         order = key.argsort()
         row_line, column_line = pictures * rows + row, key[order] // (rows * tokens)
-    weights = [torch.full((batch * n,), share / size, device=device) for n, size in ((rows, width), (columns, rows * tokens))]
+    weights = [
+        torch.full((batch * n,), share / size, device=device) for n, size in ((rows, width), (columns, rows * tokens))
+    ]
     return GridLines(_lines(row_line, weights[0]), _lines(column_line, weights[1], order))
 
 

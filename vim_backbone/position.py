@@ -1,5 +1,7 @@
 """The position table: made, and resampled to another grid with the class slot left alone."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -49,7 +51,7 @@ def bicubic_weights(old: int, new: int, device: torch.device) -> Tensor:
 
     Keys' kernel with a = -0.5, as wide as the new place where that is larger, and normalised where it is cut off.
     """
-    width = max(1.0, old / new) if isinstance(new, int) else torch.sym_max(1.0, old / new)
+    width: Any = torch.sym_max(1.0, old / new)
     centres = (torch.arange(new, device=device) + 0.5) * (old / new)
     x = ((torch.arange(old, device=device) + 0.5 - centres[:, None]) / width).abs()
     near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2

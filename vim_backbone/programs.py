@@ -60,7 +60,9 @@ def trace(model: PicturesIn, channels: int, stride: int, smallest: int) -> Expor
     Raises:
         UserError: PyTorch cannot trace it.
     """
-    shapes = ({0: Dim("batch", min=1), 2: stride * Dim("rows", min=smallest), 3: stride * Dim("columns", min=smallest)},)
+    shapes = (
+        {0: Dim("batch", min=1), 2: stride * Dim("rows", min=smallest), 3: stride * Dim("columns", min=smallest)},
+    )
     images = torch.zeros(3, channels, (smallest + 4) * stride, (smallest + 6) * stride)
     with _quiet("PyTorch cannot trace the model"), torch.no_grad(), use_backend("export"):
         return torch.export.export(model, (images,), dynamic_shapes=shapes)
@@ -73,6 +75,11 @@ def write_onnx(program: ExportedProgram, path: Path, outputs: Sequence[str], tex
             program, input_names=[INPUT], output_names=list(outputs), opset_version=OPSET, verbose=False
         )
         assert onnx is not None
+        graph: Any = onnx.model.graph
+        (images,), shape = graph.inputs, type(graph.inputs[0].shape)
+        images.shape = shape(["batch", images.shape[1], "height", "width"])
+        for output in graph.outputs:
+            output.shape = shape(["batch", *output.shape[1:2], *("rows", "columns")[: len(output.shape) - 2]])
         onnx.model.metadata_props.update(texts)
         onnx.save(path)
 
@@ -150,7 +157,9 @@ def require_onnx() -> None:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise UserError(f"{error.name} is not installed, which ONNX needs: pip install 'vision-mamba-pretrain[export]'") from error
+        raise UserError(
+            f"{error.name} is not installed, which ONNX needs: pip install 'vision-mamba-pretrain[export]'"
+        ) from error
 
 
 def require_compiler() -> None:

@@ -44,7 +44,8 @@ def selective_scan(
     step = step if dt_bias is None else step + dt_bias.float()
     step = F.softplus(step) if dt_softplus else step
     inputs = [t.flip(1) if reverse else t for t in (step, step * u, B, C)]
-    y, state = _recurrence(*(t[None] for t in (*inputs, A)), initial_state)
+    step, drive, B, C = (t[None] for t in inputs)
+    y, state = _recurrence(step, drive, B, C, A[None], initial_state)
     y = y[0].flip(1) if reverse else y[0]
     y = y if D is None else y + D.float() * u
     y = y if z is None else y * F.silu(z.float())
@@ -75,7 +76,7 @@ def bidirectional_scan(
     x, z = xz.float().chunk(2, dim=-1) if gated else (xz.float(), None)
     us = [F.silu(_convolve(x, w.conv_weight, w.conv_bias, r)) for w, r in ((forward, False), (backward, True))]
     ys = _project_and_scan(us, (forward, backward))
-    total = sum(y + w.D.float() * u for y, w, u in zip(ys, (forward, backward), us, strict=True)) / 2
+    total = _mean_with_skips(ys, us, (forward, backward))
     return (total if z is None else total * F.silu(z)).to(xz.dtype)
 
 
@@ -102,7 +103,7 @@ def pooled_scan(
         pooled.append((sums * lines.weights[:, None]).view(b, -1, x.shape[-1]))
     ys = _project_and_scan(pooled, (forward, backward))
     spread = [y.flatten(0, 1)[line_of].view(b, l, -1) for y in ys]
-    total = sum(y + w.D.float() * u for y, w, u in zip(spread, (forward, backward), us, strict=True)) / 2
+    total = _mean_with_skips(spread, us, (forward, backward))
     if order is not None:
         total = torch.zeros_like(total.flatten(0, 1)).index_put((order,), total.flatten(0, 1)).view(b, l, -1)
     if norm is not None:
@@ -126,8 +127,14 @@ def _project_and_scan(us: list[Tensor], two: tuple[ScanWeights, ScanWeights]) ->
         step = F.softplus(F.linear(low.contiguous(), weights.dt_proj.float(), weights.dt_bias.float()))
         inputs.append([t.flip(1) if reverse else t for t in (step, step * u, B, C)])
     A = torch.stack([-torch.exp(weights.A_log.float()) for weights in two])
-    y, _ = _recurrence(*(torch.stack(pair) for pair in zip(*inputs, strict=True)), A, None)
+    step, drive, B, C = (torch.stack(pair) for pair in zip(*inputs, strict=True))
+    y, _ = _recurrence(step, drive, B, C, A, None)
     return [y[0], y[1].flip(1)]
+
+
+def _mean_with_skips(ys: list[Tensor], us: list[Tensor], two: tuple[ScanWeights, ScanWeights]) -> Tensor:
+    first, second = (y + weights.D.float() * u for y, u, weights in zip(ys, us, two, strict=True))
+    return (first + second) / 2
 
 
 def _recurrence(
@@ -139,7 +146,11 @@ def _recurrence(
     States are (g, b, n, d), so that all but the exponential is rows of channels.
     """
     A_nd = A.mT.contiguous()[:, None]
-    h = A_nd.new_zeros(A.shape[0], step.shape[1], *A_nd.shape[2:]) if initial is None else initial.mT[None].float()
+    h = (
+        A_nd.new_zeros(A.shape[0], step.shape[1], *A_nd.shape[2:])
+        if initial is None
+        else initial.mT[None].float().contiguous()
+    )
     of_token = [t.permute(2, 0, 1, 3) for t in (step, drive, B, C)]
     rows = [of_token[0][:, :, :, None], of_token[1][:, :, :, None], of_token[2][..., None], of_token[3][:, :, :, None]]
 
@@ -158,8 +169,10 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> 
     taps, l = weight.shape[1], x.shape[1]
     padded = F.pad(x, (0, 0, 0, taps - 1) if reverse else (0, 0, taps - 1, 0))
     kernel = (weight.flip(1) if reverse else weight).float()
-    y = sum(padded[:, k : k + l] * kernel[:, k] for k in range(taps))
-    return y if bias is None else y + bias.float()
+    y = torch.zeros_like(x) if bias is None else bias.float()
+    for k in range(taps):
+        y = y + padded[:, k : k + l] * kernel[:, k]
+    return y
 
 
 def _refuse_packed(borders: Tensor | None) -> None:
