@@ -1,7 +1,7 @@
 """Every op in operators that other runtimes have: what `torch.export` makes a program of, for ONNX and AOTInductor.
 
 The recurrence is one `scan` of PyTorch's higher-order operators, a token a step, both directions of a mixer in the same
-steps. It is ONNX's Scan, and a loop of C++ in AOTInductor. Measured beside tiles and chunks by `benchmarks.onnx_scan`.
+steps. It is ONNX's Scan, and a loop of C++ in AOTInductor. Measured beside tiles and chunks by `benchmarks.export`.
 Lengths may be symbols. Forward only, and nothing packed. Shape letters as in `vim_kernels.reference`; g directions.
 """
 
@@ -45,7 +45,7 @@ def selective_scan(
     step = F.softplus(step) if dt_softplus else step
     inputs = [t.flip(1) if reverse else t for t in (step, step * u, B, C)]
     step, drive, B, C = (t[None] for t in inputs)
-    y, state = _recurrence(step, drive, B, C, A[None], initial_state)
+    y, state = recurrence(step, drive, B, C, A[None], initial_state)
     y = y[0].flip(1) if reverse else y[0]
     y = y if D is None else y + D.float() * u
     y = y if z is None else y * F.silu(z.float())
@@ -128,7 +128,7 @@ def _project_and_scan(us: list[Tensor], two: tuple[ScanWeights, ScanWeights]) ->
         inputs.append([t.flip(1) if reverse else t for t in (step, step * u, B, C)])
     A = torch.stack([-torch.exp(weights.A_log.float()) for weights in two])
     step, drive, B, C = (torch.stack(pair) for pair in zip(*inputs, strict=True))
-    y, _ = _recurrence(step, drive, B, C, A, None)
+    y, _ = recurrence(step, drive, B, C, A, None)
     return [y[0], y[1].flip(1)]
 
 
@@ -137,7 +137,7 @@ def _mean_with_skips(ys: list[Tensor], us: list[Tensor], two: tuple[ScanWeights,
     return (first + second) / 2
 
 
-def _recurrence(
+def recurrence(
     step: Tensor, drive: Tensor, B: Tensor, C: Tensor, A: Tensor, initial: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Step and drive (g, b, l, d), B and C (g, b, l, n), A (g, d, n), initial (b, d, n) -> y (g, b, l, d), final
