@@ -5,11 +5,12 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vim_backbone.config import VimConfig
 from vim_backbone.errors import UserError, nearest
@@ -17,13 +18,28 @@ from vim_backbone.files import explain, remove
 from vim_backbone.hub import find_backbone
 from vim_backbone.preprocessing import Preprocessing, preprocessor, read_preprocessing
 from vim_backbone.pretrained import from_pretrained
-from vim_backbone.programs import FORMATS, Format, PicturesIn, Run, trace
+from vim_backbone.programs import FORMATS, PicturesIn, Run, trace
 from vim_backbone.vim import VisionMamba
 
 Feature = Literal["logits", "pooled", "class", "patches"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 """Largest difference to the model in float32, as a share of an output's largest value (of 1 where that is less)."""
+
+
+class Subject(NamedTuple):
+    """What becomes a program."""
+
+    model: nn.Module
+    """In float32."""
+    outputs: Callable[[Any, Tensor], Sequence[Tensor]]
+    """Of the model and pictures (b, c, h, w)."""
+    names: Sequence[str]
+    """Of the outputs."""
+    config: VimConfig
+    """Of the backbone, which says what pictures it takes."""
+    texts: dict[str, str]
+    """What is put into the file."""
 
 
 class Exported(NamedTuple):
@@ -63,27 +79,16 @@ def export(
             output is not the model's.
     """
     out = Path(out)
-    kind = check_request(out, format, dtype)
+    check_request(out, format, dtype)
     folder = find_backbone(name, revision)
     model = from_pretrained(folder)
     names = check_features(features, model.config)
     texts = describe(model.config, read_preprocessing(folder))
-    parts = {"channels": model.in_chans, "stride": model.config.stride, "smallest": fewest_strides(model.config)}
-    sizes = sizes_to_try(model.config)
-    return write_program(
-        lambda model: lambda images: outputs_of(model, names, images),
-        model,
-        out,
-        kind,
-        dtype,
-        names,
-        texts,
-        parts,
-        sizes,
-    )
+    subject = Subject(model, partial(outputs_of, names), names, model.config, texts)
+    return write_program(subject, out, format, dtype)
 
 
-def outputs_of(model: VisionMamba, names: Sequence[str], images: Tensor) -> list[Tensor]:
+def outputs_of(names: Sequence[str], model: VisionMamba, images: Tensor) -> list[Tensor]:
     """The outputs of these names."""
     tokens = model.forward_features(images)
     special = model.num_prefix_tokens
@@ -99,8 +104,8 @@ def outputs_of(model: VisionMamba, names: Sequence[str], images: Tensor) -> list
     return [made[name]() for name in names]
 
 
-def check_request(out: Path, format: str, dtype: str) -> Format:  # noqa: A002 - as above
-    """The format. Raises UserError for a file that cannot be made, before anything is read."""
+def check_request(out: Path, format: str, dtype: str) -> None:  # noqa: A002 - as above
+    """Raise UserError for a file that cannot be made, before anything is read."""
     if format not in FORMATS:
         raise UserError(f"format is {format!r}: {nearest(format, FORMATS)}")
     if dtype not in DTYPES:
@@ -115,15 +120,10 @@ def check_request(out: Path, format: str, dtype: str) -> Format:  # noqa: A002 -
     if not out.parent.is_dir():
         raise UserError(f"OUT is {out}: the folder {out.parent} does not exist")
     kind.check()
-    return kind
 
 
 def check_features(features: Sequence[str] | None, config: VimConfig) -> list[str]:
     """The outputs asked for. Raises UserError for those that the backbone does not have."""
-    if config.num_registers:
-        raise UserError(
-            f"num_registers is {config.num_registers}: a program leaves the size open, on which their places depend"
-        )
     names = list(features or (["logits"] if config.num_classes else ["pooled"]))
     for name in names:
         if name not in get_args(Feature):
@@ -161,33 +161,19 @@ def sizes_to_try(config: VimConfig) -> list[tuple[int, int, int]]:
     ]
 
 
-def write_program(
-    outputs: Callable[[Any], Callable[[Tensor], Sequence[Tensor]]],
-    model: Any,
-    out: Path,
-    kind: Format,
-    dtype: str,
-    names: Sequence[str],
-    texts: dict[str, str],
-    parts: dict[str, int],
-    sizes: list[tuple[int, int, int]],
-) -> Exported:
-    """Trace, write, run and compare, then put in place.
-
-    Args:
-        outputs: of a model, what makes its outputs of pictures.
-        model: in float32; it becomes one of `dtype`.
-        names: of the outputs.
-        texts: to put into the file.
-        parts: of `trace`.
-        sizes: batch, height and width of the pictures to try.
-    """
-    model = model.eval().requires_grad_(False)
-    pictures = [draw(size, parts["channels"]) for size in sizes]
+def write_program(subject: Subject, out: Path, format: str, dtype: str) -> Exported:  # noqa: A002 - as above
+    """Trace, write, run and compare, then put in place. Raises UserError where any of it fails."""
+    model, outputs, names, config, texts = subject
+    if config.num_registers:
+        raise UserError(
+            f"num_registers is {config.num_registers}: a program leaves the size open, on which their places depend"
+        )
+    kind, sizes, model = FORMATS[format], sizes_to_try(config), model.eval().requires_grad_(False)
+    pictures = [draw(size, config.in_chans) for size in sizes]
     with torch.no_grad():
-        expected = [[output.float() for output in outputs(model)(images)] for images in pictures]
+        expected = [[output.float() for output in outputs(model, images)] for images in pictures]
     model = model.to(DTYPES[dtype])
-    program = trace(PicturesIn(outputs(model), model), **parts)
+    program = trace(PicturesIn(model, outputs), config.in_chans, config.stride, fewest_strides(config))
     aside = out.with_name(f".{out.name}.partial")
     try:
         remove(aside)

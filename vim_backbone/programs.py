@@ -22,6 +22,8 @@ from vim_kernels import use_backend
 INPUT = "images"
 OPSET = 18
 """Of ONNX: the earliest that PyTorch's exporter writes."""
+SIDES = {"patches": ("rows", "columns"), "logits": ("height", "width")}
+"""What the third and the fourth axis of an output are called, where it has them."""
 Run = Callable[[Tensor], Sequence[Tensor]]
 """Pictures to the outputs of a program."""
 
@@ -38,15 +40,15 @@ class Format(NamedTuple):
 
 
 class PicturesIn(nn.Module):
-    """A model of one input of this name, whose outputs are float32."""
+    """A model with one input of this name, whose outputs are float32."""
 
-    def __init__(self, outputs: Callable[[Tensor], Sequence[Tensor]], model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, outputs: Callable[[Any, Tensor], Sequence[Tensor]]) -> None:
         super().__init__()
         self.model, self.outputs = model, outputs
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """(b, c, h, w) -> the outputs."""
-        return tuple(output.float() for output in self.outputs(images))
+        return tuple(output.float() for output in self.outputs(self.model, images))
 
 
 def trace(model: PicturesIn, channels: int, stride: int, smallest: int) -> ExportedProgram:
@@ -79,7 +81,7 @@ def write_onnx(program: ExportedProgram, path: Path, outputs: Sequence[str], tex
         (images,), shape = graph.inputs, type(graph.inputs[0].shape)
         images.shape = shape(["batch", images.shape[1], "height", "width"])
         for output in graph.outputs:
-            output.shape = shape(["batch", *output.shape[1:2], *("rows", "columns")[: len(output.shape) - 2]])
+            output.shape = shape(["batch", output.shape[1], *SIDES.get(output.name, ())[: len(output.shape) - 2]])
         onnx.model.metadata_props.update(texts)
         onnx.save(path)
 
