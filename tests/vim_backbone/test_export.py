@@ -11,9 +11,10 @@ import torch
 from vim_backbone import UserError, create_model, from_pretrained, programs
 from vim_backbone.export import export, main
 
+onnx = pytest.importorskip("onnx", reason="the extra export is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra export is not installed")
-SMALL = {"d_model": 16, "depth": 2, "img_size": 32, "num_classes": 3, "patch_size": 8}
-POOLED = {"scan": "pooled", "class_token": "none", "global_pool": "avg", "mixer_norm": True}
+SMALL = {"d_model": 16, "depth": 1, "img_size": 32, "num_classes": 3, "patch_size": 8}
+POOLED = {"depth": 2, "scan": "pooled", "class_token": "none", "global_pool": "avg", "mixer_norm": True}
 SIZES = [(1, 32, 32), (3, 40, 16), (2, 8, 48), (1, 8, 8), (1, 96, 64)]
 """Batch, height and width: that of training, others, and one row or one patch alone."""
 LOADED_ALONE = """
@@ -56,6 +57,8 @@ def session_of(path):
 def test_onnx_gives_logits_class_token_and_patches_of_any_size(folder, tmp_path):
     done = export(folder, tmp_path / "out.onnx", features=["logits", "class", "pooled", "patches"])
     session, model = session_of(done.path), from_pretrained(folder)
+    written = onnx.load(done.path)
+    assert ([opset.domain for opset in written.opset_import], len(written.functions)) == ([""], 0)
     assert [each.name for each in session.get_outputs()] == ["logits", "class", "pooled", "patches"]
     assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
     assert session.get_outputs()[3].shape == ["batch", 16, "rows", "columns"]
@@ -64,7 +67,7 @@ def test_onnx_gives_logits_class_token_and_patches_of_any_size(folder, tmp_path)
     for size in SIZES:
         images = draw(*size)
         with torch.no_grad():
-            tokens, maps = model.forward_intermediates(images, indices=1, norm=True)
+            tokens, maps = model.forward_intermediates(images, norm=True)
             want = [model(images), tokens[:, 0], tokens[:, 0], maps[0]]
         for got, expected in zip(session.run(None, {"images": images.numpy()}), want, strict=True):
             np.testing.assert_allclose(got, expected.numpy(), rtol=0, atol=2e-5)
@@ -84,30 +87,21 @@ def test_onnx_of_a_pooled_scan_with_overlapping_patches_and_tokens_of_channels(t
             np.testing.assert_allclose(got, expected.numpy(), rtol=0, atol=2e-5)
 
 
-def test_onnx_with_weights_of_16_bits_is_near(tmp_path):
-    folder = save(tmp_path, depth=1)
-    done = export(folder, tmp_path / "half.onnx", dtype="float16")
-    images, model = draw(1, 40, 24), from_pretrained(folder)
-    (got,) = session_of(done.path).run(None, {"images": images.numpy()})
-    assert got.dtype == np.float32
-    np.testing.assert_allclose(got, model(images).detach().numpy(), rtol=0, atol=2e-2)
-    assert 1e-6 < done.difference < 2e-2
-
-
-def test_an_exported_program_runs_without_this_package(folder, tmp_path):
-    export(folder, tmp_path / "out.pt2", format="exported")
+def test_a_program_of_16_bits_runs_without_this_package(folder, tmp_path):
+    written = export(folder, tmp_path / "out.pt2", format="exported", dtype="float16")
+    assert 1e-6 < written.difference < 2e-2
     images = draw(1, 48, 24)
     torch.save(images, tmp_path / "images.pt")
     argv = [sys.executable, "-c", LOADED_ALONE, *(tmp_path / name for name in ("out.pt2", "images.pt", "got.pt"))]
     done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=tmp_path, env={"PATH": ""})
     assert done.returncode == 0, done.stderr[-2000:]
     (got,) = torch.load(tmp_path / "got.pt")
-    torch.testing.assert_close(got, from_pretrained(folder)(images).detach(), rtol=0, atol=2e-5)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, from_pretrained(folder)(images).detach(), rtol=0, atol=2e-2)
 
 
 @pytest.mark.slow
-def test_a_compiled_package_takes_any_size(tmp_path):
-    folder = save(tmp_path, depth=1)
+def test_a_compiled_package_takes_any_size(folder, tmp_path):
     export(folder, tmp_path / "out.pt2", format="aoti")
     package, model = torch._inductor.aoti_load_package(str(tmp_path / "out.pt2")), from_pretrained(folder)
     assert package.get_metadata()["outputs"] == "logits"
