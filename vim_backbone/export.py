@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vim_backbone.config import VimConfig
-from vim_backbone.errors import UserError, nearest
+from vim_backbone.errors import UserError, first_line, nearest
 from vim_backbone.files import explain, remove
 from vim_backbone.hub import find_backbone
 from vim_backbone.preprocessing import Preprocessing, preprocessor, read_preprocessing
@@ -115,8 +115,9 @@ def check_request(out: Path, format: str, dtype: str) -> None:  # noqa: A002 - a
     kind = FORMATS[format]
     if out.suffix != kind.ending:
         raise UserError(f"OUT is {out}: a file of format {format} ends in {kind.ending}")
-    if out.exists():
-        raise UserError(f"OUT is {out}, which exists: give another name, or delete it")
+    for file in (out, out.with_name(f"{out.name}.data")):  # the second one has the weights of a large ONNX file
+        if file.exists():
+            raise UserError(f"OUT is {out}, but {file} exists: give another name, or delete it")
     if not out.parent.is_dir():
         raise UserError(f"OUT is {out}: the folder {out.parent} does not exist")
     kind.check()
@@ -206,9 +207,7 @@ def compare(
             with torch.no_grad():
                 got = list(run(images))
         except Exception as error:  # a runtime raises anything
-            raise UserError(
-                f"the program does not run on pictures {size}: {str(error).strip().splitlines()[0]}"
-            ) from error
+            raise UserError(f"the program does not run on pictures {size}: {first_line(error)}") from error
         for name, a, b in zip(names, got, wanted, strict=True):
             if a.shape != b.shape:
                 raise UserError(

@@ -130,7 +130,7 @@ def test_what_cannot_be_done_is_said_in_one_line(folder, tmp_path, monkeypatch, 
     cases = [
         ([folder, "a.onnx", "--format", "onxx"], "format is 'onxx': did you mean 'onnx'?"),
         ([folder, "a.pt2"], "OUT is a.pt2: a file of format onnx ends in .onnx"),
-        ([folder, tmp_path / "there.onnx"], "there.onnx, which exists: give another name, or delete it"),
+        ([folder, tmp_path / "there.onnx"], "there.onnx exists: give another name, or delete it"),
         ([folder, "none/a.onnx"], "the folder none does not exist"),
         ([tmp_path, "a.onnx"], f"no backbone at {tmp_path}: config.json is missing"),
         ([folder, "a.onnx", "--features", "poolde"], "features has 'poolde': did you mean 'pooled'?"),
