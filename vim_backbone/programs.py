@@ -71,7 +71,7 @@ def trace(model: PicturesIn, channels: int, stride: int, smallest: int) -> Expor
 
 
 def write_onnx(program: ExportedProgram, path: Path, outputs: Sequence[str], texts: dict[str, str]) -> None:
-    """Beyond 2 GB the weights lie in a second file, PATH.data."""
+    """Beyond 1.5 GB the weights lie in a second file, PATH.data."""
     with _quiet("PyTorch cannot write the program as ONNX"):
         onnx = torch.onnx.export(
             program, input_names=[INPUT], output_names=list(outputs), opset_version=OPSET, verbose=False

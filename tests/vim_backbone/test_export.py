@@ -74,9 +74,12 @@ def test_onnx_gives_logits_class_token_and_patches_of_any_size(folder, tmp_path)
     assert done.difference < 2e-5
 
 
-def test_onnx_of_a_pooled_scan_with_overlapping_patches_and_tokens_of_channels(tmp_path):
+def test_onnx_of_a_pooled_scan_with_overlapping_patches_and_tokens_of_channels(tmp_path, monkeypatch):
+    """And with its weights in a file beside it, as those of large models."""
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 1000)
     folder = save(tmp_path, stride=4, channels="tokens", in_chans=2, num_classes=0, **POOLED)
     done = export(folder, tmp_path / "out.onnx", features=["pooled", "patches"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["backbone", "out.onnx", "out.onnx.data"]
     session, model = session_of(done.path), from_pretrained(folder)
     for size in SIZES:
         images = draw(*size, channels=2)
