@@ -19,7 +19,7 @@ setup: .venv/done  ## make .venv with the exact versions of constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch torchvision
-	$(BIN)/python -m pip install --quiet -c constraints.txt --editable '.[pretrain,finetune,sweep,cpu,pictures,slides,dicom,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --editable '.[pretrain,finetune,sweep,cpu,pictures,slides,dicom,export,dev]'
 	touch $@
 
 pretrain: setup  ## pretrain a small Vim on built-in photographs: make pretrain ARGS='--steps 50'

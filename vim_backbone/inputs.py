@@ -12,6 +12,11 @@ Images = Tensor | Sequence[Tensor]
 """Pictures (b, c, h, w), or a list of pictures (c, h, w) of any sizes."""
 
 
+def number_of(images: Images) -> int:
+    """How many pictures; a symbol in an exported program, which len() could not give."""
+    return images.shape[0] if isinstance(images, Tensor) else len(images)
+
+
 def grid_of(images: Tensor, config: VimConfig) -> Grid:
     """Rows and columns of patches of a batch (b, c, h, w). Raises UserError, saying what to do, for anything else."""
     shape = tuple(images.shape)

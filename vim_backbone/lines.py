@@ -43,22 +43,22 @@ def batch_lines(
         tokens: those of a place, which `visible` then counts.
     """
     (rows, columns), width = grid, grid[1] * tokens
-    if visible is None:
-        visible = torch.arange(rows * width, device=device).expand(batch, -1)
-    # flat before anything is computed: PyTorch 2.11 compiles no search in a view
-    pictures = torch.arange(visible.numel(), device=device) // visible.shape[1]
-    patches = visible.flatten()
-    row, within = patches // width, patches % width
-    key = ((pictures * columns + within // tokens) * rows + row) * tokens + within % tokens
-    order = key.argsort()
-    return GridLines(
-        _lines(pictures * rows + row, key.new_full((batch * rows,), share / width, dtype=torch.float32)),
-        _lines(
-            key[order] // (rows * tokens),
-            key.new_full((batch * columns,), share / (rows * tokens), dtype=torch.float32),
-            order,
-        ),
-    )
+    if visible is None:  # nothing is sorted: an exported program takes this way
+        row_line = torch.arange(batch * rows * width, device=device)
+        order = row_line.view(batch, rows, columns, tokens).transpose(1, 2).flatten()
+        row_line, column_line = row_line // width, row_line // (rows * tokens)
+    else:
+        # flat before anything is computed: PyTorch 2.11 compiles no search in a view
+        pictures = torch.arange(visible.numel(), device=device) // visible.shape[1]
+        patches = visible.flatten()
+        row, within = patches // width, patches % width
+        key = ((pictures * columns + within // tokens) * rows + row) * tokens + within % tokens
+        order = key.argsort()
+        row_line, column_line = pictures * rows + row, key[order] // (rows * tokens)
+    weights = [
+        torch.full((batch * n,), share / size, device=device) for n, size in ((rows, width), (columns, rows * tokens))
+    ]
+    return GridLines(_lines(row_line, weights[0]), _lines(column_line, weights[1], order))
 
 
 def packed_lines(
@@ -100,6 +100,6 @@ def packed_lines(
 
 def _lines(line_of: Tensor, weights: Tensor, order: Tensor | None = None) -> Lines:
     """From the line of every position, ascending."""
-    every = torch.arange(len(weights) + 1, device=line_of.device)
+    every = torch.arange(weights.shape[0] + 1, device=line_of.device)
     starts = torch.searchsorted(line_of, every, out_int32=True)
     return Lines(starts, line_of.int(), weights, None if order is None else order.int())

@@ -1,6 +1,7 @@
 """The position table: made, and resampled to another grid with the class slot left alone."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,8 @@ def resize_table(table: Tensor, layout: TokenLayout, old: tuple[int, int], new: 
 
     `layout` says where the class slot is; it must have no registers, which own no position.
     """
+    if torch.compiler.is_exporting():
+        return _resize_for_any_grid(table, layout, old, new)
     if old == new:
         return table
     special, patches = layout.split(table)
@@ -39,3 +42,25 @@ def with_channels(positions: Tensor, embeddings: Tensor, channels: Sequence[int]
     """Positions (1, places, d) and all channels' embeddings (1, c, d) -> (1, places * channels, d), their sums."""
     chosen = torch.stack([embeddings[:, channel] for channel in channels], dim=1)  # an index would wait for a GPU
     return (positions[:, :, None] + chosen[:, None]).flatten(1, 2)
+
+
+def _resize_for_any_grid(table: Tensor, layout: TokenLayout, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """The same by two products, for a program whose `new` is open: it cannot ask whether that is `old`."""
+    special, patches = layout.split(table)
+    image = patches.reshape(*old, -1).float()
+    rows, columns = (bicubic_weights(*sides, device=table.device) for sides in zip(old, new, strict=True))
+    image = (rows @ image.flatten(1)).unflatten(1, (old[1], -1))
+    return layout.join(special, (columns @ image).flatten(0, 1)[None].to(table.dtype))
+
+
+def bicubic_weights(old: int, new: int, device: torch.device) -> Tensor:
+    """(new, old): what each old place adds to a new one, in antialiased bicubic resizing as PyTorch and Pillow have it.
+
+    Keys' kernel with a = -0.5, as wide as the new place where that is larger, and normalised where it is cut off.
+    """
+    width: Any = torch.sym_max(1.0, old / new)
+    centres = (torch.arange(new, device=device) + 0.5) * (old / new)
+    x = ((torch.arange(old, device=device) + 0.5 - centres[:, None]) / width).abs()
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+    return weights / weights.sum(1, keepdim=True)

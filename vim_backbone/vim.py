@@ -19,7 +19,7 @@ from vim_backbone.errors import UserError
 from vim_backbone.folder import save_pretrained
 from vim_backbone.hand_over import Given, hand_over
 from vim_backbone.hub import push_to_hub
-from vim_backbone.inputs import Images, grid_of
+from vim_backbone.inputs import Images, grid_of, number_of
 from vim_backbone.lines import GridLines, batch_lines, packed_lines
 from vim_backbone.packing import PackedLayout, layout_of
 from vim_backbone.position import resize_table, sincos_table, with_channels
@@ -199,7 +199,7 @@ class VisionMamba(nn.Module):
         any block, and what each made of the pictures comes one after the other, forward first, in twice the batch.
         """
         layout, cu_seqlens = layout_of(self.layout, lengths, patches.device)
-        h = self._join_special(patches, layout, len(lengths or patches))
+        h = self._join_special(patches, layout, len(lengths) if lengths else patches.shape[0])
         h = torch.cat([h, h]) if apart else h
         residual: Tensor | None = None
         del patches  # the memory of what is used up is free while the blocks run
@@ -259,7 +259,7 @@ class VisionMamba(nn.Module):
         last = max(chosen) + 1 if stop_early and intermediates_only else len(self.layers)
         lengths, lines = self.lengths(images), self.lines(images)
         layout, cu_seqlens = layout_of(self.layout, lengths, images[0].device)
-        h, residual, results = self._join_special(self.embed(images), layout, len(images)), None, {}
+        h, residual, results = self._join_special(self.embed(images), layout, number_of(images)), None, {}
 
         def intermediate(special: Tensor, patches: Tensor, image: Tensor) -> Any:
             if self.channel_embed is not None:
@@ -387,7 +387,7 @@ def lines_of(images: Images, config: VimConfig, visible: Tensor | None, share: f
     """Rows and columns of a batch of one grid, or of a list with a grid each; see `batch_lines`."""
     if isinstance(images, Tensor):
         tokens, grid = config.tokens_a_patch(images.shape[1]), config.grid(*images.shape[-2:])
-        return batch_lines(len(images), grid, images.device, visible=visible, share=share, tokens=tokens)
+        return batch_lines(images.shape[0], grid, images.device, visible=visible, share=share, tokens=tokens)
     grids = [config.grid(*image.shape[-2:]) for image in images]
     return packed_lines(grids, images[0].device, visible=visible, share=share, tokens=config.tokens_of(images))
 

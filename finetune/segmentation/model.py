@@ -37,6 +37,28 @@ def resize(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
 
 
+class MeanOfCells(nn.Module):
+    """Adaptive average pooling to n x n, which an exported program, whose sizes are open, does by two products."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.n = n
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(b, width, h, w) -> (b, width, n, n)."""
+        if not torch.compiler.is_exporting():
+            return F.adaptive_avg_pool2d(maps, self.n)
+        rows, columns = (cell_weights(self.n, side, maps) for side in maps.shape[-2:])
+        return rows @ maps @ columns.mT
+
+
+def cell_weights(n: int, side: int, like: Tensor) -> Tensor:
+    """(n, side): what each place adds to the mean of a cell, from floor(i side / n) to ceil((i + 1) side / n)."""
+    cell, place = torch.arange(n, device=like.device)[:, None], torch.arange(side, device=like.device)
+    inside = (place >= cell * side // n) & (place < ((cell + 1) * side + n - 1) // n)
+    return (inside / inside.sum(1, keepdim=True)).to(like.dtype)
+
+
 class Pyramid(nn.Module):
     """Four maps of one stride -> four, two, one and half times their size."""
 
@@ -58,7 +80,7 @@ class UperHead(nn.Module):
 
     def __init__(self, width: int, channels: int, classes: int, dropout: float) -> None:
         super().__init__()
-        self.pooled = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(n), conv(width, channels, 1)) for n in POOLED)
+        self.pooled = nn.ModuleList(nn.Sequential(MeanOfCells(n), conv(width, channels, 1)) for n in POOLED)
         self.top = conv(width + len(POOLED) * channels, channels, 3)
         self.laterals = nn.ModuleList(conv(width, channels, 1) for _ in range(3))
         self.smooth = nn.ModuleList(conv(channels, channels, 3) for _ in range(3))

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vim_backbone.position import resize_table, sincos_table
+from vim_backbone.position import bicubic_weights, resize_table, sincos_table
 from vim_backbone.tokens import TokenLayout
 
 
@@ -45,3 +45,11 @@ def test_a_smooth_table_stays_smooth():
     assert patches.max().item() < 1.1
     rows = patches.view(28, 28).mean(1)
     assert (rows.diff() > 0).all()
+
+
+@pytest.mark.parametrize("new", [(6, 9), (3, 20), (1, 1), (17, 4)])
+def test_products_of_an_exported_program_resize_as_interpolate_does(new):
+    table = torch.randn(1, 5, 6, 9, dtype=torch.float64)
+    want = F.interpolate(table.float(), size=new, mode="bicubic", antialias=True)
+    rows, columns = (bicubic_weights(*sides, device=table.device) for sides in zip((6, 9), new, strict=True))
+    torch.testing.assert_close(rows @ table.float() @ columns.mT, want, rtol=1e-5, atol=1e-5)

@@ -17,8 +17,9 @@ BACKENDS = {
     "triton": "vim_kernels.triton_backend",
     "cpu": "vim_kernels.cpu_backend",
     "torch": "vim_kernels.torch_backend",
+    "export": "vim_kernels.export",
 }
-"""Backend -> its package; `contract` says what is in it. The reference is one module, without rooms."""
+"""Backend -> its package; `contract` says what is in it. Reference and export are one module, without rooms."""
 
 FASTEST_FIRST = {"cuda": ("triton", "reference"), "cpu": ("cpu", "torch")}
 """Device type -> backends to try when the user asked for none."""
@@ -46,7 +47,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def available_backends(device: torch.device | str = "cpu") -> dict[str, str | None]:
     """Backend name -> None where it can run on `device`, else the reason why not."""
-    return {name: _package(name).unavailable(torch.device(device)) for name in BACKENDS}
+    return {name: package(name).unavailable(torch.device(device)) for name in BACKENDS}
 
 
 @functools.cache
@@ -69,12 +70,12 @@ def choose(argument: str | None, device: torch.device) -> str:
         (environment, "VIM_KERNELS_BACKEND"),
     ):
         if name:
-            if reason := _package(_checked(name, source)).unavailable(device):
+            if reason := package(_checked(name, source)).unavailable(device):
                 usable = [n for n, why in available_backends(device).items() if why is None]
                 raise RuntimeError(f"backend {name!r} ({source}) cannot run on {device}: {reason}; available: {usable}")
             return name
     for name in FASTEST_FIRST.get(device.type, ("reference",)):
-        reason = _package(name).unavailable(device)
+        reason = package(name).unavailable(device)
         if reason is None:
             return name
         _warn_once(f"vim_kernels: backend {name!r} is not used on {device.type}: {reason}")
@@ -86,7 +87,8 @@ choose._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAcc
 
 
 @functools.cache
-def _package(name: str) -> ModuleType:
+def package(name: str) -> ModuleType:
+    """The package or module of a backend."""
     return importlib.import_module(BACKENDS[name])
 
 
