@@ -76,6 +76,25 @@ class TitledPictures:
         return self.source.open(index)
 
 
+class Picked:
+    """Some pictures of a source."""
+
+    def __init__(self, source: ImageSource, indices: Sequence[int]) -> None:
+        self.source = source
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, index: int) -> str:
+        """Name in the source."""
+        return self.source.name(self.indices[index])
+
+    def open(self, index: int) -> Picture:
+        """The picture, opened but not decoded."""
+        return self.source.open(self.indices[index])
+
+
 class MixedPictures:
     """Several sources, each with its share of the pictures; their indices follow one another."""
 
