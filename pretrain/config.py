@@ -13,6 +13,7 @@ from pretrain.mae.model import DecoderConfig
 from pretrain.mae.objective import MAE
 from pretrain.objective import Objective
 from pretrain.stages import Stage, StageConfig, borders, check_stages, errors_of
+from pretrain.watching.config import EvalConfig
 from vim_backbone import VimConfig, named_config
 from vim_backbone.channels import Channels, Sets
 from vim_backbone.errors import require
@@ -93,6 +94,7 @@ class PretrainConfig(TrainingConfig):
     mask: MaskConfig = field(default_factory=MaskConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(base_lr=8e-3, warmup_steps=20))
+    eval: EvalConfig = field(default_factory=EvalConfig)
     steps: int | None = None
     """Optimiser steps; give this or epochs. 120 when neither is given."""
     stages: list[StageConfig] | None = None

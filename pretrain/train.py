@@ -31,6 +31,8 @@ from pretrain.packs import STARTS, Packs, PackSampler
 from pretrain.plan import fitting_level
 from pretrain.report import REPORT, write_report
 from pretrain.stages import Stage, pixels_of, stage_at
+from pretrain.watching.sets import check_sets, hold_out, open_sets
+from pretrain.watching.watch import Watch
 from vim_backbone import VimConfig, VisionMamba
 from vim_backbone.block import Block, set_recompute
 from vim_backbone.errors import UserError, first_line, require
@@ -58,6 +60,7 @@ class Run:
     training: Training
     log: RunLog
     bad: BadPictures
+    watch: Watch
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -66,7 +69,9 @@ def pretrain(config: PretrainConfig) -> Path:
     Raises UserError before any work where something asked for cannot be done, and Stopped after an interrupt.
     """
     data = config.data
-    source = data.open()
+    everything = data.open()
+    source, held_out = hold_out(everything, config.eval.share, config.seed)
+    sets = open_sets(config.eval, held_out, config.seed)
     pictures = length_of(source)
     total_steps = config.total_steps(pictures)
     accelerator = build_accelerator(config, config.accumulation)
@@ -76,8 +81,10 @@ def pretrain(config: PretrainConfig) -> Path:
     on_main(accelerator, lambda: refuse_to_compile_many_shapes(accelerator, data))
     compile_by_stage(accelerator, stages)
     on_main(accelerator, lambda: look_at_first(source, data.preprocessing, data.max_megapixels, data.max_bad_share))
+    on_main(accelerator, lambda: check_sets(sets, config.eval, data))
     objective = config.objective
-    fixed = ("model.", "data.bands", "data.statistics", *objective.architecture_fields)
+    fixed = ("model.", "data.bands", "data.statistics", "eval.share", *objective.architecture_fields)
+    fixed += ("seed",) if held_out else ()  # what was held out before would be trained on
     architecture = config.architecture()
     initial, taken_up = weights_to_start_from(config, architecture)
     with run_folder(accelerator, config, fixed, total_steps) as start:
@@ -114,11 +121,12 @@ def pretrain(config: PretrainConfig) -> Path:
 
             with RunLog(config, accelerator, total_steps, first, pixels_of(stages)) as log:
                 batches = enduring(batches_from, first * config.accumulation, log.say)
-                run = Run(config, objective, source, view, stages, packs, batches, training, log, bad)
+                watch = Watch(config, sets, view, training, log)
+                run = Run(config, objective, source, view, stages, packs, batches, training, log, bad, watch)
                 made_again = [f"made again in the backward pass: {level}"] * (config.model.recompute == "auto")
                 introductory = (
                     introduction(run, pictures),
-                    *what_was_left_out(source),
+                    *what_was_left_out(everything),
                     *made_again,
                     *(taken_up if start.checkpoint is None else []),
                     *start.notes,
@@ -222,6 +230,8 @@ def train(run: Run) -> None:
         if stage is not begun:
             begun = stage
             begin(run, stage, step)
+        if step == 0 and run.watch.every:
+            run.watch.evaluate(stage)
         torch.manual_seed(seed_of(config.seed, step, training.accelerator.process_index))  # for stochastic depth
         names: list[str] = []
         batch = None
@@ -245,11 +255,15 @@ def train(run: Run) -> None:
             stage_metrics = stage.metrics() if len(run.stages) > 1 else {}
             latest = {"loss": training.loss, "lr": training.rate, "grad_norm": training.grad_norm} | speed.read()
             run.log.metrics(done, latest | {"memory_gb": peak_memory_gb(device)} | stage_metrics)
+            run.watch.row(done, latest | stage_metrics)
         run.log.progress(done, latest)
         for line in training.new_notices():
             run.log.say(line)
         if done % config.picture_every == 0 or done == training.total_steps:
             show(run, batch, stage)
+        if run.watch.due(done):
+            run.watch.evaluate(stage)
+            speed.read()  # its time is none of the next row's
 
 
 def begin(run: Run, stage: Stage, step: int) -> None:
