@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from pretrain.packs import STARTS, Packs, PackSampler
 from pretrain.plan import fitting_level
 from pretrain.report import REPORT, write_report
 from pretrain.stages import Stage, pixels_of, stage_at
+from pretrain.watching.evaluate import patch_features
+from pretrain.watching.maps import FEATURES, draw_maps
 from pretrain.watching.sets import check_sets, hold_out, open_sets
 from pretrain.watching.watch import Watch
 from vim_backbone import VimConfig, VisionMamba
@@ -296,12 +299,14 @@ def checked(run: Run, batch: Batch) -> Tensor | list[Tensor]:
 def show(run: Run, batch: Batch | None, stage: Stage) -> None:
     """Draw what was learned, as step-N.png: on the same pictures each time (of a stream: on the batch at hand).
 
+    What the objective shows, and the features of the patches as colours.
+
     For all processes, because the model may be spread over them.
     """
     training, step = run.training, run.training.state.step
-    crops = "crops of this step"
-    if not isinstance(run.source, Stream):
-        views, passes = Views(run.source, run.view, run.config.seed), passes_over(run.source, run.config.seed)
+    crops, source = "crops of this step", run.watch.sets.held_out or run.source
+    if not isinstance(source, Stream):
+        views, passes = Views(source, run.view, run.config.seed), passes_over(source, run.config.seed)
         places = [passes.in_order(i) for i in range(SAMPLES_SHOWN)]
         samples = [views[SHOWN_EPOCH + epoch, index, stage.img_size] for epoch, index in places]
         batch = collate([sample for sample in samples if sample.image is not None], run.view.packed)
@@ -312,9 +317,14 @@ def show(run: Run, batch: Batch | None, stage: Stage) -> None:
     images = to_model(batch.images[:SAMPLES_SHOWN], training.accelerator.device, preprocessing)
     with training.evaluating() as model:
         draw = run.objective.show(model, images, batch.extras[:SAMPLES_SHOWN], preprocessing)
+        maps = patch_features(run.objective.encoder(model), images)
     if training.accelerator.is_main_process:
-        path = run.config.folder / run.objective.picture_folder / f"step-{step:08d}.png"
-        draw(f"{run.config.name}: step {step}, {crops}", path)
+        draw_features = partial(draw_maps, images, maps, batch.names[:SAMPLES_SHOWN], preprocessing)
+        draw_learned = partial(draw, f"{run.config.name}: step {step}, {crops}")
+        for folder, draw_in in ((run.objective.picture_folder, draw_learned), (FEATURES, draw_features)):
+            path = run.config.folder / folder / f"step-{step:08d}.png"
+            draw_in(path)
+            run.log.picture(step, folder, path)
 
 
 def publish(run: Run) -> None:
