@@ -135,4 +135,5 @@ def named_eval(config: EvalConfig) -> Iterator[None]:
         yield
     except UserError as error:
         line = re.sub(rf"(?<![\w./])data\.({names})\b", r"eval.\1", str(error))
-        raise UserError(line if "eval." in line else f"eval.source {config.source}: {line}") from error
+        where = "eval.source" if config.source in line else f"eval.source {config.source}"
+        raise UserError(line if "eval." in line else f"{where}: {line}") from error

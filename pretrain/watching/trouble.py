@@ -14,6 +14,8 @@ ROWS = 20
 """Rows of metrics that are looked back on."""
 FLAT_ROWS, FLAT_SHARE = 40, 0.1
 """The loss is called flat over so many rows, or over this share of the run where that is more."""
+ALIKE = 2.0
+"""RankMe below which the features of all pictures are multiples of one another, or nearly so."""
 EVALUATION = 0.02
 """Share of the time that evaluations may take."""
 Row = Mapping[str, Any]
@@ -107,13 +109,15 @@ class Troubles:
         return f"{count} of the last 100 steps were bad and not taken: {' or '.join(help_)}"
 
     def collapse(self) -> str | None:
-        """The features of all pictures become alike."""
-        ranks = [row["rank_me"] for row in self._of_stage("rank_me")]
-        if len(ranks) < 2 or ranks[-1] >= max(ranks) / 2:
+        """The features of all pictures become alike. Those of fresh weights, which soon change, are no measure."""
+        settled = self.config.optim.warmup_steps
+        ranks = [row["rank_me"] for row in self._of_stage("rank_me") if row["step"] > settled]
+        if not ranks or (ranks[-1] >= max(ranks) / 2 and ranks[-1] >= ALIKE):
             return None
+        fall = f"fell from {max(ranks):.1f} to" if ranks[-1] < max(ranks) / 2 else "is"
         return (
-            f"the features collapse: RankMe fell from {max(ranks):.1f} to {ranks[-1]:.1f}; lower optim.base_lr, and go "
-            "on from an earlier checkpoint (keep_every keeps them)"
+            f"the features collapse: RankMe {fall} {ranks[-1]:.1f}; lower optim.base_lr, and start again or go on from "
+            "an earlier checkpoint (keep_every keeps them)"
         )
 
     def by_heart(self) -> str | None:
