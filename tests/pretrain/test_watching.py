@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
@@ -22,7 +21,7 @@ from pretrain.watching.sets import EvalSets, hold_out, key_of
 from pretrain.watching.watch import interval
 from tests.band_files import bands_of, write, write_scenes
 from tests.launch.real import run as run_command
-from tests.pretrain.test_train import config, losses, weights
+from tests.pretrain.test_train import config, weights
 from tests.rows import read_metrics
 from vim_backbone import UserError, from_pretrained
 from vim_backbone.preprocessing import RGB, to_model
@@ -269,9 +268,9 @@ def test_features_of_patches_become_colours(tmp_path, labelled):
 def test_two_processes_measure_what_one_does(tmp_path, labelled, strategy):
     """Shares of one picture more and less, and one that cannot be read."""
     (labelled / "val/tall/0.png").write_bytes(b"broken")
-    argv = options(labelled, "--steps=2", "--eval.every=1", "--eval.share=0.5", "--precision=bf16")
+    argv = options(labelled, "--steps=2", "--eval.every=1", "--eval.share=0.5")
     folder, alone = (run_command(tmp_path / name, name, *argv) for name in (strategy, "one"))
     for step, row in evaluations(alone).items():
-        assert evaluations(folder)[step] == pytest.approx(row, rel=2e-3)
-    assert load_file(folder / "backbone/model.safetensors").keys()
-    assert losses(folder).keys() == losses(alone).keys()
+        assert evaluations(folder)[step] == pytest.approx(row, rel=1e-4)
+    drawn = [np.asarray(Image.open(run / "features/step-00000002.png").convert("L"), float) for run in (folder, alone)]
+    assert np.abs(drawn[0] - drawn[1]).mean() < 1
