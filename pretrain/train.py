@@ -319,7 +319,7 @@ def show(run: Run, batch: Batch | None, stage: Stage) -> None:
         draw = run.objective.show(model, images, batch.extras[:SAMPLES_SHOWN], preprocessing)
         maps = patch_features(run.objective.encoder(model), images)
     if training.accelerator.is_main_process:
-        draw_features = partial(draw_maps, images, maps, batch.names[:SAMPLES_SHOWN], preprocessing)
+        draw_features = partial(draw_maps, images, maps, preprocessing)
         draw_learned = partial(draw, f"{run.config.name}: step {step}, {crops}")
         for folder, draw_in in ((run.objective.picture_folder, draw_learned), (FEATURES, draw_features)):
             path = run.config.folder / folder / f"step-{step:08d}.png"
