@@ -32,6 +32,8 @@ class Watch:
         self.evaluator = Evaluator(config, sets, training.accelerator)
         self.troubles = Troubles(config, training.total_steps)
         self._evaluated = time.perf_counter()
+        self._long = False
+        """Whether it was said that evaluations take long."""
         if training.state.step and log.active:
             for row in read_rows(config.folder / METRICS):  # what has been said is not said again
                 self.troubles.after(row)
@@ -61,7 +63,8 @@ class Watch:
         if (bad := self.evaluator.bad) and bad.keys() != known.keys():
             name, why = next(iter(sorted(bad.items())))
             self.log.say(f"{len(bad)} pictures cannot be evaluated and are not counted, such as {name}: {why}")
-        if share > EVALUATION and 0 < step < self.training.total_steps:
+        if share > EVALUATION and 0 < step < self.training.total_steps and not self._long:
+            self._long = True
             help_ = f"raise eval.every (now {self.every}), or lower eval.pictures ({self.config.eval.pictures})"
             self.log.say(f"the evaluation took {share:.1%} of the time since the one before: {help_}")
         self.row(step, row)
