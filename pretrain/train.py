@@ -235,6 +235,7 @@ def train(run: Run) -> None:
             begin(run, stage, step)
         if step == 0 and run.watch.every:
             run.watch.evaluate(stage)
+            speed.read()
         torch.manual_seed(seed_of(config.seed, step, training.accelerator.process_index))  # for stochastic depth
         names: list[str] = []
         batch = None

@@ -4,7 +4,7 @@ Shape letters: n pictures, d d_model.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -79,14 +79,14 @@ class Evaluator:
             bank, labels = self._features(self.sets.train, model, view, batch_size)
             queries, targets = self._features(self.sets.val, model, view, batch_size)
             ranked = bank if ranked is None else ranked
-            if self.accelerator.is_main_process and len(bank) and len(queries):
+            if self.accelerator.is_main_process and all(map(usable, (bank, queries))):
                 classes = len(self.sets.train.classes)
                 votes = min(NEIGHBOURS, len(bank))
                 neighbours = nearest_neighbours(bank, labels, queries, classes, votes, TEMPERATURE)
                 logits, _ = linear_probe(bank, labels, queries, classes, [PENALTY])
                 for name, scores in (("knn", neighbours), ("linear", logits)):
                     measured[name] = (scores.argmax(1) == targets).double().mean().item()
-        if ranked is not None and len(ranked):
+        if ranked is not None and usable(ranked):
             measured["rank_me"] = rank_me(ranked)
         return measured
 
@@ -190,6 +190,11 @@ class Evaluator:
         return number[order], feature[order]
 
 
+def usable(features: Tensor) -> bool:
+    """Whether there are features, and all of them are numbers."""
+    return len(features) > 0 and bool(features.isfinite().all())
+
+
 def rank_me(features: Tensor) -> float:
     """Effective rank of features (n, d): exp of the entropy of their singular values over the sum of these.
 
@@ -198,7 +203,7 @@ def rank_me(features: Tensor) -> float:
     features = features.double()
     gram = features @ features.T if len(features) < features.shape[1] else features.T @ features
     values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
-    shares = values / values.sum() + 1e-7
+    shares = values / values.sum().clamp(min=1e-300) + 1e-7
     return torch.exp(-(shares * shares.log()).sum()).item()
 
 
@@ -222,9 +227,12 @@ def forward_is(encoder: VisionMamba, method: Callable[[Images], Any]) -> Iterato
 
 
 def patch_features(encoder: VisionMamba, images: Images) -> list[Tensor]:
-    """Normed features of the patches of each picture, (rows, columns, d); of a place with several channels the mean."""
+    """Normed features of the patches of each picture, (rows, columns, d); of a place with several channels the mean.
+
+    One picture after the other: together they may take more memory than a training step has.
+    """
     with forward_is(encoder, encoder.forward_features):
-        tokens: Sequence[Tensor] = encoder(images)
+        tokens: list[Tensor] = [encoder(image[None])[0] for image in images]
     grids = [encoder.config.grid(*image.shape[-2:]) for image in images]
     return [
         each[encoder.num_prefix_tokens :].unflatten(0, (*grid, -1)).mean(2).float()

@@ -1,5 +1,6 @@
 """Trouble that a run's numbers show, named while it happens with the field that would help."""
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -139,5 +140,5 @@ class Troubles:
         stage = self.evaluations[-1].get("stage")
         return [
             row for row in self.evaluations
-            if row.get("stage") == stage and isinstance(row.get(column), int | float)
+            if row.get("stage") == stage and math.isfinite(row.get(column) or math.nan)
         ]  # fmt: skip
