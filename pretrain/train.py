@@ -310,8 +310,9 @@ def show(run: Run, batch: Batch | None, stage: Stage) -> None:
         views, passes = Views(source, run.view, run.config.seed), passes_over(source, run.config.seed)
         places = [passes.in_order(i) for i in range(SAMPLES_SHOWN)]
         samples = [views[SHOWN_EPOCH + epoch, index, stage.img_size] for epoch, index in places]
-        batch = collate([sample for sample in samples if sample.image is not None], run.view.packed)
-        crops = f"{'pictures' if run.watch.sets.held_out else 'crops'} never trained on"
+        if good := [sample for sample in samples if sample.image is not None]:
+            batch = collate(good, run.view.packed)
+            crops = f"{'pictures' if run.watch.sets.held_out else 'crops'} never trained on"
     assert batch is not None
     assert batch.images is not None
     preprocessing = run.config.data.preprocessing
