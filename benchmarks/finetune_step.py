@@ -2,8 +2,9 @@
 
 `python -m benchmarks.finetune_step` prints one table: pictures a second and peak memory above the idle model. Both nets
 have the same width, patches and heads; the ViT has half of Vim's blocks (timm's, with SDPA), as DeiT has of Vim. Each
-case has a process of its own with one thread, and time is CPU time of that process, so that a busy machine matters
-less. `--out DIR` adds finetune_step.csv.
+case has a process of its own. On CPU it has one thread, and time is CPU time of that process, so that a busy machine
+matters less. On a GPU (`--device cuda`) a step runs under bf16 autocast and its time is the wall's, `--compile` has
+`torch.compile` as a launch with `--dynamo_backend inductor` has. `--out DIR` adds finetune_step.csv.
 """
 
 import argparse
@@ -40,6 +41,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024], help="picture sides in pixels")
     parser.add_argument("--model", default="vim_tiny")
     parser.add_argument("--depth", type=int, help="Vim's blocks; the model's own when not given")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--compile", action="store_true", help="the model, as a launch with --dynamo_backend inductor")
     parser.add_argument("--rounds", type=int, default=3, help="measured steps of each case, of which the median counts")
     parser.add_argument("--out", type=Path, help="folder for finetune_step.csv")
     parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)
@@ -66,50 +70,79 @@ def build(task: str, net: str, size: int, options: argparse.Namespace) -> nn.Mod
         return Detector(config, DetectionHead(min_score=0.0), CLASSES[task])
 
 
-def targets_of(task: str, size: int) -> Any:
-    """What a training step of one picture is given beside it."""
+def targets_of(task: str, size: int, batch: int, device: str) -> Any:
+    """What a training step of so many pictures is given beside them."""
     draw = torch.Generator().manual_seed(0)
     if task == "classification":
-        return torch.tensor([3])
+        return torch.full((batch,), 3, device=device)
     if task == "segmentation":
-        return torch.randint(CLASSES[task], (1, size, size), generator=draw)
+        return torch.randint(CLASSES[task], (batch, size, size), generator=draw).to(device)
     corner = torch.rand(OBJECTS, 2, generator=draw) * 0.6 * size
     boxes = torch.cat([corner, corner + (0.05 + 0.3 * torch.rand(OBJECTS, 2, generator=draw)) * size], dim=1)
     masks = torch.zeros(OBJECTS, size, size, dtype=torch.uint8)
     for mask, (left, top, right, below) in zip(masks, boxes.int().tolist(), strict=True):
         mask[top:below, left:right] = 1
     labels = torch.randint(1, CLASSES[task] + 1, (OBJECTS,), generator=draw)
-    return [{"boxes": boxes, "labels": labels, "masks": masks}]
+    target = {"boxes": boxes.to(device), "labels": labels.to(device), "masks": masks.to(device)}
+    return [target] * batch
+
+
+def now(device: str) -> float:
+    """Seconds: of the CPU spent by this process, or the wall's once the GPU is done."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def step(model: nn.Module, images: Tensor, targets: Any) -> float:
-    """CPU seconds of a forward pass, with targets of a forward and a backward one."""
-    start = time.process_time()
+    """Seconds of a forward pass, with targets of a forward and a backward one."""
+    device = images.device.type
+    start = now(device)
     with torch.set_grad_enabled(targets is not None):
-        outputs = model(images) if targets is None else model(images, targets)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            outputs = model(images) if targets is None else model(images, targets)
         if targets is not None:
-            loss = torch.stack(list(outputs.values())).sum() if isinstance(outputs, dict) else outputs
-            loss.backward()
+            if isinstance(outputs, dict):
+                outputs = torch.stack(list(outputs.values())).sum()
+            outputs.backward()
             model.zero_grad(set_to_none=True)
-    return time.process_time() - start
+    return now(device) - start
 
 
 def print_case(task: str, net: str, size: int, train: bool, options: argparse.Namespace) -> None:
-    """What the process of a case does: a small step first, for all that is compiled and loaded once."""
+    """What the process of a case does: for all that is compiled and loaded once, a small step first."""
+    device, batch = options.device, options.batch
     torch.set_num_threads(1)
-    step(build(task, net, 64, options).train(train), torch.randn(1, 3, 64, 64), targets_of(task, 64) if train else None)
-    model = build(task, net, size, options).train(train)
-    images, targets = torch.randn(1, 3, size, size), targets_of(task, size) if train else None
-    idle = psutil.Process().memory_info().rss
-    seconds = median(step(model, images, targets) for _ in range(options.rounds))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - idle
-    print(seconds, peak / 1e6, sum(p.numel() for p in model.parameters()) / 1e6)
+
+    def case(size: int) -> tuple[nn.Module, Tensor, Any]:
+        model = build(task, net, size, options).train(train).to(device)
+        images = torch.randn(batch, 3, size, size, device=device)
+        return model, images, targets_of(task, size, batch, device) if train else None
+
+    step(*case(64))
+    model, images, targets = case(size)
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    if device == "cpu":
+        idle = psutil.Process().memory_info().rss
+        seconds = median(step(model, images, targets) for _ in range(options.rounds))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - idle
+    else:
+        if options.compile:
+            model.compile()
+        for _ in range(3):
+            step(model, images, targets)
+        idle = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        seconds = median(step(model, images, targets) for _ in range(options.rounds))
+        peak = torch.cuda.max_memory_allocated() - idle
+    print(seconds, peak / 1e6, parameters)
 
 
 def measured(task: str, net: str, size: int, kind: str) -> tuple[float, float, float]:
     """Seconds, megabytes and million parameters of a case."""
     command = [sys.executable, "-m", "benchmarks.finetune_step", *sys.argv[1:], "--case", task, net, str(size), kind]
-    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     seconds, megabytes, millions = map(float, process.stdout.split()[-3:])
     return seconds, megabytes, millions
 
@@ -124,8 +157,10 @@ def main() -> None:
     torch.set_num_threads(1)
     depth = config_of("vim", 512, options, 0).depth
     about = {
-        "run": f"{options.model}, {depth} blocks, a ViT of {depth // 2}; batch 1, float32; {options.rounds} steps",
-        "device": clock("cpu"),
+        "run": f"{options.model}, {depth} blocks, a ViT of {depth // 2}; batch {options.batch}, "
+        f"{'float32' if options.device == 'cpu' else 'bf16, compiled' if options.compile else 'bf16'}; "
+        f"{options.rounds} steps",
+        "device": clock(options.device),
         "versions": versions(),
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -140,7 +175,7 @@ def main() -> None:
         for net in ("vim", "vit"):
             seconds, megabytes, millions = measured(task, net, size, kind)
             base = base or (seconds, megabytes)
-            values = (task, size, kind, net, round(millions, 1), float(f"{1 / seconds:.3g}"),
+            values = (task, size, kind, net, round(millions, 1), float(f"{options.batch / seconds:.3g}"),
                       round(seconds / base[0], 2), round(megabytes), round(megabytes / base[1], 2))  # fmt: skip
             rows.append(dict(zip(columns, values, strict=True)))
             print("| " + " | ".join(map(str, values)) + " |", flush=True)

@@ -55,7 +55,7 @@ class CropConfig:
     """How a training crop of model.img_size is cut, after mmsegmentation."""
 
     ratio: tuple[float, float] = (0.5, 2.0)
-    """Range of the factor on a picture whose shorter side was made as long as the crop's."""
+    """Range of the factor on a picture that was scaled to cover the crop: of a square one, to its side."""
     category_max: float = 0.75
     """Largest share of the labelled pixels that one class may have; tried ten times."""
     flip: float = 0.5

@@ -293,7 +293,7 @@ class TrainCrops:
         picture, values = self.pairs.pair(index)
         labels = Image.fromarray(values)
         low, high = self.crop.ratio
-        factor = max(self.size) / min(picture.shape[1:]) * (low + (high - low) * torch.rand(()).item())
+        factor = covering(picture.shape[1:], self.size) * (low + (high - low) * torch.rand(()).item())
         height, width = (max(1, round(side * factor)) for side in picture.shape[1:])
         picture = resize_pixels(picture, (height, width))
         target = torch.from_numpy(np.array(labels.resize((width, height), Image.Resampling.NEAREST)))
@@ -333,7 +333,7 @@ class TrainCrops:
 
 
 class WholePictures:
-    """Pictures for evaluation, the shorter side as long as the crop's; maps as they are."""
+    """Pictures for evaluation, scaled to cover the training crops; maps as they are."""
 
     def __init__(self, pairs: Pairs, size: tuple[int, int]) -> None:
         self.pairs = pairs
@@ -356,8 +356,13 @@ class WholePictures:
         return [image for image, _ in samples], [labels for _, labels in samples]
 
 
+def covering(shape: Sequence[int], size: tuple[int, int]) -> float:
+    """Factor at which a picture (h, w) just covers a crop of `size`: with a square one its shorter side is as long."""
+    return max(side / full for side, full in zip(size, shape, strict=True))
+
+
 def to_test_size(picture: Tensor, size: tuple[int, int]) -> Tensor:
-    """(c, h, w) -> (c, h, w) of the same type, the shorter side as long as that of `size`."""
-    factor = min(size) / min(picture.shape[1:])
+    """(c, h, w) -> (c, h, w) of the same type, as large as crops of `size` see it on average."""
+    factor = covering(picture.shape[1:], size)
     height, width = (max(1, math.floor(side * factor + 0.5)) for side in picture.shape[1:])
     return resize_pixels(picture, (height, width))

@@ -12,7 +12,14 @@ from safetensors.torch import load_file
 from sklearn.metrics import jaccard_score
 
 from finetune.segmentation.config import CropConfig, SegmentationConfig, SegmentationData
-from finetune.segmentation.data import IGNORED, PhotometricDistort, TrainCrops, class_names, open_pairs
+from finetune.segmentation.data import (
+    IGNORED,
+    PhotometricDistort,
+    TrainCrops,
+    WholePictures,
+    class_names,
+    open_pairs,
+)
 from finetune.segmentation.evaluate import confusion_of, scores
 from finetune.segmentation.model import feature_layers, pixel_loss
 from finetune.segmentation.task import SegmentationTask
@@ -141,6 +148,27 @@ def test_crops_move_picture_and_map_together(sample_data):
         counts = torch.bincount(target[target != IGNORED].long())
         fullest.append(float(counts.max() / counts.sum()))
     assert np.mean(fullest) < 0.85
+
+
+def test_pictures_have_one_scale_in_training_and_evaluation_whatever_the_shape_of_the_crop(tmp_path):
+    """A square of a third of the picture's width keeps that share of the crop's, in crops and in whole pictures."""
+    values = np.ones((60, 90), np.uint8)
+    values[15:45, 30:60] = 2
+    for folder, name in (("images", "a.png"), ("annotations", "a.png")):
+        (tmp_path / folder / "training").mkdir(parents=True)
+        picture = values if folder == "annotations" else np.stack([values * 100] * 3, -1)
+        Image.fromarray(picture).save(tmp_path / folder / "training" / name)
+    pairs, _ = open_pairs(SegmentationData(source=str(tmp_path), num_classes=2), "training", ["ground", "square"])
+    for size, side in (((40, 60), 20), ((60, 90), 30), ((60, 60), 30), ((40, 90), 30)):
+        crops = TrainCrops(pairs, size, CropConfig(photometric=False, ratio=(1, 1), category_max=1, flip=0))
+        with seeded(0, 0):
+            picture, target = crops.draw(0)
+        assert picture.shape[1:] == target.shape == size
+        evaluated, labels = WholePictures(pairs, size).draw(0)
+        assert labels.shape == (60, 90)
+        for pixels in (picture[0], evaluated[0]):
+            columns = (pixels > 150).sum(1)  # of 100 the ground, of 200 the square
+            assert int(columns.max()) == side, (size, pixels.shape)
 
 
 def test_photometric_distortion_keeps_the_hue():

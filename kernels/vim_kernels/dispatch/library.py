@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vim_kernels.dispatch.choice import function
 from vim_kernels.dispatch.contract import OPS, AddRmsNorm, Layout, Leaf, OpSpec, leaf, leaves
@@ -33,12 +34,12 @@ class Op:
         one_or_more: Any = Tensor if self.outputs == 1 else tuple[(Tensor,) * self.outputs]
         forward = _custom_op(
             spec.name,
-            self._run_forward,
+            self.run_forward,
             [*values, backend, save] if self.saves else [*values, backend],
             list[Tensor] if self.saves else one_or_more,
         )
         forward.register_fake(self._empty_outputs)
-        forward.register_autograd(self._gradients, setup_context=self._keep)
+        forward.register_autograd(self._gradients, setup_context=self.keep)
         first, *others = (f"d{name}" for name in spec.outputs)
         incoming = [leaf(first, Tensor), *(leaf(name, Tensor | None) for name in others)]
         kind = spec.backward or spec.arguments
@@ -48,7 +49,7 @@ class Op:
         all_given = all(values[i].kind is Tensor for i in self.with_gradient)  # a tuple takes 8 us less than a list
         backward = _custom_op(
             f"{spec.name}_backward",
-            self._run_backward,
+            self.run_backward,
             [*incoming, *values, *saved, backend],
             tuple[(Tensor,) * len(self.with_gradient)] if all_given else list[Tensor],
         )
@@ -58,7 +59,8 @@ class Op:
         self.backward = getattr(torch.ops.vim_kernels, f"{spec.name}_backward").default
         self.forward_name, self.backward_name = f"{spec.name}_forward", f"{spec.name}_backward"
 
-    def _run_forward(self, *flat: Any) -> Any:
+    def run_forward(self, *flat: Any) -> Any:
+        """What the forward op does."""
         if not self.saves:
             *values, backend = flat
             return function(backend, self.room, self.forward_name)(self.layout.unflatten(values))
@@ -75,7 +77,8 @@ class Op:
         saved = function(backend, self.room, f"{self.name}_saved")(arguments) if save else []
         return [*arguments.outputs(), *saved]
 
-    def _run_backward(self, *flat: Any) -> Sequence[Tensor]:
+    def run_backward(self, *flat: Any) -> Sequence[Tensor]:
+        """What the backward op does."""
         values, layout = flat[self.outputs : self.end], self.backward_layout
         run = function(flat[-1], self.room, self.backward_name)
         gradients = layout.flatten(run(layout.unflatten(values), *flat[: self.outputs], *flat[self.end : -1]))
@@ -85,26 +88,34 @@ class Op:
         values = flat[self.outputs : self.end]
         return self.results([values[i].new_empty(values[i].shape) for i in self.with_gradient if values[i] is not None])
 
-    def _keep(self, ctx: Any, inputs: tuple, output: Any) -> None:
+    def keep(self, ctx: Any, inputs: tuple, output: Any) -> None:
+        """Keep for the backward pass what it reads."""
         ctx.set_materialize_grads(False)
         ctx.options = inputs[self.tensors :]
         saved = output[self.outputs :] if self.saves else ()
         ctx.save_for_backward(*inputs[: self.tensors], *saved)
 
     def _gradients(self, ctx: Any, *incoming: Any) -> tuple[Tensor | None, ...]:
+        """The custom op's formula: the gradients of a list of outputs come as a list."""
+        return self.gradients(ctx, incoming[0] if self.saves else incoming, self.forward, self.backward)
+
+    def gradients(
+        self, ctx: Any, incoming: Sequence[Tensor | None], forward: Callable[..., Any], backward: Callable[..., Any]
+    ) -> tuple[Tensor | None, ...]:
+        """Of all values of the forward op, by these two: the custom ops, or what they run."""
         tensors = ctx.saved_tensors
         values, saved, backend = [*tensors[: self.tensors], *ctx.options], [], ctx.options[-1]
         if self.saves:
-            incoming = incoming[0][: self.outputs]
+            incoming = incoming[: self.outputs]
             *values, backend, _ = values
-            saved = [list(tensors[self.tensors :]) or self.forward(*values, backend, True)[self.outputs :]]
+            saved = [list(tensors[self.tensors :]) or forward(*values, backend, True)[self.outputs :]]
         else:
             values.pop()
         first, *others = incoming
         if first is None:
             first = torch.zeros_like(self.layout.unflatten(values).outputs()[0])
         others = [None if gradient is None else gradient.contiguous() for gradient in others]
-        results = self.backward(first.contiguous(), *others, *values, *saved, backend)
+        results = backward(first.contiguous(), *others, *values, *saved, backend)
         gradients: list[Tensor | None] = [None] * (self.tensors + len(ctx.options))
         for gradient, i in zip(results, [i for i in self.with_gradient if values[i] is not None], strict=True):
             gradients[i] = gradient
@@ -114,20 +125,44 @@ class Op:
 class AddRmsNormOp(Op):
     """Keeps the sum, not what was added: one tensor, whose gradient x and residual share."""
 
-    def _keep(self, ctx: Any, inputs: tuple, output: Any) -> None:
+    def keep(self, ctx: Any, inputs: tuple, output: Any) -> None:
+        """Keep for the backward pass the sum and the weight."""
         x, residual, weight, ctx.eps, ctx.backend = inputs
         ctx.x_dtype, ctx.residual_dtype = x.dtype, None if residual is None else residual.dtype
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(output[1], weight)
 
-    def _gradients(self, ctx: Any, *incoming: Any) -> tuple[Tensor | None, ...]:
+    def gradients(
+        self, ctx: Any, incoming: Sequence[Tensor | None], forward: Callable[..., Any], backward: Callable[..., Any]
+    ) -> tuple[Tensor | None, ...]:
+        """Of all values of the forward op, which is not run again."""
+        del forward
         dnormed, dtotal = incoming
         total, weight = ctx.saved_tensors
         dnormed = torch.zeros_like(total, dtype=ctx.x_dtype) if dnormed is None else dnormed.contiguous()
         dtotal = None if dtotal is None else dtotal.contiguous()
-        dsum, dweight = self.backward(dnormed, dtotal, total, weight, ctx.eps, ctx.backend)
+        dsum, dweight = backward(dnormed, dtotal, total, weight, ctx.eps, ctx.backend)
         dresidual = None if ctx.residual_dtype is None else dsum.to(ctx.residual_dtype)
         return dsum.to(ctx.x_dtype), dresidual, dweight, None, None
+
+
+class Direct(torch.autograd.Function):
+    """An op and its gradients past the dispatcher, for tensors that nothing traces or watches."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Op, *flat: Any) -> Any:
+        """The outputs of `op`, one or a tuple, from its flat values."""
+        results = op.run_forward(*flat)
+        ctx.op = op
+        op.keep(ctx, flat, results)
+        return tuple(results[: op.outputs]) if op.outputs > 1 else results[0] if op.saves else results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *incoming: Any) -> Any:
+        """The gradients of the op's values."""
+        op = ctx.op
+        return None, *op.gradients(ctx, incoming, op.run_forward, op.run_backward)
 
 
 def _custom_op(name: str, run: Callable[..., Any], values: list[Leaf], results: Any) -> Any:
