@@ -124,7 +124,7 @@ def pretrain(config: PretrainConfig) -> Path:
 
             with RunLog(config, accelerator, total_steps, first, pixels_of(stages)) as log:
                 batches = enduring(batches_from, first * config.accumulation, log.say)
-                watch = Watch(config, sets, view, training, log)
+                watch = Watch(config, objective, sets, view, training, log)
                 run = Run(config, objective, source, view, stages, packs, batches, training, log, bad, watch)
                 made_again = [f"made again in the backward pass: {level}"] * (config.model.recompute == "auto")
                 introductory = (

@@ -24,6 +24,7 @@ from launch.embedding.probes import linear_probe, nearest_neighbours
 from launch.run.randomness import generator
 from pretrain.config import PretrainConfig
 from pretrain.data import View
+from pretrain.objective import Objective
 from pretrain.watching.sets import EvalSets, key_of
 from vim_backbone import VisionMamba
 from vim_backbone.preprocessing import to_model
@@ -55,8 +56,9 @@ class Evaluator:
     It draws from no generator that training draws from.
     """
 
-    def __init__(self, config: PretrainConfig, sets: EvalSets, accelerator: Accelerator) -> None:
+    def __init__(self, config: PretrainConfig, objective: Objective, sets: EvalSets, accelerator: Accelerator) -> None:
         self.config = config
+        self.objective = objective
         self.sets = sets
         self.accelerator = accelerator
         self.bad: dict[str, str] = {}
@@ -93,7 +95,7 @@ class Evaluator:
     def _held_out(self, source: ImageSource, model: nn.Module, view: View, batch_size: int) -> tuple[float, Tensor]:
         """Mean loss over held-out pictures, and their features (n, d)."""
         config, device = self.config, self.accelerator.device
-        encoder = config.objective.encoder(model)
+        encoder = self.objective.encoder(model)
 
         def read(number: int) -> Read:
             with source.open(number) as picture:
@@ -105,7 +107,7 @@ class Evaluator:
         for reads in self._batches(source, read, batch_size):
             images, extras = self._images(reads, view), [each.extra for each in reads] or [self._blank_extra(view)]
             stacked = torch.stack(extras) if isinstance(images, Tensor) else extras
-            inputs = config.objective.inputs(stacked, device, encoder.config.tokens_of(images))
+            inputs = self.objective.inputs(stacked, device, encoder.config.tokens_of(images))
             with self._autocast():
                 loss = model(images, *inputs.arguments)
             total += torch.stack([loss.double() * len(reads), torch.full_like(total[0], len(reads))]) if reads else 0
@@ -118,7 +120,7 @@ class Evaluator:
 
     def _features(self, data: Labelled, model: nn.Module, view: View, batch_size: int) -> tuple[Tensor, Tensor]:
         """Features (n, d) of the middle of labelled pictures, and their classes (n,)."""
-        encoder, options = self.config.objective.encoder(model), self.config.data
+        encoder, options = self.objective.encoder(model), self.config.data
 
         def read(number: int) -> Read:
             with data.source.open(number) as picture:
@@ -168,7 +170,7 @@ class Evaluator:
         return images if (view.packed and native) or preprocessing.channel_sets is not None else torch.stack(images)
 
     def _blank_extra(self, view: View) -> Tensor:
-        return self.config.objective.draw(view.grid, generator(self.config.seed))
+        return self.objective.draw(view.grid, generator(self.config.seed))
 
     def _pooled(self, encoder: VisionMamba, images: Images) -> Tensor:
         """(n, d) as the published backbone gives them."""

@@ -9,6 +9,7 @@ from launch.run.metrics import METRICS, RunLog, read_rows
 from launch.run.training import Training
 from pretrain.config import PretrainConfig
 from pretrain.data import View
+from pretrain.objective import Objective
 from pretrain.stages import Stage
 from pretrain.watching.evaluate import Evaluator
 from pretrain.watching.sets import EvalSets
@@ -21,7 +22,15 @@ PICTURES_FOR_ONE = 100
 class Watch:
     """Evaluates a run at its intervals, and names its troubles."""
 
-    def __init__(self, config: PretrainConfig, sets: EvalSets, view: View, training: Training, log: RunLog) -> None:
+    def __init__(
+        self,
+        config: PretrainConfig,
+        objective: Objective,
+        sets: EvalSets,
+        view: View,
+        training: Training,
+        log: RunLog,
+    ) -> None:
         self.config = config
         self.sets = sets
         self.view = view
@@ -29,7 +38,7 @@ class Watch:
         self.log = log
         self.every = interval(config, sets.pictures)
         """Steps between evaluations; 0 for none."""
-        self.evaluator = Evaluator(config, sets, training.accelerator)
+        self.evaluator = Evaluator(config, objective, sets, training.accelerator)
         self.troubles = Troubles(config, training.total_steps)
         self._evaluated = time.perf_counter()
         self._long = False
