@@ -12,11 +12,12 @@ from sklearn.neighbors import KNeighborsClassifier
 from launch.data.labelled import read_class_folders
 from launch.data.reading import read_pixels
 from launch.data.sources import WeightedSource, open_source, open_sources
+from launch.embedding.features import Wanted, compute
 from launch.run.randomness import generator
 from pretrain.bands import main as statistics
 from pretrain.data import View
 from pretrain.train import build_model, pretrain
-from pretrain.watching.evaluate import PENALTY, middle, rank_me, usable
+from pretrain.watching.evaluate import PENALTY, middle, patch_features, rank_me, usable
 from pretrain.watching.sets import EvalSets, hold_out, key_of
 from pretrain.watching.watch import interval
 from tests.band_files import bands_of, write, write_scenes
@@ -108,13 +109,15 @@ def test_of_several_sources_each_keeps_its_weight_and_its_share(tmp_path, photo)
 @pytest.mark.parametrize("sizes", ["fixed", "native"])
 def test_an_evaluation_is_what_one_picture_after_the_other_gives(tmp_path, labelled, sizes):
     """Of the last weights: the loss of each held-out picture, and scikit-learn's probes of the published backbone."""
-    argv = options(labelled, "--steps=3", "--eval.every=2", f"--data.sizes={sizes}", "--ema_decay=0.5")
+    argv = options(
+        labelled, "--steps=3", "--eval.every=2", f"--data.sizes={sizes}", "--ema_decay=0.5", "--eval.share=0.6"
+    )
     settings = config(tmp_path, *argv)
     folder = pretrain(settings)
     assert list(evaluations(folder)) == [0, 2, 3]
     got = evaluations(folder)[3]
     source = open_source(f"{labelled}/train", split="train", column=None, streaming=False)
-    held = [name for i in range(len(source)) if key_of(name := source.name(i), 0) < 0.3 * 2**64]
+    held = [name for i in range(len(source)) if key_of(name := source.name(i), 0) < 0.6 * 2**64]
     model = build_model(settings)
     model.load_state_dict(weights(folder, 3, "ema"))
     view = View((32, 32), (4, 4), settings.data, settings.objective.draw)
@@ -127,7 +130,8 @@ def test_an_evaluation_is_what_one_picture_after_the_other_gives(tmp_path, label
         with torch.no_grad():
             each.append(model.eval()(images, *inputs.arguments).item())
             features.append(model.encoder(images)[0].numpy())
-    assert len(each) > 1
+    assert len(each) > 4
+    assert len(each) % 4  # batches of four and of fewer
     assert got["held_out_loss"] == pytest.approx(np.mean(each), rel=1e-5)
     shares = np.linalg.svd(np.array(features, np.float64), compute_uv=False)
     shares = shares / shares.sum() + 1e-7
@@ -263,6 +267,18 @@ def test_features_of_patches_become_colours(tmp_path, labelled):
     with Image.open(folder / "features/step-00000001.png") as image:
         assert image.width > 600
         assert len(set(np.asarray(image.convert("RGB")).reshape(-1, 3).max(1).tolist())) > 50
+
+
+@pytest.mark.parametrize("channels", ["mixed", "tokens"])
+def test_features_of_patches_are_those_of_the_published_backbone(tmp_path, channels):
+    settings = config(tmp_path, f"--model.channels={channels}", "--model.num_registers=1", "--model.patch_size=8")
+    encoder = build_model(settings).encoder.eval()
+    images = [torch.randn(3, 16, 32, generator=generator(k)) for k in range(2)] + [torch.randn(3, 32, 8)]
+    with torch.no_grad():
+        got = patch_features(encoder, images)
+    for ours, theirs in zip(got, compute(encoder, images, Wanted(("patches",))), strict=True):
+        torch.testing.assert_close(ours, theirs["patches"], rtol=1e-4, atol=1e-5)
+    assert "forward" not in vars(encoder)
 
 
 @pytest.mark.slow
