@@ -110,14 +110,14 @@ def test_of_several_sources_each_keeps_its_weight_and_its_share(tmp_path, photo)
 def test_an_evaluation_is_what_one_picture_after_the_other_gives(tmp_path, labelled, sizes):
     """Of the last weights: the loss of each held-out picture, and scikit-learn's probes of the published backbone."""
     argv = options(
-        labelled, "--steps=3", "--eval.every=2", f"--data.sizes={sizes}", "--ema_decay=0.5", "--eval.share=0.6"
+        labelled, "--steps=3", "--eval.every=2", f"--data.sizes={sizes}", "--ema_decay=0.5", "--eval.share=0.7"
     )
     settings = config(tmp_path, *argv)
     folder = pretrain(settings)
     assert list(evaluations(folder)) == [0, 2, 3]
     got = evaluations(folder)[3]
     source = open_source(f"{labelled}/train", split="train", column=None, streaming=False)
-    held = [name for i in range(len(source)) if key_of(name := source.name(i), 0) < 0.6 * 2**64]
+    held = [name for i in range(len(source)) if key_of(name := source.name(i), 0) < 0.7 * 2**64]
     model = build_model(settings)
     model.load_state_dict(weights(folder, 3, "ema"))
     view = View((32, 32), (4, 4), settings.data, settings.objective.draw)
