@@ -35,7 +35,7 @@ from benchmarks.machine import clock, read_csv, versions, write_csv
 from benchmarks.pictures import FORMATS, instances, write_maps, write_pictures
 from finetune.batches import training_batches
 from finetune.classification.config import AugmentConfig
-from finetune.classification.data import ClassSamples, Labelled
+from finetune.classification.data import ClassSamples
 from finetune.classification.transforms import mend_posterize, training_transform
 from finetune.detection.config import JitterConfig
 from finetune.detection.data import CocoSplit, TrainPictures
@@ -43,6 +43,7 @@ from finetune.segmentation.config import CropConfig, SegmentationData
 from finetune.segmentation.data import Pairs, TrainCrops
 from launch.data.folders import ImageFiles
 from launch.data.images import open_picture
+from launch.data.labelled import Labelled
 from launch.data.loading import loader_of, number_of_workers
 from launch.data.order import BatchPlan, StepSampler
 from launch.data.resize import Resizer

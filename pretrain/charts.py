@@ -40,20 +40,22 @@ def thinned(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
     return steps, values
 
 
-def chart(title: str, curves: Sequence[Curve], logarithmic: bool = False) -> str:
-    """One drawing of all runs' curves (SVG without a header), each in its colour.
+def chart(title: str, curves: Sequence[Curve], dashed: Sequence[Curve] = (), logarithmic: bool = False) -> str:
+    """One drawing of all runs' curves (SVG without a header), each in its colour, and dashed of a second column.
 
     `logarithmic` takes effect for positive values beyond a factor of 30.
     """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(4.6, 2.5))
         axis = figure.add_axes((0.13, 0.2, 0.84, 0.68))
+        for style, some in (("-", curves), ("--", dashed)):
+            for number, curve in enumerate(some):
+                steps, values = thinned(curve)
+                colour, marker = COLOURS[number % len(COLOURS)], "." if len(steps) < 3 else None
+                axis.plot(steps, values, color=colour, linewidth=1.4, linestyle=style, marker=marker)
         for number, curve in enumerate(curves):
-            steps, values = thinned(curve)
-            colour = COLOURS[number % len(COLOURS)]
-            axis.plot(steps, values, color=colour, linewidth=1.4, marker="." if len(steps) < 3 else None)
             for step in curve.marks:
-                axis.axvline(step, color=colour, linewidth=0.9, linestyle=":")
+                axis.axvline(step, color=COLOURS[number % len(COLOURS)], linewidth=0.9, linestyle=":")
         positive = [value for curve in curves for value in curve.values if value > 0]
         everything = sum(len(curve.values) for curve in curves)
         if logarithmic and len(positive) == everything and max(positive) > 30 * min(positive):

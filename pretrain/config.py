@@ -16,6 +16,7 @@ from pretrain.mae.objective import MAE
 from pretrain.nepa.objective import NEPA
 from pretrain.objective import Objective
 from pretrain.stages import Stage, StageConfig, borders, check_stages, errors_of
+from pretrain.watching.config import EvalConfig
 from vim_backbone import VimConfig, named_config
 from vim_backbone.channels import Channels, Sets
 from vim_backbone.errors import require
@@ -101,6 +102,7 @@ class PretrainConfig(TrainingConfig):
     ar: ARConfig = field(default_factory=lambda: ARConfig(width=192))
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(base_lr=8e-3, warmup_steps=20))
+    eval: EvalConfig = field(default_factory=EvalConfig)
     steps: int | None = None
     """Optimiser steps; give this or epochs. 120 when neither is given."""
     stages: list[StageConfig] | None = None

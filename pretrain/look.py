@@ -16,6 +16,7 @@ from pretrain.data import View, source_field
 from pretrain.initial import parse_run
 from pretrain.look_page import draw_page
 from pretrain.survey import survey
+from pretrain.watching.sets import hold_out
 from vim_backbone.errors import UserError, require
 from vim_backbone.files import explain
 
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> None:
     config = parse_run(LookConfig, argv, "pretrain.look SOURCE", DESCRIPTION)
     data = config.data
     require_statistics(data.preprocessing)
-    source = data.open()
+    source, _ = hold_out(data.open(), config.eval.share, config.seed)
     architecture = config.architecture()
     view = View(architecture.img_size, architecture.grid(*architecture.img_size), data, config.method.draw)
     console = Console(stderr=True, highlight=False, soft_wrap=True)

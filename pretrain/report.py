@@ -21,16 +21,24 @@ from launch.run.training import BAD_STEPS
 from launch.run.yaml_files import read_yaml
 from pretrain.charts import COLOURS, Curve, chart
 from pretrain.config import PretrainConfig
+from pretrain.watching.maps import FEATURES
 from vim_backbone.errors import UserError
 from vim_backbone.files import write_text
 
 REPORT = "report.html"
+LAST = (("held_out_loss", "held-out loss (last)", ".4f"), ("linear", "linear probe (last)", ".1%"),
+        ("knn", "nearest neighbours (last)", ".1%"), ("rank_me", "RankMe (last)", ".1f"))  # fmt: skip
+"""Columns whose last value the table of runs has, what it is called, and its form."""
 MOST_PICTURES = 12
 """Pictures of a run that the page holds, evenly spread over its steps."""
 MOST_LINES = 200
 """Lines of a run's log that the page holds, its last ones."""
 TITLES = {
     "loss": "loss",
+    "held_out_loss": "held-out loss",
+    "linear": "linear probe, top-1",
+    "knn": "nearest neighbours, top-1",
+    "rank_me": "RankMe, the effective rank of features",
     "images_per_second": "pictures a second",
     "data_wait_share": "share of the time spent waiting for data",
     "grad_norm": "norm of the gradient",
@@ -39,9 +47,12 @@ TITLES = {
     "height": "height of the views, pixels",
 }
 """Columns of metrics.jsonl that are drawn first, and what they are called; further ones follow under their names."""
+BESIDE = {"loss": ("held_out_loss", "loss (dashed: held out)"),
+          "linear": ("knn", "linear probe (dashed: nearest neighbours), top-1")}  # fmt: skip
+"""Columns that have another one dashed in the same drawing, and what both are called."""
 LOGARITHMIC = {"lr", "grad_norm"}
 """Columns that are drawn so where they span decades."""
-NOT_DRAWN = {"step", "tokens_per_second", "stage", "width"}
+NOT_DRAWN = {"step", "tokens_per_second", "stage", "width", "eval_seconds"}
 """Columns that say nothing more."""
 
 
@@ -57,8 +68,8 @@ class RunRecord:
     log: list[dict[str, Any]]
     """Its lines, with time and step."""
     bad_steps: list[dict[str, Any]]
-    pictures: list[tuple[int, Path]]
-    """Step and file of each picture of what was learned."""
+    pictures: dict[str, list[tuple[int, Path]]]
+    """Folder -> step and file of each picture of what was learned."""
     published: bool
 
     @property
@@ -73,16 +84,23 @@ class RunRecord:
     def facts(self) -> dict[str, str]:
         """Name -> text of what the table of runs shows."""
         ends = {column: self.values(column) for column in TITLES}
+        seconds = self.values("eval_seconds")
         last = ends["loss"][-max(1, len(ends["loss"]) // 10) :]
         return {
             "state": f"{'done' if self.published else 'not published'}, step {self.step:,}",
             "loss (last tenth)": f"{np.mean(last):.4f}" if last else "",
+            **{name: _last(ends[column], form) for column, name, form in LAST},
+            "evaluations": f"{len(seconds)}, {sum(seconds):.1f} s" if seconds else "",
             "pictures a second (median)": _median(ends["images_per_second"], ".1f"),
             "waiting for data (median)": _median(ends["data_wait_share"], ".0%"),
             "peak memory": f"{max(ends['memory_gb']):.2f} GB" if ends["memory_gb"] else "",
             "bad steps": str(len(self.bad_steps)),
             "starts": str(max(1, sum(bool(row.get("start")) for row in self.log))),
         }
+
+
+def _last(values: list[float], form: str) -> str:
+    return format(values[-1], form) if values else ""
 
 
 def _median(values: list[float], form: str) -> str:
@@ -93,11 +111,10 @@ def read_run(folder: Path) -> RunRecord:
     """Read a run's folder, also while it goes on. Raises UserError for a folder that is none."""
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} is no run's folder (it has no {CONFIG}): give the folder that a run printed last")
-    pictures = [
-        (int(path.stem.removeprefix("step-")), path)
-        for path in sorted(folder.glob("*/step-*.png"))
-        if path.stem.removeprefix("step-").isdigit()
-    ]
+    pictures: dict[str, list[tuple[int, Path]]] = {}
+    for path in sorted(folder.glob("*/step-*.png"), key=lambda path: (path.parent.name == FEATURES, path)):
+        if (step := path.stem.removeprefix("step-")).isdigit():
+            pictures.setdefault(path.parent.name, []).append((int(step), path))
     return RunRecord(
         folder=folder,
         name=folder.resolve().name,
@@ -105,7 +122,7 @@ def read_run(folder: Path) -> RunRecord:
         metrics=read_rows(folder / METRICS),
         log=read_rows(folder / LOG),
         bad_steps=read_rows(folder / BAD_STEPS),
-        pictures=sorted(pictures),
+        pictures={name: sorted(some) for name, some in pictures.items()},
         published=(folder / "backbone" / "config.json").is_file(),
     )
 
@@ -128,16 +145,22 @@ def charts(runs: Sequence[RunRecord]) -> list[str]:
     found = dict.fromkeys(name for run in runs for row in run.metrics for name in row)
     columns = [*(name for name in TITLES if name in found), *(name for name in found if name not in TITLES)]
     drawn = []
-    for column in columns:
-        curves = []
-        for run in runs:
-            rows = [row for row in run.metrics if isinstance(row.get(column), (int, float))]
-            starts = [row["step"] for row in run.log if row.get("start") and row["step"]]
-            marks = starts + [row["step"] for row in run.bad_steps]
-            curves.append(Curve([row["step"] for row in rows], [row[column] for row in rows], marks))
-        if column not in NOT_DRAWN and any(curve.values for curve in curves):
-            drawn.append(chart(TITLES.get(column, column), curves, logarithmic=column in LOGARITHMIC))
+    companions = {other for column, (other, _) in BESIDE.items() if column in found}
+    for column in (column for column in columns if column not in NOT_DRAWN | companions):
+        other, both = BESIDE.get(column, ("", ""))
+        curves, dashed = ([curve_of(run, name) for run in runs] for name in (column, other))
+        if any(curve.values for curve in curves):
+            title = both if any(curve.values for curve in dashed) else TITLES.get(column, column)
+            drawn.append(chart(title, curves, dashed, logarithmic=column in LOGARITHMIC))
     return drawn
+
+
+def curve_of(run: RunRecord, column: str) -> Curve:
+    """A column of a run's metrics over the steps, with marks where it was restarted or had a bad step."""
+    rows = [row for row in run.metrics if isinstance(row.get(column), (int, float))]
+    starts = [row["step"] for row in run.log if row.get("start") and row["step"]]
+    marks = starts + [row["step"] for row in run.bad_steps]
+    return Curve([row["step"] for row in rows], [row[column] for row in rows], marks)
 
 
 def embedded(path: Path) -> str | None:
@@ -164,6 +187,8 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
     Raises UserError for a folder that is no run's, or a file that cannot be written.
     """
     runs = [read_run(folder) for folder in folders]
+    facts = [run.facts() for run in runs]
+    known = [name for name in facts[0] if any(each[name] for each in facts)]
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
     page = templates.get_template("report_template.html").render(
         title=", ".join(run.name for run in runs[:3]) + (f" and {len(runs) - 3} more" if len(runs) > 3 else ""),
@@ -172,8 +197,8 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
                 "name": run.name,
                 "folder": str(run.folder),
                 "colour": COLOURS[number % len(COLOURS)],
-                "facts": run.facts(),
-                "pictures": spread(run.pictures),
+                "facts": {name: facts[number][name] for name in known},
+                "pictures": {name: shown for name, some in run.pictures.items() if (shown := spread(some))},
                 "log": run.log[-MOST_LINES:],
                 "earlier": max(0, len(run.log) - MOST_LINES),
                 "bad_steps": run.bad_steps,

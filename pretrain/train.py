@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,10 @@ from pretrain.packs import STARTS, Packs, PackSampler
 from pretrain.plan import fitting_level
 from pretrain.report import REPORT, write_report
 from pretrain.stages import Stage, pixels_of, stage_at
+from pretrain.watching.evaluate import patch_features
+from pretrain.watching.maps import FEATURES, draw_maps
+from pretrain.watching.sets import check_sets, hold_out, open_sets
+from pretrain.watching.watch import Watch
 from vim_backbone import VimConfig, VisionMamba
 from vim_backbone.block import Block, set_recompute
 from vim_backbone.errors import UserError, first_line, require
@@ -58,6 +63,7 @@ class Run:
     training: Training
     log: RunLog
     bad: BadPictures
+    watch: Watch
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -66,7 +72,9 @@ def pretrain(config: PretrainConfig) -> Path:
     Raises UserError before any work where something asked for cannot be done, and Stopped after an interrupt.
     """
     data = config.data
-    source = data.open()
+    everything = data.open()
+    source, held_out = hold_out(everything, config.eval.share, config.seed)
+    sets = open_sets(config.eval, held_out, config.seed)
     pictures = length_of(source)
     total_steps = config.total_steps(pictures)
     accelerator = build_accelerator(config, config.accumulation)
@@ -76,8 +84,10 @@ def pretrain(config: PretrainConfig) -> Path:
     on_main(accelerator, lambda: refuse_to_compile_many_shapes(accelerator, data))
     compile_by_stage(accelerator, stages)
     on_main(accelerator, lambda: look_at_first(source, data.preprocessing, data.max_megapixels, data.max_bad_share))
+    on_main(accelerator, lambda: check_sets(sets, config.eval, data))
     objective = config.method
-    fixed = ("objective", "model.", "data.bands", "data.statistics", *objective.architecture_fields)
+    fixed = ("objective", "model.", "data.bands", "data.statistics", "eval.share", *objective.architecture_fields)
+    fixed += ("seed",) if held_out else ()  # what was held out before would be trained on
     architecture = config.architecture()
     initial, taken_up = weights_to_start_from(config, architecture)
     with run_folder(accelerator, config, fixed, total_steps) as start:
@@ -114,11 +124,12 @@ def pretrain(config: PretrainConfig) -> Path:
 
             with RunLog(config, accelerator, total_steps, first, pixels_of(stages)) as log:
                 batches = enduring(batches_from, first * config.accumulation, log.say)
-                run = Run(config, objective, source, view, stages, packs, batches, training, log, bad)
+                watch = Watch(config, objective, sets, view, training, log)
+                run = Run(config, objective, source, view, stages, packs, batches, training, log, bad, watch)
                 made_again = [f"made again in the backward pass: {level}"] * (config.model.recompute == "auto")
                 introductory = (
                     introduction(run, pictures),
-                    *what_was_left_out(source),
+                    *what_was_left_out(everything),
                     *made_again,
                     *config.not_used(),
                     *(taken_up if start.checkpoint is None else []),
@@ -223,6 +234,9 @@ def train(run: Run) -> None:
         if stage is not begun:
             begun = stage
             begin(run, stage, step)
+        if step == 0 and run.watch.every:
+            run.watch.evaluate(stage)
+            speed.read()
         torch.manual_seed(seed_of(config.seed, step, training.accelerator.process_index))  # for stochastic depth
         names: list[str] = []
         batch = None
@@ -246,11 +260,15 @@ def train(run: Run) -> None:
             stage_metrics = stage.metrics() if len(run.stages) > 1 else {}
             latest = {"loss": training.loss, "lr": training.rate, "grad_norm": training.grad_norm} | speed.read()
             run.log.metrics(done, latest | {"memory_gb": peak_memory_gb(device)} | stage_metrics)
+            run.watch.row(done, latest | stage_metrics)
         run.log.progress(done, latest)
         for line in training.new_notices():
             run.log.say(line)
         if done % config.picture_every == 0 or done == training.total_steps:
             show(run, batch, stage)
+        if run.watch.due(done):
+            run.watch.evaluate(stage)
+            speed.read()  # its time is none of the next row's
 
 
 def begin(run: Run, stage: Stage, step: int) -> None:
@@ -283,25 +301,33 @@ def checked(run: Run, batch: Batch) -> Tensor | list[Tensor]:
 def show(run: Run, batch: Batch | None, stage: Stage) -> None:
     """Draw what was learned, as step-N.png: on the same pictures each time (of a stream: on the batch at hand).
 
+    What the objective shows, and the features of the patches as colours.
+
     For all processes, because the model may be spread over them.
     """
     training, step = run.training, run.training.state.step
-    crops = "crops of this step"
-    if not isinstance(run.source, Stream):
-        views, passes = Views(run.source, run.view, run.config.seed), passes_over(run.source, run.config.seed)
+    crops, source = "crops of this step", run.watch.sets.held_out or run.source
+    if not isinstance(source, Stream):
+        views, passes = Views(source, run.view, run.config.seed), passes_over(source, run.config.seed)
         places = [passes.in_order(i) for i in range(SAMPLES_SHOWN)]
         samples = [views[SHOWN_EPOCH + epoch, index, stage.img_size] for epoch, index in places]
-        batch = collate([sample for sample in samples if sample.image is not None], run.view.packed)
-        crops = "crops never trained on"
+        if good := [sample for sample in samples if sample.image is not None]:
+            batch = collate(good, run.view.packed)
+            crops = f"{'pictures' if run.watch.sets.held_out else 'crops'} never trained on"
     assert batch is not None
     assert batch.images is not None
     preprocessing = run.config.data.preprocessing
     images = to_model(batch.images[:SAMPLES_SHOWN], training.accelerator.device, preprocessing)
     with training.evaluating() as model:
         draw = run.objective.show(model, images, batch.extras[:SAMPLES_SHOWN], preprocessing)
+        maps = patch_features(run.objective.encoder(model), images)
     if training.accelerator.is_main_process:
-        path = run.config.folder / run.objective.picture_folder / f"step-{step:08d}.png"
-        draw(f"{run.config.name}: step {step}, {crops}", path)
+        draw_features = partial(draw_maps, images, maps, preprocessing)
+        draw_learned = partial(draw, f"{run.config.name}: step {step}, {crops}")
+        for folder, draw_in in ((run.objective.picture_folder, draw_learned), (FEATURES, draw_features)):
+            path = run.config.folder / folder / f"step-{step:08d}.png"
+            draw_in(path)
+            run.log.picture(step, folder, path)
 
 
 def publish(run: Run) -> None:

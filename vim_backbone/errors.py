@@ -36,6 +36,8 @@ def escaped(name: str) -> str:
 
     Control and formatting characters, and bytes that are no UTF-8, become \x1b, \u202e, \xe9 and the like.
     """
+    if name.isprintable():  # none is hidden: a tenth of the time, of names by the million
+        return name
     return "".join(_escape(c) if unicodedata.category(c) in HIDDEN else c for c in name)
 
 

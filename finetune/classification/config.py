@@ -4,30 +4,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from finetune.config import FinetuneConfig, LabelledData
+from launch.data.labelled import LabelledSource
 from vim_backbone.errors import require
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassificationData(LabelledData):
+class ClassificationData(LabelledSource, LabelledData):
     """Pictures with one class each."""
-
-    source: str = ""
-    """Folder with train/CLASS/* and val/CLASS/* (ImageNet's layout), or CLASS/* alone with `holdout`; or a data set:
-    .parquet, .arrow, .tar or .zip file(s) by path, glob or URL, with {split} where splits have files of their own, a
-    folder of `save_to_disk`, or hf:NAME."""
-    train_split: str = "train"
-    """Folder or split to train on."""
-    val_split: str = "val"
-    """Folder or split to evaluate on; hf:NAME data sets often call it validation or test."""
-    holdout: float = 0.0
-    """Share of each class that is kept for evaluation, where there is no validation set."""
-    image_column: str | None = None
-    """Image column of a data set, or one of bytes or paths; the first of type Image when not given."""
-    label_column: str | None = None
-    """Label column of a data set; the first one of type ClassLabel when not given. A column of text can be named: its
-    different texts, sorted, are the classes."""
-    shots: int | None = None
-    """Train on so many pictures of each class, chosen by the seed."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from finetune.backbone import read_backbone, read_preprocessing_of
 from finetune.classification.config import ClassificationConfig
-from finetune.classification.data import ClassSamples, missing_classes, open_labelled
+from finetune.classification.data import ClassSamples
 from finetune.classification.evaluate import METRICS, evaluate
 from finetune.classification.model import Classifier
 from finetune.classification.predict import ClassificationPredictor
@@ -18,6 +18,7 @@ from finetune.classification.transforms import evaluation_transform, training_tr
 from finetune.pixels import on_device
 from finetune.task import EvaluationResult, LabelledBatch, Task
 from launch.data.first_look import look_at_first
+from launch.data.labelled import missing_classes, open_labelled
 from launch.run.randomness import seeded
 from vim_backbone import UserError
 from vim_backbone.folder import read_config

@@ -18,6 +18,7 @@ from typing import Protocol
 
 import datasets
 import fsspec
+import numpy as np
 
 from launch.data.bad_pictures import Named
 from launch.data.data_sets import BUILDERS, HubDataset, data_set_of, image_column, is_url, open_cell, suffix_of
@@ -74,6 +75,25 @@ class TitledPictures:
     def open(self, index: int) -> Picture:
         """The picture, opened but not decoded."""
         return self.source.open(index)
+
+
+class Picked:
+    """Some pictures of a source."""
+
+    def __init__(self, source: ImageSource, indices: Sequence[int] | np.ndarray) -> None:
+        self.source = source
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, index: int) -> str:
+        """Name in the source."""
+        return self.source.name(int(self.indices[index]))
+
+    def open(self, index: int) -> Picture:
+        """The picture, opened but not decoded."""
+        return self.source.open(int(self.indices[index]))
 
 
 class MixedPictures:

@@ -38,8 +38,7 @@ def principal_colours(maps: list[Tensor]) -> list[Tensor]:
     """
     patches = torch.cat([patch.flatten(0, 1) for patch in maps]).double()
     centred = patches - patches.mean(0)
-    _, _, axes = torch.linalg.svd(centred, full_matrices=False)
-    axes = axes[:3]
+    axes = torch.linalg.eigh(centred.T @ centred).eigenvectors.T.flip(0)[:3]  # d x d, however many patches there are
     signs = torch.sign(
         axes.gather(1, axes.abs().argmax(1, keepdim=True))
     )  # an axis has no direction: the same each time

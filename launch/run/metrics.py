@@ -9,15 +9,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from rich.console import Console
 
 from launch.run.config import RunConfig, plain
 from launch.run.progress import ProgressReport
+from launch.run.tracking import send_picture
 from vim_backbone.errors import UserError, escaped, first_line
 from vim_backbone.files import append_lines, explain, json_line, write_text
 
@@ -46,6 +45,8 @@ class RunLog:
         self._folder = config.folder
         self._step = start_step
         self._started = False
+        self._refused: set[str] = set()
+        """Trackers that did not take a picture."""
         try:
             accelerator.init_trackers("tracking", config={"config": json.dumps(plain(config))})
         except Exception as error:  # each tracker raises its own classes
@@ -88,12 +89,17 @@ class RunLog:
         self.accelerator.log(values, step=step)
 
     def picture(self, step: int, name: str, path: Path) -> None:
-        """Show a picture file in the trackers that take pictures."""
+        """Show a picture file in the trackers that take pictures; say once of a tracker that it does not take one.
+
+        For the main process alone.
+        """
         for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                with Image.open(path) as image:
-                    pixels = np.asarray(image.convert("RGB"))
-                tracker.log_images({name: pixels[None]}, step=step, dataformats="NHWC")  # pyright: ignore[reportAttributeAccessIssue]
+            try:
+                send_picture(tracker, step, name, path)
+            except Exception as error:  # each tracker raises its own classes, and a lost picture ends no run
+                if tracker.name not in self._refused:
+                    self._refused.add(tracker.name)
+                    self.say(f"tracker {tracker.name} takes no picture: {first_line(error)}; all are in {path.parent}")
 
     def progress(self, step: int, latest: dict[str, float]) -> None:
         """Move the bar, with the latest metrics beside it; without a terminal, print a line now and then."""

@@ -12,13 +12,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from finetune.classification.config import AugmentConfig, ClassificationConfig, ClassificationData
-from finetune.classification.data import open_labelled, read_class_folders
 from finetune.classification.task import ClassificationTask
 from finetune.classification.transforms import training_transform
 from finetune.main import main
 from finetune.sample_data import Sizes
 from finetune.sample_data import classification as draw
 from finetune.train import finetune
+from launch.data.labelled import open_labelled, read_class_folders
 from launch.run.cli import parse
 from tests.rows import read_metrics
 from tests.vim_backbone import official

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 from finetune.classification.config import ClassificationConfig, ClassificationData
-from finetune.classification.data import open_labelled
 from finetune.classification.task import ClassificationTask
 from finetune.detection.config import DetectionConfig, DetectionData
 from finetune.detection.data import open_coco
@@ -23,6 +22,7 @@ from finetune.segmentation.data import class_names, open_pairs
 from finetune.segmentation.task import SegmentationTask
 from finetune.train import finetune
 from launch.data.images import BadPictureError
+from launch.data.labelled import open_labelled
 from launch.run.cli import parse
 from vim_backbone import UserError
 

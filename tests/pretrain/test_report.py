@@ -70,6 +70,35 @@ def test_a_page_holds_all_of_a_run_and_needs_no_network(tmp_path, capsys):
     assert "seed" not in page.texts  # as in a run without fields
 
 
+def test_what_was_evaluated_stands_beside_what_was_trained(tmp_path):
+    folders = [run_of(tmp_path / name) for name in ("watched", "alone")]
+    rows = [{"step": s, "held_out_loss": 3.0 - s, "linear": s / 5, "knn": 0.25, "rank_me": 7.0, "eval_seconds": 1.5}
+            for s in (0, 2)]  # fmt: skip
+    with open(folders[0] / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    (folders[0] / "features").mkdir()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folders[0] / "features/step-00000004.png")
+    main([*map(str, folders), f"--out={tmp_path / 'both.html'}"])
+    page = Page(tmp_path / "both.html")
+    drawn = [drawing["aria-label"].removesuffix(" over the steps") for drawing in page.all("svg")]
+    assert drawn == ["loss (dashed: held out)", "linear probe (dashed: nearest neighbours), top-1",
+                     "RankMe, the effective rank of features", "learning rate", "new_metric"]  # fmt: skip
+    facts = [text for text in page.texts if text]
+    assert [facts[facts.index(name) + 1] for name in ("held-out loss (last)", "linear probe (last)")] == [
+        "1.0000",
+        "40.0%",
+    ]
+    assert facts[facts.index("evaluations") + 1] == "2, 3.0 s"
+    assert "bad steps" in facts
+    assert [each["aria-label"].split()[-1] for each in page.all("input")] == [
+        "reconstructions",
+        "features",
+        "reconstructions",
+    ]
+    main([str(folders[1])])
+    assert "evaluations" not in Page(folders[1] / "report.html").texts
+
+
 def test_runs_side_by_side_with_the_fields_in_which_they_differ(tmp_path):
     folders = [run_of(tmp_path / "one", seed=1, batch_size=7), run_of(tmp_path / "two", seed=2, batch_size=7)]
     main([*map(str, folders), f"--out={tmp_path / 'both.html'}"])
@@ -113,7 +142,7 @@ def test_what_is_no_run_is_named(tmp_path):
 
 def test_pictures_are_spread_over_the_steps(tmp_path):
     folder = run_of(tmp_path / "run", pictures=range(1, 101))
-    steps = [step for step, _ in spread(read_run(folder).pictures)]
+    steps = [step for step, _ in spread(read_run(folder).pictures["reconstructions"])]
     assert len(steps) == MOST_PICTURES
     assert steps[0] == 1
     assert steps[-1] == 100

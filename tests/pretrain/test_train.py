@@ -70,7 +70,8 @@ def test_what_a_run_leaves_behind(tmp_path, picture_folder):
         assert image.width > 600
     assert config(tmp_path, "--config", str(folder / "config.yaml")).data.source == str(picture_folder)
     assert "step-00000004" not in (folder / "report.html").read_text()  # pictures are in it, and no links to them
-    assert (folder / "report.html").read_text().count("data:image/webp") == 2
+    assert (folder / "report.html").read_text().count("data:image/webp") == 4  # of reconstructions and of features
+    assert sorted(p.name for p in (folder / "features").iterdir()) == pictures
 
 
 def test_every_line_of_a_run_is_kept_with_its_step(tmp_path):
