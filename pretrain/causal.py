@@ -1,7 +1,7 @@
 """What objectives that predict what comes next share: which encoders they can train, and what a step costs them.
 
 The two directions of a Vim are two causal networks here (`VisionMamba.encode` with `apart`): in no block does one see
-what the other made, so that nothing comes back from the patches that are to be foretold. The forward one foretells what
+what the other made, so that nothing comes back from the patches that are to be predicted. The forward one predicts what
 comes next, the backward one what came before.
 """
 
@@ -20,12 +20,12 @@ from vim_backbone.vim import Images
 
 def check_causal(architecture: VimConfig, objective: str) -> None:
     """Raise UserError for an encoder that lets a patch see what comes after it, or has nothing that does."""
-    remedy = f"objective {objective} foretells patches, and the mean of a line holds later ones; set model.scan to full"
+    remedy = f"objective {objective} predicts patches, and the mean of a line holds later ones; set model.scan to full"
     require(architecture.scan == "full", "model.scan", architecture.scan, remedy)
     if architecture.stride != architecture.patch_size:
         raise UserError(
             f"stride {architecture.stride} differs from patch_size {architecture.patch_size}: patches that overlap "
-            "show what is to be foretold; pretrain with stride = patch_size"
+            "show what is to be predicted; pretrain with stride = patch_size"
         )
     rows, columns = architecture.grid(*architecture.img_size)
     size = list(architecture.img_size)

@@ -1,6 +1,6 @@
-"""Clusters of patches, one foretold from those before it: their numbers, their order, and what foretells which patch.
+"""Clusters of patches, one predicted from those before it: their numbers, their order, and what predicts which patch.
 
-Shape letters: l patches, m patches that are foretold.
+Shape letters: l patches, m patches that are predicted.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ from vim_backbone.errors import require
 
 @dataclass(frozen=True, kw_only=True)
 class ARConfig:
-    """What is foretold at a time, and the decoder, which is thrown away after pretraining."""
+    """What is predicted at a time, and the decoder, which is thrown away after pretraining."""
 
     cluster: int | None = None
-    """Side in patches of the squares that are foretold one after the other, and scanned so while pretraining (ARM);
+    """Side in patches of the squares that are predicted one after the other, and scanned so while pretraining (ARM);
     null: a row of patches at a time, in the order of every Vim's scan (MAP)."""
     width: int = 512
     """Channels of the decoder."""
@@ -37,7 +37,7 @@ class ARConfig:
 
 
 class Foretold(NamedTuple):
-    """What one direction foretells, as places in scan order: (m,) each."""
+    """What one direction predicts, as places in scan order: (m,) each."""
 
     patches: Tensor
     near: Tensor
@@ -54,7 +54,7 @@ class Plan(NamedTuple):
     ahead: Foretold
     back: Foretold
     counts: list[int] | None = None
-    """Patches that are foretold of each picture, by both directions; None where all have one shape."""
+    """Patches that are predicted of each picture, by both directions; None where all have one shape."""
 
 
 def number_clusters(grid: tuple[int, int], cluster: int | None) -> Tensor:

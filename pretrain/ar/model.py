@@ -1,6 +1,6 @@
 """Autoregression by clusters of patches on Vim: each is rebuilt from what was seen of the clusters before it.
 
-Shape letters: b batch, c channels, l patches, m patches that are foretold, d width of the encoder, p pixels of a patch.
+Shape letters: b batch, c channels, l patches, m patches to predict, d width of the encoder, p pixels of a patch.
 Pictures of different shapes come as a list and are one row: b is 1 then, and l counts the patches of all.
 """
 
@@ -23,9 +23,9 @@ class Prediction(NamedTuple):
     """What `NextCluster.rebuild` gives of a direction."""
 
     pixels: Images
-    """(b, c, h, w), or a list: with each patch's true mean and deviation put back; 0 where none was foretold."""
+    """(b, c, h, w), or a list: with each patch's true mean and deviation put back; 0 where none was predicted."""
     known: Tensor
-    """(l,) bool, row by row: which patches were foretold."""
+    """(l,) bool, row by row: which patches were predicted."""
 
 
 class Mlp(nn.Module):
@@ -46,7 +46,7 @@ class NextCluster(nn.Module):
     """Autoregression by clusters (ARM, arXiv 2406.07537; MAP, arXiv 2410.00871) with a Vim, whose directions are two
     causal networks: see `pretrain.causal`.
 
-    The forward direction foretells the next cluster, the backward one the one before. A patch is rebuilt from its
+    The forward direction predicts the next cluster, the backward one the one before. A patch is rebuilt from its
     position, from the output at its like in the cluster that was seen last, and from the output at which all of that
     cluster was seen, by a decoder that knows nothing else and that both directions share.
     """
@@ -77,7 +77,7 @@ class NextCluster(nn.Module):
         counts: list[int] | None = None,
         rebuild: bool = False,
     ) -> Tensor | list[Prediction]:
-        """Loss: mean squared error on the normalised pixels of what both directions foretell; or what `rebuild` gives.
+        """Loss: mean squared error on the normalised pixels of what both directions predict; or what `rebuild` gives.
 
         Every picture counts alike, however many patches it has.
 
@@ -98,25 +98,25 @@ class NextCluster(nn.Module):
         return torch.stack([torch.cat(both).mean() for both in pictures]).mean()
 
     def predict(self, images: Images, order: Tensor, ahead: Foretold, back: Foretold) -> list[Tensor]:
-        """Normalised pixels (b, m, p) of what each direction foretells."""
+        """Normalised pixels (b, m, p) of what each direction predicts."""
         tokens = self.encoder.embed(images)[:, order]
         streams = self.encoder.encode(tokens, self.encoder.lengths(images), apart=True)[1].chunk(2)
         positions = self._positions(images)[:, order]
         predicted = []
-        for stream, foretold, direction in zip(streams, (ahead, back), self.decoder_direction, strict=True):
-            seen = self.decoder_near(stream)[:, foretold.near] + self.decoder_whole(stream)[:, foretold.whole]
-            predicted.append(self.decoder_pred(self.decoder_layers(seen + positions[:, foretold.patches] + direction)))
+        for stream, targets, direction in zip(streams, (ahead, back), self.decoder_direction, strict=True):
+            seen = self.decoder_near(stream)[:, targets.near] + self.decoder_whole(stream)[:, targets.whole]
+            predicted.append(self.decoder_pred(self.decoder_layers(seen + positions[:, targets.patches] + direction)))
         return predicted
 
     @torch.no_grad()
     def rebuild(self, images: Images, order: Tensor, ahead: Foretold, back: Foretold) -> list[Prediction]:
-        """The pictures that each direction foretells; arguments as `forward`."""
+        """The pictures that each direction predicts; arguments as `forward`."""
         side = self.encoder.config.patch_size
         patches = patchify(images, side)
         _, mean, deviation = normalise(patches)
         made = []
-        for predicted, foretold in zip(self.predict(images, order, ahead, back), (ahead, back), strict=True):
-            where = order[foretold.patches]
+        for predicted, targets in zip(self.predict(images, order, ahead, back), (ahead, back), strict=True):
+            where = order[targets.patches]
             pixels = torch.zeros_like(patches)
             pixels[:, where] = (predicted.float() * deviation[:, where] + mean[:, where]).to(pixels.dtype)
             known = torch.zeros(len(order), dtype=torch.bool, device=order.device)

@@ -21,7 +21,7 @@ from vim_backbone.memory import Recompute
 from vim_backbone.preprocessing import Preprocessing, shown, to_pixels
 from vim_backbone.vim import Images
 
-COLUMNS = ("input", "foretold from before it", "foretold from after it")
+COLUMNS = ("input", "predicted from before it", "predicted from after it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +40,11 @@ class AR:
 
     @property
     def summary(self) -> str:
-        """What is foretold at a time."""
+        """What is predicted at a time."""
         unit = (
             "row of patches" if self.ar.cluster is None else f"square of {self.ar.cluster} x {self.ar.cluster} patches"
         )
-        return f"each {unit} foretold from those before it, and from those after it"
+        return f"each {unit} predicted from those before it, and from those after it"
 
     def check(self, architecture: VimConfig) -> None:
         """Full scans of two patches or more, with all bands in one token."""
@@ -72,7 +72,7 @@ class AR:
     def inputs(
         self, extras: Tensor | Sequence[Tensor], device: torch.device, tokens: Sequence[int] | None = None
     ) -> Inputs:
-        """The order of the patches, and what foretells which; made on the CPU."""
+        """The order of the patches, and what predicts which; made on the CPU."""
         del tokens  # a patch has one
         planned = plan(extras[0]) if isinstance(extras, Tensor) else packed_plan(extras)
         return Inputs(_to_device(planned, device), sum(len(extra) for extra in extras))
@@ -80,7 +80,7 @@ class AR:
     def show(
         self, model: nn.Module, images: Images, extras: Tensor | Sequence[Tensor], preprocessing: Preprocessing
     ) -> Callable[[str, Path], None]:
-        """Input, and what each direction foretold. For all processes."""
+        """Input, and what each direction predicted. For all processes."""
         device = images.device if isinstance(images, Tensor) else images[0].device
         config = self.encoder(model).config
         made: list[Prediction] = model(images, *self.inputs(extras, device).arguments, rebuild=True)
@@ -97,7 +97,7 @@ class AR:
                     pixels = shown(to_pixels(each.pixels[number], preprocessing))
                     panes.append(without_hidden(pixels, ~there[number], config.patch_size))
                 strips.append(torch.stack(panes).permute(0, 2, 3, 1).float().cpu().numpy())
-            draw_strips(strips, COLUMNS, f"{title}; foretold patches have their true mean and contrast", path)
+            draw_strips(strips, COLUMNS, f"{title}; predicted patches have their true mean and contrast", path)
 
         return draw
 

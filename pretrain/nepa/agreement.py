@@ -1,4 +1,4 @@
-"""The picture of what next embedding prediction learned: where a patch could be foretold, and from where."""
+"""The picture of what next embedding prediction learned: where a patch could be predicted, and from where."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from vim_backbone import VimConfig
 from vim_backbone.preprocessing import Preprocessing, shown, to_pixels
 from vim_backbone.vim import Images
 
-COLUMNS = ("input", "foretold from before it", "foretold from after it")
+COLUMNS = ("input", "predicted from before it", "predicted from after it")
 
 
 def agreement_strips(

@@ -16,7 +16,7 @@ from vim_backbone.vim import Images
 class NextEmbedding(nn.Module):
     """NEPA (arXiv 2512.16922) with a Vim, whose directions are two causal networks: see `pretrain.causal`.
 
-    The forward one foretells the embedding of the next place, the backward one that of the place before; where
+    The forward one predicts the embedding of the next place, the backward one that of the place before; where
     channels are tokens, of the same channel, because the others of a place are alike. The encoder has all parameters.
     """
 
@@ -41,7 +41,7 @@ class NextEmbedding(nn.Module):
     def agreements(self, images: Images) -> list[tuple[Tensor, Tensor]]:
         """Cosines of a batch, or of each picture of a list, (b, l - t) twice.
 
-        The forward direction foretells all places but the first, the backward one all but the last.
+        The forward direction predicts all places but the first, the backward one all but the last.
         """
         targets, (forward, backward) = self.targets(images), apart(self.encoder, images)
         lengths = self.encoder.lengths(images) or [targets.shape[1]]

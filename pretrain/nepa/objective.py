@@ -31,8 +31,8 @@ class NEPA:
 
     @property
     def summary(self) -> str:
-        """What is foretold."""
-        return "each patch's embedding foretold from those before it, and from those after it"
+        """What is predicted."""
+        return "each patch's embedding predicted from those before it, and from those after it"
 
     def check(self, architecture: VimConfig) -> None:
         """Full scans alone, of two patches or more."""
@@ -67,7 +67,7 @@ class NEPA:
     def show(
         self, model: nn.Module, images: Images, extras: Tensor | Sequence[Tensor], preprocessing: Preprocessing
     ) -> Callable[[str, Path], None]:
-        """Input, and how well each patch was foretold by either direction. For all processes."""
+        """Input, and how well each patch was predicted by either direction. For all processes."""
         del extras
         encoder, agreements = self.encoder(model), model(images, agree=True)
         if isinstance(images, Tensor):
@@ -76,7 +76,7 @@ class NEPA:
         def draw(title: str, path: Path) -> None:
             cosine = torch.cat([torch.cat(both, dim=1).flatten() for both in agreements]).mean().item()
             strips = agreement_strips(images, agreements, encoder.config, preprocessing)
-            words = f"{title}; bright where a patch was foretold well, by its cosine (mean {cosine:.3f})"
+            words = f"{title}; bright where a patch was predicted well, by its cosine (mean {cosine:.3f})"
             draw_strips(strips, COLUMNS, words, path)
 
         return draw

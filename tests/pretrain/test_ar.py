@@ -1,4 +1,4 @@
-"""Autoregression by clusters: nothing comes back from what is to be foretold, and the loss is on normalised pixels."""
+"""Autoregression by clusters: nothing comes back from what is to be predicted, and the loss is on normalised pixels."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def test_clusters_are_rows_or_squares_cut_off_by_the_picture():
     assert number_clusters((2, 2), 4).tolist() == [0, 1, 2, 3]
 
 
-def test_what_foretells_which_patch():
+def test_what_predicts_which_patch():
     order, ahead, back, _ = plan(number_clusters((3, 5), 2))
     assert order.tolist() == [0, 1, 5, 6, 2, 3, 7, 8, 4, 9, 10, 11, 12, 13, 14]
     assert ahead.patches.tolist() == list(range(4, 15))
@@ -45,28 +45,28 @@ def test_what_foretells_which_patch():
 
 
 @pytest.mark.parametrize("cluster", [None, 1, 2, 3])
-def test_nothing_comes_back_from_what_is_foretold(cluster):
-    """The gradient of a foretold patch by the pixels of its cluster and of all later ones is zero, exactly."""
+def test_nothing_comes_back_from_what_is_predicted(cluster):
+    """The gradient of a predicted patch by the pixels of its cluster and of all later ones is zero, exactly."""
     net, numbers = model(num_registers=2), number_clusters(GRID, cluster)
     order, ahead, back, _ = plan(numbers)
-    for direction, foretold in enumerate((ahead, back)):
-        for index in (0, len(foretold.patches) // 2, -1):
+    for direction, targets in enumerate((ahead, back)):
+        for index in (0, len(targets.patches) // 2, -1):
             images = pictures().requires_grad_()
             net.predict(images, order, ahead, back)[direction][0, index].square().sum().backward()
             touched = images.grad[0].unfold(1, 8, 8).unfold(2, 8, 8).abs().amax(dim=(0, 3, 4)).flatten() > 0
-            own = numbers[order[foretold.patches[index]]]
+            own = numbers[order[targets.patches[index]]]
             assert torch.equal(touched, numbers < own if direction == 0 else numbers > own)
 
 
 @pytest.mark.parametrize("cluster", [None, 2])
-def test_the_loss_is_the_normalised_error_on_foretold_patches(cluster):
+def test_the_loss_is_the_normalised_error_on_predicted_patches(cluster):
     net, images = model(), pictures()
     order, ahead, back, _ = plan(number_clusters(GRID, cluster))
     predicted = [each.detach().double().numpy() for each in net.predict(images, order, ahead, back)]
     errors = []
-    for guesses, foretold in zip(predicted, (ahead, back), strict=True):
+    for guesses, targets in zip(predicted, (ahead, back), strict=True):
         for picture in range(2):
-            for guess, place in zip(guesses[picture], foretold.patches, strict=True):
+            for guess, place in zip(guesses[picture], targets.patches, strict=True):
                 patch = int(order[place])
                 y, x = 8 * (patch // 6), 8 * (patch % 6)
                 pixels = images[picture, :, y : y + 8, x : x + 8].double().numpy().transpose(1, 2, 0).ravel()
@@ -76,7 +76,7 @@ def test_the_loss_is_the_normalised_error_on_foretold_patches(cluster):
 
 
 def test_a_patch_that_is_known_is_rebuilt_where_it_was():
-    """What is foretold lies at its place in the picture, with its own mean; the first or last cluster is not there."""
+    """What is predicted lies at its place in the picture, with its own mean; the first or last cluster is not there."""
     net, images, numbers = model(), pictures(), number_clusters(GRID, 2)
     made = net.rebuild(images, *plan(numbers)[:3])
     for prediction, missing in zip(made, (numbers == 0, numbers == 5), strict=True):

@@ -1,4 +1,4 @@
-"""Next embedding prediction: nothing comes back from what is to be foretold, and the loss is NEPA's, in both ways."""
+"""Next embedding prediction: nothing comes back from what is to be predicted, and the loss is NEPA's, in both ways."""
 
 import numpy as np
 import pytest
@@ -68,7 +68,7 @@ def test_each_direction_is_a_causal_network_of_its_own(mixer_norm):
 
 @pytest.mark.parametrize("changes", [{}, {"class_token": "none", "global_pool": "avg"}, {"num_registers": 2}])
 @pytest.mark.parametrize("patch", [0, 9, 17, 22])
-def test_nothing_comes_back_from_what_is_foretold(patch, changes):
+def test_nothing_comes_back_from_what_is_predicted(patch, changes):
     """The gradient of a patch's output by the pixels of all later ones is zero, exactly; by its own and earlier not."""
     whole = encoder(**changes)
     for direction, sees in enumerate((lambda p: p <= patch, lambda p: p >= patch)):
@@ -129,7 +129,7 @@ def test_packed_pictures_are_as_if_alone(channels):
             torch.testing.assert_close(packed[name], parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_where_channels_are_tokens_each_foretells_its_own():
+def test_where_channels_are_tokens_each_predicts_its_own():
     """Of pictures that lack some, too: the output at a token is compared with its channel at the next place."""
     model = NextEmbedding(encoder(in_chans=4, channels="tokens", channel_sets=((0, 2),)))
     images = pictures(1, 2)
@@ -168,6 +168,6 @@ def test_compiled_without_a_graph_break():
         ({"img_size": (8, 8)}, "needs two patches at least"),
     ],
 )
-def test_what_cannot_be_foretold_is_refused(changes, words):
+def test_what_cannot_be_predicted_is_refused(changes, words):
     with pytest.raises(UserError, match=words):
         NextEmbedding(encoder(**changes))

@@ -22,7 +22,7 @@ PICTURES = 4
 @pytest.mark.parametrize("objective", ["nepa", "ar"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("level", ["none", "inputs", "products"])
-def test_the_peak_of_a_real_step_is_foretold(objective, level, dtype):
+def test_the_peak_of_a_real_step_is_predicted(objective, level, dtype):
     torch.set_num_threads(1)  # two threads wait for each other where the cores are shared
     model = ModelConfig(img_size=224, patch_size=16, depth=6, recompute=level)
     config = PretrainConfig(objective=objective, model=model)

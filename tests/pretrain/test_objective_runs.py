@@ -66,7 +66,7 @@ def test_what_a_run_leaves_behind(objective, tmp_path):
     """Its backbone scans in both directions, as any other; what another objective would need is said to be unused."""
     folder = pretrain(config(tmp_path, objective, "--steps=2", "--mask.ratio=0.5"))
     assert [path.name for path in (folder / "predictions").iterdir()] == ["step-00000002.png"]
-    assert (folder / "report.html").read_text().count("data:image/webp") == 1
+    assert (folder / "report.html").read_text().count("data:image/webp") == 2, "predictions, and features"
     assert (
         f"mask.ratio 0.5 is a setting of objective mae, which {objective} does not use"
         in (folder / "log.jsonl").read_text()
@@ -88,7 +88,7 @@ def test_what_a_run_leaves_behind(objective, tmp_path):
     ("argv", "words"),
     [
         (["--objective=nipa"], "objective is nipa: it must be one of mae, nepa, ar"),
-        (["--objective=nepa", "--model.scan=pooled"], "model.scan is 'pooled': objective nepa foretells patches"),
+        (["--objective=nepa", "--model.scan=pooled"], "model.scan is 'pooled': objective nepa predicts patches"),
         (["--objective=ar", "--model.channels=tokens"], "model.channels is 'tokens': objective ar rebuilds patches"),
         (["--objective=ar", "--ar.cluster=0"], "ar.cluster is 0: it must be at least 1 patch, or null"),
         (["--objective=nepa", "--model.img_size=8"], r"model.img_size is \[8, 8\]: objective nepa needs two patches"),

@@ -66,7 +66,7 @@ def real_peak(name, pictures, tokens, *, width=512, dtype=torch.float32, recompu
         ("vim_tiny", 12, {"recompute": "products", "dtype": torch.bfloat16}),
     ],
 )
-def test_the_peak_of_a_real_step_is_foretold(name, pictures, changes):
+def test_the_peak_of_a_real_step_is_predicted(name, pictures, changes):
     """The issue allows 15 %; 6 % is what it keeps."""
     model, tokens = planned(name, **changes)
     count, measured = real_peak(name, pictures, tokens, **changes)

@@ -159,7 +159,7 @@ class Direct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *incoming: Any) -> Any:
+    def backward(ctx: Any, *incoming: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The gradients of the op's values."""
         op = ctx.op
         return None, *op.gradients(ctx, incoming, op.run_forward, op.run_backward)
