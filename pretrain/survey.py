@@ -130,7 +130,7 @@ def openings(source: Source, view: View, seed: int, pictures: int, looked: list[
 
 
 def survey(source: Source, view: View, seed: int, pictures: int, report: ProgressReport | None = None) -> Survey:
-    """Read the first pictures of a run, as it would. Raises UserError where none can be opened."""
+    """Read the first pictures of a run, as it would. Raises UserError where none can be read."""
     looked: list[Looked] = []
     drawn: Counter[bool] = Counter()
     usable = 0
@@ -145,8 +145,8 @@ def survey(source: Source, view: View, seed: int, pictures: int, report: Progres
         looked.append(entry)
         if report is not None:
             report.update(len(looked), report.rate())
-    if not any(entry.kind for entry in looked):
-        raise UserError(f"no picture can be opened, such as {looked[0].name}: {looked[0].problem}; see data.source")
+    if not any(entry.drawn for entry in looked):
+        raise UserError(f"no picture can be read, such as {looked[0].name}: {looked[0].problem}; see data.source")
     return Survey(looked, length_of(source), what_was_left_out(source))
 
 

@@ -1,5 +1,7 @@
 """The page on what a run would read: its views are those of a run, and it names what is wrong."""
 
+import io
+
 import datasets
 import numpy as np
 import pytest
@@ -155,8 +157,13 @@ def test_pictures_too_large_to_be_read_whole_are_drawn_as_frames(tmp_path):
 def test_mistakes_are_one_line(tmp_path, picture_folder):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/x.png").write_bytes(b"nothing")
+    (tmp_path / "torn").mkdir()
+    whole = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(whole, "jpeg")
+    (tmp_path / "torn/x.jpg").write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
     for argv, line in {
-        (str(tmp_path / "bad"),): "no picture can be opened, such as x.png",
+        (str(tmp_path / "bad"),): "no picture can be read, such as x.png",
+        (str(tmp_path / "torn"),): "no picture can be read, such as x.jpg: image file is truncated",
         (str(picture_folder), "--page=page.jpg"): "page is 'page.jpg': its name must end in .png",
         (str(picture_folder), "--pictures=0"): "pictures is 0: it must be at least 1",
         (str(picture_folder), f"--page={tmp_path}/no/page.png"): "cannot write",
