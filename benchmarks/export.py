@@ -160,14 +160,15 @@ def session_of(program: str | bytes, threads: int) -> onnxruntime.InferenceSessi
     return onnxruntime.InferenceSession(program, options, providers=["CPUExecutionProvider"])
 
 
-def milliseconds(run: Callable[[], object]) -> float:
-    """The fastest of five."""
-    spent = []
+def milliseconds(*runs: Callable[[], object]) -> list[float]:
+    """The fastest of five of each, in turn."""
+    spent: list[list[float]] = [[] for _ in runs]
     for _ in range(5):
-        start = time.perf_counter()
-        run()
-        spent.append(time.perf_counter() - start)
-    return 1e3 * min(spent)
+        for run, times in zip(runs, spent, strict=True):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+    return [1e3 * min(times) for times in spent]
 
 
 def forms(threads: int) -> None:
@@ -193,7 +194,7 @@ def forms(threads: int) -> None:
             y = y if build else y[..., 0, :].transpose(1, 2, 0, 3)
             error = np.abs(y - in_float64(*inputs)).max()
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-            spent = milliseconds(lambda s=session, f=fed: s.run(None, f))
+            (spent,) = milliseconds(lambda s=session, f=fed: s.run(None, f))
             print(f"| {name} | {l} | {spent:.1f} | {error:.1e} | {peak:.1f} |", flush=True)
 
 
@@ -214,7 +215,7 @@ def backbone(size: str, formats: Sequence[str], threads: int) -> None:
             for height, width in SIZES:
                 images = torch.randn(1, 3, height, width)
                 difference = (run(images)[0] - model(images)).abs().max().item()
-                ours, torchs = milliseconds(lambda r=run, i=images: r(i)), milliseconds(lambda i=images: model(i))
+                ours, torchs = milliseconds(lambda r=run, i=images: r(i), lambda i=images: model(i))
                 times = f"{ours:.0f} | {torchs:.0f} | {ours / torchs:.1f}"
                 print(f"| {name} | {height} x {width} | {times} | {difference:.1e} |", flush=True)
 

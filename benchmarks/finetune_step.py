@@ -47,7 +47,10 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="measured steps of each case, of which the median counts")
     parser.add_argument("--out", type=Path, help="folder for finetune_step.csv")
     parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.compile and options.device == "cpu":
+        parser.error("--compile needs --device cuda")
+    return options
 
 
 def config_of(net: str, size: int, options: argparse.Namespace, classes: int) -> VimConfig:

@@ -32,9 +32,9 @@ from pretrain.packs import STARTS, Packs, PackSampler
 from pretrain.plan import fitting_level
 from pretrain.report import REPORT, write_report
 from pretrain.stages import Stage, pixels_of, stage_at
-from pretrain.watching.evaluate import patch_features
+from pretrain.watching.evaluate import autocast, patch_features
 from pretrain.watching.maps import FEATURES, draw_maps
-from pretrain.watching.sets import check_sets, hold_out, open_sets
+from pretrain.watching.sets import check_sets, hold_out, open_sets, require_same_held_out
 from pretrain.watching.watch import Watch
 from vim_backbone import VimConfig, VisionMamba
 from vim_backbone.block import Block, set_recompute
@@ -109,6 +109,7 @@ def pretrain(config: PretrainConfig) -> Path:
             initial.clear()  # they are in the model; under ZeRO-3 no process is to hold all of it
             first = training.state.step
             require_same_pixels(training.state, data)
+            require_same_held_out(training.state, held_out)
             workers, lines = settled_workers(data, source, training)
             settled_data = replace(data, workers=workers)
             view = View(architecture.img_size, architecture.grid(*architecture.img_size), settled_data, objective.draw)
@@ -320,7 +321,8 @@ def show(run: Run, batch: Batch | None, stage: Stage) -> None:
     images = to_model(batch.images[:SAMPLES_SHOWN], training.accelerator.device, preprocessing)
     with training.evaluating() as model:
         draw = run.objective.show(model, images, batch.extras[:SAMPLES_SHOWN], preprocessing)
-        maps = patch_features(run.objective.encoder(model), images)
+        with autocast(run.config, training.accelerator.device):
+            maps = patch_features(run.objective.encoder(model), images)
     if training.accelerator.is_main_process:
         draw_features = partial(draw_maps, images, maps, preprocessing)
         draw_learned = partial(draw, f"{run.config.name}: step {step}, {crops}")

@@ -115,11 +115,14 @@ def check_request(out: Path, format: str, dtype: str) -> None:  # noqa: A002 - a
     kind = FORMATS[format]
     if out.suffix != kind.ending:
         raise UserError(f"OUT is {out}: a file of format {format} ends in {kind.ending}")
-    for file in (out, out.with_name(f"{out.name}.data")):  # the second one has the weights of a large ONNX file
-        if file.exists():
-            raise UserError(f"OUT is {out}, but {file} exists: give another name, or delete it")
-    if not out.parent.is_dir():
-        raise UserError(f"OUT is {out}: the folder {out.parent} does not exist")
+    try:
+        for file in (out, out.with_name(f"{out.name}.data")):  # the second one has the weights of a large ONNX file
+            if file.exists():
+                raise UserError(f"OUT is {out}, but {file} exists: give another name, or delete it")
+        if not out.parent.is_dir():
+            raise UserError(f"OUT is {out}: the folder {out.parent} does not exist")
+    except OSError as error:
+        raise UserError(f"OUT cannot be {str(out)[:80]}: {explain(error)}") from error
     kind.check()
 
 

@@ -56,7 +56,8 @@ def batch_lines(
         order = key.argsort()
         row_line, column_line = pictures * rows + row, key[order] // (rows * tokens)
     weights = [
-        torch.full((batch * n,), share / size, device=device) for n, size in ((rows, width), (columns, rows * tokens))
+        torch.full((batch * n,), share / size, dtype=torch.float32, device=device)
+        for n, size in ((rows, width), (columns, rows * tokens))
     ]
     return GridLines(_lines(row_line, weights[0]), _lines(column_line, weights[1], order))
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vim_backbone.tokens import TokenLayout
+from vim_kernels.dispatch.call import exporting
 
 
 def sincos_table(grid: tuple[int, int], d_model: int) -> Tensor:
@@ -28,7 +29,7 @@ def resize_table(table: Tensor, layout: TokenLayout, old: tuple[int, int], new: 
 
     `layout` says where the class slot is; it must have no registers, which own no position.
     """
-    if torch.compiler.is_exporting():
+    if exporting():
         return _resize_for_any_grid(table, layout, old, new)
     if old == new:
         return table

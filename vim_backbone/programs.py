@@ -7,7 +7,7 @@ import logging
 import operator
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -182,7 +182,7 @@ def _nothing_needed() -> None:
 
 
 @contextmanager
-def _quiet(failure: str) -> Any:
+def _quiet(failure: str) -> Iterator[None]:
     """Without warnings for developers; any error becomes a UserError of one line."""
     level = logging.root.manager.disable
     try:
@@ -190,6 +190,8 @@ def _quiet(failure: str) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
+    except UserError:
+        raise
     except Exception as error:  # tracers and compilers raise dozens of classes
         raise UserError(f"{failure}: {type(error).__name__}: {first_line(error)}") from error
     finally:

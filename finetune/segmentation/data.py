@@ -362,7 +362,7 @@ def covering(shape: Sequence[int], size: tuple[int, int]) -> float:
 
 
 def to_test_size(picture: Tensor, size: tuple[int, int]) -> Tensor:
-    """(c, h, w) -> (c, h, w) of the same type, as large as crops of `size` see it on average."""
+    """(c, h, w) -> (c, h, w) of the same type, scaled to cover a crop of `size`."""
     factor = covering(picture.shape[1:], size)
     height, width = (max(1, math.floor(side * factor + 0.5)) for side in picture.shape[1:])
     return resize_pixels(picture, (height, width))

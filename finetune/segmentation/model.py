@@ -15,6 +15,7 @@ from finetune.segmentation.data import IGNORED
 from finetune.task import TaskModel
 from vim_backbone import UserError, VimConfig
 from vim_backbone.vim import Images
+from vim_kernels.dispatch.call import exporting
 
 POOLED = (1, 2, 3, 6)
 """Rows and columns of the pooled maps of the pyramid pooling module (PSPNet)."""
@@ -46,7 +47,7 @@ class MeanOfCells(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """(b, width, h, w) -> (b, width, n, n)."""
-        if not torch.compiler.is_exporting():
+        if not exporting():
             return F.adaptive_avg_pool2d(maps, self.n)
         rows, columns = (cell_weights(self.n, side, maps) for side in maps.shape[-2:])
         return rows @ maps @ columns.mT

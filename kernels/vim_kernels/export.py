@@ -2,7 +2,7 @@
 
 The recurrence is one `scan` of PyTorch's higher-order operators, a token a step, both directions of a mixer in the same
 steps. It is ONNX's Scan, and a loop of C++ in AOTInductor. Measured beside tiles and chunks by `benchmarks.export`.
-Lengths may be symbols. Forward only, and nothing packed. Shape letters as in `vim_kernels.reference`; g directions.
+Lengths may be symbols. For inference, and nothing packed. Shape letters as in `vim_kernels.reference`; g directions.
 """
 
 import torch

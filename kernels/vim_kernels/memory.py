@@ -89,6 +89,8 @@ def saved_bytes_one_way(backend: str, *, d_inner: int, d_state: int, dtype: torc
 
 
 def _function(backend: str, room: str, name: str) -> Callable[..., Any]:
+    if backend in ("reference", "export"):
+        raise RuntimeError(f"what backend {backend!r} keeps is autograd's and not counted: choose another")
     try:
         return function(backend, room, name)
     except ImportError as error:

@@ -195,7 +195,7 @@ def pooled_scan(
             check_float(f"norm.{field}", tensor)
             check_same_device(xz, **{f"norm.{field}": tensor})
     _keeps_inputs(recompute)
-    arguments = PooledScan(xz.contiguous(), forward, backward, lines, norm, eps)
+    arguments = PooledScan(xz.contiguous(), forward, backward, lines, norm, float(eps))
     return _call_mixer(backend, arguments, save=recompute != "states")
 
 
@@ -304,4 +304,4 @@ def add_rms_norm(
         check_shape("residual", residual.shape, tuple(x.shape))
     check_floats(weight=weight, residual=residual)
     check_same_device(x, weight=weight, residual=residual)
-    return call(choose(backend, x.device), AddRmsNorm(x, residual, weight, eps))
+    return call(choose(backend, x.device), AddRmsNorm(x, residual, weight, float(eps)))

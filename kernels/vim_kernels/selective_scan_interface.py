@@ -78,6 +78,8 @@ def mamba_inner_fn(
     B_proj_bias: Tensor | None = None,
     C_proj_bias: Tensor | None = None,
     delta_softplus: bool = True,
+    checkpoint_lvl: int = 1,
+    *,
     cu_seqlens: Tensor | None = None,
     seq_idx: Tensor | None = None,
 ) -> Tensor:
@@ -90,6 +92,7 @@ def mamba_inner_fn(
         A, D, delta_bias, delta_softplus, cu_seqlens: as for `selective_scan_fn`; the convolution stops at borders too.
         B, C: None, then they are projections of x, with B_proj_bias and C_proj_bias (n,) added; or given as for
             `selective_scan_fn`.
+        checkpoint_lvl: not read; convolution and projections are kept for the backward pass.
         seq_idx: what the CUDA convolution needs beside cu_seqlens; not read.
 
     Returns:
@@ -98,6 +101,7 @@ def mamba_inner_fn(
     Raises:
         ValueError: as `selective_scan_fn`, or seq_idx without cu_seqlens.
     """
+    del checkpoint_lvl
     if seq_idx is not None and cu_seqlens is None:
         raise ValueError("seq_idx is given without cu_seqlens: give the borders as cu_seqlens")
     x, z = xz.chunk(2, dim=1)

@@ -262,7 +262,9 @@ def what_was_left_out(source: "Source") -> list[str]:
     """A line on the files of a folder that are no pictures by the end of their names; none where there are none."""
     left_out = Counter[str]()
     for part in parts_of(source)[0]:
-        inner = part.source if isinstance(part, TitledPictures) else part
+        inner = part
+        while isinstance(inner, (TitledPictures, Picked)):
+            inner = inner.source
         left_out += inner.left_out if isinstance(inner, ImageFiles) else Counter[str]()
     if not left_out:
         return []

@@ -14,6 +14,7 @@ def nearest_neighbours(
 ) -> Tensor:
     """Log of the shares (queries, classes) of votes of the nearest by cosine, each weighing exp(cosine / temperature).
 
+    `bank` (n, d) with `labels` (n,) votes on `queries` (queries, d).
     As DINO has it (arXiv 2104.14294, appendix F).
     """
     bank = F.normalize(bank, dim=1)
@@ -27,7 +28,10 @@ def nearest_neighbours(
 def linear_probe(
     bank: Tensor, labels: Tensor, queries: Tensor, classes: int, penalties: list[float]
 ) -> tuple[Tensor, float]:
-    """Logits (queries, classes) of logistic regression on standardised features, and the penalty that was chosen."""
+    """Logits (queries, classes) of logistic regression on standardised features, and the penalty that was chosen.
+
+    `bank` (n, d) with `labels` (n,) is learned from, `queries` are (queries, d).
+    """
     mean, deviation = bank.mean(0), bank.std(0) + 1e-6
     bank, queries = (bank - mean) / deviation, (queries - mean) / deviation
     held_out = torch.arange(len(bank), device=bank.device) % HELD_OUT == 0
@@ -46,9 +50,9 @@ def linear_probe(
 def logistic_regression(
     x: Tensor, labels: Tensor, classes: int, penalty: float, start: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Weight (classes, d) and bias that minimise mean cross-entropy + penalty / 2 * |weight|^2, by L-BFGS.
+    """Weight (classes, d) and bias (classes,) for x (n, d) and labels (n,), by L-BFGS.
 
-    The search begins at `start`, or at zeros.
+    They minimise mean cross-entropy + penalty / 2 * |weight|^2. The search begins at `start`, or at zeros.
     """
     weight, bias = start or (torch.zeros(classes, x.shape[1], device=x.device), torch.zeros(classes, device=x.device))
     weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()

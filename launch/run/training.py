@@ -323,7 +323,7 @@ class Training:
     def evaluating(self) -> Iterator[nn.Module]:
         """The model, averaged where averaging is on, without gradients or stochastic depth. For all processes."""
         state = self.state
-        self._watchdog.beat(state.step, 1002, "evaluating")
+        self.beat_of_evaluation()
         self.settle()
         state.model.eval()
         with torch.no_grad(), self._averaged():
@@ -331,6 +331,10 @@ class Training:
             if offload := getattr(self._zero, "parameter_offload", None):
                 offload.partition_all_parameters()  # with no backward pass, ZeRO-3 would keep what was averaged
         state.model.train()
+
+    def beat_of_evaluation(self) -> None:
+        """Tell the watchdog that the evaluation goes on: each part of it may take `hang_seconds`."""
+        self._watchdog.beat(self.state.step, 1002, "evaluating")
 
     def _averaged(self) -> AbstractContextManager[None]:
         return self.state.ema.in_place() if self.state.ema is not None else nullcontext()

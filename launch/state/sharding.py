@@ -69,9 +69,11 @@ def build_sharded(accelerator: Accelerator, build: Callable[[], nn.Module], unit
     spread(model)
     set_z3_leaf_modules(model, [unit])
     inside = {id(p) for module in model.modules() if isinstance(module, unit) for p in module.parameters()}
-    for p in model.parameters():
-        if id(p) not in inside:
-            deepspeed.zero.register_external_parameter(model, p)
+    for module in model.modules():  # each that is called by itself, as the encoder is outside of a training step
+        if not isinstance(module, unit) and any(isinstance(part, unit) for part in module.modules()):
+            for p in module.parameters():
+                if id(p) not in inside:
+                    deepspeed.zero.register_external_parameter(module, p)
     return model
 
 

@@ -36,7 +36,7 @@ class ARConfig:
         require(self.depth >= 1, "ar.depth", self.depth, "it must be at least 1")
 
 
-class Foretold(NamedTuple):
+class Targets(NamedTuple):
     """What one direction predicts, as places in scan order: (m,) each."""
 
     patches: Tensor
@@ -51,8 +51,8 @@ class Plan(NamedTuple):
 
     order: Tensor
     """(l,) the patch at every place in scan order."""
-    ahead: Foretold
-    back: Foretold
+    ahead: Targets
+    back: Targets
     counts: list[int] | None = None
     """Patches that are predicted of each picture, by both directions; None where all have one shape."""
 
@@ -80,11 +80,11 @@ def plan(numbers: Tensor) -> Plan:
     place = torch.arange(len(numbers))
     within = place - starts[of_place]
     patches, after = place[of_place > 0], of_place[of_place > 0] - 1
-    ahead = Foretold(
+    ahead = Targets(
         patches, starts[after] + torch.minimum(within[patches], sizes[after] - 1), starts[after] + sizes[after] - 1
     )
     patches, after = place[of_place < len(sizes) - 1], of_place[of_place < len(sizes) - 1] + 1
-    back = Foretold(patches, starts[after] + torch.minimum(within[patches], sizes[after] - 1), starts[after])
+    back = Targets(patches, starts[after] + torch.minimum(within[patches], sizes[after] - 1), starts[after])
     return Plan(order, ahead, back)
 
 
@@ -98,7 +98,7 @@ def packed_plan(numbers: Sequence[Tensor]) -> Plan:
     def row(parts: Sequence[Tensor]) -> Tensor:
         return torch.cat([part + start for part, start in zip(parts, starts, strict=False)])
 
-    ahead = Foretold(*(row(parts) for parts in zip(*(each.ahead for each in plans), strict=True)))
-    back = Foretold(*(row(parts) for parts in zip(*(each.back for each in plans), strict=True)))
+    ahead = Targets(*(row(parts) for parts in zip(*(each.ahead for each in plans), strict=True)))
+    back = Targets(*(row(parts) for parts in zip(*(each.back for each in plans), strict=True)))
     counts = [len(each.ahead.patches) for each in plans], [len(each.back.patches) for each in plans]
     return Plan(row([each.order for each in plans]), ahead, back, [*counts[0], *counts[1]])

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pretrain.ar.clusters import ARConfig, Foretold
+from pretrain.ar.clusters import ARConfig, Targets
 from pretrain.causal import check_causal
 from pretrain.patches import normalise, patchify, unpatchify
 from vim_backbone import VimConfig, VisionMamba
@@ -72,8 +72,8 @@ class NextCluster(nn.Module):
         self,
         images: Images,
         order: Tensor,
-        ahead: Foretold,
-        back: Foretold,
+        ahead: Targets,
+        back: Targets,
         counts: list[int] | None = None,
         rebuild: bool = False,
     ) -> Tensor | list[Prediction]:
@@ -97,7 +97,7 @@ class NextCluster(nn.Module):
         pictures = zip(pieces[: len(counts) // 2], pieces[len(counts) // 2 :], strict=True)
         return torch.stack([torch.cat(both).mean() for both in pictures]).mean()
 
-    def predict(self, images: Images, order: Tensor, ahead: Foretold, back: Foretold) -> list[Tensor]:
+    def predict(self, images: Images, order: Tensor, ahead: Targets, back: Targets) -> list[Tensor]:
         """Normalised pixels (b, m, p) of what each direction predicts."""
         tokens = self.encoder.embed(images)[:, order]
         streams = self.encoder.encode(tokens, self.encoder.lengths(images), apart=True)[1].chunk(2)
@@ -109,7 +109,7 @@ class NextCluster(nn.Module):
         return predicted
 
     @torch.no_grad()
-    def rebuild(self, images: Images, order: Tensor, ahead: Foretold, back: Foretold) -> list[Prediction]:
+    def rebuild(self, images: Images, order: Tensor, ahead: Targets, back: Targets) -> list[Prediction]:
         """The pictures that each direction predicts; arguments as `forward`."""
         side = self.encoder.config.patch_size
         patches = patchify(images, side)

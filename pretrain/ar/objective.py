@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from launch.data.loading import to_device
 from launch.planning.memory import FLOAT, Work
-from pretrain.ar.clusters import ARConfig, Foretold, Plan, number_clusters, packed_plan, plan
+from pretrain.ar.clusters import ARConfig, Plan, Targets, number_clusters, packed_plan, plan
 from pretrain.ar.model import NextCluster, Prediction, check_ar
 from pretrain.causal import encoder_stack
 from pretrain.objective import Inputs
@@ -116,6 +116,6 @@ class AR:
         )
 
 
-def _to_device(planned: Plan, device: torch.device) -> tuple[Tensor, Foretold, Foretold, list[int] | None]:
-    ahead, back = (Foretold(*(to_device(t, device) for t in each)) for each in (planned.ahead, planned.back))
+def _to_device(planned: Plan, device: torch.device) -> tuple[Tensor, Targets, Targets, list[int] | None]:
+    ahead, back = (Targets(*(to_device(t, device) for t in each)) for each in (planned.ahead, planned.back))
     return to_device(planned.order, device), ahead, back, planned.counts

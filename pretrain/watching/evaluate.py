@@ -56,11 +56,20 @@ class Evaluator:
     It draws from no generator that training draws from.
     """
 
-    def __init__(self, config: PretrainConfig, objective: Objective, sets: EvalSets, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        config: PretrainConfig,
+        objective: Objective,
+        sets: EvalSets,
+        accelerator: Accelerator,
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
         self.config = config
         self.objective = objective
         self.sets = sets
         self.accelerator = accelerator
+        self.beat = beat
+        """Called for each batch: an evaluation is long, and no hang."""
         self.bad: dict[str, str] = {}
         """Pictures that could not be read in the last evaluation, with the reason. On the main process."""
 
@@ -81,7 +90,8 @@ class Evaluator:
             bank, labels = self._features(self.sets.train, model, view, batch_size)
             queries, targets = self._features(self.sets.val, model, view, batch_size)
             ranked = bank if ranked is None else ranked
-            if self.accelerator.is_main_process and all(map(usable, (bank, queries))):
+            several = labels.unique().numel() >= 2  # of a bank of one class nothing can be learned
+            if self.accelerator.is_main_process and several and all(map(usable, (bank, queries))):
                 classes = len(self.sets.train.classes)
                 votes = min(NEIGHBOURS, len(bank))
                 neighbours = nearest_neighbours(bank, labels, queries, classes, votes, TEMPERATURE)
@@ -108,7 +118,7 @@ class Evaluator:
             images, extras = self._images(reads, view), [each.extra for each in reads] or [self._blank_extra(view)]
             stacked = torch.stack(extras) if isinstance(images, Tensor) else extras
             inputs = self.objective.inputs(stacked, device, encoder.config.tokens_of(images))
-            with self._autocast():
+            with autocast(self.config, device):
                 loss = model(images, *inputs.arguments)
             total += torch.stack([loss.double() * len(reads), torch.full_like(total[0], len(reads))]) if reads else 0
             features.append(self._pooled(encoder, images)[: len(reads)])
@@ -156,6 +166,7 @@ class Evaluator:
         with ThreadPoolExecutor(max(1, number_of_workers(self.config.data.workers))) as threads:
             ahead = [threads.submit(attempt, number) for number in batches[0]]
             for batch in [*batches[1:], range(0)]:
+                self.beat()
                 now, ahead = ahead, [threads.submit(attempt, number) for number in batch]
                 results = [each.result() for each in now]
                 bad += [each for each in results if not isinstance(each, Read)]
@@ -174,11 +185,8 @@ class Evaluator:
 
     def _pooled(self, encoder: VisionMamba, images: Images) -> Tensor:
         """(n, d) as the published backbone gives them."""
-        with self._autocast():
+        with autocast(self.config, self.accelerator.device):
             return encoder(images).float()
-
-    def _autocast(self) -> Any:
-        return torch.autocast(self.accelerator.device.type, torch.bfloat16, self.config.precision == "bf16")
 
     def _in_order(self, numbers: list[int], features: Tensor) -> tuple[Tensor, Tensor]:
         """Numbers (n,) of the pictures of all processes, rising, and their features (n, d)."""
@@ -190,6 +198,11 @@ class Evaluator:
         assert isinstance(feature, Tensor)
         order = number.argsort()[(number < 0).sum() :]
         return number[order], feature[order]
+
+
+def autocast(config: PretrainConfig, device: torch.device) -> torch.autocast:
+    """What a training step runs under; Accelerate puts it around the whole model alone."""
+    return torch.autocast(device.type, torch.bfloat16, config.precision == "bf16")
 
 
 def usable(features: Tensor) -> bool:

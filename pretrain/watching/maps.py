@@ -25,13 +25,15 @@ HEIGHT, GAP = 160, 4
 def draw_maps(images: Images, maps: Sequence[Tensor], preprocessing: Preprocessing, path: Path) -> None:
     """Draw each picture above the features of its patches (rows, columns, d) as colours, as a PNG.
 
+    `images`: (n, c, h, w), or a list of (c, h, w), as the model takes them. Features that are no numbers count as 0.
+
     Red, green and blue are the first three principal components of all patches together. By hand, because a figure of
     Matplotlib takes ten times as long.
     """
     small = []
     for patches in maps:
         sides = min(patches.shape[0], LARGEST), min(patches.shape[1], LARGEST)
-        small.append(adaptive_avg_pool2d(patches.cpu().permute(2, 0, 1), sides).permute(1, 2, 0))
+        small.append(adaptive_avg_pool2d(patches.nan_to_num(0, 0, 0).cpu().permute(2, 0, 1), sides).permute(1, 2, 0))
     columns = []
     for image, colours in zip(images, principal_colours(small), strict=True):
         picture = thumbnail(image[None], preprocessing).permute(1, 2, 0)

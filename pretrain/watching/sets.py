@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
@@ -13,9 +13,10 @@ from launch.data.first_look import LOOKED_AT, look_at_first, spread
 from launch.data.labelled import Labelled, missing_classes, open_labelled, shuffled_within_classes
 from launch.data.sources import ImageSource, MixedPictures, Picked, Source, TitledPictures
 from launch.data.streams import Stream
+from launch.state.checkpoint import TrainState
 from pretrain.data import DataConfig
 from pretrain.watching.config import EvalConfig
-from vim_backbone.errors import UserError
+from vim_backbone.errors import UserError, require
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ def key_of(name: str, seed: int) -> int:
 def hold_out(source: Source, share: float, seed: int) -> tuple[Source, ImageSource | None]:
     """The pictures that are trained on, and those that are held out; None for none.
 
-    A picture that is added later, or taken away, moves no other one from one side to the other. Raises UserError for a
+    A picture that is added later, or taken away, moves no other one from one side to the other, in a data set none that
+    lies before it: there the name is the row's number. Raises UserError for a
     stream, and for a share that leaves none on either side.
     """
     if not share:
@@ -72,6 +74,24 @@ def hold_out(source: Source, share: float, seed: int) -> tuple[Source, ImageSour
     return kept[0], held_out
 
 
+def require_same_held_out(state: TrainState, held_out: ImageSource | None) -> None:
+    """Raise UserError where others are held out than before, which were trained on; note which in the state."""
+    if held_out is None:
+        return
+    names = (held_out.name(number) for number in range(len(held_out)))
+    now = f"{hash_of(names):016x}"
+    if state.extra.setdefault("held_out", now) != now:
+        raise UserError(
+            "other pictures are held out than when the run began, which were trained on: leave data.source and what is "
+            "in it as they were, or start another run"
+        )
+
+
+def hash_of(names: Iterable[str]) -> int:
+    """A number below 2^64 of some names, in any order."""
+    return sum(key_of(name, 0) for name in names) % 2**64
+
+
 def _is_held_out(source: ImageSource, share: float, seed: int) -> np.ndarray:
     keys = (key_of(source.name(index), seed) for index in range(len(source)))
     return np.fromiter(keys, np.uint64, len(source)) < np.uint64(int(share * 2**64))
@@ -88,6 +108,8 @@ def open_sets(config: EvalConfig, held_out: ImageSource | None, seed: int) -> Ev
         return EvalSets(held_out, None, None)
     with named_eval(config):
         train, val = open_labelled(config, seed)
+    classes, remedy = len(train.classes), "it must be as many as eval.source has classes"
+    require(classes <= config.pictures, "eval.pictures", config.pictures, f"{remedy}, {classes}")
     for half, split in ((train, config.train_split), (val, config.val_split)):
         if len(half.classes) - len(missing_classes(half)) < 2:
             raise UserError(

@@ -47,7 +47,7 @@ class Troubles:
             }
         else:
             self.evaluations.append(row)
-            found = {"collapse": self.collapse(), "by heart": self.by_heart()}
+            found = {"collapse": self.collapse(), "overfitting": self.overfitting()}
         lines = [line for name, line in found.items() if line and name not in self.begun]
         self.begun -= found.keys()
         self.begun |= {name for name, line in found.items() if line}
@@ -70,7 +70,9 @@ class Troubles:
     def clipped(self) -> str | None:
         """Most gradients are cut."""
         optim = self.config.optim
-        norms = self.latest("grad_norm", ROWS) if optim.clip_grad and self.rows[-1]["step"] > optim.warmup_steps else []
+        if not optim.clip_grad or list(self.rows)[-ROWS:][0]["step"] <= optim.warmup_steps:
+            return None
+        norms = self.latest("grad_norm", ROWS)
         cut = sum(norm > optim.clip_grad for norm in norms)
         if cut <= len(norms) / 2:
             return None
@@ -121,7 +123,7 @@ class Troubles:
             "an earlier checkpoint (keep_every keeps them)"
         )
 
-    def by_heart(self) -> str | None:
+    def overfitting(self) -> str | None:
         """The loss of held-out pictures rises while that of training falls."""
         rows = self._of_stage("held_out_loss")
         losses = [row["held_out_loss"] for row in rows]
@@ -132,8 +134,8 @@ class Troubles:
             return None
         at = rows[losses.index(least)]["step"]
         return (
-            f"the loss of held-out pictures rises, from {least:.4g} at step {at} to {losses[-1]:.4g}: the run learns "
-            "its pictures by heart; take more pictures, fewer epochs, or a smaller data.min_scale"
+            f"the loss of held-out pictures rises, from {least:.4g} at step {at} to {losses[-1]:.4g}: the run "
+            "overfits its pictures; take more pictures, fewer epochs, or a smaller data.min_scale"
         )
 
     def _of_stage(self, column: str) -> Sequence[Row]:

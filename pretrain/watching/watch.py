@@ -38,7 +38,7 @@ class Watch:
         self.log = log
         self.every = interval(config, sets.pictures)
         """Steps between evaluations; 0 for none."""
-        self.evaluator = Evaluator(config, objective, sets, training.accelerator)
+        self.evaluator = Evaluator(config, objective, sets, training.accelerator, training.beat_of_evaluation)
         self.troubles = Troubles(config, training.total_steps)
         self._evaluated = time.perf_counter()
         self._long = False

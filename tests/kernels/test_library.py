@@ -191,3 +191,17 @@ def test_compiled_graphs_on_disk_are_of_this_version_of_the_ops(tmp_path):
     contract = copy / "dispatch" / "contract.py"
     contract.write_text(contract.read_text() + "\n")
     assert fingerprint(copy) != fingerprint(package)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_second_derivative_is_an_error_and_never_zero(backend):
+    x, bc, A, xz = draw(2, 5, D), draw(2, 5, N, seed=1), -draw(D, N, grad=False).exp(), draw(2, 5, 2 * D)
+    for y, given in (
+        (scan(x, x, A, bc, bc, backend=backend), x),
+        (bidirectional_scan(xz, weights(), weights(9), backend=backend), xz),
+        (causal_conv1d(x, draw(D, 4), None, backend=backend), x),
+        (add_rms_norm(x, None, draw(D), backend=backend)[0], x),
+    ):
+        (gradient,) = torch.autograd.grad(y.sum(), given, create_graph=True)
+        with pytest.raises(RuntimeError, match="autograd"):
+            (y.sum() + gradient.square().sum()).backward()

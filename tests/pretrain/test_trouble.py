@@ -67,6 +67,14 @@ def test_gradients_that_are_mostly_cut_are_named():
     )
 
 
+def test_gradients_that_were_cut_in_the_warm_up_are_not_named():
+    rows = falling(30)
+    for k, each in enumerate(rows):
+        each["grad_norm"] = 5.0 if k < 20 else 0.5
+    warmup = rows[19]["step"]
+    assert said(Troubles(config(optim={"clip_grad": 1.0, "warmup_steps": warmup}), 10_000), rows) == []
+
+
 @pytest.mark.parametrize(("lr", "fall", "named"), [(1e-3, 0.0, True), (1e-4, 0.0, False), (1e-3, 2e-3, False)])
 def test_a_loss_that_stays_at_a_high_rate_is_named(lr, fall, named):
     """Not where the rate has been lowered, and not where it falls by a tenth of the noise in each row."""
@@ -101,7 +109,7 @@ def test_features_that_collapse_are_named():
     assert "RankMe is 1.2" in line
 
 
-def test_pictures_that_are_learned_by_heart_are_named():
+def test_overfitting_is_named():
     def held_out(*losses):
         return [{"step": 100 * k, "held_out_loss": loss} for k, loss in enumerate(losses)]
 

@@ -18,9 +18,11 @@ from pretrain.bands import main as statistics
 from pretrain.data import View
 from pretrain.train import build_model, pretrain
 from pretrain.watching.evaluate import PENALTY, middle, patch_features, rank_me, usable
+from pretrain.watching.maps import draw_maps
 from pretrain.watching.sets import EvalSets, hold_out, key_of
 from pretrain.watching.watch import interval
 from tests.band_files import bands_of, write, write_scenes
+from tests.launch.real import ROOT
 from tests.launch.real import run as run_command
 from tests.pretrain.test_train import config, weights
 from tests.rows import read_metrics
@@ -281,12 +283,58 @@ def test_features_of_patches_are_those_of_the_published_backbone(tmp_path, chann
     assert "forward" not in vars(encoder)
 
 
+def test_a_resumed_run_holds_out_the_same_pictures(tmp_path, labelled):
+    argv = options(labelled, "--steps=1", "--eval.pictures=4")
+    pretrain(config(tmp_path, *argv))
+    again = ("--resume", "--steps=2", "--eval.pictures=4")
+    with pytest.raises(UserError, match="other pictures are held out than when the run began"):
+        pretrain(config(tmp_path, *options(labelled, *again)[1:], f"--data.source={labelled}"))
+    pretrain(config(tmp_path, *options(labelled, *again)))
+
+
+def test_a_probe_of_more_classes_than_pictures_is_refused(tmp_path, labelled):
+    for split in ("train", "val"):
+        (labelled / split / "third").mkdir()
+        shutil.copy(labelled / split / "tall/1.png", labelled / split / "third")
+    line = r"eval\.pictures is 2: it must be as many as eval\.source has classes, 3"
+    with pytest.raises(UserError, match=line):
+        pretrain(config(tmp_path, *options(labelled, "--eval.pictures=2")))
+
+
+def test_features_that_are_no_numbers_are_drawn(tmp_path):
+    maps = [torch.full((2, 3, 8), torch.nan), torch.randn(2, 3, 8)]
+    draw_maps(torch.zeros(2, 3, 16, 24), maps, RGB, tmp_path / "features/step-1.png")
+    with Image.open(tmp_path / "features/step-1.png") as page:
+        assert page.width > page.height
+
+
+AS_ON_A_GPU = """
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/kernels"]
+from launch.run.cli import leave, run
+from pretrain.main import main
+from vim_backbone.vim import PatchEmbed
+PatchEmbed.project = PatchEmbed.as_product  # the projection's weights without its module
+if __name__ == "__main__":
+    leave(run(main))
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
-def test_two_processes_measure_what_one_does(tmp_path, labelled, strategy):
+def test_zero_3_shows_and_evaluates_with_the_products_of_a_gpu(tmp_path, labelled):
+    (tmp_path / "main.py").write_text(AS_ON_A_GPU.format(root=str(ROOT)))
+    argv = options(labelled, "--steps=2", "--picture_every=1", "--eval.every=1")
+    folder = run_command(tmp_path / "zero3", "zero3", *argv, script=tmp_path / "main.py")
+    assert list(evaluations(folder)) == [0, 1, 2]
+    assert len(list((folder / "features").iterdir())) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "sizes"), [("ddp", "fixed"), ("zero3", "native")])
+def test_two_processes_measure_what_one_does(tmp_path, labelled, strategy, sizes):
     """Shares of one picture more and less, and one that cannot be read."""
     (labelled / "val/tall/0.png").write_bytes(b"broken")
-    argv = options(labelled, "--steps=2", "--eval.every=1", "--eval.share=0.5")
+    argv = options(labelled, "--steps=2", "--eval.every=1", "--eval.share=0.5", f"--data.sizes={sizes}")
     folder, alone = (run_command(tmp_path / name, name, *argv) for name in (strategy, "one"))
     for step, row in evaluations(alone).items():
         assert evaluations(folder)[step] == pytest.approx(row, rel=1e-4)

@@ -42,3 +42,12 @@ def test_without_a_mask_all_patches_are_visible():
     grids = [(5, 3), (1, 4)]
     for got, want in zip(packed_lines(grids, CPU), packed_lines(grids, CPU, visible=every), strict=True):
         assert_same(got, want)
+
+
+def test_weights_are_float32_whatever_the_default():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        lines = batch_lines(2, (3, 4), torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [each.weights.dtype for each in lines] == [torch.float32] * 2

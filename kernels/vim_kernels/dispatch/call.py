@@ -27,9 +27,9 @@ def call(backend: str, arguments: Any, *, save: bool = True, **allowed: bool) ->
         return getattr(package(backend), op.name)(**dict(zip(arguments._fields, arguments, strict=True)))
     needs_grad = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])  # noqa: C419
     tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    seen = tracing or is_in_torch_dispatch_mode() or not all([type(t) in PLAIN for t in tensors])  # noqa: C419
-    options = (backend, save and needs_grad and not _exporting()) if op.saves else (backend,)
-    if seen:
+    watched = tracing or is_in_torch_dispatch_mode() or not all([type(t) in PLAIN for t in tensors])  # noqa: C419
+    options = (backend, save and needs_grad and not exporting()) if op.saves else (backend,)
+    if watched:
         outputs = op.forward(*flat, *options)
         return outputs if not op.saves else outputs[0] if op.outputs == 1 else tuple(outputs[: op.outputs])
     if needs_grad:
@@ -41,8 +41,8 @@ def call(backend: str, arguments: Any, *, save: bool = True, **allowed: bool) ->
     return outputs[0] if op.outputs == 1 else tuple(outputs)
 
 
-def _exporting() -> bool:
-    """An exported program is for inference: saving would tie its graph to the number of checkpoints of one length.
+def exporting() -> bool:
+    """Whether `torch.export` is at work, whose programs are for inference and have open sizes.
 
     Asked under Dynamo, PyTorch 2.11 calls every compiled call exported; a training step would then scan forwards twice.
     """

@@ -71,7 +71,8 @@ def choose(argument: str | None, device: torch.device) -> str:
     ):
         if name:
             if reason := package(_checked(name, source)).unavailable(device):
-                usable = [n for n, why in available_backends(device).items() if why is None]
+                backends = available_backends(device).items()
+                usable = [name for name, why in backends if why is None and name != "export"]
                 raise RuntimeError(f"backend {name!r} ({source}) cannot run on {device}: {reason}; available: {usable}")
             return name
     for name in FASTEST_FIRST.get(device.type, ("reference",)):

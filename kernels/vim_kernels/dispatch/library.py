@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vim_kernels.dispatch.choice import function
 from vim_kernels.dispatch.contract import OPS, AddRmsNorm, Layout, Leaf, OpSpec, leaf, leaves
@@ -158,11 +157,16 @@ class Direct(torch.autograd.Function):
         return tuple(results[: op.outputs]) if op.outputs > 1 else results[0] if op.saves else results
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *incoming: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The gradients of the op's values."""
+        """The gradients of the op's values.
+
+        By the custom ops where they are to be differentiated again, which raises RuntimeError: they have no second
+        derivative, and what is computed past autograd would count as constant without a word.
+        """
         op = ctx.op
-        return None, *op.gradients(ctx, incoming, op.run_forward, op.run_backward)
+        watched = torch.is_grad_enabled()  # here that is `create_graph`
+        ops = (op.forward, op.backward) if watched else (op.run_forward, op.run_backward)
+        return None, *op.gradients(ctx, incoming, *ops)
 
 
 def _custom_op(name: str, run: Callable[..., Any], values: list[Leaf], results: Any) -> Any:
