@@ -8,6 +8,7 @@ op cannot return None. An op called with save=False can still be differentiated:
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,8 @@ class Direct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, op: Op, *flat: Any) -> Any:
         """The outputs of `op`, one or a tuple, from its flat values."""
-        results = op.run_forward(*flat)
+        with named(op.name):
+            results = op.run_forward(*flat)
         ctx.op = op
         op.keep(ctx, flat, results)
         return tuple(results[: op.outputs]) if op.outputs > 1 else results[0] if op.saves else results
@@ -166,7 +168,14 @@ class Direct(torch.autograd.Function):
         op = ctx.op
         watched = torch.is_grad_enabled()  # here that is `create_graph`
         ops = (op.forward, op.backward) if watched else (op.run_forward, op.run_backward)
-        return None, *op.gradients(ctx, incoming, *ops)
+        with named(f"{op.name}_backward"):
+            return None, *op.gradients(ctx, incoming, *ops)
+
+
+def named(op: str) -> AbstractContextManager[Any]:
+    """In a profile, where there is one, the name that the custom op would have."""
+    profiled = torch.autograd._profiler_enabled()  # pyright: ignore[reportPrivateImportUsage]
+    return torch.profiler.record_function(f"vim_kernels::{op}") if profiled else nullcontext()
 
 
 def _custom_op(name: str, run: Callable[..., Any], values: list[Leaf], results: Any) -> Any:
