@@ -59,10 +59,10 @@ class Block(nn.Module):
         normed, stream = self.norm(h, residual)
         if self.mixer.recompute == "products" and torch.is_grad_enabled():
             again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # a mixer draws nothing
-            return checkpoint(self.mixer, normed, cu_seqlens, lines, apart, **again), stream
+            return checkpoint(self.mixer, normed, cu_seqlens, lines, apart=apart, **again), stream
         normed_or_list = hand_over(normed, self.mixer)
         del h, residual, normed
-        return self.mixer(normed_or_list, cu_seqlens, lines, apart), stream
+        return self.mixer(normed_or_list, cu_seqlens, lines, apart=apart), stream
 
 
 def set_recompute(model: nn.Module, level: Recompute) -> None:

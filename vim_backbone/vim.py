@@ -206,7 +206,7 @@ class VisionMamba(nn.Module):
         for index, block in enumerate(self.layers):
             given: tuple[Given[Tensor], Given[Tensor | None]] = hand_over(h, block), hand_over(residual, block)
             del h, residual
-            h, residual = block(*given, cu_seqlens, lines and lines[index % 2], apart)
+            h, residual = block(*given, cu_seqlens, lines and lines[index % 2], apart=apart)
         h = drop_path(h, self.config.drop_path_rate, self.training, cu_seqlens)
         normed, _ = self.norm_f(h, residual)
         if apart:
