@@ -123,7 +123,7 @@ def test_nothing_else_is_made_again():
 @pytest.mark.parametrize("kind", ["full", "pooled"])
 def test_compiled(kind, level):
     """With the partitioner of inductor, which decides what compiled code keeps."""
-    torch.compiler.reset()  # of all tests in a process together Dynamo compiles a forward pass eight times, then refuses
+    torch.compiler.reset()  # Dynamo compiles a forward pass eight times in a process, those of other tests included
     model, images = net(kind, drop_path_rate=0.0), pictures(packed=False)
     want = step(model, model, images)
     set_recompute(model, level)
