@@ -107,10 +107,14 @@ def write_table(path: Path, confusion: Tensor, classes: list[str]) -> None:
             table.writerow([name, int(confusion[k].sum()), *values])
 
 
-def overlay(picture: np.ndarray, labels: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    """Picture (h, w, 3) in [0, 1], in grey, with its labels (h, w) laid over it, ignored pixels black."""
+def overlay(picture: np.ndarray, labels: np.ndarray, colours: np.ndarray, clear: int | None = None) -> np.ndarray:
+    """Picture (h, w, 3) in [0, 1], in grey, with its labels (h, w) laid over it, ignored pixels black.
+
+    `clear`: a class that is not laid over it.
+    """
+    grey = picture.mean(-1, keepdims=True)
     coloured = np.where((labels == IGNORED)[..., None], 0.0, colours[np.minimum(labels, len(colours) - 1)])
-    return 0.4 * picture.mean(-1, keepdims=True) + 0.6 * coloured
+    return np.where((labels == clear)[..., None], grey, 0.4 * grey + 0.6 * coloured)
 
 
 def draw_overlays(
@@ -121,19 +125,22 @@ def draw_overlays(
         return
     titles = ["picture", "annotation", "prediction"] if panels[0][1] is not None else ["picture", "prediction"]
     colours = palette(len(classes))
+    clear = next((k for k, name in enumerate(classes) if name.strip().lower() == "background"), None)
     figure = Figure(figsize=(3.2 * len(titles), 2.6 * len(panels) + 0.9), dpi=80, layout="constrained")
     axes = figure.subplots(len(panels), len(titles), squeeze=False)
     pixels = np.zeros(len(classes), dtype=np.int64)
     for row, (picture, target, predicted) in zip(axes, panels, strict=True):
         maps = [labels for labels in (target, predicted) if labels is not None]
-        for axis, panel in zip(row, [picture, *(overlay(picture, labels, colours) for labels in maps)], strict=True):
+        for axis, panel in zip(
+            row, [picture, *(overlay(picture, labels, colours, clear) for labels in maps)], strict=True
+        ):
             axis.imshow(panel.clip(0, 1))
             axis.set_axis_off()
         for labels in maps:
             pixels += np.bincount(labels[labels != IGNORED].ravel(), minlength=len(classes))
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=11)
-    most = [k for k in np.argsort(-pixels)[:MOST_NAMED] if pixels[k]]
+    most = [k for k in np.argsort(-pixels)[:MOST_NAMED] if pixels[k] and k != clear]
     handles = [Patch(color=tuple(colours[k].tolist()), label=classes[k]) for k in most]
     figure.legend(handles=handles, loc="outside lower center", ncols=4)
     figure.savefig(path)

@@ -20,7 +20,7 @@ from finetune.segmentation.data import (
     class_names,
     open_pairs,
 )
-from finetune.segmentation.evaluate import confusion_of, scores
+from finetune.segmentation.evaluate import confusion_of, overlay, scores
 from finetune.segmentation.model import feature_layers, pixel_loss
 from finetune.segmentation.task import SegmentationTask
 from finetune.segmentation.windows import Windows, starts
@@ -181,6 +181,14 @@ def test_photometric_distortion_keeps_the_hue():
         assert max(pixel) == pixel[0]
         outcomes.add(tuple(pixel))
     assert len(outcomes) > 30
+
+
+def test_labels_are_laid_over_a_picture_but_for_the_background_and_ignored_pixels():
+    picture = np.broadcast_to(np.array([0.3, 0.6, 0.9]), (1, 3, 3))  # grey of 0.6
+    colours = np.array([[1.0, 0, 0], [0, 1.0, 0]])
+    drawn = overlay(picture, np.array([[0, 1, IGNORED]]), colours, clear=0)
+    np.testing.assert_allclose(drawn[0], [[0.6, 0.6, 0.6], [0.24, 0.84, 0.24], [0.24, 0.24, 0.24]])
+    np.testing.assert_allclose(overlay(picture, np.array([[0] * 3]), colours)[0, 0], [0.84, 0.24, 0.24])
 
 
 def test_what_a_run_leaves_behind(config):
