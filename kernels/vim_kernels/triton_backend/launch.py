@@ -21,14 +21,16 @@ def power_of_two(size: int) -> int:
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 """What tells one compiled kernel from another, and more -> it, and the constants that its signature ends with."""
 MOST_COMPILED = 4096
-"""Entries to keep; numbers of tokens that differ from step to step would fill the memory."""
+"""Entries to keep: packed pictures have another number of tokens at each step, are seldom found, and would fill the
+memory."""
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Run `kernel` on the device of its first argument, a tensor; constants include num_warps and num_stages.
 
     From the second time on without Triton's search for what it compiled, which takes longer than a small kernel. Triton
-    specialises on types, on numbers (1, multiples of 16) and on pointers that 16 divides: the key has all of these.
+    specialises on types, on numbers (1, multiples of 16) and on pointers that 16 divides: the key has all of these. On
+    AMD also on storages below 2 GB; there the numbers, rows and strides among them, say how far a kernel reaches.
     """
     device = arguments[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
