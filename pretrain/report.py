@@ -203,6 +203,7 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
                 "earlier": max(0, len(run.log) - MOST_LINES),
                 "bad_steps": run.bad_steps,
                 "published": run.published,
+                "objective": run.fields.get("objective", "mae"),
             }
             for number, run in enumerate(runs)
         ],
