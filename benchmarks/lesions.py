@@ -13,6 +13,8 @@ import csv
 import io
 import json
 import time
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -20,13 +22,13 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 
-from benchmarks.machine import clock, read_csv, versions, write_csv
+from benchmarks.machine import clock, versions, write_csv
 from benchmarks.vit import blocks_of
 from finetune.segmentation.config import SegmentationConfig
 from finetune.segmentation.task import SegmentationTask
 from finetune.train import finetune
 from launch.run.cli import parse
-from launch.run.metrics import peak_memory_gb
+from launch.run.metrics import METRICS, peak_memory_gb, read_rows
 from pretrain.config import PretrainConfig
 from pretrain.train import build_model, pretrain
 
@@ -107,14 +109,25 @@ def segment(backbone: Path, name: str, width: int, seed: int, options: argparse.
     (evaluation,) = folder.glob("evaluations/step-*")
     with (evaluation / "classes.csv").open(newline="") as file:
         scores = {row["class"]: float(row["IoU"]) for row in csv.DictReader(file)}
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steady = [row for row in metrics if "images_per_second" in row][FEW:] or [{}]
+    steady = [row for row in read_rows(folder / METRICS) if "images_per_second" in row][FEW:] or [{}]
     costs = {
         name: round(median(row.get(name, float("nan")) for row in steady), 3)
         for name in ("images_per_second", "data_wait_share")
     }
     mean_iou = json.loads((evaluation / "metrics.json").read_text())["mIoU"]
     return scores | {"mIoU": mean_iou}, costs | {"peak_gb": round(peak_memory_gb(device), 2)}
+
+
+def cases(options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Scores, Scores]]:
+    """Seed, net, start and width of each case, its scores and its costs, as they are done."""
+    for seed, net, start in product(options.seeds, options.nets, options.starts):
+        with blocks_of("vit" if net == "vit" else "vim"):
+            backbone = backbone_of(net, start, seed, options)
+            for width in options.widths:
+                begun = time.monotonic()
+                scores, costs = segment(backbone, f"{net}-{start}-{width}-{seed}", width, seed, options)
+                case = {"seed": seed, "net": net, "start": start, "width": width}
+                yield case, scores, costs | {"seconds": round(time.monotonic() - begun)}
 
 
 def summary(rows: list[dict[str, Any]], classes: list[str]) -> list[dict[str, Any]]:
@@ -182,26 +195,16 @@ def main() -> None:
     }
     rows: list[dict[str, Any]] = []
     classes: list[str] = []
-    for seed in options.seeds:
-        for net in options.nets:
-            with blocks_of("vit" if net == "vit" else "vim"):
-                for start in options.starts:
-                    backbone = backbone_of(net, start, seed, options)
-                    for width in options.widths:
-                        begun = time.monotonic()
-                        name = f"{net}-{start}-{width}-{seed}"
-                        scores, costs = segment(backbone, name, width, seed, options)
-                        classes = list(scores)
-                        row = {"seed": seed, "net": net, "start": start, "width": width}
-                        rows.append(row | scores | costs | {"seconds": round(time.monotonic() - begun)})
-                        print(*rows[-1].values(), flush=True)
-                        if options.out:
-                            write_csv(options.out / "lesions.csv", rows, about)
+    for row, scores, costs in cases(options):
+        classes = list(scores)
+        rows.append(row | scores | costs)
+        print(*rows[-1].values(), flush=True)
+        if options.out:
+            write_csv(options.out / "lesions.csv", rows, about)
     print("\n" + "\n".join(about.values()) + "\n")
     print_table(rows, classes)
     if options.out:
-        written = read_csv(options.out / "lesions.csv")
-        draw(options.out / "lesions.png", written, classes, f"{about['run']}; {about['device']}")
+        draw(options.out / "lesions.png", rows, classes, f"{about['run']}; {about['device']}")
 
 
 if __name__ == "__main__":
