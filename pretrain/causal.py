@@ -42,12 +42,14 @@ def inputs_of_all(extras: Tensor | Sequence[Tensor], tokens: Sequence[int] | Non
     return Inputs((), sum(len(extra) * count for extra, count in zip(extras, tokens or [1] * len(extras), strict=True)))
 
 
-def apart(encoder: VisionMamba, images: Images) -> tuple[Tensor, Tensor]:
+def apart(encoder: VisionMamba, images: Images, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """What the forward and the backward direction make of pictures: normed patches (b, l, d_model) each.
 
-    Of a list, one row (1, l, d_model) each.
+    Of a list, one row (1, l, d_model) each. `order` (l,): the patches in which they are scanned; None: row by row.
     """
-    forward, backward = encoder.encode(encoder.embed(images), encoder.lengths(images), apart=True)[1].chunk(2)
+    patches = encoder.embed(images)
+    patches = patches if order is None else patches[:, order]
+    forward, backward = encoder.encode(patches, encoder.lengths(images), apart=True)[1].chunk(2)
     return forward, backward
 
 

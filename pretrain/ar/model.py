@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.ar.clusters import ARConfig, Targets
-from pretrain.causal import check_causal
+from pretrain.causal import apart, check_causal
 from pretrain.patches import normalise, patchify, unpatchify
 from vim_backbone import VimConfig, VisionMamba
 from vim_backbone.errors import require
@@ -99,8 +99,7 @@ class NextCluster(nn.Module):
 
     def predict(self, images: Images, order: Tensor, ahead: Targets, back: Targets) -> list[Tensor]:
         """Normalised pixels (b, m, p) of what each direction predicts."""
-        tokens = self.encoder.embed(images)[:, order]
-        streams = self.encoder.encode(tokens, self.encoder.lengths(images), apart=True)[1].chunk(2)
+        streams = apart(self.encoder, images, order)
         positions = self._positions(images)[:, order]
         predicted = []
         for stream, targets, direction in zip(streams, (ahead, back), self.decoder_direction, strict=True):
