@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vim_kernels.dispatch.choice import function
+from vim_kernels.dispatch.choice import MODULES, function
 from vim_kernels.dispatch.contract import (
     BidirectionalScan,
     Lines,
@@ -89,7 +89,7 @@ def saved_bytes_one_way(backend: str, *, d_inner: int, d_state: int, dtype: torc
 
 
 def _function(backend: str, room: str, name: str) -> Callable[..., Any]:
-    if backend in ("reference", "export"):
+    if backend in MODULES:
         raise RuntimeError(f"what backend {backend!r} keeps is autograd's and not counted: choose another")
     try:
         return function(backend, room, name)

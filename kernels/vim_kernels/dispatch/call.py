@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from vim_kernels import reference
-from vim_kernels.dispatch.choice import function, package
+from vim_kernels.dispatch.choice import MODULES, function, package
 from vim_kernels.dispatch.library import REGISTERED, Direct
 
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -21,10 +21,10 @@ def call(backend: str, arguments: Any, *, save: bool = True, **allowed: bool) ->
     op = REGISTERED[type(arguments)]
     flat = op.layout.flatten(arguments)
     tensors = [t for t in flat[: op.tensors] if t is not None]
-    if backend == "reference" or any([t.dtype == torch.float64 for t in tensors]):  # noqa: C419 - twice as fast
-        return getattr(reference, op.name)(**dict(zip(arguments._fields, arguments, strict=True)))
-    if backend == "export":
-        return getattr(package(backend), op.name)(**dict(zip(arguments._fields, arguments, strict=True)))
+    double = any([t.dtype == torch.float64 for t in tensors])  # noqa: C419 - twice as fast
+    if double or backend in MODULES:
+        module = reference if double or backend == "reference" else package(backend)
+        return getattr(module, op.name)(**dict(zip(arguments._fields, arguments, strict=True)))
     needs_grad = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])  # noqa: C419
     tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
     watched = tracing or is_in_torch_dispatch_mode() or not all([type(t) in PLAIN for t in tensors])  # noqa: C419

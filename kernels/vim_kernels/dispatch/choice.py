@@ -19,7 +19,10 @@ BACKENDS = {
     "torch": "vim_kernels.torch_backend",
     "export": "vim_kernels.export",
 }
-"""Backend -> its package; `contract` says what is in it. Reference and export are one module, without rooms."""
+"""Backend -> its package; `contract` says what is in it."""
+
+MODULES = ("reference", "export")
+"""Backends that are one module, without rooms: whole ops, which autograd differentiates."""
 
 FASTEST_FIRST = {"cuda": ("triton", "reference"), "cpu": ("cpu", "torch")}
 """Device type -> backends to try when the user asked for none."""
