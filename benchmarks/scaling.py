@@ -26,6 +26,7 @@ from statistics import median
 from typing import Any
 
 import torch
+import yaml
 
 from benchmarks.machine import clock, versions, write_csv
 from benchmarks.pictures import write_pictures
@@ -54,6 +55,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8, help="pictures of a step for each process")
     parser.add_argument("--compile", action="store_true", help="under torch.compile, with CUDA graphs")
     parser.add_argument("--pictures", type=float, metavar="MEGAPIXELS", help="train on JPEGs of so many, made first")
+    parser.add_argument(
+        "--zero", type=json.loads, metavar="JSON", help="more settings of DeepSpeed's zero_optimization"
+    )
     parser.add_argument("--profile", action="store_true", help="write profile-STRATEGY-PROCESSES.txt into --out")
     parser.add_argument("--checkpoints", action="store_true", help="also what one costs; of the model on the CPU")
     parser.add_argument("--seconds", type=float, default=600.0, help="end a run that takes longer, and go on")
@@ -68,9 +72,11 @@ def trained(strategy: str, processes: int, where: Path, options: argparse.Namesp
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     name = f"{strategy}-{processes}"
-    file = "gpu" if options.device == "cuda" and processes == 1 else strategy
+    file = ROOT / f"launch/accelerate/{'gpu' if options.device == 'cuda' and processes == 1 else strategy}.yaml"
+    if options.zero and strategy != "ddp":
+        file = with_settings(file, options.zero, where)
     argv = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", f"--num_processes={processes}",
-            f"--main_process_port={port}", f"--config_file={ROOT / 'launch/accelerate' / file}.yaml",
+            f"--main_process_port={port}", f"--config_file={file}",
             *(["--dynamo_backend=inductor", "--dynamo_mode=reduce-overhead"] if options.compile else []),
             str(ROOT / "benchmarks/scaling_worker.py"), f"--steps={options.steps}", f"--name={name}",
             f"--batch_size={options.batch_size * processes}", "--trackers=[]", f"--out={where}", "--log_every=4",
@@ -85,6 +91,20 @@ def trained(strategy: str, processes: int, where: Path, options: argparse.Namesp
         raise RuntimeError(process.stderr[-3000:])
     measured = [json.loads(path.read_text()) for path in (where / name).glob("process-*.json")]
     return {key: max(each[key] for each in measured) for key in measured[0]}
+
+
+def with_settings(file: Path, zero: dict[str, Any], where: Path) -> Path:
+    """A copy of a file of Accelerate's with more of DeepSpeed's settings than it can hold, which go into another."""
+    content = yaml.safe_load(file.read_text())
+    more = {"stage": content["deepspeed_config"]["zero_stage"]} | zero
+    own = where / f"{file.stem}.json"
+    own.write_text(json.dumps({"zero_optimization": more, "train_micro_batch_size_per_gpu": "auto"}))
+    del content["mixed_precision"]
+    content["deepspeed_config"] = {"deepspeed_config_file": str(own), "zero3_init_flag": False,
+                                   "deepspeed_multinode_launcher": "standard"}  # fmt: skip
+    changed = where / file.name
+    changed.write_text(yaml.safe_dump(content))
+    return changed
 
 
 def strategies(where: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
