@@ -34,13 +34,14 @@ class ViTBlock(nn.Module):
         cu_seqlens: Tensor | None = None,
         lines: Lines | None = None,
         apart: bool = False,
+        gaps: Tensor | None = None,
     ) -> tuple[Tensor, None]:
-        """(batch, length, d_model) -> the same: a ViT block adds to the stream by itself, and knows no lines.
+        """(batch, length, d_model) -> the same: a ViT block adds to the stream by itself, and knows no lines or gaps.
 
         It takes no packed pictures. With `apart` a token of the first half of the batch attends to itself and those
         before it, of the second half to itself and those after it.
         """
-        del lines
+        del lines, gaps
         assert take(residual) is None
         assert cu_seqlens is None
         h = take(h)

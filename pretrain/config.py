@@ -11,7 +11,7 @@ from pretrain.ar.clusters import ARConfig
 from pretrain.ar.objective import AR
 from pretrain.data import DataConfig
 from pretrain.mae.masking import MaskConfig
-from pretrain.mae.model import DecoderConfig
+from pretrain.mae.model import DecoderConfig, MAEConfig
 from pretrain.mae.objective import MAE
 from pretrain.nepa.objective import NEPA
 from pretrain.objective import Objective
@@ -99,6 +99,7 @@ class PretrainConfig(TrainingConfig):
     model: ModelConfig = field(default_factory=ModelConfig)
     decoder: DecoderConfig = field(default_factory=lambda: DecoderConfig(width=192))
     mask: MaskConfig = field(default_factory=MaskConfig)
+    mae: MAEConfig = field(default_factory=MAEConfig)
     ar: ARConfig = field(default_factory=lambda: ARConfig(width=192))
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(base_lr=8e-3, warmup_steps=20))

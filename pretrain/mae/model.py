@@ -16,10 +16,20 @@ from pretrain.patches import normalise, patchify, unpatchify
 from vim_backbone import VimConfig, VisionMamba
 from vim_backbone.block import Block, RMSNorm
 from vim_backbone.errors import UserError, require
+from vim_backbone.gaps import scan_gaps
 from vim_backbone.packing import layout_of
 from vim_backbone.position import resize_table, sincos_table, with_channels
 from vim_backbone.tokens import TokenLayout
 from vim_backbone.vim import Images, lines_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class MAEConfig:
+    """How the encoder scans what it sees."""
+
+    gap_aware: bool = False
+    """dt of a visible patch covers the hidden ones before it, in either direction, so that as much time passes in the
+    encoder's scan as over the whole picture; with scan=full."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +81,10 @@ class MaskedAutoencoder(nn.Module):
     published backbone alike.
     """
 
-    def __init__(self, encoder: VisionMamba, decoder: DecoderConfig) -> None:
+    def __init__(self, encoder: VisionMamba, decoder: DecoderConfig, settings: MAEConfig | None = None) -> None:
         super().__init__()
         config = encoder.config
+        self.gap_aware = settings is not None and settings.gap_aware
         if config.stride != config.patch_size:
             raise UserError(
                 f"stride {config.stride} differs from patch_size {config.patch_size}: patches that overlap would show "
@@ -163,8 +174,11 @@ class MaskedAutoencoder(nn.Module):
 
     def _decode(self, images: Images, visible: Tensor, lengths: list[int] | None) -> Tensor:
         """(b, l, decoder width) for all patches."""
+        patches, gaps = self.encoder.embed(images), None
+        if self.gap_aware:
+            gaps = scan_gaps(visible, self.encoder.lengths(images) or patches.shape[1], lengths)
         special, seen = self.encoder.encode(
-            select(self.encoder.embed(images), visible), lengths, self.encoder.lines(images, visible)
+            select(patches, visible), lengths, self.encoder.lines(images, visible), gaps=gaps
         )
         special, seen = self.decoder_embed(special), self.decoder_embed(seen)
         positions = self._positions(images)
