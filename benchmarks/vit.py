@@ -41,7 +41,8 @@ class ViTBlock(nn.Module):
         It takes no packed pictures. With `apart` a token of the first half of the batch attends to itself and those
         before it, of the second half to itself and those after it.
         """
-        del lines, gaps
+        del lines
+        assert gaps is None
         assert take(residual) is None
         assert cu_seqlens is None
         h = take(h)
@@ -58,7 +59,7 @@ def blocks_of(net: str) -> Iterator[None]:
     if net == "vim":
         yield
         return
-    blocks = patch("vim_backbone.vim.Block", ViTBlock), patch("pretrain.mae.model.Block", ViTBlock)
+    blocks = patch("vim_backbone.vim.Block", ViTBlock), patch("pretrain.masked.Block", ViTBlock)
     # config.json gives the sizes of a Vim's blocks; `load_state` looks at every tensor all the same
     with blocks[0], blocks[1], patch("vim_backbone.pretrained.check_sizes"):
         yield

@@ -216,7 +216,7 @@ def recompute_level(config: PretrainConfig, accelerator: Accelerator, pictures: 
 def build_model(config: PretrainConfig, initial: Mapping[str, Tensor] | None = None) -> nn.Module:
     """The model as it is before the first step, the same for one seed on every process; `initial`: its encoder."""
     torch.manual_seed(seed_of(config.seed))
-    model = config.method.build(VisionMamba(config.architecture()))
+    model = config.method.build(VisionMamba(config.architecture()), config.data.preprocessing)
     if initial:
         fill(config.method.encoder(model), initial.__getitem__)
     set_recompute(model, config.model.level)

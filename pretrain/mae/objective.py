@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from launch.data.loading import to_device
 from launch.planning.memory import FLOAT, Stack, Work
 from pretrain.mae.masking import MaskConfig, draw_mask
-from pretrain.mae.model import DecoderConfig, MAEConfig, MaskedAutoencoder, Reconstruction, split_patches
+from pretrain.mae.model import MAEConfig, MaskedAutoencoder, Reconstruction
 from pretrain.mae.reconstructions import COLUMNS, reconstruction_grid
+from pretrain.masked import DecoderConfig, split_patches
 from pretrain.objective import Inputs
 from pretrain.patches import without_hidden
 from pretrain.strips import draw_strips
 from vim_backbone import VimConfig, VisionMamba
 from vim_backbone.errors import require
 from vim_backbone.memory import Recompute
-from vim_backbone.preprocessing import Preprocessing
+from vim_backbone.preprocessing import RGB, Preprocessing
 from vim_backbone.vim import Images
 
 
@@ -59,8 +60,14 @@ class MAE:
         """Hidden patches in grey."""
         return without_hidden(pixels, extra, patch_size)
 
-    def build(self, encoder: VisionMamba) -> MaskedAutoencoder:
+    @property
+    def visible_share(self) -> float:
+        """What masks leave."""
+        return 1.0 - self.mask.ratio
+
+    def build(self, encoder: VisionMamba, preprocessing: Preprocessing = RGB) -> MaskedAutoencoder:
         """The autoencoder around an encoder."""
+        del preprocessing
         return MaskedAutoencoder(encoder, self.decoder, self.mae)
 
     def encoder(self, model: nn.Module) -> VisionMamba:
