@@ -62,7 +62,7 @@ def main() -> None:
     for tokens in (torch.float32, torch.bfloat16):
         xz = draw(2, options.length, 2 * options.channels, seed=0).to(tokens)
         two = weights(10, options.channels), weights(20, options.channels)
-        arguments = BidirectionalScan(xz, *two, cu_seqlens=None, gated=True)
+        arguments = BidirectionalScan(xz, *two, cu_seqlens=None, gaps=None, gated=True)
         dy = draw(2, options.length, options.channels, seed=1).to(tokens)
         exact = exact_gradients(arguments, dy)
         print(f"\n{tokens} tokens\n| states | " + " | ".join(f"every {interval}" for interval in INTERVALS) + " |")

@@ -166,7 +166,7 @@ def one_launch(inputs: Inputs) -> Case:
     mixer.mixer_inputs(x, laid_out, rows, made)
     arguments = made.scan(laid_out)
     out = x.new_empty(rows.rows, x.shape[2])
-    whole = BidirectionalScan(inputs.xz.detach(), *weights, cu_seqlens=None, gated=True)
+    whole = BidirectionalScan(inputs.xz.detach(), *weights, cu_seqlens=None, gaps=None, gated=True)
     states, ungated = mixer.bidirectional_scan_saved(whole)
 
     def forward(*, save: bool = False) -> None:

@@ -34,13 +34,15 @@ class ViTBlock(nn.Module):
         cu_seqlens: Tensor | None = None,
         lines: Lines | None = None,
         apart: bool = False,
+        gaps: Tensor | None = None,
     ) -> tuple[Tensor, None]:
-        """(batch, length, d_model) -> the same: a ViT block adds to the stream by itself, and knows no lines.
+        """(batch, length, d_model) -> the same: a ViT block adds to the stream by itself, and knows no lines or gaps.
 
         It takes no packed pictures. With `apart` a token of the first half of the batch attends to itself and those
         before it, of the second half to itself and those after it.
         """
         del lines
+        assert gaps is None
         assert take(residual) is None
         assert cu_seqlens is None
         h = take(h)
@@ -57,7 +59,7 @@ def blocks_of(net: str) -> Iterator[None]:
     if net == "vim":
         yield
         return
-    blocks = patch("vim_backbone.vim.Block", ViTBlock), patch("pretrain.mae.model.Block", ViTBlock)
+    blocks = patch("vim_backbone.vim.Block", ViTBlock), patch("pretrain.masked.Block", ViTBlock)
     # config.json gives the sizes of a Vim's blocks; `load_state` looks at every tensor all the same
     with blocks[0], blocks[1], patch("vim_backbone.pretrained.check_sizes"):
         yield

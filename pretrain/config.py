@@ -10,9 +10,12 @@ from launch.run.optim import OptimConfig
 from pretrain.ar.clusters import ARConfig
 from pretrain.ar.objective import AR
 from pretrain.data import DataConfig
+from pretrain.distill.objective import Distill
+from pretrain.distill.teacher import DistillConfig
 from pretrain.mae.masking import MaskConfig
-from pretrain.mae.model import DecoderConfig
+from pretrain.mae.model import MAEConfig
 from pretrain.mae.objective import MAE
+from pretrain.masked import DecoderConfig
 from pretrain.nepa.objective import NEPA
 from pretrain.objective import Objective
 from pretrain.stages import Stage, StageConfig, borders, check_stages, errors_of
@@ -21,7 +24,7 @@ from vim_backbone import VimConfig, named_config
 from vim_backbone.channels import Channels, Sets
 from vim_backbone.errors import require
 
-OBJECTIVES: dict[str, type[Any]] = {"mae": MAE, "nepa": NEPA, "ar": AR}
+OBJECTIVES: dict[str, type[Any]] = {"mae": MAE, "nepa": NEPA, "ar": AR, "distill": Distill}
 """What can be learned, each an `Objective`. Its settings are fields of `PretrainConfig`, by their names."""
 
 
@@ -92,14 +95,17 @@ class PretrainConfig(TrainingConfig):
     """Start from these weights: folder of a backbone, or of a run that published one, or an id on the Hub. What of
     `model` is not given is theirs; positions, patches and bands are resampled where `model.img_size`,
     `model.patch_size` or the data differ."""
-    objective: Literal["mae", "nepa", "ar"] = "mae"
+    objective: Literal["mae", "nepa", "ar", "distill"] = "mae"
     """What is learned. mae: the pixels of hidden patches, from the visible ones (mask, decoder). nepa: the embedding of
     the next patch, from all before it, in both directions of the scan; no mask and no decoder. ar: the pixels of the
-    next row or square of patches, likewise (ar)."""
+    next row or square of patches, likewise (ar). distill: the features that a frozen teacher has of the patches
+    (distill, mask, decoder)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     decoder: DecoderConfig = field(default_factory=lambda: DecoderConfig(width=192))
     mask: MaskConfig = field(default_factory=MaskConfig)
+    mae: MAEConfig = field(default_factory=MAEConfig)
     ar: ARConfig = field(default_factory=lambda: ARConfig(width=192))
+    distill: DistillConfig = field(default_factory=DistillConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(base_lr=8e-3, warmup_steps=20))
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -172,9 +178,8 @@ class PretrainConfig(TrainingConfig):
         preprocessing = self.data.preprocessing
         architecture = self.model.architecture(preprocessing.in_chans, preprocessing.channel_sets)
         self.method.check(architecture)
-        return (
-            replace(architecture, visible_share=1.0 - self.mask.ratio) if self.model.scan == "pooled" else architecture
-        )
+        pooled = self.model.scan == "pooled"
+        return replace(architecture, visible_share=self.method.visible_share) if pooled else architecture
 
     @property
     def method(self) -> Objective:
@@ -185,10 +190,14 @@ class PretrainConfig(TrainingConfig):
     def not_used(self) -> list[str]:
         """Lines on settings of other objectives that are not at their defaults: a recipe's may be there."""
         own = {each.name for each in fields(OBJECTIVES[self.objective])}
-        others = {each.name: name for name, other in OBJECTIVES.items() for each in fields(other)}
+        others: dict[str, list[str]] = {}
+        for name, other in OBJECTIVES.items():
+            for each in fields(other):
+                others.setdefault(each.name, []).append(name)
         usual, given = flattened(plain(type(self)())), flattened(plain(self))
         return [
-            f"{name} {given[name]} is a setting of objective {others[group]}, which {self.objective} does not use"
+            f"{name} {given[name]} is a setting of objective {' and '.join(others[group])}, "
+            f"which {self.objective} does not use"
             for name, group in ((name, name.partition(".")[0]) for name in given)
             if group in others.keys() - own and given[name] != usual.get(name)
         ]

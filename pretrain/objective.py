@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from launch.planning.memory import Work
 from vim_backbone import VimConfig, VisionMamba
 from vim_backbone.memory import Recompute
-from vim_backbone.preprocessing import Preprocessing
+from vim_backbone.preprocessing import RGB, Preprocessing
 from vim_backbone.vim import Images
 
 
@@ -21,6 +21,11 @@ class Inputs(NamedTuple):
     """Of `forward`, after the images."""
     tokens: int
     """Patch tokens that the encoder scans, for `tokens_per_second`."""
+
+
+def keep_from_decay(encoder: VisionMamba) -> set[str]:
+    """Names of the encoder's parameters that decay would harm, in a model that has it as `encoder`."""
+    return {f"encoder.{name}" for name in encoder.no_weight_decay()}
 
 
 class Objective(Protocol):
@@ -58,8 +63,16 @@ class Objective(Protocol):
         """A view (3, h, w) in [0, 1] as the encoder gets it, to look at; `extra` is what `draw` added to it."""
         ...
 
-    def build(self, encoder: VisionMamba) -> nn.Module:
-        """The model. Raises UserError for an encoder that the objective cannot train."""
+    @property
+    def visible_share(self) -> float:
+        """Share of the patches that the encoder sees, which a pooled scan has to know."""
+        ...
+
+    def build(self, encoder: VisionMamba, preprocessing: Preprocessing = RGB) -> nn.Module:
+        """The model, for pictures to which this was done.
+
+        Raises UserError for an encoder that the objective cannot train.
+        """
         ...
 
     def encoder(self, model: nn.Module) -> VisionMamba:

@@ -53,11 +53,12 @@ def options_of(argv: list[str]) -> argparse.Namespace:
     text = "mixed: a patch of all bands is one token; tokens: of each band one"
     parser.add_argument("--channels", choices=get_args(Channels), default="mixed", help=text)
     parser.add_argument("--objective", choices=OBJECTIVES, default="mae", help="what is learned")
-    for objective, kind in OBJECTIVES.items():
-        for name, text in kind.cost_fields.items():
-            default = attrgetter(name)(kind())
-            text += f"; of objective {objective}, {default} if not given"
-            parser.add_argument(f"--{name.replace('.', '-')}", dest=name, type=type(default), default=None, help=text)
+    for name, objectives in objectives_by_cost().items():
+        kind = OBJECTIVES[objectives[0]]
+        default = attrgetter(name)(kind())
+        text = f"{kind.cost_fields[name]}; of objective {' and '.join(objectives)}, {default} if not given"
+        kind_of = truth if isinstance(default, bool) else type(default)
+        parser.add_argument(f"--{name.replace('.', '-')}", dest=name, type=kind_of, default=None, help=text)
     parser.add_argument("--batch-size", type=int, default=4096, help="pictures of a step on all GPUs together")
     text = "of the run, as its config has them, such as '[{until: 0.7, img_size: 224}, {}]'; the largest is planned"
     parser.add_argument("--stages", default=None, help=text)
@@ -76,10 +77,10 @@ def options_of(argv: list[str]) -> argparse.Namespace:
     require(options.in_chans >= 1, "in-chans", options.in_chans, "it must be at least 1")
     require(options.gpu_memory > 0, "gpu-memory", options.gpu_memory, "it must be positive")
     require(0 <= options.reserve < 1, "reserve", options.reserve, "it must lie in [0, 1)")
-    for objective, kind in OBJECTIVES.items():
-        for name in kind.cost_fields:
-            given, remedy = getattr(options, name), f"it is of objective {objective}, not of {options.objective}"
-            require(given is None or objective == options.objective, name.replace(".", "-"), given, remedy)
+    for name, objectives in objectives_by_cost().items():
+        given = getattr(options, name)
+        remedy = f"it is of objective {' and '.join(objectives)}, not of {options.objective}"
+        require(given is None or options.objective in objectives, name.replace(".", "-"), given, remedy)
     require(options.accumulation >= 1, "accumulation", options.accumulation, "it must be at least 1")
     parts = options.gpus * options.accumulation
     passes = f" x {options.accumulation} forward passes" if options.accumulation > 1 else ""
@@ -87,6 +88,22 @@ def options_of(argv: list[str]) -> argparse.Namespace:
     share = options.batch_size // parts
     require(share >= 1 and share * parts == options.batch_size, "batch-size", options.batch_size, remedy)
     return options
+
+
+def objectives_by_cost() -> dict[str, list[str]]:
+    """Fields that change what a step costs, with the objectives that have them."""
+    objectives: dict[str, list[str]] = {}
+    for objective, kind in OBJECTIVES.items():
+        for name in kind.cost_fields:
+            objectives.setdefault(name, []).append(objective)
+    return objectives
+
+
+def truth(text: str) -> bool:
+    """The value of a yes-or-no option. Raises ValueError for anything but true and false."""
+    if text.lower() not in ("true", "false"):
+        raise ValueError(text)
+    return text.lower() == "true"
 
 
 def planned_footprints(
@@ -161,11 +178,12 @@ def expected(config: PretrainConfig, level: Recompute, options: argparse.Namespa
     work = config.method.work(architecture, 2 if config.precision == "bf16" else 4, level)
     patches = math.prod(architecture.grid(*architecture.img_size)) * architecture.tokens_a_patch(architecture.in_chans)
     scanned = work.stacks[0].tokens
+    beside = ", and without the teacher" if work.frozen else ""
     a_second = options.gpus / seconds_a_picture(work.stacks, measured(options.device))
     return (
         f"expected on {options.gpus} x {options.device}: {a_second:,.0f} pictures/s, {a_second * patches:,.0f} "
         f"patches/s, of which the encoder scans {a_second * (scanned - architecture.num_special):,.0f}; from measured "
-        "kernels (launch/planning/speeds.csv), before communication and waiting for data"
+        f"kernels (launch/planning/speeds.csv), before communication and waiting for data{beside}"
     )
 
 

@@ -5,6 +5,12 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from torch import Tensor
+
+
+def by_patch(values: Tensor, side: int) -> Tensor:
+    """A value for each patch (rows, columns) -> a picture (rows * side, columns * side)."""
+    return values.repeat_interleave(side, 0).repeat_interleave(side, 1)
 
 
 def draw_strips(strips: list[np.ndarray], columns: Sequence[str], title: str, path: Path) -> None:

@@ -16,7 +16,7 @@ from launch.data.first_look import look_at_first
 from launch.data.loading import enduring, number_of_workers, workers_of_stream
 from launch.data.sources import Source, length_of, passes_over, what_was_left_out
 from launch.data.streams import Stream
-from launch.run.accelerator import build_accelerator, on_main, strategy
+from launch.run.accelerator import autocast, build_accelerator, on_main, strategy
 from launch.run.folder import CHECKPOINTS, run_folder
 from launch.run.metrics import RunLog, Throughput, peak_memory_gb
 from launch.run.optim import build_optimizer, learning_rate
@@ -32,7 +32,7 @@ from pretrain.packs import STARTS, Packs, PackSampler
 from pretrain.plan import fitting_level
 from pretrain.report import REPORT, write_report
 from pretrain.stages import Stage, pixels_of, stage_at
-from pretrain.watching.evaluate import autocast, patch_features
+from pretrain.watching.evaluate import patch_features
 from pretrain.watching.maps import FEATURES, draw_maps
 from pretrain.watching.sets import check_sets, hold_out, open_sets, require_same_held_out
 from pretrain.watching.watch import Watch
@@ -216,7 +216,7 @@ def recompute_level(config: PretrainConfig, accelerator: Accelerator, pictures: 
 def build_model(config: PretrainConfig, initial: Mapping[str, Tensor] | None = None) -> nn.Module:
     """The model as it is before the first step, the same for one seed on every process; `initial`: its encoder."""
     torch.manual_seed(seed_of(config.seed))
-    model = config.method.build(VisionMamba(config.architecture()))
+    model = config.method.build(VisionMamba(config.architecture()), config.data.preprocessing)
     if initial:
         fill(config.method.encoder(model), initial.__getitem__)
     set_recompute(model, config.model.level)
@@ -321,7 +321,7 @@ def show(run: Run, batch: Batch | None, stage: Stage) -> None:
     images = to_model(batch.images[:SAMPLES_SHOWN], training.accelerator.device, preprocessing)
     with training.evaluating() as model:
         draw = run.objective.show(model, images, batch.extras[:SAMPLES_SHOWN], preprocessing)
-        with autocast(run.config, training.accelerator.device):
+        with autocast(run.config.precision, training.accelerator.device):
             maps = patch_features(run.objective.encoder(model), images)
     if training.accelerator.is_main_process:
         draw_features = partial(draw_maps, images, maps, preprocessing)

@@ -17,6 +17,7 @@ import torch
 from tests.band_files import write_scenes
 from tests.launch.preloaded import Popen
 from tests.launch.real import environment
+from tests.teachers import write_teacher
 from tests.vim_backbone import official
 from tests.waiting import LIMIT
 from vim_backbone import create_model
@@ -77,6 +78,7 @@ def test_all_other_commands(place, picture_folder):
     for split in ("train", "val"):
         (place / "path/to/labelled").mkdir(exist_ok=True)
         (place / "path/to/labelled" / split).symlink_to(picture_folder)
+    write_teacher(place / "path/to/teacher")
     (place / "path/to/slides").mkdir()
     colours = np.random.default_rng(0).integers(0, 255, (300, 400, 3), np.uint8)
     for number in range(4):  # openslide knows a tiled TIFF whatever it is called

@@ -47,11 +47,12 @@ class Block(nn.Module):
         cu_seqlens: Tensor | None = None,
         lines: Lines | None = None,
         apart: bool = False,
+        gaps: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(batch, length, d_model) twice -> output of the mixer, residual stream.
 
         `cu_seqlens` (pictures + 1,) are the borders of pictures packed into one row (1, total, d_model);
-        `lines` those of a pooled scan; `apart` as in `Mixer.forward`.
+        `lines` those of a pooled scan; `apart` and `gaps` as in `Mixer.forward`.
         """
         h, residual = take(h), take(residual)
         if residual is not None:
@@ -59,10 +60,10 @@ class Block(nn.Module):
         normed, stream = self.norm(h, residual)
         if self.mixer.recompute == "products" and torch.is_grad_enabled():
             again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # a mixer draws nothing
-            return checkpoint(self.mixer, normed, cu_seqlens, lines, apart=apart, **again), stream
+            return checkpoint(self.mixer, normed, cu_seqlens, lines, apart=apart, gaps=gaps, **again), stream
         normed_or_list = hand_over(normed, self.mixer)
         del h, residual, normed
-        return self.mixer(normed_or_list, cu_seqlens, lines, apart=apart), stream
+        return self.mixer(normed_or_list, cu_seqlens, lines, apart=apart, gaps=gaps), stream
 
 
 def set_recompute(model: nn.Module, level: Recompute) -> None:

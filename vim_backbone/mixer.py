@@ -51,13 +51,16 @@ class Mixer(nn.Module):
         cu_seqlens: Tensor | None = None,
         lines: Lines | None = None,
         apart: bool = False,
+        gaps: Tensor | None = None,
     ) -> Tensor:
         """(batch, length, d_model) -> the same; or (1, total, d_model), pictures packed with borders `cu_seqlens`.
 
         With `lines` it is the pooled scan, whose lines know the borders. With `apart` each direction has a half of the
         batch for itself: the first half is scanned forward alone, the second backward alone, so that a token of it sees
-        only itself and those before, or after, it.
+        only itself and those before, or after, it. `gaps` (2, batch, length) multiply dt, as in `bidirectional_scan`;
+        they go with full scans of both directions together.
         """
+        assert gaps is None or not (apart or lines)
         xz = self.in_proj(take(h))
         # where all is made again the backward pass follows at once, and convolutions need not run a second time for it
         recompute = "none" if self.recompute == "products" else self.recompute
@@ -71,11 +74,13 @@ class Mixer(nn.Module):
         elif self.scan_norm is None:
             keeps_xz = torch.is_grad_enabled() or hooked(self.in_proj)
             y = bidirectional_scan(
-                xz, forward, backward, cu_seqlens=cu_seqlens, overwrite=not keeps_xz, recompute=recompute
+                xz, forward, backward, cu_seqlens=cu_seqlens, gaps=gaps, overwrite=not keeps_xz, recompute=recompute
             )
         else:
             x, z = xz.chunk(2, dim=-1)
-            y = bidirectional_scan(x, forward, backward, gated=False, cu_seqlens=cu_seqlens, recompute=recompute)
+            y = bidirectional_scan(
+                x, forward, backward, gated=False, cu_seqlens=cu_seqlens, gaps=gaps, recompute=recompute
+            )
             y = self.scan_norm(y) * F.silu(z)
         return self.out_proj(y)
 

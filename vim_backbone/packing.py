@@ -52,3 +52,10 @@ def layout_of(
         return layout, None
     packed = PackedLayout(layout, lengths, device)
     return packed, packed.cu_seqlens
+
+
+def joined(special: Tensor, patches: Tensor, lengths: list[int] | None) -> Tensor | list[Tensor]:
+    """Special tokens before the patches; of each packed picture where there are `lengths`."""
+    if lengths is None:
+        return torch.cat([special, patches], dim=1)
+    return [torch.cat(pair) for pair in zip(special, patches[0].split(lengths), strict=True)]

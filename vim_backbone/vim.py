@@ -17,11 +17,12 @@ from vim_backbone.block import Block, RMSNorm, drop_path, set_recompute
 from vim_backbone.config import VimConfig
 from vim_backbone.errors import UserError
 from vim_backbone.folder import save_pretrained
+from vim_backbone.gaps import with_special_tokens
 from vim_backbone.hand_over import Given, hand_over
 from vim_backbone.hub import push_to_hub
 from vim_backbone.inputs import Images, grid_of, number_of
 from vim_backbone.lines import GridLines, batch_lines, packed_lines
-from vim_backbone.packing import PackedLayout, layout_of
+from vim_backbone.packing import PackedLayout, joined, layout_of
 from vim_backbone.position import resize_table, sincos_table, with_channels
 from vim_backbone.tokens import TokenLayout
 from vim_backbone.weights import lecun_normal_
@@ -136,7 +137,7 @@ class VisionMamba(nn.Module):
         Of a list of pictures, the list of each one's (special + l, d_model).
         """
         lengths = self.lengths(images)
-        return _joined(*self.encode(self.embed(images), lengths, self.lines(images)), lengths)
+        return joined(*self.encode(self.embed(images), lengths, self.lines(images)), lengths)
 
     def forward_head(self, tokens: Tensor | list[Tensor], pre_logits: bool = False) -> Tensor:
         """Tokens of `forward_features` -> pooled (b, d_model) when `pre_logits`, else through the classifier."""
@@ -190,6 +191,7 @@ class VisionMamba(nn.Module):
         lengths: Sequence[int] | None = None,
         lines: GridLines | None = None,
         apart: bool = False,
+        gaps: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Patch tokens in scan order, all or the visible ones -> normed: special (b, special, d_model), patches
         (b, l, d_model).
@@ -197,16 +199,19 @@ class VisionMamba(nn.Module):
         With `lengths`, one row (1, l, d_model) with so many patches of each picture -> (pictures, special, d_model) and
         (1, l, d_model). `lines`: those of `self.lines`, where the scan is pooled. `apart`: the directions never meet in
         any block, and what each made of the pictures comes one after the other, forward first, in twice the batch.
+        `gaps` (2, b, l): those of `vim_backbone.gaps.scan_gaps`, for full scans.
         """
         layout, cu_seqlens = layout_of(self.layout, lengths, patches.device)
-        h = self._join_special(patches, layout, len(lengths) if lengths else patches.shape[0])
+        pictures = len(lengths) if lengths else patches.shape[0]
+        gaps = None if gaps is None else with_special_tokens(gaps, layout, pictures)
+        h = self._join_special(patches, layout, pictures)
         h = torch.cat([h, h]) if apart else h
         residual: Tensor | None = None
         del patches  # the memory of what is used up is free while the blocks run
         for index, block in enumerate(self.layers):
             given: tuple[Given[Tensor], Given[Tensor | None]] = hand_over(h, block), hand_over(residual, block)
             del h, residual
-            h, residual = block(*given, cu_seqlens, lines and lines[index % 2], apart=apart)
+            h, residual = block(*given, cu_seqlens, lines and lines[index % 2], apart=apart, gaps=gaps)
         h = drop_path(h, self.config.drop_path_rate, self.training, cu_seqlens)
         normed, _ = self.norm_f(h, residual)
         if apart:
@@ -281,7 +286,7 @@ class VisionMamba(nn.Module):
         if intermediates_only:
             return intermediates
         h = drop_path(h, self.config.drop_path_rate, self.training, cu_seqlens)
-        return _joined(*layout.split(self.norm_f(h, residual)[0]), lengths), intermediates
+        return joined(*layout.split(self.norm_f(h, residual)[0]), lengths), intermediates
 
     def get_intermediate_layers(
         self,
@@ -390,10 +395,3 @@ def lines_of(images: Images, config: VimConfig, visible: Tensor | None, share: f
         return batch_lines(images.shape[0], grid, images.device, visible=visible, share=share, tokens=tokens)
     grids = [config.grid(*image.shape[-2:]) for image in images]
     return packed_lines(grids, images[0].device, visible=visible, share=share, tokens=config.tokens_of(images))
-
-
-def _joined(special: Tensor, patches: Tensor, lengths: list[int] | None) -> Tensor | list[Tensor]:
-    """Special tokens before the patches; of each packed picture where there are `lengths`."""
-    if lengths is None:
-        return torch.cat([special, patches], dim=1)
-    return [torch.cat(pair) for pair in zip(special, patches[0].split(lengths), strict=True)]

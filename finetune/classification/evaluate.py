@@ -16,6 +16,7 @@ from finetune.batches import evaluation_batches
 from finetune.classification.config import ClassificationConfig
 from finetune.pixels import on_device
 from finetune.task import EvaluationResult, Task
+from launch.run.accelerator import autocast
 from vim_backbone.preprocessing import shown, to_pixels
 
 MOST_DRAWN_CLASSES = 60
@@ -83,7 +84,7 @@ def evaluate(task: Task[ClassificationConfig], model: nn.Module, accelerator: Ac
     for batch in evaluation_batches(task.val, accelerator, task.eval_batch_size(accelerator), task.config.data.workers):
         bad += batch.bad
         images, targets = on_device(batch.images, accelerator.device), batch.targets.to(accelerator.device)
-        with accelerator.autocast():
+        with autocast(task.config.precision, accelerator.device):
             logits = model(images)
         mask = torch.tensor(batch.counted, device=accelerator.device)
         counts.add(logits[mask], targets[mask])

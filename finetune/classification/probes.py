@@ -10,13 +10,14 @@ from finetune.classification.evaluate import Counts, write_tables
 from finetune.pixels import on_device
 from finetune.task import EvaluationResult, Samples, Task
 from launch.embedding.probes import linear_probe, nearest_neighbours
+from launch.run.accelerator import autocast
 from vim_backbone import UserError
 
 
 def probe(task: Task[ClassificationConfig], model: nn.Module, accelerator: Accelerator) -> EvaluationResult:
     """Top-1 and top-5 of what the mode says, on features of the middle crop. For all processes."""
     config = task.config.probe
-    sizes = task.eval_batch_size(accelerator), task.config.data.workers
+    sizes = task.eval_batch_size(accelerator), task.config.data.workers, task.config.precision
     bank, labels, bad = extract(task.train, model, accelerator, *sizes)
     queries, targets, more_bad = extract(task.val, model, accelerator, *sizes)
     if not accelerator.is_main_process:
@@ -38,7 +39,12 @@ def probe(task: Task[ClassificationConfig], model: nn.Module, accelerator: Accel
 
 
 def extract(
-    samples: Samples, model: nn.Module, accelerator: Accelerator, batch_size: int, workers: int | None
+    samples: Samples,
+    model: nn.Module,
+    accelerator: Accelerator,
+    batch_size: int,
+    workers: int | None,
+    precision: str,
 ) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
     """Features (n, d) and classes (n,) of all samples, in their order, on all processes; and the unreadable ones."""
     numbers, features, labels = [], [], []
@@ -46,7 +52,7 @@ def extract(
     device = accelerator.device
     for batch in evaluation_batches(samples, accelerator, batch_size, workers):
         bad += batch.bad
-        with accelerator.autocast():
+        with autocast(precision, device):
             pooled = model(on_device(batch.images, device))
         features.append(pooled.float())
         labels.append(batch.targets.to(device))

@@ -22,6 +22,7 @@ from finetune.detection.tta import TestTimeAugmentation, with_pasted_masks
 from finetune.palette import palette
 from finetune.pixels import displayed
 from finetune.task import EvaluationResult, Task
+from launch.run.accelerator import autocast
 from vim_backbone.preprocessing import to_model
 
 KINDS = ("box", "mask")
@@ -46,7 +47,7 @@ def evaluate(
     image_ids, bad = [], []
     for batch in evaluation_batches(task.val, accelerator, task.eval_batch_size(accelerator), task.config.data.workers):
         bad += batch.bad
-        with accelerator.autocast():
+        with autocast(task.config.precision, accelerator.device):
             images = [to_model(of_square, accelerator.device, split.preprocessing) for of_square in batch.images]
             outputs = tta.detect(model, images, batch.targets)
         for detections, number, counted in zip(outputs, batch.numbers, batch.counted, strict=True):

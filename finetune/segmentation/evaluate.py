@@ -18,6 +18,7 @@ from finetune.segmentation.data import IGNORED
 from finetune.segmentation.model import resize
 from finetune.segmentation.windows import Windows
 from finetune.task import EvaluationResult, Task
+from launch.run.accelerator import autocast
 from launch.state.sharding import zero_stage
 from vim_backbone.preprocessing import shown, to_model, to_pixels
 
@@ -64,7 +65,7 @@ def evaluate(
         # exchanged before the passes: under ZeRO-3 they exchange too, and all exchanges must come in one order
         passes = windows.passes(*image.shape[-2:])
         idle = most_of(passes, accelerator) - passes if zero_stage(accelerator) == 3 else 0
-        with accelerator.autocast():
+        with autocast(task.config.precision, accelerator.device):
             logits = windows.logits(model, image)
             windows.idle(model, image, idle)
         if not batch.counted[0]:

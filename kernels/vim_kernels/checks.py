@@ -16,6 +16,12 @@ def check_float(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} has dtype {tensor.dtype}, wanted one of {[str(t)[6:] for t in FLOATS]}")
 
 
+def check_float32(name: str, tensor: Tensor) -> None:
+    """Raise TypeError unless the tensor is float32."""
+    if tensor.dtype != torch.float32:
+        raise TypeError(f"{name} has dtype {tensor.dtype}, wanted float32")
+
+
 def check_floats(**tensors: Tensor | None) -> None:
     """Raise TypeError unless every tensor given has one of the dtypes of the ops."""
     for name, tensor in tensors.items():
@@ -74,8 +80,7 @@ def check_lines(lines: Lines, xz: Tensor) -> None:
     for name, tensor in (("starts", starts), ("line_of", line_of), ("order", order), ("cu_lines", cu_lines)):
         if tensor is not None and tensor.dtype != torch.int32:
             raise TypeError(f"lines.{name} has dtype {tensor.dtype}, wanted int32")
-    if weights.dtype != torch.float32:
-        raise TypeError(f"lines.weights has dtype {weights.dtype}, wanted float32")
+    check_float32("lines.weights", weights)
     check_shape("lines.starts", starts.shape, (None,))
     check_shape("lines.line_of", line_of.shape, (b * l,))
     check_shape("lines.weights", weights.shape, (lines.total,))

@@ -68,6 +68,7 @@ def bidirectional_scan(
     *,
     gated: bool,
     cu_seqlens: Tensor | None,
+    gaps: Tensor | None = None,
     keep_inputs: bool = False,
 ) -> Tensor:
     """As `vim_kernels.reference.bidirectional_scan`. Raises ValueError for packed rows."""
@@ -75,7 +76,7 @@ def bidirectional_scan(
     _refuse_packed(cu_seqlens)
     x, z = xz.float().chunk(2, dim=-1) if gated else (xz.float(), None)
     us = [F.silu(_convolve(x, w.conv_weight, w.conv_bias, r)) for w, r in ((forward, False), (backward, True))]
-    ys = _project_and_scan(us, (forward, backward))
+    ys = _project_and_scan(us, (forward, backward), gaps)
     total = _mean_with_skips(ys, us, (forward, backward))
     return (total if z is None else total * F.silu(z)).to(xz.dtype)
 
@@ -118,13 +119,16 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     return normed.to(x.dtype), total
 
 
-def _project_and_scan(us: list[Tensor], two: tuple[ScanWeights, ScanWeights]) -> list[Tensor]:
+def _project_and_scan(
+    us: list[Tensor], two: tuple[ScanWeights, ScanWeights], gaps: Tensor | None = None
+) -> list[Tensor]:
     """The scans of u, each (b, l, d), whose dt, B and C are projections of it: first to last, and last to first."""
     inputs: list[list[Tensor]] = []
     for reverse, (u, weights) in enumerate(zip(us, two, strict=True)):
         states, rank = weights.A_log.shape[1], weights.dt_proj.shape[1]
         low, B, C = F.linear(u, weights.x_proj.float()).split([rank, states, states], dim=-1)
         step = F.softplus(F.linear(low.contiguous(), weights.dt_proj.float(), weights.dt_bias.float()))
+        step = step if gaps is None else step * gaps[reverse, :, :, None]
         inputs.append([t.flip(1) if reverse else t for t in (step, step * u, B, C)])
     A = torch.stack([-torch.exp(weights.A_log.float()) for weights in two])
     step, drive, B, C = (torch.stack(pair) for pair in zip(*inputs, strict=True))

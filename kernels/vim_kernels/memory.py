@@ -67,7 +67,7 @@ def saved_bytes(
         channels, states = torch.empty(d_inner), torch.empty(d_inner, d_state)
         x_proj, dt_proj = torch.empty(dt_rank + 2 * d_state, d_inner), torch.empty(d_inner, dt_rank)
         weights = ScanWeights(torch.empty(d_inner, 4), channels, x_proj, dt_proj, channels, states, channels)
-        arguments = BidirectionalScan(xz, weights, weights, None, gated, keep_inputs=recompute == "none")
+        arguments = BidirectionalScan(xz, weights, weights, None, None, gated, keep_inputs=recompute == "none")
         if tokens_a_line is not None:
             lines = max(1, round(tokens / tokens_a_line))
             places = Lines(torch.empty(lines + 1), torch.empty(tokens), torch.empty(lines))

@@ -13,6 +13,7 @@ from vim_kernels.checks import (
     FLOATS,
     check_cu_seqlens,
     check_float,
+    check_float32,
     check_floats,
     check_lines,
     check_same_device,
@@ -121,6 +122,7 @@ def bidirectional_scan(
     *,
     gated: bool = True,
     cu_seqlens: Tensor | None = None,
+    gaps: Tensor | None = None,
     overwrite: bool = False,
     recompute: Recompute = "inputs",
     backend: str | None = None,
@@ -135,6 +137,9 @@ def bidirectional_scan(
             when `gated` is False (for blocks that normalise before the gate).
         forward, backward: the parameters of the two directions.
         cu_seqlens: int32 (images + 1,) borders of packed images; convolution and state restart at each.
+        gaps: (2, batch, length) float32, positive: what dt, after softplus, of every token is multiplied by, in the
+            forward direction and in the backward one; for tokens that are apart, how many steps each stands for. No
+            gradient comes back to it. None: 1.
         overwrite: xz is not needed any more: without gradients the result may take the memory of its first half. What
             xz holds afterwards is undefined.
         recompute: what the backward pass makes again of what it needs beside xz. "none": nothing; only the Triton
@@ -151,8 +156,13 @@ def bidirectional_scan(
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, xz)
         check_same_device(xz, cu_seqlens=cu_seqlens)
+    if gaps is not None:
+        check_shape("gaps", gaps.shape, (2, *xz.shape[:2]))
+        check_float32("gaps", gaps)
+        check_same_device(xz, gaps=gaps)
+        gaps = gaps.contiguous()
     keep_inputs = _keeps_inputs(recompute)
-    arguments = BidirectionalScan(xz.contiguous(), forward, backward, cu_seqlens, gated, keep_inputs)
+    arguments = BidirectionalScan(xz.contiguous(), forward, backward, cu_seqlens, gaps, gated, keep_inputs)
     return _call_mixer(backend, arguments, save=recompute != "states", overwrite=overwrite)
 
 

@@ -98,10 +98,14 @@ def bidirectional_scan(
     *,
     gated: bool,
     cu_seqlens: Tensor | None,
+    gaps: Tensor | None = None,  # (2, b, l)
     keep_inputs: bool = False,  # this and the next one are no business of the definition
     overwrite: bool = False,
 ) -> Tensor:
-    """Both directions of a Vim mixer, averaged, and gated once by silu(z). (Vim, arXiv 2401.09417, algorithm 1.)"""
+    """Both directions of a Vim mixer, averaged, and gated once by silu(z). (Vim, arXiv 2401.09417, algorithm 1.)
+
+    With `gaps` dt of a token is gap * softplus(...): the discretisation (arXiv 2312.00752, equation 4) over that time.
+    """
     del keep_inputs, overwrite
     work = _work_dtype(xz)
     channels = forward.A_log.shape[0]
@@ -111,7 +115,8 @@ def bidirectional_scan(
         u = causal_conv1d(
             x, weights.conv_weight, weights.conv_bias, activation="silu", reverse=reverse, cu_seqlens=cu_seqlens
         )
-        total = total + _project_and_scan(u, weights, weights.D, reverse, cu_seqlens)
+        gap = None if gaps is None else gaps[int(reverse)]
+        total = total + _project_and_scan(u, weights, weights.D, reverse, cu_seqlens, gap)
     if gated:
         total = total * F.silu(xz[..., channels:].to(work))
     return (total / 2).to(xz.dtype)
@@ -152,14 +157,22 @@ def pooled_scan(
 
 
 def _project_and_scan(
-    u: Tensor, weights: ScanWeights, skip: Tensor | None, reverse: bool, cu_seqlens: Tensor | None
+    u: Tensor,
+    weights: ScanWeights,
+    skip: Tensor | None,
+    reverse: bool,
+    cu_seqlens: Tensor | None,
+    gap: Tensor | None = None,
 ) -> Tensor:
-    """The scan of u (b, l, d), whose dt, B and C are projections of u."""
+    """The scan of u (b, l, d), whose dt, B and C are projections of u; dt times `gap` (b, l)."""
     states, rank = weights.A_log.shape[1], weights.dt_proj.shape[1]
     low_rank, B, C = F.linear(u, weights.x_proj.to(u)).split([rank, states, states], dim=-1)
     dt, A = F.linear(low_rank, weights.dt_proj.to(u)), -torch.exp(weights.A_log.to(u))
-    options = {"dt_softplus": True, "reverse": reverse, "cu_seqlens": cu_seqlens, "initial_state": None}
-    return selective_scan(u, dt, A, B, C, skip, None, weights.dt_bias, **options)[0]
+    dt = F.softplus(dt + weights.dt_bias.to(u))
+    if gap is not None:
+        dt = dt * gap.to(u)[..., None]
+    options = {"dt_softplus": False, "reverse": reverse, "cu_seqlens": cu_seqlens, "initial_state": None}
+    return selective_scan(u, dt, A, B, C, skip, None, None, **options)[0]
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

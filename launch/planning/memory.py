@@ -36,6 +36,9 @@ class Work:
     """Of these, what a decoder without blocks has given back before the backward pass of the blocks begins."""
     ends_backward: float = 0.0
     """Bytes that the backward pass of such a decoder needs beside what was saved."""
+    frozen: float = 0.0
+    """Bytes of a model that is not trained, such as a teacher: whole on every process, however many pictures there
+    are. Its forward pass comes first and leaves nothing but what `ends` has."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class Footprint:
     """The same of its last block, when all gradients are there."""
     casts: float
     """Bytes of the weights in 16 bits, kept for a whole step."""
+    frozen: float = 0.0
+    """Bytes of a model that is not trained."""
 
 
 def footprint(model: nn.Module, work: Work, dtype: torch.dtype, backend: str = "triton") -> Footprint:
@@ -94,6 +99,7 @@ def footprint(model: nn.Module, work: Work, dtype: torch.dtype, backend: str = "
         first_backward=max(work.ends_backward, backward(work.stacks[-1]) - work.freed),
         last_backward=backward(work.stacks[0]),
         casts=2 * trained if dtype.itemsize == 2 else 0,
+        frozen=work.frozen,
     )
 
 
@@ -142,7 +148,7 @@ def peak(model: Footprint, share: Share, pictures: int) -> float:
     """
     start = share.early + pictures * (model.saved + model.first_backward)
     end = share.gradients + pictures * model.last_backward
-    return share.parameters + share.optimizer + model.casts + max(start, end)
+    return share.parameters + share.optimizer + model.casts + model.frozen + max(start, end)
 
 
 def fitting(model: Footprint, share: Share, memory: float) -> int:

@@ -171,6 +171,14 @@ def configure_zero(accelerator: Accelerator, precision: str, micro_batch: int, c
     }
 
 
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """What a training step of this precision runs under, for what is evaluated outside of it, on any strategy.
+
+    `Accelerator.autocast` does nothing under DeepSpeed, which is told of the precision by `configure_zero` alone.
+    """
+    return torch.autocast(device.type, torch.bfloat16, precision == "bf16")
+
+
 def fit_buffers(accelerator: Accelerator, model: nn.Module, unit: type[nn.Module]) -> None:
     """Sizes of DeepSpeed's buffers for this model, where the config does not give them.
 

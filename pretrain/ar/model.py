@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pretrain.ar.clusters import ARConfig, Targets
 from pretrain.causal import apart, check_causal
+from pretrain.objective import keep_from_decay
 from pretrain.patches import normalise, patchify, unpatchify
 from vim_backbone import VimConfig, VisionMamba
 from vim_backbone.errors import require
@@ -139,7 +140,7 @@ class NextCluster(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that decay would harm although they have two axes or more."""
-        return {"decoder_direction"} | {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
+        return {"decoder_direction"} | keep_from_decay(self.encoder)
 
 
 def check_ar(config: VimConfig) -> None:

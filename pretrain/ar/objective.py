@@ -18,7 +18,7 @@ from pretrain.patches import without_hidden
 from pretrain.strips import draw_strips
 from vim_backbone import VimConfig, VisionMamba
 from vim_backbone.memory import Recompute
-from vim_backbone.preprocessing import Preprocessing, shown, to_pixels
+from vim_backbone.preprocessing import RGB, Preprocessing, shown, to_pixels
 from vim_backbone.vim import Images
 
 COLUMNS = ("input", "predicted from before it", "predicted from after it")
@@ -60,8 +60,14 @@ class AR:
         del extra, patch_size
         return pixels
 
-    def build(self, encoder: VisionMamba) -> NextCluster:
+    @property
+    def visible_share(self) -> float:
+        """All."""
+        return 1.0
+
+    def build(self, encoder: VisionMamba, preprocessing: Preprocessing = RGB) -> NextCluster:
         """The encoder with a decoder."""
+        del preprocessing
         return NextCluster(encoder, self.ar)
 
     def encoder(self, model: nn.Module) -> VisionMamba:

@@ -5,42 +5,25 @@ p pixels of a patch (side * side * channels). Pictures of different shapes come 
 and l, v and m count the patches of all. Where channels are tokens, each counts as a patch, and p is side * side.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from pretrain.masked import DecoderConfig, MaskedModel, select
 from pretrain.patches import normalise, patchify, unpatchify
-from vim_backbone import VimConfig, VisionMamba
-from vim_backbone.block import Block, RMSNorm
-from vim_backbone.errors import UserError, require
-from vim_backbone.packing import layout_of
-from vim_backbone.position import resize_table, sincos_table, with_channels
-from vim_backbone.tokens import TokenLayout
-from vim_backbone.vim import Images, lines_of
+from vim_backbone import VisionMamba
+from vim_backbone.vim import Images
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
-    """The decoder, thrown away after pretraining."""
+class MAEConfig:
+    """How the encoder scans what it sees."""
 
-    width: int = 512
-    """Channels."""
-    depth: int = 2
-    """Vim blocks."""
-
-    def __post_init__(self) -> None:
-        require(self.width >= 4 and self.width % 4 == 0, "decoder.width", self.width, "it must be a multiple of 4")
-        require(self.depth >= 1, "decoder.depth", self.depth, "it must be at least 1")
-
-    def blocks(self, encoder: VimConfig) -> VimConfig:
-        """The decoder's blocks, which scan as the encoder's do."""
-        shared = {name: getattr(encoder, name) for name in ("norm_eps", "scan", "img_size", "patch_size", "stride")}
-        if encoder.scan == "pooled":
-            shared |= {"class_token": "none", "global_pool": "avg", "mixer_norm": encoder.mixer_norm}
-        return VimConfig(d_model=self.width, depth=self.depth, **shared)
+    gap_aware: bool = False
+    """dt of a visible patch covers the hidden ones before it, in either direction, so that as much time passes in the
+    encoder's scan as over the whole picture; with scan=full."""
 
 
 class Reconstruction(NamedTuple):
@@ -53,55 +36,13 @@ class Reconstruction(NamedTuple):
     they were."""
 
 
-class Split(NamedTuple):
-    """A mask as indices of patches, each in scan order."""
+class MaskedAutoencoder(MaskedModel):
+    """MAE (arXiv 2111.06377) with a Vim encoder and decoder, which says the pixels of every patch."""
 
-    visible: Tensor
-    """(b, v)"""
-    hidden: Tensor
-    """(b, m)"""
-    lengths: list[int] | None = None
-    """Visible patches of each picture, where they are packed."""
-
-
-class MaskedAutoencoder(nn.Module):
-    """MAE (arXiv 2111.06377) with a Vim encoder and decoder; visible tokens stay in scan order.
-
-    Class token and registers sit where `TokenLayout` puts them, in the visible sequence, in the decoder's and in the
-    published backbone alike.
-    """
-
-    def __init__(self, encoder: VisionMamba, decoder: DecoderConfig) -> None:
-        super().__init__()
+    def __init__(self, encoder: VisionMamba, decoder: DecoderConfig, settings: MAEConfig | None = None) -> None:
         config = encoder.config
-        if config.stride != config.patch_size:
-            raise UserError(
-                f"stride {config.stride} differs from patch_size {config.patch_size}: patches that overlap would show "
-                "hidden pixels; pretrain with stride = patch_size"
-            )
-        self.encoder = encoder
-        self.patch_size = config.patch_size
-        self.layout = encoder.layout
-        blocks = decoder.blocks(config)
-        self.decoder_embed = nn.Linear(config.d_model, decoder.width)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder.width))
-        self.decoder_pos_embed = nn.Parameter(sincos_table(encoder.grid_size, decoder.width)[None], requires_grad=False)
-        self.decoder_channel_embed = (
-            nn.Parameter(torch.zeros(1, config.in_chans, decoder.width)) if config.channels == "tokens" else None
-        )
-        self.decoder_layers = nn.ModuleList(Block(blocks, drop_path=0.0) for _ in range(decoder.depth))
-        self.decoder_norm = RMSNorm(decoder.width, config.norm_eps)
-        pixels = self.patch_size**2 * config.in_chans // config.tokens_a_patch(config.in_chans)
-        self.decoder_pred = nn.Linear(decoder.width, pixels)
-        self._init_decoder()
-
-    def _init_decoder(self) -> None:
-        nn.init.trunc_normal_(self.mask_token, std=0.02)
-        if self.decoder_channel_embed is not None:
-            nn.init.trunc_normal_(self.decoder_channel_embed, std=0.02)
-        for linear in (self.decoder_embed, self.decoder_pred):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        pixels = config.patch_size**2 * config.in_chans // config.tokens_a_patch(config.in_chans)
+        super().__init__(encoder, decoder, pixels, settings is not None and settings.gap_aware)
 
     def forward(
         self,
@@ -122,7 +63,7 @@ class MaskedAutoencoder(nn.Module):
         """
         if reconstruct:
             return self.reconstruct(images, visible, hidden, lengths)
-        predicted = self.decoder_pred(select(self._decode(images, visible, lengths), hidden))
+        predicted = self.decoder_pred(select(self.decode(images, visible, lengths), hidden))
         target, _, _ = normalise(select(self._patchify(images), hidden))
         errors = (predicted.float() - target).square()
         if lengths is None:
@@ -135,7 +76,7 @@ class MaskedAutoencoder(nn.Module):
         self, images: Images, visible: Tensor, hidden: Tensor, lengths: list[int] | None = None
     ) -> Reconstruction:
         """Predictions for every patch, and the pictures they make; arguments as `forward`."""
-        predicted = self.decoder_pred(self._decode(images, visible, lengths)).float()
+        predicted = self.decoder_pred(self.decode(images, visible, lengths)).float()
         patches = self._patchify(images)
         _, mean, deviation = normalise(patches)
         hidden = hidden[..., None].expand(-1, -1, patches.shape[-1])
@@ -159,62 +100,4 @@ class MaskedAutoencoder(nn.Module):
         """The inverse for one shape: (b, l, p) of pictures (..., c, h, w) -> (b, c, h, w)."""
         if self.decoder_channel_embed is not None:
             patches = patches.unflatten(1, (-1, like.shape[-3])).transpose(2, 3).flatten(2)
-        return unpatchify(patches, self.patch_size, self._grid(like))
-
-    def _decode(self, images: Images, visible: Tensor, lengths: list[int] | None) -> Tensor:
-        """(b, l, decoder width) for all patches."""
-        special, seen = self.encoder.encode(
-            select(self.encoder.embed(images), visible), lengths, self.encoder.lines(images, visible)
-        )
-        special, seen = self.decoder_embed(special), self.decoder_embed(seen)
-        positions = self._positions(images)
-        tokens = self.mask_token.to(seen.dtype).expand(len(seen), positions.shape[1], -1)
-        tokens = tokens.scatter(1, visible[..., None].expand_as(seen), seen) + positions
-        layout, cu_seqlens = layout_of(self.layout, self.encoder.lengths(images), tokens.device)
-        h, residual = layout.join(special.to(tokens.dtype), tokens), None
-        lines = None
-        if self.encoder.config.scan == "pooled":
-            lines = lines_of(images, self.encoder.config, None, 1.0)
-        for index, block in enumerate(self.decoder_layers):
-            h, residual = block(h, residual, cu_seqlens, lines and lines[index % 2])
-        return layout.split(self.decoder_norm(h, residual)[0])[1]
-
-    def _positions(self, images: Images) -> Tensor:
-        """Of the decoder, (1, l, decoder width)."""
-        layout, size = TokenLayout("none", 0), self.encoder.grid_size
-        positions = []
-        for image in [images] if isinstance(images, Tensor) else images:
-            table = resize_table(self.decoder_pos_embed, layout, size, self._grid(image))
-            if self.decoder_channel_embed is not None:
-                channels = self.encoder.config.channels_of(image.shape[-3])
-                table = with_channels(table, self.decoder_channel_embed, channels)
-            positions.append(table)
-        return torch.cat(positions, dim=1)
-
-    def _grid(self, images: Tensor) -> tuple[int, int]:
-        return self.encoder.config.grid(*images.shape[-2:])
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that decay would harm although they have two axes or more."""
-        ends = (".A_log", ".A_b_log", "decoder_channel_embed")
-        inner = {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
-        return inner | {"mask_token"} | {name for name, _ in self.named_parameters() if name.endswith(ends)}
-
-
-def split_patches(mask: Tensor | Sequence[Tensor]) -> Split:
-    """Masks (b, l) bool, True = hidden, as many in every row, or a list of masks (l,) -> which patches are which.
-
-    On a GPU this waits for the device.
-    """
-    if not isinstance(mask, Tensor):
-        row = torch.cat(list(mask))
-        visible, hidden = (torch.nonzero(chosen).transpose(0, 1) for chosen in (~row, row))
-        return Split(visible, hidden, [int((~picture).sum()) for picture in mask])
-    order = torch.argsort(mask.to(torch.uint8), dim=1, stable=True)
-    visible, hidden = order.tensor_split([mask.shape[1] - int(mask[0].sum())], dim=1)
-    return Split(visible, hidden)
-
-
-def select(tokens: Tensor, indices: Tensor) -> Tensor:
-    """Tokens (b, l, d) at indices (b, n) -> (b, n, d)."""
-    return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[-1]))
+        return unpatchify(patches, self.patch_size, self.grid(like))

@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from launch.data.loading import to_device
 from launch.planning.memory import FLOAT, Stack, Work
 from pretrain.mae.masking import MaskConfig, draw_mask
-from pretrain.mae.model import DecoderConfig, MaskedAutoencoder, Reconstruction, split_patches
+from pretrain.mae.model import MAEConfig, MaskedAutoencoder, Reconstruction
 from pretrain.mae.reconstructions import COLUMNS, reconstruction_grid
+from pretrain.masked import DecoderConfig, split_patches
 from pretrain.objective import Inputs
 from pretrain.patches import without_hidden
 from pretrain.strips import draw_strips
 from vim_backbone import VimConfig, VisionMamba
+from vim_backbone.errors import require
 from vim_backbone.memory import Recompute
-from vim_backbone.preprocessing import Preprocessing
+from vim_backbone.preprocessing import RGB, Preprocessing
 from vim_backbone.vim import Images
 
 
@@ -28,6 +30,7 @@ class MAE:
 
     mask: MaskConfig = field(default_factory=MaskConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    mae: MAEConfig = field(default_factory=MAEConfig)
 
     title: ClassVar[str] = "Masked autoencoding"
     picture_folder: ClassVar[str] = "reconstructions"
@@ -41,11 +44,13 @@ class MAE:
     @property
     def summary(self) -> str:
         """Share and kind of the masks."""
-        return f"{self.mask.ratio:.0%} of the patches hidden ({self.mask.kind})"
+        gaps = ", dt scaled by the gaps" if self.mae.gap_aware else ""
+        return f"{self.mask.ratio:.0%} of the patches hidden ({self.mask.kind}){gaps}"
 
     def check(self, architecture: VimConfig) -> None:
-        """All that pretraining can make."""
-        del architecture
+        """All that pretraining can make; with gaps full scans alone."""
+        remedy = "lines of a pooled scan have no gaps, hidden patches count in their means; set model.scan to full"
+        require(not (self.mae.gap_aware and architecture.scan == "pooled"), "mae.gap_aware", True, remedy)
 
     def draw(self, grid: tuple[int, int], rng: torch.Generator) -> Tensor:
         """A mask (l,) bool, True = hidden."""
@@ -55,9 +60,15 @@ class MAE:
         """Hidden patches in grey."""
         return without_hidden(pixels, extra, patch_size)
 
-    def build(self, encoder: VisionMamba) -> MaskedAutoencoder:
+    @property
+    def visible_share(self) -> float:
+        """What masks leave."""
+        return 1.0 - self.mask.ratio
+
+    def build(self, encoder: VisionMamba, preprocessing: Preprocessing = RGB) -> MaskedAutoencoder:
         """The autoencoder around an encoder."""
-        return MaskedAutoencoder(encoder, self.decoder)
+        del preprocessing
+        return MaskedAutoencoder(encoder, self.decoder, self.mae)
 
     def encoder(self, model: nn.Module) -> VisionMamba:
         """The encoder inside the autoencoder."""

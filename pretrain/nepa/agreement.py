@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pretrain.strips import by_patch
 from vim_backbone import VimConfig
 from vim_backbone.preprocessing import Preprocessing, shown, to_pixels
 from vim_backbone.vim import Images
@@ -29,7 +30,6 @@ def agreement_strips(
         for cosines, nothing in ((ahead, (tokens, 0)), (back, (0, tokens))):
             values = F.pad(cosines[0].clamp(min=0), nothing, value=0.35).unflatten(0, (-1, tokens)).mean(1)
             patches = values.unflatten(0, config.grid(*image.shape[-2:]))
-            pane = patches.repeat_interleave(config.patch_size, 0).repeat_interleave(config.patch_size, 1)
-            panes.append(pane.to(panes[0].dtype).expand_as(panes[0]))
+            panes.append(by_patch(patches, config.patch_size).to(panes[0].dtype).expand_as(panes[0]))
         strips.append(torch.stack(panes).permute(0, 2, 3, 1).cpu().numpy())
     return strips

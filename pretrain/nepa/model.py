@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.causal import apart, check_causal
+from pretrain.objective import keep_from_decay
 from vim_backbone import VisionMamba
 from vim_backbone.vim import Images
 
@@ -64,7 +65,7 @@ class NextEmbedding(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that decay would harm although they have two axes or more."""
-        return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
+        return keep_from_decay(self.encoder)
 
 
 def cosines(predicted: Tensor, targets: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from pretrain.objective import Inputs
 from pretrain.strips import draw_strips
 from vim_backbone import VimConfig, VisionMamba
 from vim_backbone.memory import Recompute
-from vim_backbone.preprocessing import Preprocessing
+from vim_backbone.preprocessing import RGB, Preprocessing
 from vim_backbone.vim import Images
 
 
@@ -48,8 +48,14 @@ class NEPA:
         del extra, patch_size
         return pixels
 
-    def build(self, encoder: VisionMamba) -> NextEmbedding:
+    @property
+    def visible_share(self) -> float:
+        """All."""
+        return 1.0
+
+    def build(self, encoder: VisionMamba, preprocessing: Preprocessing = RGB) -> NextEmbedding:
         """The encoder with the loss."""
+        del preprocessing
         return NextEmbedding(encoder)
 
     def encoder(self, model: nn.Module) -> VisionMamba:

@@ -21,6 +21,7 @@ from launch.data.pictures import Box
 from launch.data.reading import read_pixels
 from launch.data.sources import ImageSource
 from launch.embedding.probes import linear_probe, nearest_neighbours
+from launch.run.accelerator import autocast
 from launch.run.randomness import generator
 from pretrain.config import PretrainConfig
 from pretrain.data import View
@@ -118,7 +119,7 @@ class Evaluator:
             images, extras = self._images(reads, view), [each.extra for each in reads] or [self._blank_extra(view)]
             stacked = torch.stack(extras) if isinstance(images, Tensor) else extras
             inputs = self.objective.inputs(stacked, device, encoder.config.tokens_of(images))
-            with autocast(self.config, device):
+            with autocast(self.config.precision, device):
                 loss = model(images, *inputs.arguments)
             total += torch.stack([loss.double() * len(reads), torch.full_like(total[0], len(reads))]) if reads else 0
             features.append(self._pooled(encoder, images)[: len(reads)])
@@ -185,7 +186,7 @@ class Evaluator:
 
     def _pooled(self, encoder: VisionMamba, images: Images) -> Tensor:
         """(n, d) as the published backbone gives them."""
-        with autocast(self.config, self.accelerator.device):
+        with autocast(self.config.precision, self.accelerator.device):
             return encoder(images).float()
 
     def _in_order(self, numbers: list[int], features: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,11 +199,6 @@ class Evaluator:
         assert isinstance(feature, Tensor)
         order = number.argsort()[(number < 0).sum() :]
         return number[order], feature[order]
-
-
-def autocast(config: PretrainConfig, device: torch.device) -> torch.autocast:
-    """What a training step runs under; Accelerate puts it around the whole model alone."""
-    return torch.autocast(device.type, torch.bfloat16, config.precision == "bf16")
 
 
 def usable(features: Tensor) -> bool:

@@ -8,6 +8,7 @@ import shutil
 import datasets
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -75,6 +76,18 @@ def test_what_a_run_leaves_behind(config):
     torch.testing.assert_close(published.state_dict(), {k[9:]: v for k, v in average.items()}, rtol=0, atol=0)
     assert published.num_classes == 3
     assert "Classification of" in (folder / "backbone/README.md").read_text()
+
+
+@pytest.mark.parametrize("mode", ["evaluate", "knn"])
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_an_evaluation_has_the_precision_of_training(config, mode, precision, dtype):
+    """Of an accelerator without mixed precision, too, as DeepSpeed's is."""
+    task = ClassificationTask(config(f"--precision={precision}", f"--mode={'train' if mode == 'evaluate' else mode}"))
+    model, seen = task.new_model().eval(), []
+    model.backbone.layers[0].mixer.in_proj.register_forward_hook(lambda module, given, out: seen.append(out.dtype))
+    with torch.no_grad():
+        task.evaluate(model, Accelerator(mixed_precision="no"))
+    assert set(seen) == {dtype}
 
 
 def test_it_learns(config, tmp_path):

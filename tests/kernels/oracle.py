@@ -45,15 +45,15 @@ def conv(x, weight, bias=None, *, silu=True, reverse=False):
     return _silu(y) if silu else y
 
 
-def mixer_core(x, z, forward, backward):
-    """One sequence: x, z (l, d); forward, backward are ScanWeights of arrays. Returns (l, d)."""
+def mixer_core(x, z, forward, backward, gaps=((1.0,), (1.0,))):
+    """One sequence: x, z (l, d), gaps (2, l); forward, backward are ScanWeights of arrays. Returns (l, d)."""
     total = np.zeros(np.shape(x))
-    for w, reverse in ((forward, False), (backward, True)):
+    for w, reverse, gap in ((forward, False, gaps[0]), (backward, True, gaps[1])):
         w = type(w)(*(np.asarray(t, np.float64) for t in w))
         rank, n = w.dt_proj.shape[1], w.A_log.shape[1]
         u = conv(x, w.conv_weight, w.conv_bias, reverse=reverse)
         proj = u @ w.x_proj.T
-        dt = _softplus(proj[:, :rank] @ w.dt_proj.T + w.dt_bias)
+        dt = np.asarray(gap, np.float64)[:, None] * _softplus(proj[:, :rank] @ w.dt_proj.T + w.dt_bias)
         y, _ = scan(u, dt, -np.exp(w.A_log), proj[:, rank : rank + n], proj[:, rank + n :], w.D, reverse=reverse)
         total += y
     total /= 2

@@ -121,10 +121,10 @@ def mixer_tensors(b, l, d, n, r, w, *, gated=True, bias=True):
     return tensors
 
 
-def run_mixer(t, backend, *, gated=True, cu_seqlens=None):
+def run_mixer(t, backend, *, gated=True, cu_seqlens=None, gaps=None):
     forward, backward = (ScanWeights(**{f: t[f"{q}.{f}"] for f in ScanWeights._fields}) for q in "fb")
-    cu_seqlens = beside(cu_seqlens, t["xz"])
-    return (bidirectional_scan(t["xz"], forward, backward, gated=gated, cu_seqlens=cu_seqlens, backend=backend),)
+    options = {"cu_seqlens": beside(cu_seqlens, t["xz"]), "gaps": beside(gaps, t["xz"])}
+    return (bidirectional_scan(t["xz"], forward, backward, gated=gated, backend=backend, **options),)
 
 
 @every_backend
@@ -187,6 +187,16 @@ def test_mixer_packed(backend, length):
 
 
 @every_backend
+@pytest.mark.parametrize(("length", "packed", "gated"), [(7, False, True), (33, True, False), (65, True, True)])
+def test_mixer_with_gaps(backend, length, packed, gated):
+    cu = torch.tensor(BORDERS[length], dtype=torch.int32) if packed else None
+    gaps = draw(2, 1 if packed else 2, length).abs().mul(4).ceil().float()
+    options = {"cu_seqlens": cu, "gaps": gaps, "gated": gated}
+    tensors = mixer_tensors(gaps.shape[1], length, 32, 16, 12, 4, gated=gated)
+    compare(lambda t, name: run_mixer(t, name, **options), tensors, backend)
+
+
+@every_backend
 @pytest.mark.parametrize(("d", "n", "r", "w"), [(3, 2, 1, 1), (24, 16, 5, 3), (40, 5, 2, 6)])
 @pytest.mark.parametrize("gated", [True, False])
 def test_mixer_of_any_width(backend, d, n, r, w, gated):
@@ -226,6 +236,8 @@ def test_low_precision(backend, dtype):
     truncates = 4 if backend == "triton" and INTERPRETED else 1
     low = {"dtype": dtype, "value": truncates * LOW_VALUE, "gradient": truncates * LOW_GRADIENT}
     compare(run_mixer, mixer_tensors(2, 65, 48, 16, 12, 4), backend, **low)
+    gaps = draw(2, 2, 65).abs().mul(4).ceil().float()
+    compare(lambda t, name: run_mixer(t, name, gaps=gaps), mixer_tensors(2, 65, 48, 16, 12, 4), backend, **low)
     compare(lambda t, name: run_scan(t, name, dt_softplus=True), scan_tensors(2, 65, 32, 16), backend, **low)
     conv = {"x": draw(2, 33, 32), "weight": draw(32, 4), "bias": draw(32)}
     compare(lambda t, name: (causal_conv1d(**t, backend=name),), conv, backend, **low)

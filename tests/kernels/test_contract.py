@@ -43,7 +43,7 @@ def test_flat_values_and_back(arguments, flat):
 
 
 def test_weights_of_both_directions_keep_their_places():
-    arguments = BidirectionalScan(torch.zeros(1), WEIGHTS, WEIGHTS._replace(conv_bias=None), None, True)
+    arguments = BidirectionalScan(torch.zeros(1), WEIGHTS, WEIGHTS._replace(conv_bias=None), None, None, True)
     flat = Layout(BidirectionalScan).flatten(arguments)
     assert [flat[1 + i] is t for i, t in enumerate(WEIGHTS)] == [True] * 7
     assert flat[9] is None
@@ -76,6 +76,6 @@ def test_schemas_name_every_argument(spec):
     assert [a.name for a in backward.arguments][: len(spec.outputs)] == [f"d{name}" for name in spec.outputs]
 
 
-def test_only_borders_of_packed_images_and_lines_have_no_gradient():
+def test_only_borders_gaps_and_lines_have_no_gradient():
     constants = {leaf.name for s in OPS.values() for leaf in leaves(s.arguments) if leaf.is_tensor > leaf.has_gradient}
-    assert constants == {"cu_seqlens", *(f"lines_{field}" for field in Lines._fields)}
+    assert constants == {"cu_seqlens", "gaps", *(f"lines_{field}" for field in Lines._fields)}

@@ -177,7 +177,7 @@ def test_an_op_that_did_not_save_can_still_be_differentiated(backend):
     xz, *parameters = draw(2, 37, 2 * D), *weights(), *weights(9)
     calls = []
     for save in (False, True):
-        y = library.bidirectional_scan(xz, *parameters, None, True, False, backend, save)[0]
+        y = library.bidirectional_scan(xz, *parameters, None, None, True, False, backend, save)[0]
         calls.append(torch.autograd.grad(y.square().sum(), [xz, *parameters]))
     for a, b in zip(*calls, strict=True):
         assert torch.equal(a, b)

@@ -128,15 +128,28 @@ def test_mixer_core_equals_a_loop(length, packed, gated):
         np.testing.assert_allclose(y[0, start:stop].numpy(), want, rtol=1e-10, atol=1e-12)
 
 
-def test_mixer_core_gradients():
+@pytest.mark.parametrize("packed", [False, True])
+def test_gaps_are_the_time_of_each_token_of_a_loop(packed):
+    forward, backward = mixer_weights(6, 4, 2, 4, seed=10), mixer_weights(6, 4, 2, 4, seed=20)
+    xz, borders = draw(1, 7, 12), [0, 3, 4, 7] if packed else [0, 7]
+    gaps = torch.tensor([[1, 4, 1, 2, 9, 1, 1], [3, 1, 1, 2, 1, 1, 5]], dtype=torch.float32)[:, None]
+    cu = torch.tensor(borders, dtype=torch.int32) if packed else None
+    y = bidirectional_scan(xz, forward, backward, cu_seqlens=cu, gaps=gaps, backend="reference")
+    for start, stop in itertools.pairwise(borders):
+        here = slice(start, stop)
+        want = oracle.mixer_core(xz[0, here, :6], xz[0, here, 6:], forward, backward, gaps[:, 0, here].tolist())
+        np.testing.assert_allclose(y[0, here].numpy(), want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("gaps", [None, torch.tensor([[[1.0, 2, 1, 4, 3]], [[2, 1, 1, 1, 6]]])])
+def test_mixer_core_gradients(gaps):
     forward, backward = mixer_weights(3, 2, 2, 4, seed=10), mixer_weights(3, 2, 2, 4, seed=20)
     tensors = [t.requires_grad_() for t in (draw(1, 5, 6), *forward, *backward)]
     cu = torch.tensor([0, 2, 5], dtype=torch.int32)
 
     def op(xz, *weights):
-        return bidirectional_scan(
-            xz, ScanWeights(*weights[:7]), ScanWeights(*weights[7:]), cu_seqlens=cu, backend="reference"
-        )
+        two = ScanWeights(*weights[:7]), ScanWeights(*weights[7:])
+        return bidirectional_scan(xz, *two, cu_seqlens=cu, gaps=gaps, backend="reference")
 
     assert torch.autograd.gradcheck(op, tensors)
 

@@ -115,10 +115,11 @@ def cases(column: str) -> list[Case]:
     sizes = {"BLOCK": plan.CARRY_BLOCK, "CHUNKS": plan.CARRY_CHUNKS}
     found.append(Case(chunks.carry_kernel, constants | sizes, 4))
     found.append(Case(chunks.chunk_table_kernel, {"INTERVAL": INTERVAL[column], "BLOCK": 128}, 4))
-    for packed, adjoint in ((False, False), (True, True)):
+    for packed, adjoint, gaps in ((False, False, False), (True, True, False), (True, False, True)):
         constants = {
             "REVERSE": False, "PACKED": packed, "HAS_D": True, "HAS_ADJOINT": adjoint, "STORE_DH0": adjoint,
-            "SOFTPLUS": True, "N": 16, "BLOCK": backward.block, "INTERVAL": INTERVAL[column], "GROUP": backward.group,
+            "SOFTPLUS": True, "GAPS": gaps, "N": 16, "BLOCK": backward.block, "INTERVAL": INTERVAL[column],
+            "GROUP": backward.group,
         }  # fmt: skip
         found.append(Case(scan_backward.scan_backward_kernel, constants, backward.warps))
     hardware = {"HARDWARE": column == "cuda"}
@@ -128,10 +129,10 @@ def cases(column: str) -> list[Case]:
         "BLOCK": convolution.block,
     }  # fmt: skip
     found.append(Case(conv_forward.mixer_conv_forward_kernel, constants | hardware, convolution.warps))
-    more = [(plan.MIXER_WIDE, 64, 128), (plan.FEW_ROWS, 64, 128)] if column == "cuda" else []
-    for sizes, rank, columns in ((mixer, 16, 64), *more):
+    more = [(plan.MIXER_WIDE, 64, 128, True), (plan.FEW_ROWS, 64, 128, False)] if column == "cuda" else []
+    for sizes, rank, columns, gaps in ((mixer, 16, 64, False), (mixer, 16, 64, True), *more):
         constants = {
-            "STORE_LOW": True, "STATES": 16, "RANK_BLOCK": rank, "COLUMNS": columns, "ROWS": sizes.rows,
+            "GAPS": gaps, "STORE_LOW": True, "STATES": 16, "RANK_BLOCK": rank, "COLUMNS": columns, "ROWS": sizes.rows,
             "BLOCK": sizes.block, "EVEN": True, "DOT": tl.bfloat16, "PRECISION": "ieee",
         }  # fmt: skip
         found.append(Case(mixer_forward.projections_forward_kernel, constants | hardware, sizes.warps, sizes.stages))
@@ -183,11 +184,11 @@ def _tiled_cases() -> list[Case]:
             }  # fmt: skip
             found.append(Case(tiled_scan_forward.tiled_scan_forward_kernel, constants, directions * sizes.warps))
     backward = plan.TILED_BACKWARD
-    for packed, adjoint in ((False, False), (True, True)):
+    for packed, adjoint, gaps in ((False, False, False), (True, True, False), (True, False, True)):
         block = block_of(backward.states_thread, backward.channels_thread, backward.warps, 16)
         constants = {
             "REVERSE": False, "PACKED": packed, "HAS_D": True, "HAS_ADJOINT": adjoint, "STORE_DH0": adjoint,
-            "SOFTPLUS": True, "GATE": not adjoint, "SCALE": 0.5, "N": 16, "BLOCK": block,
+            "SOFTPLUS": True, "GAPS": gaps, "GATE": not adjoint, "SCALE": 0.5, "N": 16, "BLOCK": block,
             "INTERVAL": INTERVAL["cuda"], "GROUP": backward.step,
             **backward_layouts(backward.states_thread, backward.channels_thread, backward.warps, 16),
         }  # fmt: skip

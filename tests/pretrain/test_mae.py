@@ -1,13 +1,19 @@
 """The masked autoencoder: only visible patches reach the encoder, in scan order, and the loss is MAE's."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
 
 from launch.run.randomness import generator
 from pretrain.mae.masking import MaskConfig, draw_mask
-from pretrain.mae.model import DecoderConfig, MaskedAutoencoder, patchify, select, split_patches, unpatchify
+from pretrain.mae.model import MAEConfig, MaskedAutoencoder
+from pretrain.mae.objective import MAE
+from pretrain.masked import DecoderConfig, select, split_patches
+from pretrain.patches import patchify, unpatchify
 from vim_backbone import UserError, VimConfig, VisionMamba
+from vim_backbone.gaps import scan_gaps
 
 GRID = (4, 6)
 
@@ -71,6 +77,29 @@ def test_loss_is_the_normalised_error_on_hidden_patches(kind):
             target = (pixels - pixels.mean()) / np.sqrt(pixels.var(ddof=1) + 1e-6)
             errors.append(np.mean((guess[patch] - target) ** 2))
     assert loss == pytest.approx(np.mean(errors), rel=1e-5)
+
+
+def test_gap_aware_scales_dt_of_the_encoder_alone():
+    """The encoder as it is with these gaps; without them, and in the decoder, nothing has changed."""
+    model = autoencoder()
+    images, masks = inputs()
+    patches = split_patches(masks)
+    plain = model(images, *patches)
+    aware = MaskedAutoencoder(model.encoder, DecoderConfig(width=32, depth=1), MAEConfig(gap_aware=True)).eval()
+    aware.load_state_dict(model.state_dict())
+    assert aware(images, *patches) != plain
+    encode, gaps = model.encoder.encode, scan_gaps(patches.visible, 24)
+    with mock.patch.object(
+        model.encoder, "encode", lambda *given, **options: encode(*given, **(options | {"gaps": gaps}))
+    ):
+        assert model(images, *patches) == aware(images, *patches)
+
+
+def test_gaps_and_lines_are_refused():
+    with pytest.raises(UserError, match=r"^mae.gap_aware is True.*model.scan to full$"):
+        MAE(mae=MAEConfig(gap_aware=True)).check(
+            VimConfig(d_model=8, depth=1, scan="pooled", class_token="none", global_pool="avg")
+        )
 
 
 def test_the_encoder_scans_the_visible_patches_with_the_published_layout():

@@ -5,8 +5,9 @@ import torch
 
 from launch.run.randomness import generator
 from pretrain.mae.masking import MaskConfig, draw_mask
-from pretrain.mae.model import DecoderConfig, MaskedAutoencoder
+from pretrain.mae.model import MaskedAutoencoder
 from pretrain.mae.objective import MAE
+from pretrain.masked import DecoderConfig
 from vim_backbone import VimConfig, VisionMamba
 from vim_backbone.block import Block
 

@@ -7,7 +7,8 @@ import torch
 
 from pretrain.config import ModelConfig, PretrainConfig
 from pretrain.mae.masking import MaskConfig
-from pretrain.mae.model import DecoderConfig, MaskedAutoencoder, split_patches
+from pretrain.mae.model import MaskedAutoencoder
+from pretrain.masked import DecoderConfig, split_patches
 from vim_backbone import VimConfig, VisionMamba
 
 

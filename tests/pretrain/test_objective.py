@@ -7,6 +7,8 @@ from PIL import Image
 from launch.run.config import field_types
 from launch.run.randomness import generator
 from pretrain.config import OBJECTIVES, PretrainConfig
+from pretrain.distill.teacher import DistillConfig
+from tests.teachers import write_teacher
 from vim_backbone import VimConfig, VisionMamba
 from vim_backbone.block import Block
 from vim_backbone.preprocessing import RGB
@@ -15,8 +17,11 @@ GRID = (4, 6)
 
 
 @pytest.fixture(params=OBJECTIVES)
-def objective(request):
-    return PretrainConfig(objective=request.param).method
+def objective(request, tmp_path):
+    settings = {}
+    if request.param == "distill":
+        settings["distill"] = DistillConfig(teacher=write_teacher(tmp_path / "teacher"))
+    return PretrainConfig(objective=request.param, **settings).method
 
 
 @pytest.fixture(params=["fixed", "native"])

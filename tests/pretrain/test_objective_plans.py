@@ -1,6 +1,8 @@
 """The planner against what real steps of the objectives that mask nothing allocate, and what it says of them."""
 
+import itertools
 import shlex
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,20 +14,36 @@ from launch.run.cli import parse
 from launch.run.optim import OptimConfig, build_optimizer
 from launch.run.randomness import generator
 from pretrain.config import ModelConfig, PretrainConfig
+from pretrain.distill.teacher import DistillConfig
 from pretrain.plan import main, planned_footprints
 from pretrain.train import build_model
+from tests.teachers import write_teacher
 from vim_backbone import UserError
 
 PICTURES = 4
 
 
-@pytest.mark.parametrize("objective", ["nepa", "ar"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("level", ["none", "inputs", "products"])
-def test_the_peak_of_a_real_step_is_predicted(objective, level, dtype):
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """As large as what it teaches, so that its weights are seen in the peak; it runs first, and leaves little."""
+    return write_teacher(tmp_path_factory.mktemp("teachers") / "vit", embed_dim=192, depth=4)
+
+
+@pytest.mark.parametrize(
+    ("objective", "at", "level", "dtype"),
+    [
+        *itertools.product(
+            ["nepa", "ar"], ["visible"], ["none", "inputs", "products"], [torch.float32, torch.bfloat16]
+        ),
+        *itertools.product(["distill"], ["visible", "hidden", "whole"], ["inputs"], [torch.float32]),
+        ("distill", "whole", "none", torch.bfloat16),
+    ],
+)
+def test_the_peak_of_a_real_step_is_predicted(objective, at, level, dtype, teacher):
     torch.set_num_threads(1)  # two threads wait for each other where the cores are shared
     model = ModelConfig(img_size=224, patch_size=16, depth=6, recompute=level)
-    config = PretrainConfig(objective=objective, model=model)
+    distill = DistillConfig(teacher=teacher if objective == "distill" else "", at=at)
+    config = PretrainConfig(objective=objective, model=model, distill=distill)
     trained = build_model(config)
     optimizer = build_optimizer(trained, OptimConfig(), 256)
     images = torch.randn(PICTURES, 3, 224, 224)
@@ -40,13 +58,15 @@ def test_the_peak_of_a_real_step_is_predicted(objective, level, dtype):
         optimizer.zero_grad()
 
     step()
-    held = [*trained.parameters(), *(v for entry in optimizer.state.values() for v in entry.values())]
+    frozen = list(trained.teacher._on(images.device).parameters()) if objective == "distill" else []
+    held = [*trained.parameters(), *frozen, *(v for entry in optimizer.state.values() for v in entry.values())]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
     measured = sum(t.nbytes for t in held) + peak_allocated(profiled)
     work = config.method.work(config.architecture(), dtype.itemsize, level)
     planned = planned_footprints(config.architecture(), config.method, [work], dtype, "cpu")[0]
     assert planned.parameters == sum(p.numel() for p in trained.parameters())
+    assert planned.frozen == sum(p.nbytes for p in frozen)
     assert peak(planned, shares(planned, 1)[0], PICTURES) == pytest.approx(measured, rel=0.06)
 
 
@@ -61,6 +81,38 @@ def test_the_command_trains_by_the_objective(objective, capsys):
     assert config.not_used() == []
 
 
+def test_the_command_plans_with_a_teacher(teacher, capsys):
+    main(
+        [
+            "--model",
+            "vim_tiny",
+            "--gpus",
+            "1",
+            "--batch-size",
+            "64",
+            "--objective",
+            "distill",
+            "--distill-teacher",
+            teacher,
+        ]
+    )
+    printed = capsys.readouterr().out
+    assert "of 196 patches a picture the encoder sees 49" in printed
+    assert "waiting for data, and without the teacher" in printed
+    config = parse(PretrainConfig, shlex.split(printed.splitlines()[-1].split("pretrain/main.py ")[1]), "", "")
+    assert (config.objective, config.distill.teacher) == ("distill", teacher)
+
+
+def test_the_teacher_has_its_place_beside_the_rest(teacher):
+    config = PretrainConfig(objective="distill", distill=DistillConfig(teacher=teacher))
+    work = config.method.work(config.architecture(), 4, "inputs")
+    with_teacher, without = planned_footprints(
+        config.architecture(), config.method, [work, replace(work, frozen=0.0)], torch.float32, "cpu"
+    )
+    for share in shares(with_teacher, 8):
+        assert peak(with_teacher, share, 2) - peak(without, share, 2) == work.frozen > 1e6
+
+
 def test_costs_of_another_objective_are_refused():
-    with pytest.raises(UserError, match=r"mask-ratio is 0\.5: it is of objective mae, not of nepa"):
+    with pytest.raises(UserError, match=r"mask-ratio is 0\.5: it is of objective mae and distill, not of nepa"):
         main(["--objective", "nepa", "--mask-ratio", "0.5"])

@@ -10,15 +10,23 @@ from launch.run.cli import parse
 from pretrain.config import PretrainConfig
 from pretrain.train import pretrain
 from tests.rows import read_metrics
+from tests.teachers import write_teacher
 from vim_backbone import UserError, from_pretrained
 
 SMALL = ["--model.img_size=32", "--model.depth=2", "--batch_size=4", "--optim.warmup_steps=1", "--log_every=1",
          "--data.workers=0", "--trackers=[]"]  # fmt: skip
-OTHERS = ["nepa", "ar"]
+OTHERS = ["nepa", "ar", "distill"]
 
 
-def config(folder, objective, *argv):
-    return parse(PretrainConfig, [*SMALL, f"--objective={objective}", f"--out={folder}", *argv], "", "")
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    teacher = write_teacher(tmp_path_factory.mktemp("teachers") / "vit")
+
+    def parsed(folder, objective, *argv):
+        own = [f"--distill.teacher={teacher}"] if objective == "distill" else []
+        return parse(PretrainConfig, [*SMALL, f"--objective={objective}", *own, f"--out={folder}", *argv], "", "")
+
+    return parsed
 
 
 def losses(folder):
@@ -26,7 +34,7 @@ def losses(folder):
 
 
 @pytest.mark.parametrize("objective", OTHERS)
-def test_it_learns(objective, tmp_path):
+def test_it_learns(objective, config, tmp_path):
     """Of the same views at every step, so that nothing but learning changes the loss."""
     same = ("--batch_size=12", "--data.min_scale=1", "--data.flip=false")
     curve = losses(pretrain(config(tmp_path, objective, "--steps=12", "--optim.base_lr=0.05", *same)))
@@ -46,9 +54,12 @@ STAGES = ("--stages=[{until: 0.5, img_size: 16}, {}]",)
         pytest.param("nepa", STAGES, id="nepa, stages"),
         pytest.param("ar", (*EVERYTHING, "--ar.cluster=2"), id="ar, everything"),
         pytest.param("ar", PACKED, id="ar, packed"),
+        pytest.param("distill", EVERYTHING, id="distill, everything"),
+        pytest.param("distill", (*PACKED, "--distill.at=hidden", "--model.scan=pooled"), id="distill, packed"),
+        pytest.param("distill", (*STAGES, "--distill.at=whole"), id="distill, stages"),
     ],
 )
-def test_resume_is_exact(objective, options, tmp_path):
+def test_resume_is_exact(objective, options, config, tmp_path):
     options = ["--steps=4", "--checkpoint_every=2", *options]
     whole = pretrain(config(tmp_path / "whole", objective, *options))
     cut = tmp_path / "cut/pretrain"
@@ -61,14 +72,22 @@ def test_resume_is_exact(objective, options, tmp_path):
     torch.testing.assert_close(load_file(cut / last), load_file(whole / last), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("objective", OTHERS)
-def test_what_a_run_leaves_behind(objective, tmp_path):
+@pytest.mark.parametrize(
+    ("objective", "unused", "others"),
+    [
+        ("nepa", "mask.ratio", "mae and distill"),
+        ("ar", "mask.ratio", "mae and distill"),
+        ("distill", "mae.gap_aware", "mae"),
+    ],
+)
+def test_what_a_run_leaves_behind(objective, unused, others, config, tmp_path):
     """Its backbone scans in both directions, as any other; what another objective would need is said to be unused."""
-    folder = pretrain(config(tmp_path, objective, "--steps=2", "--mask.ratio=0.5"))
+    value = {"mask.ratio": 0.5, "mae.gap_aware": True}[unused]
+    folder = pretrain(config(tmp_path, objective, "--steps=2", f"--{unused}={value}"))
     assert [path.name for path in (folder / "predictions").iterdir()] == ["step-00000002.png"]
     assert (folder / "report.html").read_text().count("data:image/webp") == 2, "predictions, and features"
     assert (
-        f"mask.ratio 0.5 is a setting of objective mae, which {objective} does not use"
+        f"{unused} {value} is a setting of objective {others}, which {objective} does not use"
         in (folder / "log.jsonl").read_text()
     )
     backbone = from_pretrained(folder / "backbone")
@@ -87,9 +106,10 @@ def test_what_a_run_leaves_behind(objective, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--objective=nipa"], "objective is nipa: it must be one of mae, nepa, ar"),
+        (["--objective=nipa"], "objective is nipa: it must be one of mae, nepa, ar, distill"),
         (["--objective=nepa", "--model.scan=pooled"], "model.scan is 'pooled': objective nepa predicts patches"),
         (["--objective=ar", "--model.channels=tokens"], "model.channels is 'tokens': objective ar rebuilds patches"),
+        (["--objective=distill"], "distill.teacher is '': objective distill learns the features of a model of timm"),
         (["--objective=ar", "--ar.cluster=0"], "ar.cluster is 0: it must be at least 1 patch, or null"),
         (["--objective=nepa", "--model.img_size=8"], r"model.img_size is \[8, 8\]: objective nepa needs two patches"),
         (

@@ -40,7 +40,7 @@ def bidirectional_scan_forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """See `vim_kernels.dispatch.contract`."""
     del overwrite
-    _, forward, backward, cu_seqlens, *_ = arguments
+    _, forward, backward, cu_seqlens, gaps, *_ = arguments
     x, z = arguments.halves()
     saved = bidirectional_scan_saved(arguments) if save else []
     dtype = kernel_dtype(x, z)
@@ -51,7 +51,7 @@ def bidirectional_scan_forward(
     projections = [(u @ weights.x_proj.t()).float() for u, weights in zip(us, two, strict=True)]
     # a token's u is read before its sum is written: the directions leave theirs where their u was
     out, partial = us[1], us[0] if dtype == torch.float32 else torch.empty_like(us[0], dtype=torch.float32)
-    first, last = scan_fields(rows, gate, two, us, projections)
+    first, last = scan_fields(rows, gate, two, us, projections, gaps)
     first |= {"gate": 0, "out": partial.data_ptr(), "scale": 1.0}
     last |= {"partial": partial.data_ptr(), "out": out.data_ptr(), "out_bf16": dtype == torch.bfloat16}
     for fields, projection, copy, states in zip((first, last), projections, saved[::2], saved[1::2], strict=False):
@@ -64,7 +64,7 @@ def bidirectional_scan_forward(
 
 def bidirectional_scan_backward(arguments: BidirectionalScan, dout: Tensor, saved: list[Tensor]) -> BidirectionalScan:
     """See `vim_kernels.dispatch.contract`."""
-    _, forward, backward, cu_seqlens, *_ = arguments
+    _, forward, backward, cu_seqlens, gaps, *_ = arguments
     x, z = arguments.halves()
     dtype = kernel_dtype(x, z)
     rows, gate = token_rows(x, dtype), None if z is None else token_rows(z, dtype)
@@ -78,7 +78,7 @@ def bidirectional_scan_backward(arguments: BidirectionalScan, dout: Tensor, save
     us = _convolve(rows, two, plan)
     projections = saved[::2]
     partial = torch.empty(plan.tokens, d)
-    fields = scan_fields(rows, gate, two, us, projections)
+    fields = scan_fields(rows, gate, two, us, projections, gaps)
     fields[1]["partial"] = partial.data_ptr()
     for one, states in zip(fields, saved[1::2], strict=True):
         one["checkpoints"] = states.data_ptr()
@@ -128,6 +128,7 @@ def scan_fields(
     two: list[DirectionWeights],
     us: list[Tensor],
     projections: list[Tensor],
+    gaps: Tensor | None = None,
 ) -> list[dict[str, Any]]:
     """SCAN records of both directions, all but outputs and checkpoints."""
     channels, fields = rows.shape[-1], []
@@ -139,6 +140,7 @@ def scan_fields(
                 "bf16": rows.dtype == torch.bfloat16, "u": address(u), "u_stride": channels, "low": low,
                 "low_stride": columns, "gate": address(gate), "gate_stride": 0 if gate is None else gate.stride(1),
                 "B": low + 4 * weights.rank, "C": low + 4 * (weights.rank + weights.states), "bc_stride": columns,
+                "gaps": 0 if gaps is None else gaps[k].data_ptr(),
                 "dt_proj": address(weights.dt_proj), "dt_bias": address(weights.dt_bias), "skip": address(weights.skip),
                 "decay": address(weights.decay), "out_stride": channels, "scale": 0.5,
             }

@@ -20,6 +20,8 @@ SCAN = _record(
     " u u_stride dt dt_stride low low_stride gate gate_stride"
     # float32 rows of `states` elements
     " B C bc_stride"
+    # float32 (tokens,), or absent: what dt is multiplied by after softplus
+    " gaps"
     # float32: dt_proj (rank, channels); dt_bias, skip (channels,); decay = A log2(e), (channels / 16, states, 16)
     " dt_proj dt_bias skip decay"
     # float32 (sequences or tiles, channels / 16, states, 16)  # noqa: ERA001

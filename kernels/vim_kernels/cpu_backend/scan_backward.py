@@ -44,8 +44,9 @@ def _prepare(d, g, channel, first, step, count, dts, slopes, us, dys):
     for k in range(count):
         token = first + step * k
         raw = raw_dt(d, token, channel)
-        store(dts, LANES * k, softplus(raw) if d.softplus else raw)
-        store(slopes, LANES * k, sigmoid(raw) if d.softplus else splat(np.float32(1)))
+        gap = splat_at(d.gaps, token) if d.gaps != 0 else splat(np.float32(1))
+        store(dts, LANES * k, gap * softplus(raw) if d.softplus else gap * raw)
+        store(slopes, LANES * k, gap * sigmoid(raw) if d.softplus else gap)
         store(us, LANES * k, load_as(d.u, token * d.u_stride + channel, d.bf16))
         dy = scale * load_as(g.dout, token * g.dout_stride + channel, d.bf16)
         if d.gate != 0:

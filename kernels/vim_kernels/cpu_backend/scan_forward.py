@@ -58,6 +58,8 @@ def _prepare(d, channel, first, step, count, dts, drives, ys):
         dt = raw_dt(d, token, channel)
         if d.softplus:
             dt = softplus(dt)
+        if d.gaps != 0:
+            dt = dt * splat_at(d.gaps, token)
         u = load_as(d.u, token * d.u_stride + channel, d.bf16)
         store(dts, LANES * k, dt)
         store(drives, LANES * k, dt * u)

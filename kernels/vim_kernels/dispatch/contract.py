@@ -119,6 +119,7 @@ class BidirectionalScan(NamedTuple):
     forward: ScanWeights
     backward: ScanWeights
     cu_seqlens: Constant | None
+    gaps: Constant | None  # (2, b, l) float32, of either direction
     gated: bool
     keep_inputs: bool = False
     """A forward that saves keeps what convolutions and projections made too; the Triton backend alone can."""

@@ -22,7 +22,7 @@ def bidirectional_scan_forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """See `vim_kernels.dispatch.contract`."""
     del overwrite
-    _, forward, backward, cu_seqlens, *_ = arguments
+    _, forward, backward, cu_seqlens, gaps, *_ = arguments
     x, z = arguments.halves()
     saved = bidirectional_scan_saved(arguments) if save else []
     total = torch.zeros_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
@@ -30,7 +30,8 @@ def bidirectional_scan_forward(
         u = convolve(x.float(), weights, bool(reverse), cu_seqlens)
         _, B, C, raw = project(u, weights)
         A, states = -torch.exp(weights.A_log.float()), saved[reverse] if save else None
-        y, _ = scan_tiles(u, F.softplus(raw), A, B, C, bool(reverse), cu_seqlens, None, states)
+        gap = 1.0 if gaps is None else gaps[reverse, :, :, None]
+        y, _ = scan_tiles(u, F.softplus(raw) * gap, A, B, C, bool(reverse), cu_seqlens, None, states)
         total += y.addcmul_(weights.D.float(), u)
     if z is not None:
         total *= F.silu(z.float())
@@ -39,7 +40,7 @@ def bidirectional_scan_forward(
 
 def bidirectional_scan_backward(arguments: BidirectionalScan, dout: Tensor, saved: list[Tensor]) -> BidirectionalScan:
     """See `vim_kernels.dispatch.contract`."""
-    _, forward, backward, cu_seqlens, *_ = arguments
+    _, forward, backward, cu_seqlens, gaps, *_ = arguments
     x, z = arguments.halves()
     dout = dout.float() / 2
     dscan = dout if z is None else dout * F.silu(z.float())
@@ -47,13 +48,13 @@ def bidirectional_scan_backward(arguments: BidirectionalScan, dout: Tensor, save
     for reverse, weights in enumerate((forward, backward)):
         u = convolve(x.float(), weights, bool(reverse), cu_seqlens)
         low, B, C, raw = project(u, weights)
-        A = -torch.exp(weights.A_log.float())
+        A, gap = -torch.exp(weights.A_log.float()), 1.0 if gaps is None else gaps[reverse, :, :, None]
         y, du, dstep, dA, dB, dC, _ = scan_gradients(
-            dscan, None, u, F.softplus(raw), A, B, C, bool(reverse), cu_seqlens, saved[reverse]
+            dscan, None, u, F.softplus(raw) * gap, A, B, C, bool(reverse), cu_seqlens, saved[reverse]
         )
         total += y.addcmul_(weights.D.float(), u)
         du.addcmul_(weights.D.float(), dscan)
-        gradients, through = projection_gradients(weights, u, low, raw, dstep, dB, dC)
+        gradients, through = projection_gradients(weights, u, low, raw, dstep * gap, dB, dC)
         du += through
         dpiece, dconv, dbias = conv_gradients(
             du, x.float(), weights.conv_weight, weights.conv_bias, True, bool(reverse), cu_seqlens

@@ -60,9 +60,9 @@ class MixerInputs(NamedTuple):
         bc = u.new_empty(2, rows, 2 * states, dtype=torch.float32)
         return cls(u, dt, bc, u.new_empty(2, rows, rank) if low else None)
 
-    def scan(self, weights: MixerWeights) -> ScanInputs:
-        """What the scan reads."""
-        return ScanInputs(self.u, self.dt, self.bc, weights.rates, weights.skips, False)
+    def scan(self, weights: MixerWeights, gaps: Tensor | None = None) -> ScanInputs:
+        """What the scan reads; `gaps` (2, rows), which dt has in it already."""
+        return ScanInputs(self.u, self.dt, self.bc, weights.rates, weights.skips, False, gaps)
 
 
 def bidirectional_scan_saved(arguments: BidirectionalScan) -> list[Tensor]:
@@ -89,7 +89,7 @@ def bidirectional_scan_forward(
 
     Without `save` a large batch goes slice by slice: the slices share the memory of what the scan reads.
     """
-    _, forward, backward, cu_seqlens, *_ = arguments
+    _, forward, backward, cu_seqlens, gaps, *_ = arguments
     x, z = arguments.halves()
     out = x if overwrite else x.new_empty(x.shape)
     saved = bidirectional_scan_saved(arguments) if save else []
@@ -99,10 +99,12 @@ def bidirectional_scan_forward(
     laid_out = mixer_weights(x, forward, backward)
     slices = 1 if save else plan.slices(tokens_of(x, cu_seqlens), x.shape[2], plan.processors(x.device))
     zs = [None] * slices if z is None else z.tensor_split(slices)
-    for x_part, z_part, out_part in zip(x.tensor_split(slices), zs, out.tensor_split(slices), strict=True):
+    all_gaps = [None] * slices if gaps is None else gaps.tensor_split(slices, dim=1)
+    parts = zip(x.tensor_split(slices), zs, out.tensor_split(slices), all_gaps, strict=True)
+    for x_part, z_part, out_part, gaps_part in parts:
         tokens = tokens_of(x_part, cu_seqlens)
         inputs = MixerInputs(*saved[-4:]) if keeps_inputs else MixerInputs.empty(x_part, *laid_out.padded, low=False)
-        mixer_inputs(x_part, laid_out, tokens, inputs)
+        mixer_inputs(x_part, laid_out, tokens, inputs, gaps_part)
         scan_forward(
             inputs.scan(laid_out),
             None if z_part is None else flat(z_part),
@@ -120,7 +122,7 @@ def bidirectional_scan_forward(
 
 def bidirectional_scan_backward(arguments: BidirectionalScan, dout: Tensor, saved: list[Tensor]) -> BidirectionalScan:
     """See `vim_kernels.dispatch.contract`."""
-    _, forward, backward, cu_seqlens, *_ = arguments
+    _, forward, backward, cu_seqlens, gaps, *_ = arguments
     x, z = arguments.halves()
     b, l, d = x.shape
     dxz = x.new_empty(b, l, d if z is None else 2 * d)
@@ -133,12 +135,12 @@ def bidirectional_scan_backward(arguments: BidirectionalScan, dout: Tensor, save
         inputs = MixerInputs(*saved[-4:])
     else:
         inputs = MixerInputs.empty(x, *laid_out.padded, low=True)
-        mixer_inputs(x, laid_out, tokens, inputs)
+        mixer_inputs(x, laid_out, tokens, inputs, gaps)
     gate = Gate(0.5)
     if z is not None and dz is not None:
         gate = Gate(0.5, flat(z), flat(saved[1]), flat(dz))
     grads = scan_backward(
-        inputs.scan(laid_out), flat(dout), tokens,
+        inputs.scan(laid_out, gaps), flat(dout), tokens,
         gate=gate, states=saved[0], dfinal=None, softplus=True, want_initial=False,
     )  # fmt: skip
     dprojections = projections_backward(grads, inputs, laid_out)
@@ -166,8 +168,8 @@ def mixer_weights(x: Tensor, forward: ScanWeights, backward: ScanWeights) -> Mix
     return MixerWeights(rates, taps, projections, (f.dt_bias, b.dt_bias), (f.D, b.D), padded(rank))
 
 
-def mixer_inputs(x: Tensor, weights: MixerWeights, tokens: Tokens, inputs: MixerInputs) -> None:
-    """Fill `inputs`: convolution, SiLU, x_proj, dt_proj and softplus of both directions."""
+def mixer_inputs(x: Tensor, weights: MixerWeights, tokens: Tokens, inputs: MixerInputs, gaps: Tensor | None) -> None:
+    """Fill `inputs`: convolution, SiLU, x_proj, dt_proj, softplus and `gaps` (2, b, l) of both directions."""
     rows, d = tokens.rows, x.shape[2]
     source, width, sizes = flat(x), weights.taps.shape[1] - 1, plan.CONVOLUTION
     launch(mixer_conv_forward_kernel, (cdiv(rows, sizes.groups * sizes.steps), cdiv(d, sizes.block)),
@@ -175,19 +177,20 @@ def mixer_inputs(x: Tensor, weights: MixerWeights, tokens: Tokens, inputs: Mixer
         PACKED=tokens.packed, WIDTH=width, GROUPS=sizes.groups, STEPS=sizes.steps, BLOCK=sizes.block,
         HARDWARE=plan.target(x.device) == "cuda", num_warps=sizes.warps,
     )  # fmt: skip
-    project(inputs, weights)
+    project(inputs, weights, gaps)
 
 
-def project(inputs: MixerInputs, weights: MixerWeights) -> None:
-    """Fill all of `inputs` but u: x_proj, dt_proj and softplus of both directions."""
+def project(inputs: MixerInputs, weights: MixerWeights, gaps: Tensor | None = None) -> None:
+    """Fill all of `inputs` but u: x_proj, dt_proj, softplus and `gaps` (2, b, l) of both directions."""
     u, dt, bc, low = inputs
     _, rows, d = u.shape
     states, target = weights.rates.shape[1], plan.target(u.device)
     sizes = plan.mixer(u.device, weights.rank, rows)
     launch(projections_forward_kernel, (cdiv(rows, sizes.rows), 2),
         u, weights.projections, *weights.dt_biases, dt, bc, low if low is not None else u,
-        rows, d, rows * d, rows * 2 * states, rows * weights.rank,
-        STORE_LOW=low is not None, STATES=states, RANK_BLOCK=weights.rank, COLUMNS=weights.projections.shape[2],
+        u if gaps is None else gaps.contiguous(), rows, d, rows * d, rows * 2 * states, rows * weights.rank,
+        GAPS=gaps is not None, STORE_LOW=low is not None,
+        STATES=states, RANK_BLOCK=weights.rank, COLUMNS=weights.projections.shape[2],
         ROWS=sizes.rows, BLOCK=sizes.block, EVEN=d % sizes.block == 0,
         DOT=plan.dot_dtype(u), PRECISION="ieee", HARDWARE=target == "cuda",
         num_warps=sizes.warps, num_stages=sizes.stages,

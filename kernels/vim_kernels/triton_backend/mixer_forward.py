@@ -67,8 +67,9 @@ def weight_layout_kernel(
 def projections_forward_kernel(
     u_ptr, projections_ptr, dt_bias0_ptr, dt_bias1_ptr,  # (q, rows, d), (q, 2, COLUMNS, d), (d,)
     dt_ptr, bc_ptr, low_ptr,  # (q, rows, d), (q, rows, 2 STATES) float32, (q, rows, RANK_BLOCK)
+    gaps_ptr,  # (q, rows) float32, where GAPS: what dt is multiplied by
     rows, channels, u_direction, bc_direction, low_direction,
-    STORE_LOW: tl.constexpr, STATES: tl.constexpr, RANK_BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+    GAPS: tl.constexpr, STORE_LOW: tl.constexpr, STATES: tl.constexpr, RANK_BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
@@ -111,6 +112,8 @@ def projections_forward_kernel(
         kept = low_ptr + direction * low_direction + row * RANK_BLOCK + rank[None, :]
         tl.store(kept, low.to(low_ptr.dtype.element_ty), mask=here)
     low = low.to(DOT)
+    if GAPS:
+        gap = tl.load(gaps_ptr + direction * rows + row, mask=here, other=1.0)
     for start in range(0, channels, BLOCK):
         d = start + tl.arange(0, BLOCK)
         ok = d < channels
@@ -122,6 +125,11 @@ def projections_forward_kernel(
         v += tl.load(dt_bias_ptr + d, mask=ok, other=0.0).to(tl.float32)[None, :]
         if dt_ptr.dtype.element_ty == tl.float32:
             dt = softplus(v)
+            if GAPS:
+                dt = dt * gap
         else:
-            dt = tl.minimum(softplus_coarse(v, HARDWARE), DT_MAX, propagate_nan=tl.PropagateNan.ALL)
+            dt = softplus_coarse(v, HARDWARE)
+            if GAPS:
+                dt = dt * gap
+            dt = tl.minimum(dt, DT_MAX, propagate_nan=tl.PropagateNan.ALL)
         tl.store(dt_ptr + d[None, :], dt.to(dt_ptr.dtype.element_ty), mask=here if EVEN else here & ok[None, :])

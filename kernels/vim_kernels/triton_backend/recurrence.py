@@ -30,6 +30,7 @@ class ScanInputs(NamedTuple):
     rates: Tensor  # (q, n, d) float32, A log2(e)
     skips: tuple[Tensor, ...] | None  # q of (d,)
     reverse: bool  # direction 0 runs from the last token to the first; direction 1 the other way
+    gaps: Tensor | None = None  # (q, rows) float32: what dt was multiplied by after softplus
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -186,21 +187,22 @@ def scan_backward(
     flags = {
         "REVERSE": inputs.reverse, "PACKED": tokens.packed, "HAS_D": inputs.skips is not None,
         "HAS_ADJOINT": adjoint is not None, "STORE_DH0": want_initial and chunks.one_each, "SOFTPLUS": softplus,
-        "N": n, "BLOCK": block, "INTERVAL": tokens.interval,
+        "GAPS": softplus and inputs.gaps is not None, "N": n, "BLOCK": block, "INTERVAL": tokens.interval,
     }  # fmt: skip
     options = {"num_warps": warps, "num_stages": 1}
+    gaps = inputs.rates if inputs.gaps is None else inputs.gaps
     if tiled:
         layouts = backward_layouts(by_tile.states_thread, by_tile.channels_thread, warps, n)
         z, ungated, dz = (dy if t is None else t for t in gate[1:])
         launch(tiled_scan_backward_kernel, (blocks, chunks.total, q),
-            *tensors, z, ungated, dz, z.stride(0), dz.stride(0), **flags,
+            *tensors, z, ungated, dz, z.stride(0), dz.stride(0), gaps, tokens.rows, **flags,
             GATE=gate.z is not None, SCALE=gate.scale, GROUP=by_tile.step, **layouts, **options,
         )  # fmt: skip
     else:
         scratch_stride = cdiv(tokens.interval, core.group) * n * block
         scratch = dy.new_empty(q * chunks.total * blocks * scratch_stride, dtype=torch.float32)
         launch(scan_backward_kernel, (blocks, chunks.total, q),
-            *tensors, scratch, scratch_stride, **flags, GROUP=core.group, **options,
+            *tensors, scratch, scratch_stride, gaps, tokens.rows, **flags, GROUP=core.group, **options,
         )  # fmt: skip
     return ScanGradients(du, ddt, dbc, drates, sums, initial)
 

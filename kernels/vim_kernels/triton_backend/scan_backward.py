@@ -30,11 +30,15 @@ def scan_backward_kernel(
     table_ptr, length, chunk_size, chunks_per_sequence, slots_per_sequence,
     channels, u_direction, bc_direction, chunk_direction, slot_direction, block_stride,
     scratch_ptr, scratch_stride,  # a block a program
+    gaps_ptr, gaps_direction,  # (q, rows) float32, where GAPS
     REVERSE: tl.constexpr, PACKED: tl.constexpr, HAS_D: tl.constexpr, HAS_ADJOINT: tl.constexpr,
-    STORE_DH0: tl.constexpr, SOFTPLUS: tl.constexpr,
+    STORE_DH0: tl.constexpr, SOFTPLUS: tl.constexpr, GAPS: tl.constexpr,
     N: tl.constexpr, BLOCK: tl.constexpr, INTERVAL: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of channels, chunks, directions). SOFTPLUS: ddt is for the value before softplus."""
+    """Grid (blocks of channels, chunks, directions). SOFTPLUS: ddt is for the value before softplus.
+
+    With GAPS dt is the gap times softplus, whose slope 1 - exp(-softplus) is found from dt over the gap.
+    """
     block = tl.program_id(0)
     chunk = tl.program_id(1)
     direction = tl.program_id(2)
@@ -53,6 +57,7 @@ def scan_backward_kernel(
     du_ptr += direction * u_direction
     ddt_ptr += direction * u_direction
     dbc_ptr += (direction * tl.num_programs(0) + block).to(tl.int64) * block_stride
+    gaps_ptr += direction * gaps_direction
     states_ptr += direction * slot_direction + slot * N * channels
     state = direction * chunk_direction + chunk.to(tl.int64) * N * channels
     rates = tl.load(rates_ptr + direction * N * channels + tile, mask=ok[None, :], other=0.0)
@@ -129,7 +134,10 @@ def scan_backward_kernel(
                 if HAS_D:
                     du = tl.fma(skip, dy, du)
                     dD += dy * u
-                if SOFTPLUS:
+                if GAPS:
+                    gap = tl.load(gaps_ptr + row + d * 0, mask=here, other=1.0)
+                    ddt = ddt * gap * (1.0 - tl.exp2(dt / gap * -LOG2E))
+                elif SOFTPLUS:
                     ddt = ddt * (1.0 - tl.exp2(dt * -LOG2E))
                 ddt_sum += tl.where(here, ddt, 0.0)
                 tl.store(du_ptr + row * channels + d, du.to(du_ptr.dtype.element_ty), mask=here)

@@ -89,9 +89,9 @@ def tiled_scan_backward_kernel(
     du_ptr, ddt_ptr, dbc_ptr, drates_ptr, sums_ptr, dh0_ptr,
     table_ptr, length, chunk_size, chunks_per_sequence, slots_per_sequence,
     channels, u_direction, bc_direction, chunk_direction, slot_direction, block_stride,
-    z_ptr, ungated_ptr, dz_ptr, z_stride, dz_stride,
+    z_ptr, ungated_ptr, dz_ptr, z_stride, dz_stride, gaps_ptr, gaps_direction,
     REVERSE: gl.constexpr, PACKED: gl.constexpr, HAS_D: gl.constexpr, HAS_ADJOINT: gl.constexpr,
-    STORE_DH0: gl.constexpr, SOFTPLUS: gl.constexpr, GATE: gl.constexpr, SCALE: gl.constexpr,
+    STORE_DH0: gl.constexpr, SOFTPLUS: gl.constexpr, GAPS: gl.constexpr, GATE: gl.constexpr, SCALE: gl.constexpr,
     N: gl.constexpr, BLOCK: gl.constexpr, INTERVAL: gl.constexpr, GROUP: gl.constexpr,
     STATE_LANES: gl.constexpr, CHANNEL_LANES: gl.constexpr,
     state: gl.constexpr, rows_layout: gl.constexpr, bc_layout: gl.constexpr, touch: gl.constexpr,
@@ -138,6 +138,7 @@ def tiled_scan_backward_kernel(
     du_ptr += direction * u_direction + gl.expand_dims(d_pair, 0)
     ddt_ptr += direction * u_direction + gl.expand_dims(d_pair, 0)
     dbc_ptr += (direction * gl.num_programs(0) + block).to(gl.int64) * block_stride + n_bc
+    gaps_ptr += direction * gaps_direction
     if HAS_D:
         D_ptr = D0_ptr
         if direction == 1:
@@ -269,7 +270,11 @@ def tiled_scan_backward_kernel(
                 if HAS_D:
                     du = gl.fma(skip, g_out, du)
                     dD += g_out * x
-                if SOFTPLUS:
+                if GAPS:
+                    gap = gl.load(gaps_ptr + start + step * (position + p), mask=(position + p) < rows, other=1.0)
+                    gap = gl.expand_dims(gap, 1)
+                    ddt = ddt * gap * (1.0 - gl.exp2(tau * reciprocal(gap) * -LOG2E))
+                elif SOFTPLUS:
                     ddt = ddt * (1.0 - gl.exp2(tau * -LOG2E))
                 here = gl.expand_dims((position + p) < rows, 1) & gl.expand_dims(ok_pair, 0)
                 ddt_sum += gl.where(here, ddt, 0.0)

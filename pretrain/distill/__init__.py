@@ -1,0 +1,1 @@
+"""Distillation: the features of a frozen teacher, learned by a Vim."""

@@ -1,0 +1,136 @@
+"""Distillation as an objective: the masks of views, the model, its pictures, and what a step of it costs."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from launch.data.loading import to_device
+from launch.planning.memory import FLOAT, Stack, Work
+from pretrain.distill.model import Comparison, Distillation, MaskedDistillation
+from pretrain.distill.teacher import DistillConfig, Teacher, check_teacher, describe
+from pretrain.mae.masking import MaskConfig, draw_mask
+from pretrain.masked import DecoderConfig, split_patches
+from pretrain.objective import Inputs
+from pretrain.patches import without_hidden
+from pretrain.strips import by_patch, draw_strips
+from vim_backbone import VimConfig, VisionMamba
+from vim_backbone.memory import Recompute
+from vim_backbone.preprocessing import RGB, Preprocessing, shown, to_pixels
+from vim_backbone.vim import Images
+
+COLUMNS = ("input", "what the encoder saw", "agreement with the teacher")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distill:
+    """Distillation of a frozen teacher's features; see `pretrain.objective.Objective`."""
+
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+
+    title: ClassVar[str] = "Distillation"
+    picture_folder: ClassVar[str] = "predictions"
+    architecture_fields: ClassVar[tuple[str, ...]] = ("decoder.", "distill.")
+    cost_fields: ClassVar[dict[str, str]] = {
+        "distill.teacher": "model of timm whose features are learned",
+        "distill.pretrained": "whether its weights may be fetched, true or false",
+        "distill.at": "patches that are seen and learned: visible, hidden or whole",
+        "mask.ratio": "share of the patches that the encoder skips",
+        "decoder.width": "channels of the decoder, which sees all patches",
+        "decoder.depth": "its blocks",
+    }
+
+    @property
+    def summary(self) -> str:
+        """Teacher, share and kind of the masks."""
+        seen = "" if self.distill.at == "whole" else f", {self.mask.ratio:.0%} of them hidden ({self.mask.kind})"
+        where = {"whole": "of all patches", "visible": "of the visible patches", "hidden": "of the hidden patches"}
+        return f"features of {self.distill.teacher} {where[self.distill.at]}{seen}"
+
+    @property
+    def visible_share(self) -> float:
+        """What masks leave."""
+        return 1.0 if self.distill.at == "whole" else 1.0 - self.mask.ratio
+
+    def check(self, architecture: VimConfig) -> None:
+        """A teacher that has a feature for each patch."""
+        check_teacher(self.distill, architecture)
+
+    def draw(self, grid: tuple[int, int], rng: torch.Generator) -> Tensor:
+        """A mask (l,) bool, True = hidden."""
+        if self.distill.at == "whole":
+            return torch.zeros(grid[0] * grid[1], dtype=torch.bool)
+        return draw_mask(grid, self.mask, rng)
+
+    def visible(self, pixels: Tensor, extra: Tensor, patch_size: int) -> Tensor:
+        """Hidden patches in grey."""
+        return without_hidden(pixels, extra, patch_size)
+
+    def build(self, encoder: VisionMamba, preprocessing: Preprocessing = RGB) -> Distillation | MaskedDistillation:
+        """The encoder with the loss, and a decoder where it learns what it does not see."""
+        teacher = Teacher(self.distill, preprocessing)
+        if self.distill.at == "hidden":
+            return MaskedDistillation(encoder, self.decoder, teacher)
+        return Distillation(encoder, teacher)
+
+    def encoder(self, model: nn.Module) -> VisionMamba:
+        """The encoder inside the model."""
+        assert isinstance(model, Distillation | MaskedDistillation)
+        return model.encoder
+
+    def inputs(
+        self, extras: Tensor | Sequence[Tensor], device: torch.device, tokens: Sequence[int] | None = None
+    ) -> Inputs:
+        """Which tokens are visible and which hidden; split on the CPU, where counting waits for nothing."""
+        del tokens  # a patch has one
+        visible, hidden, lengths = split_patches(extras)
+        return Inputs((to_device(visible, device), to_device(hidden, device), lengths), visible.numel())
+
+    def show(
+        self, model: nn.Module, images: Images, extras: Tensor | Sequence[Tensor], preprocessing: Preprocessing
+    ) -> Callable[[str, Path], None]:
+        """Input, what the encoder saw, and how near it came to the teacher. For all processes."""
+        device = images.device if isinstance(images, Tensor) else images[0].device
+        config = self.encoder(model).config
+        compared = model(images, *self.inputs(extras, device).arguments, compare=True)
+        assert isinstance(compared, Comparison)
+        there = [extra if self.distill.at == "hidden" else ~extra for extra in extras]
+        cosines = F.cosine_similarity(*compared, dim=-1).flatten().cpu()
+        pieces = cosines.split([int(each.sum()) for each in there])
+
+        def draw(title: str, path: Path) -> None:
+            strips = []
+            for image, extra, where, values in zip(images, extras, there, pieces, strict=True):
+                original = shown(to_pixels(image, preprocessing)).cpu()
+                every = torch.full(extra.shape, 0.35).masked_scatter(where.cpu(), values.clamp(min=0))
+                patches = every.unflatten(0, config.grid(*image.shape[-2:]))
+                agreement = by_patch(patches, config.patch_size).expand_as(original)
+                panes = [original, without_hidden(original, extra.cpu(), config.patch_size), agreement]
+                strips.append(torch.stack(panes).permute(0, 2, 3, 1).numpy())
+            words = f"{title}; bright where a feature was predicted well, by its cosine (mean {cosines.mean():.3f})"
+            draw_strips(strips, COLUMNS, words, path)
+
+        return draw
+
+    def work(self, architecture: VimConfig, itemsize: int, recompute: Recompute) -> Work:
+        """The encoder over what it sees, a decoder over all where there is one, the ends, and the teacher's weights.
+
+        The teacher runs first, without gradients, and leaves its features.
+        """
+        rows, columns = architecture.grid(*architecture.img_size)
+        patches, special, teacher = rows * columns, architecture.num_special, describe(self.distill.teacher)
+        hidden = 0 if self.distill.at == "whole" else self.mask.num_masked(patches)
+        scanned = patches - hidden + special
+        stacks, ends = (Stack(architecture, scanned, recompute),), FLOAT * scanned * architecture.d_model
+        compared = patches - hidden
+        if self.distill.at == "hidden":
+            stacks += (Stack(self.decoder.blocks(architecture), patches + special, recompute),)
+            ends, compared = ends + FLOAT * 2 * patches * self.decoder.width, hidden
+        kept = FLOAT * (patches + 2 * compared) + (itemsize if itemsize < FLOAT else 0) * compared
+        return Work(stacks=stacks, ends=ends + kept * teacher.width, frozen=FLOAT * teacher.parameters)
