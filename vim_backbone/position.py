@@ -1,6 +1,6 @@
 """The position table: made, and resampled to another grid with the class slot left alone."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,23 @@ def resize_table(table: Tensor, layout: TokenLayout, old: tuple[int, int], new: 
     image = patches.reshape(1, *old, -1).permute(0, 3, 1, 2)
     image = F.interpolate(image.float(), size=new, mode="bicubic", antialias=True, align_corners=False)
     return layout.join(special, image.flatten(2).transpose(1, 2).to(table.dtype))
+
+
+def windowed_table(
+    table: Tensor, layout: TokenLayout, old: tuple[int, int], new: tuple[int, int]
+) -> Callable[[slice, slice], Tensor]:
+    """The patches of `resize_table` without the whole of it: rows and columns of `new` -> (1, places, d_model)."""
+    _, patches = layout.split(table)
+    image = patches.view(*old, -1)
+    if old == new:
+        return lambda rows, columns: image[rows, columns].flatten(0, 1)[None]
+    down, across = (bicubic_weights(*sides, device=table.device) for sides in zip(old, new, strict=True))
+
+    def window(rows: slice, columns: slice) -> Tensor:
+        resized = torch.einsum("yr,rcd,xc->yxd", down[rows], image.float(), across[columns])
+        return resized.flatten(0, 1)[None].to(table.dtype)
+
+    return window
 
 
 def with_channels(positions: Tensor, embeddings: Tensor, channels: Sequence[int]) -> Tensor:

@@ -237,10 +237,10 @@ def _pooled_cases(column: str) -> list[Case]:
     return found
 
 
-def compile_case(case: Case, target: str) -> Compiled:
-    """Compile for a device that need not be there."""
+def source_of(case: Case, target: str, *, wide: bool = True) -> ASTSource:
+    """What the compiler takes; `wide`: strides that can need 64 bits have them."""
     names = case.kernel.arg_names
-    signature = {n: "constexpr" if n in case.constants else _kind(n) for n in names}
+    signature = {n: "constexpr" if n in case.constants else _kind(n, wide) for n in names}
     if target.startswith("gfx") and "states_ptr" in signature:
         signature["states_ptr"] = "*fp32"
     constants = {(names.index(k),): v for k, v in case.constants.items()}
@@ -248,7 +248,12 @@ def compile_case(case: Case, target: str) -> Compiled:
         (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr") or n in MULTIPLE_OF_16
     }
     kind = GluonASTSource if isinstance(case.kernel, GluonJITFunction) else ASTSource
-    source = kind(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return kind(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def compile_case(case: Case, target: str) -> Compiled:
+    """Compile for a device that need not be there."""
+    source = source_of(case, target)
     kernel = triton.compile(
         source, target=TARGETS[target], options={"num_warps": case.warps, "num_stages": case.stages, **OPTIONS}
     )
@@ -262,14 +267,14 @@ def compile_case(case: Case, target: str) -> Compiled:
     return Compiled(registers, sum(spilled), [])
 
 
-def _kind(argument: str) -> str:
+def _kind(argument: str, wide: bool) -> str:
     if argument in INT32:
         return "*i32"
     if argument.endswith("_ptr"):
         return "*bf16" if argument in SIXTEEN_BIT else "*fp32"
     if argument == "eps":
         return "fp32"
-    return "i64" if argument in INT64 else "i32"
+    return "i64" if wide and argument in INT64 else "i32"
 
 
 def _read_cubin(cubin: bytes) -> Compiled:

@@ -135,8 +135,8 @@ def tiled_scan_backward_kernel(
     ok_pair = d_pair < channels
     p_bc = gl.arange(0, 2, layout=gl.SliceLayout(1, pair_bc))
     n_bc = gl.expand_dims(gl.arange(0, 2 * N, layout=gl.SliceLayout(0, pair_bc)), 0)
-    du_ptr += direction * u_direction + gl.expand_dims(d_pair, 0)
-    ddt_ptr += direction * u_direction + gl.expand_dims(d_pair, 0)
+    du_ptr += direction.to(gl.int64) * u_direction + gl.expand_dims(d_pair, 0)  # the sum can need 64 bits
+    ddt_ptr += direction.to(gl.int64) * u_direction + gl.expand_dims(d_pair, 0)
     dbc_ptr += (direction * gl.num_programs(0) + block).to(gl.int64) * block_stride + n_bc
     gaps_ptr += direction * gaps_direction
     if HAS_D:

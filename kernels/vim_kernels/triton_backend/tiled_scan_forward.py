@@ -119,9 +119,9 @@ def tiled_scan_forward_kernel(
     if ADJOINT:
         u_ptr += q_row * 0 + d_row
     else:
-        u_ptr += q_row * u_direction + d_row
-    dt_ptr += q_row * u_direction + d_row
-    bc_ptr += q_bc * bc_direction + _inner(N, bc_layout)
+        u_ptr += q_row.to(gl.int64) * u_direction + d_row  # the sum can need 64 bits where the stride does not
+    dt_ptr += q_row.to(gl.int64) * u_direction + d_row
+    bc_ptr += q_bc.to(gl.int64) * bc_direction + _inner(N, bc_layout)
     tiles = gl.cdiv(count, TILE)
     row, here = _rows(0, tiles, first, count, DIRECTIONS, REVERSE, TILE, rows_layout)
     row_bc, here_bc = _rows(0, tiles, first, count, DIRECTIONS, REVERSE, TILE, bc_layout)

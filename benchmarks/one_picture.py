@@ -1,0 +1,328 @@
+"""One picture as one sequence, from a thousand tokens to millions: time, memory, and the slope of cost against tokens.
+
+On a GPU, all of it, each row printed as it is made, CSV and plot written after each:
+
+    python -m benchmarks.one_picture --seconds 240 --out one_picture
+    python -m benchmarks.one_picture --seconds 100 --model vim_small --nets row compiled --sizes 8192 16384 19968
+    python -m benchmarks.one_picture --train 8192 16384 --seconds 240 --out one_picture
+    python -m benchmarks.one_picture --check 1557504 4194304
+
+Nets: "row" is the whole picture as one sequence through a Vim, "compiled" the same under torch.compile, "tiles" the
+same Vim on the picture cut into tiles of `--tile` pixels, which know nothing of each other, and "vit" a ViT of the same
+width and half as many blocks (as many parameters) on the whole sequence, by flash attention. Pixels are random, a
+window of them made once: each is embedded by window (vim_backbone/windows.py), so that no whole picture is ever there;
+of tiles one is embedded for each batch. Memory is all that was allocated at most, weights included. The slope is that
+of the logarithms of ms and tokens, from the row before: 1 is linear, 2 is square. A case is left out that, by the slope
+of its net, would take longer than `--cap`.
+
+`--train` takes masked training steps (forward, backward, AdamW) in place of forward passes, full and pooled, at each
+level of `model.recompute`; what does not fit in the memory says so. `--check` compares rows of so many tokens, packed
+between two short ones, with a reference in float64 (benchmarks/long_rows.py): every token, of a few channels.
+"""
+
+import argparse
+import functools
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.long_rows import packed_row_errors
+from benchmarks.machine import clock, peak_allocated, read_csv, versions, write_csv
+from benchmarks.pretrain_step import Case, Trainer, grouped
+from benchmarks.vit import blocks_of
+from vim_backbone import VimConfig, VisionMamba, named_config
+from vim_backbone.memory import LEVELS
+from vim_backbone.windows import Window, embed_by_window
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NETS = ("row", "compiled", "tiles", "vit")
+GPU_SIZES = (512, 1024, 2048, 4096, 8192, 12288, 16384, 19968, 24576, 32768)
+CPU_SIZES = (512, 1024, 2048)
+WINDOW = {"cpu": 32, "cuda": 256}
+"""Side of a window, in patches."""
+TILE_TOKENS = 2**17
+"""Tokens of the tiles that are taken at a time."""
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="vim_tiny", help="vim_tiny, vim_small, ...")
+    parser.add_argument("--depth", type=int, help="blocks, for a try")
+    parser.add_argument("--sizes", type=int, nargs="+", help="sides in pixels; 512 to 32768 on a GPU")
+    parser.add_argument("--nets", nargs="+", choices=NETS, default=["row", "tiles", "vit"])
+    parser.add_argument("--scan", choices=("full", "pooled"), default="full")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights, in training of the autocast; bf16 on a GPU")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tile", type=int, default=1024, help="side of a tile in pixels")
+    parser.add_argument("--each", type=float, default=1.0, help="seconds to measure a case for")
+    parser.add_argument("--cap", type=float, default=12.0, help="leave out a case that would take so many a run")
+    parser.add_argument("--seconds", type=float, help="start no case after so many")
+    parser.add_argument("--compile", action="store_true", help="add the net 'compiled'")
+    parser.add_argument("--kernels", action="store_true", help="print where the time of the largest row goes")
+    parser.add_argument("--train", type=int, nargs="+", metavar="SIZE", help="training steps at these sides instead")
+    parser.add_argument("--scans", nargs="+", choices=("full", "pooled"), default=["full", "pooled"], help="of --train")
+    parser.add_argument("--levels", nargs="+", choices=LEVELS, default=list(LEVELS[1:]), help="of --train")
+    parser.add_argument("--decoder-width", type=int, default=512, help="of --train")
+    parser.add_argument("--mask", type=float, default=0.75, help="of --train: share of the patches that is hidden")
+    parser.add_argument("--check", type=int, nargs="+", metavar="TOKENS", help="compare values instead")
+    parser.add_argument("--out", type=Path, help="folder for one_picture.csv, or _train.csv, and the plot")
+    parser.add_argument("--plot", type=Path, nargs=2, metavar=("CSV", "PNG"), help="only draw a table measured before")
+    options = parser.parse_args()
+    on_gpu = options.device == "cuda"
+    options.sizes = sorted(options.sizes or (GPU_SIZES if on_gpu else CPU_SIZES))
+    options.dtype = options.dtype or ("bf16" if on_gpu else "fp32")
+    options.nets += ["compiled"] if options.compile and "compiled" not in options.nets else []
+    return options
+
+
+class Net:
+    """A net of a row: `run(size)` takes a whole picture through it."""
+
+    def __init__(self, name: str, options: argparse.Namespace) -> None:
+        torch.manual_seed(0)
+        self.name, self.options = name, options
+        config = named_config(options.model, num_classes=0).to_dict()
+        if options.scan == "pooled" and name != "vit":
+            config |= {"scan": "pooled", "class_token": "none", "global_pool": "avg"}
+        depth = options.depth or config["depth"]
+        config["depth"] = max(1, depth // 2) if name == "vit" else depth
+        with blocks_of("vit" if name == "vit" else "vim"):
+            self.model = VisionMamba(VimConfig.from_dict(config)).eval()
+        self.model.to(options.device, DTYPES[options.dtype])
+        self.window = WINDOW[options.device]
+        side = self.window * self.model.config.stride
+        self.pixels = torch.randn(1, 3, side, side).to(self.model.pos_embed)
+        self.encode: Callable[..., tuple[Tensor, Tensor]] = self.model.encode
+        if name == "compiled":
+            self.encode = torch.compile(self.model.encode, dynamic=False)
+
+    @torch.inference_mode()
+    def run(self, size: int) -> Tensor:
+        """Patches (tiles, l, d_model) of a picture of this side in pixels; of tiles those of the last ones."""
+        if self.name != "tiles":
+            return self.features(size, 1)
+        tile = self.options.tile
+        grid = self.model.config.grid(tile, tile)
+        left, most = (-(-size // tile)) ** 2, max(1, TILE_TOKENS // math.prod(grid))
+        features = self.pixels
+        while left > 0:
+            features = self.features(tile, min(left, most))
+            left -= most
+        return features
+
+    def features(self, size: int, pictures: int) -> Tensor:
+        """Patches (pictures, l, d_model), each picture embedded by window."""
+        config = self.model.config
+        grid = config.grid(size, size)
+        tokens = [embed_by_window(self.model, grid, self.read, self.window).expand(pictures, -1, -1)]
+        lines = None
+        if config.scan == "pooled":
+            lines = self.model.lines(torch.empty(pictures, 3, 1, 1, device=tokens[0].device).expand(-1, -1, size, size))
+        flash = sdpa_kernel(SDPBackend.FLASH_ATTENTION) if self.options.device == "cuda" else nullcontext()
+        with flash:
+            return self.encode(tokens.pop(), lines=lines)[1]
+
+    def read(self, window: Window) -> Tensor:
+        """The same pixels for every window."""
+        left, top, right, bottom = window.pixels(self.model.config)
+        return self.pixels[:, :, : bottom - top, : right - left]
+
+
+def timed(run: Callable[[], object], device: str) -> float:
+    """Seconds of one run."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def clear(device: str) -> None:
+    """Give back what the last case took."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def measure(run: Callable[[], object], options: argparse.Namespace) -> dict[str, Any]:
+    """Median and fastest ms, GB at most, and how many runs; a run before warms up. A long one is measured once."""
+    clear(options.device)
+    timed(run, options.device)
+    times: list[float] = []
+    while sum(times) < options.each or (len(times) < 2 and sum(times) < 3):
+        times.append(timed(run, options.device))
+    if options.device == "cuda":
+        memory = torch.cuda.max_memory_allocated()
+    else:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            run()
+        memory = peak_allocated(profiled)
+    return {
+        "ms": _rounded(1e3 * median(times)), "fastest ms": _rounded(1e3 * min(times)), "GB": _rounded(memory / 1e9),
+        "runs": len(times),
+    }  # fmt: skip
+
+
+def forward_rows(options: argparse.Namespace, late: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+    """A row for every net and size, size by size."""
+    nets = {name: Net(name, options) for name in options.nets}
+    before: dict[str, dict[str, Any]] = {}
+    for size in options.sizes:
+        for name, net in nets.items():
+            tokens = math.prod(net.model.config.grid(size, size)) + net.model.num_prefix_tokens
+            last = before.get(name)
+            if late() or (last and expected_seconds(last, tokens, 2.0 if name == "vit" else 1.0) > options.cap):
+                continue
+            if name == "tiles" and size <= options.tile:
+                continue
+            row = {"net": name, "model": options.model, "scan": options.scan, "pixels": size, "tokens": tokens}
+            try:
+                row |= measure(functools.partial(net.run, size), options)
+            except torch.OutOfMemoryError:
+                print(f"{name} at {size} px: out of memory", flush=True)
+                continue
+            row["M tokens/s"] = _rounded(tokens / row["ms"] / 1e3)
+            row["slope"] = _rounded(slope(last, row)) if last else ""
+            before[name] = row
+            yield row
+    if options.kernels and "row" in before:
+        print_kernels(lambda: nets["row"].run(before["row"]["pixels"]), options.device)
+
+
+def expected_seconds(last: dict[str, Any], tokens: int, power: float) -> float:
+    """Of a run on more tokens than the last one had."""
+    return last["ms"] / 1e3 * (tokens / last["tokens"]) ** power
+
+
+def slope(last: dict[str, Any], row: dict[str, Any]) -> float:
+    """Of the logarithms of ms and tokens."""
+    return math.log(row["ms"] / last["ms"]) / math.log(row["tokens"] / last["tokens"])
+
+
+def print_kernels(run: Callable[[], object], device: str) -> None:
+    """Where the time goes, by groups of kernels."""
+    on_gpu = device == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiled:
+        timed(run, device)
+    events = profiled.key_averages()
+    for row in grouped(
+        [(e.key, (e.self_device_time_total if on_gpu else e.self_cpu_time_total) / 1e3, e.count) for e in events]
+    ):
+        print(f"{row['ms']:10.3f} ms {row['launches']:6d}  {row['kernels']}", flush=True)
+
+
+def train_rows(options: argparse.Namespace, late: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+    """A row for every size, scan and level of recomputing."""
+    for size in sorted(options.train):
+        for scan in options.scans:
+            for level in options.levels:
+                if late():
+                    return
+                case = Case(options.model, size, 1, depth=options.depth, scan=scan)
+                row: dict[str, Any] = {
+                    "net": f"step, {scan}", "model": options.model, "pixels": size, "tokens": (size // 16) ** 2,
+                    "made again": level,
+                }  # fmt: skip
+                settings = argparse.Namespace(**vars(options) | {"recompute": level})
+                clear(options.device)
+                try:
+                    trainer = Trainer("vim", case, "plain", settings)
+                    row |= measure(trainer.step, options)
+                except torch.OutOfMemoryError:
+                    row |= {"ms": "out of memory", "fastest ms": "", "GB": "", "runs": 0}
+                trainer = None
+                yield row
+
+
+def check(options: argparse.Namespace) -> None:
+    """Print the errors of long rows."""
+    d = named_config(options.model).d_inner
+    print(f"bidirectional_scan, d_inner {d}, 16 states: largest error beside float64, over the largest value\n")
+    for tokens in options.check:
+        for name, dtype in DTYPES.items():
+            clear(options.device)
+            try:
+                errors = packed_row_errors(tokens, (5, 300), d, dtype, options.device)
+            except torch.OutOfMemoryError:
+                print(f"| {tokens} | {name} | out of memory | |", flush=True)
+                continue
+            for part, error in errors.items():
+                print(f"| {tokens} | {name} | {part} | {error:.2g} |", flush=True)
+
+
+def plot(table: Path, picture: Path) -> None:
+    """Time and memory of every net against tokens, with a line of slope 1."""
+    rows = [row for row in read_csv(table) if row["GB"]]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    for axis, what, unit in zip(axes, ("ms", "GB"), ("ms", "GB at most"), strict=True):
+        for net in dict.fromkeys(row["net"] for row in rows):
+            chosen = [row for row in rows if row["net"] == net]
+            points = [int(row["tokens"]) for row in chosen], [float(row[what]) for row in chosen]
+            axis.plot(*points, marker="o", markersize=4, label=net)
+        ends = [min(int(row["tokens"]) for row in rows), max(int(row["tokens"]) for row in rows)]
+        top = max((row for row in rows if row["net"] == rows[0]["net"]), key=lambda row: int(row["tokens"]))
+        line = [float(top[what]) * tokens / int(top["tokens"]) for tokens in ends]
+        axis.plot(ends, line, color="grey", linestyle=":", label="slope 1")
+        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=unit)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.suptitle(f"{rows[0]['run']}\n{rows[0]['device']}", fontsize=8)
+    figure.savefig(picture, dpi=150)
+    plt.close(figure)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def main() -> None:
+    """Measure and print."""
+    options = parse()
+    if options.plot:
+        plot(*options.plot)
+        return
+    begun = time.perf_counter()
+    what = f"masked training step, decoder {options.decoder_width}" if options.train else "forward, one picture"
+    about = {
+        "run": f"{what}, {options.model}, {options.dtype}", "device": clock(options.device), "versions": versions(),
+        "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+    print(*about.values(), sep="\n", flush=True)
+    if options.check:
+        check(options)
+        return
+
+    def late() -> bool:
+        return bool(options.seconds) and time.perf_counter() - begun > options.seconds
+
+    rows: list[dict[str, Any]] = []
+    for row in train_rows(options, late) if options.train else forward_rows(options, late):
+        if not rows:
+            print("| " + " | ".join(row) + " |\n" + "|---" * len(row) + "|")
+        print("| " + " | ".join(map(str, row.values())) + " |", flush=True)
+        rows.append(row)
+        if options.out:  # after each row, for whoever stops it
+            name = "one_picture_train" if options.train else "one_picture"
+            write_csv(options.out / f"{name}.csv", rows, about)
+            plot(options.out / f"{name}.csv", options.out / f"{name}.png")
+    if late():
+        print(f"{options.seconds:.0f} seconds are over: what is missing was not measured")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""One picture as one sequence: values of a long row beside float64, rows of the benchmark, its plot."""
+
+import csv
+import math
+import sys
+
+import pytest
+import torch
+
+from benchmarks import one_picture
+from benchmarks.long_rows import long_mixer, packed_row_errors, random_weights
+from tests.kernels.oracle import mixer_core
+from vim_kernels import ScanWeights
+
+
+def test_the_reference_of_long_rows_is_the_loop_over_tokens():
+    generator = torch.Generator().manual_seed(3)
+    forward, backward = (random_weights(6, 3, 2, generator, longest=300.0) for _ in range(2))
+    xz = torch.randn(1, 77, 12, generator=generator)
+    channels = torch.tensor([0, 5, 2])
+    arrays = [ScanWeights._make(None if w is None else w.numpy() for w in each) for each in (forward, backward)]
+    expected = mixer_core(xz[0, :, :6].numpy(), xz[0, :, 6:].numpy(), *arrays)[:, channels.numpy()]
+    got = long_mixer(xz, forward, backward, channels)
+    torch.testing.assert_close(got, torch.from_numpy(expected), rtol=1e-6, atol=1e-7)  # weights are float32 there
+
+
+def test_a_row_of_a_hundred_thousand_tokens_is_right_from_end_to_end():
+    """Packed between two short ones, and alone; memories go to 100,000 tokens."""
+    errors = packed_row_errors(100_000, (5, 300), 8, torch.float32, "cpu", n=4)
+    assert len(errors) == 7
+    assert max(errors.values()) < 3e-5, errors
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """Run the benchmark at a small size; its rows."""
+
+    def main(*argv):
+        sizes = ["--device", "cpu", "--depth", "1", "--each", "0", "--out", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", ["one_picture", *sizes, *argv])
+        one_picture.main()
+        assert capsys.readouterr().out
+        (table,) = tmp_path.glob("*.csv")
+        assert table.with_suffix(".png").exists()
+        return list(csv.DictReader(table.open()))
+
+    return main
+
+
+def test_each_net_has_a_row_at_each_size(run):
+    rows = run("--sizes", "32", "64", "--tile", "32")
+    assert [(row["net"], row["tokens"]) for row in rows] == [
+        ("row", "5"), ("vit", "5"), ("row", "17"), ("tiles", "17"), ("vit", "17"),
+    ]  # fmt: skip
+    first, last = (next(row for row in rows if row["net"] == "row" and row["tokens"] == n) for n in ("5", "17"))
+    slope = math.log(float(last["ms"]) / float(first["ms"])) / math.log(17 / 5)
+    assert float(last["slope"]) == pytest.approx(slope, rel=1e-3)
+
+
+def test_training_has_a_row_for_each_scan(run):
+    rows = run("--train", "64", "--levels", "products", "--decoder-width", "16")
+    assert [(row["net"], row["made again"]) for row in rows] == [
+        ("step, full", "products"), ("step, pooled", "products"),
+    ]  # fmt: skip
+    assert all(float(row["ms"]) > 0 and float(row["GB"]) > 0 for row in rows)
+
+
+def test_what_would_take_too_long_is_known_before():
+    assert one_picture.expected_seconds({"ms": 500.0, "tokens": 100}, 400, 2.0) == pytest.approx(8.0)
