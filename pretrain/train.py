@@ -113,10 +113,7 @@ def pretrain(config: PretrainConfig) -> Path:
             workers, lines = settled_workers(data, source, training)
             settled_data = replace(data, workers=workers)
             view = View(architecture.img_size, architecture.grid(*architecture.img_size), settled_data, objective.draw)
-            packs = None
-            if data.batch_by == "patches":
-                assert not isinstance(source, Stream)
-                packs = Packs(source, view, config.seed, stages, first, training.state.extra.get(STARTS, {}))
+            packs = packs_of(config, source, view, stages, training.state)
 
             def batches_from(number: int) -> Iterator[Batch]:
                 sampler = PackSampler(packs, number) if packs is not None else None
@@ -128,20 +125,24 @@ def pretrain(config: PretrainConfig) -> Path:
                 watch = Watch(config, objective, sets, view, training, log)
                 run = Run(config, objective, source, view, stages, packs, batches, training, log, bad, watch)
                 made_again = [f"made again in the backward pass: {level}"] * (config.model.recompute == "auto")
-                introductory = (
-                    introduction(run, pictures),
-                    *what_was_left_out(everything),
-                    *made_again,
-                    *config.not_used(),
-                    *(taken_up if start.checkpoint is None else []),
-                    *start.notes,
-                    *lines,
-                )
-                for line in introductory:
+                fresh = taken_up if start.checkpoint is None else []
+                left_out = what_was_left_out(everything)
+                for line in (introduction(run, pictures), *left_out, *made_again, *config.not_used(), *fresh,
+                             *start.notes, *lines):  # fmt: skip
                     log.say(line)
                 train(run)
                 publish(run)
     return config.folder
+
+
+def packs_of(
+    config: PretrainConfig, source: Source, view: View, stages: list[Stage], state: TrainState
+) -> Packs | None:
+    """Which samples each step has, from the state's step on, where a batch counts patches."""
+    if config.data.batch_by != "patches":
+        return None
+    assert not isinstance(source, Stream)
+    return Packs(source, view, config.seed, stages, state.step, state.extra.get(STARTS, {}))
 
 
 def weights_to_start_from(config: PretrainConfig, architecture: VimConfig) -> tuple[dict[str, Tensor], list[str]]:
