@@ -21,7 +21,7 @@ from vim_backbone.hand_over import Given, hand_over
 from vim_backbone.hub import push_to_hub
 from vim_backbone.inputs import Images, grid_of, number_of
 from vim_backbone.lines import GridLines, batch_lines, packed_lines
-from vim_backbone.packing import PackedLayout, layout_of
+from vim_backbone.packing import Layout, layout_of
 from vim_backbone.position import resize_table, sincos_table, with_channels
 from vim_backbone.tokens import TokenLayout
 from vim_backbone.weights import lecun_normal_
@@ -199,7 +199,7 @@ class VisionMamba(nn.Module):
         any block, and what each made of the pictures comes one after the other, forward first, in twice the batch.
         """
         layout, cu_seqlens = layout_of(self.layout, lengths, patches.device)
-        h = self._join_special(patches, layout, len(lengths) if lengths else patches.shape[0])
+        h = self.join_special(patches, layout, len(lengths) if lengths else patches.shape[0])
         h = torch.cat([h, h]) if apart else h
         residual: Tensor | None = None
         del patches  # the memory of what is used up is free while the blocks run
@@ -214,10 +214,9 @@ class VisionMamba(nn.Module):
             return torch.cat([special, other_special]), torch.cat([patches, other_patches])
         return layout.split(normed)
 
-    def _join_special(self, patches: Tensor, layout: TokenLayout | PackedLayout, pictures: int) -> Tensor:
-        special = []
-        if self.cls_token is not None:
-            special.append(self.cls_token + self._positions(self.grid_size)[0])
+    def join_special(self, patches: Tensor, layout: Layout, pictures: int) -> Tensor:
+        """Patches with class token and registers among them, each picture's own, where the layout has them."""
+        special = [] if self.cls_token is None else [self.cls_token + self._positions(self.grid_size)[0]]
         if self.register_tokens is not None:
             special.append(self.register_tokens)
         if not special:
@@ -259,7 +258,7 @@ class VisionMamba(nn.Module):
         last = max(chosen) + 1 if stop_early and intermediates_only else len(self.layers)
         lengths, lines = self.lengths(images), self.lines(images)
         layout, cu_seqlens = layout_of(self.layout, lengths, images[0].device)
-        h, residual, results = self._join_special(self.embed(images), layout, number_of(images)), None, {}
+        h, residual, results = self.join_special(self.embed(images), layout, number_of(images)), None, {}
 
         def intermediate(special: Tensor, patches: Tensor, image: Tensor) -> Any:
             if self.channel_embed is not None:
