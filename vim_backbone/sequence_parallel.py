@@ -9,6 +9,7 @@ Every process has the whole model, and calls the same functions in the same orde
 from torch import Tensor
 
 from vim_backbone.errors import UserError
+from vim_backbone.hand_over import Given, hand_over
 from vim_backbone.lines import Grid
 from vim_backbone.stretch import Stretch, StretchLayout
 from vim_backbone.vim import VisionMamba
@@ -38,10 +39,13 @@ def encode_stretch(model: VisionMamba, patches: Tensor, stretch: Stretch) -> tup
     """
     check(model, patches, stretch)
     layout = StretchLayout(model.layout, stretch)
-    h, residual = model.join_special(patches, layout, patches.shape[0]), None
-    del patches
+    h: Tensor = model.join_special(patches, layout, patches.shape[0])
+    residual: Tensor | None = None
+    del patches  # as in `model.encode`, the memory of what is used up is free while the blocks run
     for block in model.layers:
-        h, residual = block(h, residual, stretch=stretch)
+        given: tuple[Given[Tensor], Given[Tensor | None]] = hand_over(h, block), hand_over(residual, block)
+        del h, residual
+        h, residual = block(*given, stretch=stretch)
     return layout.split(model.norm_f(h, residual)[0])
 
 

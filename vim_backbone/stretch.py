@@ -12,7 +12,7 @@ one to the next as well.
 Shape letters: b batch, l tokens of this stretch, d inner channels, n states, w taps, q = 2 directions, s processes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -147,12 +147,14 @@ def scan_stretch(x: Tensor, forward: ScanWeights, backward: ScanWeights, stretch
 
     As `vim_kernels.bidirectional_scan` of the whole sequence, not gated. Every process of the stretch must call it.
     """
-    ways = [
-        _Way(_convolved(x, halo, weights, reverse), weights, reverse)
-        for weights, reverse, halo in zip((forward, backward), (False, True), _halos(x, forward, stretch), strict=True)
-    ]
-    results = _swapped(ways, stretch) if stretch.size == 2 else _carried(ways, stretch)
-    return (results[0] + results[1]).mul_(0.5)
+    halos = _halos(x, forward, stretch)
+
+    def way(reverse: bool) -> _Way:
+        weights = backward if reverse else forward
+        return _Way(_convolved(x, halos[reverse], weights, reverse), weights, reverse)
+
+    first, second = _swapped(way, stretch) if stretch.size == 2 else _carried(way, stretch)
+    return (first + second).mul_(0.5)
 
 
 class _Way:
@@ -178,28 +180,28 @@ class _Way:
         return F.softplus(self.dt.to(self.A.dtype) + bias).sum(1)
 
 
-def _swapped(ways: Sequence[_Way], stretch: Stretch) -> list[Tensor]:
+def _swapped(way: Callable[[bool], _Way], stretch: Stretch) -> tuple[Tensor, Tensor]:
     """Two processes: each begins with the direction that begins in its stretch, and takes the other one's state."""
-    first = stretch.rank
-    results = [ways[0].u, ways[1].u]
-    results[first], leaving = ways[first].scan(None)
-    results[1 - first], _ = ways[1 - first].scan(stretch.gather(leaving)[1 - first])
-    return results
+    reverse = stretch.rank == 1
+    first, leaving = way(reverse).scan(None)
+    entering = stretch.gather(leaving)[1 - stretch.rank]
+    return first, way(not reverse).scan(entering)[0]
 
 
-def _carried(ways: Sequence[_Way], stretch: Stretch) -> list[Tensor]:
+def _carried(way: Callable[[bool], _Way], stretch: Stretch) -> tuple[Tensor, Tensor]:
     """Any number of processes: what leaves every stretch if nothing enters, then the scan from what does enter."""
-    made = torch.stack([torch.cat([way.scan(None)[1].to(way.A.dtype), way.steps()[..., None]], dim=-1) for way in ways])
+    ways = way(False), way(True)
+    made = torch.stack([torch.cat([w.scan(None)[1].to(w.A.dtype), w.steps()[..., None]], dim=-1) for w in ways])
     gathered = stretch.gather(made)  # (s, q, b, d, n + 1)
+    befores = range(stretch.rank), range(stretch.size - 1, stretch.rank, -1)
     results = []
-    for number, way in enumerate(ways):
-        before = range(stretch.size - 1, stretch.rank, -1) if way.reverse else range(stretch.rank)
-        entering = torch.zeros_like(gathered[0, number, ..., :-1])
+    for each, before, of_all in zip(ways, befores, gathered.unbind(1), strict=True):
+        entering = torch.zeros_like(of_all[0, ..., :-1])
         for rank in before:
-            state, steps = gathered[rank, number].split([way.A.shape[1], 1], dim=-1)
-            entering = torch.exp(steps * way.A) * entering + state
-        results.append(way.scan(entering)[0])
-    return results
+            state, steps = of_all[rank].split([each.A.shape[1], 1], dim=-1)
+            entering = torch.exp(steps * each.A) * entering + state
+        results.append(each.scan(entering)[0])
+    return results[0], results[1]
 
 
 def _halos(x: Tensor, weights: ScanWeights, stretch: Stretch) -> tuple[Tensor | None, Tensor | None]:
