@@ -1,8 +1,9 @@
-"""What a process of test_stretch does: `python -m tests.vim_backbone.stretches FOLDER RANK` makes errors.json."""
+"""What a process of test_stretch does: `python -m tests.vim_backbone.stretches FOLDER RANK PROCESSES`: errors.json."""
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from tests.vim_backbone.test_vim import small
 from vim_backbone.block import set_recompute
+from vim_backbone.memory import LEVELS, Recompute
 from vim_backbone.sequence_parallel import encode_stretch, pool_stretch
 from vim_backbone.stretch import Stretch
 
@@ -37,16 +39,16 @@ def slow(model: torch.nn.Module) -> None:
                 parameter.sub_(3.0)
 
 
-def worst(name: str, processes: int, level: str, group: dist.ProcessGroup, rank: int) -> float:
+def worst(name: str, processes: int, level: Recompute, group: Any, rank: int, device: str) -> float:
     """Largest error of a case: features, pooled ones, gradients of tokens and of all parameters."""
     changes = CASES[name]
-    model, lengths = small(depth=2, num_classes=0, **changes), LENGTHS[processes]
+    model, lengths = small(depth=2, num_classes=0, **changes).to(device), LENGTHS[processes]
     slow(model)
     set_recompute(model, level)
     generator = torch.Generator().manual_seed(1)
     batch = 2 if "batch" in name else 1
-    tokens, weights = torch.randn(2, batch, sum(lengths), 32, generator=generator)
-    of_special = torch.randn(1, model.num_prefix_tokens, 32, generator=generator)
+    tokens, weights = torch.randn(2, batch, sum(lengths), 32, generator=generator).to(device)
+    of_special = torch.randn(1, model.num_prefix_tokens, 32, generator=generator).to(device)
     # one process
     whole = tokens.clone().requires_grad_()
     special, patches = model.encode(whole)
@@ -66,6 +68,8 @@ def worst(name: str, processes: int, level: str, group: dist.ProcessGroup, rank:
     if rank == 0:  # what all have counts once
         loss = loss + (got_special * of_special).sum()
     loss.backward()
+    assert own.grad is not None
+    assert whole.grad is not None
     errors = [relative(got, patches[:, here]), relative(got_pooled, pooled), relative(own.grad, whole.grad[:, here])]
     errors += [relative(got_special, special)] if model.num_prefix_tokens else []
     for name, parameter in model.named_parameters():
@@ -76,19 +80,25 @@ def worst(name: str, processes: int, level: str, group: dist.ProcessGroup, rank:
     return max(errors)
 
 
-def main(folder: str, rank: int) -> None:
-    """All cases with two processes, then with four."""
+def main(folder: str, rank: int, world: int) -> None:
+    """All cases with two processes, then with four; with two in all, on GPUs where each has one."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=4)
-    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    on_gpus = world == 2 and torch.cuda.device_count() >= 2
+    device = f"cuda:{rank}" if on_gpus else "cpu"
+    if on_gpus:
+        torch.cuda.set_device(rank)
+    meeting = f"file://{folder}/meeting"
+    dist.init_process_group("nccl" if on_gpus else "gloo", init_method=meeting, rank=rank, world_size=world)
+    groups = {world: dist.group.WORLD}
+    if world == 4:
+        groups = {2: [dist.new_group([0, 1]), dist.new_group([2, 3])][rank // 2], 4: dist.group.WORLD}
     errors: dict[str, float] = {}
-    for processes in (2, 4):
-        group = pairs[rank // 2] if processes == 2 else dist.group.WORLD
+    for processes, group in groups.items():
         for name in CASES:
-            for level in ("none", "inputs", "products") if name == next(iter(CASES)) else ("inputs",):
-                found = torch.tensor(worst(name, processes, level, group, rank % processes))
+            for level in LEVELS if name == next(iter(CASES)) else ("inputs",):
+                found = torch.tensor(worst(name, processes, level, group, rank % processes, device), device=device)
                 dist.all_reduce(found, dist.ReduceOp.MAX)
-                errors[f"{processes} processes, {name}, {level}"] = found.item()
+                errors[f"{processes} processes, {device[:4]}, {name}, {level}"] = found.item()
     if rank == 0:
         (Path(folder) / "errors.json").write_text(json.dumps(errors))
     dist.barrier()
@@ -96,4 +106,4 @@ def main(folder: str, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], *map(int, sys.argv[2:4]))

@@ -17,27 +17,30 @@ from vim_backbone.tokens import TokenLayout
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def errors(tmp_path_factory):
-    """What four processes found: case -> largest error of values and gradients, over their largest value."""
-    folder = tmp_path_factory.mktemp("stretch")
+def errors_of(processes, folder):
+    """Case -> largest error of values and gradients, over their largest value."""
     argv = [sys.executable, "-m", "tests.vim_backbone.stretches", str(folder)]
-    processes = [
-        Popen([*argv, str(rank)], ROOT, environment(PYTHONPATH=f"{ROOT}:{ROOT / 'kernels'}")) for rank in range(4)
-    ]
-    for process in processes:
+    paths = environment(PYTHONPATH=f"{ROOT}:{ROOT / 'kernels'}")
+    running = [Popen([*argv, str(rank), str(processes)], ROOT, paths) for rank in range(processes)]
+    for process in running:
         out, err = process.communicate(LIMIT)
         assert process.returncode == 0, out + err
     return json.loads((folder / "errors.json").read_text())
 
 
-def test_values_and_gradients_are_those_of_one_process(errors):
-    assert len(errors) >= 12
+def test_values_and_gradients_are_those_of_one_process(tmp_path):
+    """Four processes: two halves of them at once, then all."""
+    errors = errors_of(4, tmp_path)
+    assert {case.split(" processes")[0] for case in errors} == {"2", "4"}
+    assert len(errors) >= 16
     assert max(errors.values()) < 2e-5, errors
 
 
-def test_halves_of_the_processes_and_all_of_them_were_at_work(errors):
-    assert {case.split(" processes")[0] for case in errors} == {"2", "4"}
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs, for NCCL")
+def test_values_and_gradients_on_two_gpus(tmp_path):
+    errors = errors_of(2, tmp_path)
+    assert all("cuda" in case for case in errors)
+    assert max(errors.values()) < 2e-5, errors
 
 
 @pytest.mark.parametrize("class_token", ["middle", "first", "none"])
