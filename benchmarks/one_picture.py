@@ -6,6 +6,7 @@ On a GPU, all of it, each row printed as it is made, CSV and plot written after 
     python -m benchmarks.one_picture --seconds 100 --model vim_small --nets row compiled --sizes 8192 16384 19968
     python -m benchmarks.one_picture --train 8192 16384 --seconds 240 --out one_picture
     python -m benchmarks.one_picture --check 1557504 4194304
+    torchrun --nproc_per_node 2 -m benchmarks.one_picture --ranks --seconds 120 --sizes 8192 16384 19968
 
 Nets: "row" is the whole picture as one sequence through a Vim, "compiled" the same under torch.compile, "tiles" the
 same Vim on the picture cut into tiles of `--tile` pixels, which know nothing of each other, and "vit" a ViT of the same
@@ -14,6 +15,9 @@ window of them made once: each is embedded by window (vim_backbone/windows.py), 
 of tiles one is embedded for each batch. Memory is all that was allocated at most, weights included. The slope is that
 of the logarithms of ms and tokens, from the row before: 1 is linear, 2 is square. A case is left out that, by the slope
 of its net, would take longer than `--cap`.
+
+Under torchrun `--ranks` measures one sequence over all processes (vim_backbone/stretch.py), each with as many rows of
+patches, beside the row that each process takes by itself: ms of the slowest, GB of the first.
 
 `--train` takes masked training steps (forward, backward, AdamW) in place of forward passes, full and pooled, at each
 level of `model.recompute`; what does not fit in the memory says so. `--check` compares rows of so many tokens, packed
@@ -24,6 +28,7 @@ import argparse
 import functools
 import gc
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -33,6 +38,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
@@ -43,6 +49,8 @@ from benchmarks.pretrain_step import Case, Trainer, grouped
 from benchmarks.vit import blocks_of
 from vim_backbone import VimConfig, VisionMamba, named_config
 from vim_backbone.memory import LEVELS
+from vim_backbone.sequence_parallel import encode_stretch, rows_of
+from vim_backbone.stretch import Stretch
 from vim_backbone.windows import Window, embed_by_window
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -70,6 +78,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cap", type=float, default=12.0, help="leave out a case that would take so many a run")
     parser.add_argument("--seconds", type=float, help="start no case after so many")
     parser.add_argument("--compile", action="store_true", help="add the net 'compiled'")
+    parser.add_argument("--ranks", action="store_true", help="one sequence over the processes of torchrun")
     parser.add_argument("--kernels", action="store_true", help="print where the time of the largest row goes")
     parser.add_argument("--train", type=int, nargs="+", metavar="SIZE", help="training steps at these sides instead")
     parser.add_argument("--scans", nargs="+", choices=("full", "pooled"), default=["full", "pooled"], help="of --train")
@@ -83,6 +92,8 @@ def parse() -> argparse.Namespace:
     on_gpu = options.device == "cuda"
     options.sizes = sorted(options.sizes or (GPU_SIZES if on_gpu else CPU_SIZES))
     options.dtype = options.dtype or ("bf16" if on_gpu else "fp32")
+    if options.ranks:
+        options.nets = ["row", "ranks"]
     options.nets += ["compiled"] if options.compile and "compiled" not in options.nets else []
     return options
 
@@ -111,6 +122,8 @@ class Net:
     @torch.inference_mode()
     def run(self, size: int) -> Tensor:
         """Patches (tiles, l, d_model) of a picture of this side in pixels; of tiles those of the last ones."""
+        if self.name == "ranks":
+            return self.of_stretch(size)
         if self.name != "tiles":
             return self.features(size, 1)
         tile = self.options.tile
@@ -134,6 +147,14 @@ class Net:
         with flash:
             return self.encode(tokens.pop(), lines=lines)[1]
 
+    def of_stretch(self, size: int) -> Tensor:
+        """Patches (1, l, d_model) that this process holds of a picture."""
+        grid, rank, processes = self.model.config.grid(size, size), dist.get_rank(), dist.get_world_size()
+        rows = [rows_of(grid, each, processes) for each in range(processes)]
+        stretch = Stretch(tuple(len(own) * grid[1] for own in rows), rank)
+        tokens = [embed_by_window(self.model, grid, self.read, self.window, rows[rank])]
+        return encode_stretch(self.model, tokens.pop(), stretch)[1]
+
     def read(self, window: Window) -> Tensor:
         """The same pixels for every window."""
         left, top, right, bottom = window.pixels(self.model.config)
@@ -141,14 +162,25 @@ class Net:
 
 
 def timed(run: Callable[[], object], device: str) -> float:
-    """Seconds of one run."""
+    """Seconds of one run, where there are several processes of the slowest."""
+    if dist.is_initialized():
+        dist.barrier()
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
     run()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return slowest(time.perf_counter() - start, device)
+
+
+def slowest(seconds: float, device: str) -> float:
+    """The largest of all processes, which then decide alike."""
+    if not dist.is_initialized():
+        return seconds
+    largest = torch.tensor(seconds, dtype=torch.float64, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.item()
 
 
 def clear(device: str) -> None:
@@ -198,6 +230,10 @@ def forward_rows(options: argparse.Namespace, late: Callable[[], bool]) -> Itera
                 continue
             row["M tokens/s"] = _rounded(tokens / row["ms"] / 1e3)
             row["slope"] = _rounded(slope(last, row)) if last else ""
+            if name == "ranks":
+                row["times row"] = _rounded(before["row"]["ms"] / row["ms"]) if "row" in before else ""
+            elif options.ranks:
+                row["times row"] = ""
             before[name] = row
             yield row
     if options.kernels and "row" in before:
@@ -296,32 +332,41 @@ def main() -> None:
     if options.plot:
         plot(*options.plot)
         return
+    if options.ranks:
+        if options.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if options.device == "cuda" else "gloo")
+    first = not options.ranks or dist.get_rank() == 0
     begun = time.perf_counter()
     what = f"masked training step, decoder {options.decoder_width}" if options.train else "forward, one picture"
     about = {
         "run": f"{what}, {options.model}, {options.dtype}", "device": clock(options.device), "versions": versions(),
         "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
-    print(*about.values(), sep="\n", flush=True)
+    if first:
+        print(*about.values(), sep="\n", flush=True)
     if options.check:
         check(options)
         return
 
     def late() -> bool:
-        return bool(options.seconds) and time.perf_counter() - begun > options.seconds
+        return bool(options.seconds) and slowest(time.perf_counter() - begun, options.device) > options.seconds
 
     rows: list[dict[str, Any]] = []
     for row in train_rows(options, late) if options.train else forward_rows(options, late):
-        if not rows:
+        if not rows and first:
             print("| " + " | ".join(row) + " |\n" + "|---" * len(row) + "|")
-        print("| " + " | ".join(map(str, row.values())) + " |", flush=True)
         rows.append(row)
-        if options.out:  # after each row, for whoever stops it
+        if first:
+            print("| " + " | ".join(map(str, row.values())) + " |", flush=True)
+        if options.out and first:  # after each row, for whoever stops it
             name = "one_picture_train" if options.train else "one_picture"
             write_csv(options.out / f"{name}.csv", rows, about)
             plot(options.out / f"{name}.csv", options.out / f"{name}.png")
-    if late():
+    if late() and first:
         print(f"{options.seconds:.0f} seconds are over: what is missing was not measured")
+    if options.ranks:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from vim_backbone.config import VimConfig
 from vim_backbone.hand_over import Given, hand_over, take
 from vim_backbone.memory import Recompute
 from vim_backbone.mixer import Mixer
+from vim_backbone.stretch import Stretch
 from vim_backbone.weights import init_mixer
 from vim_kernels import Lines, add_rms_norm
 
@@ -48,11 +49,12 @@ class Block(nn.Module):
         lines: Lines | None = None,
         apart: bool = False,
         gaps: Tensor | None = None,
+        stretch: Stretch | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(batch, length, d_model) twice -> output of the mixer, residual stream.
 
         `cu_seqlens` (pictures + 1,) are the borders of pictures packed into one row (1, total, d_model);
-        `lines` those of a pooled scan; `apart` and `gaps` as in `Mixer.forward`.
+        `lines` those of a pooled scan; `apart`, `gaps` and `stretch` as in `Mixer.forward`.
         """
         h, residual = take(h), take(residual)
         if residual is not None:
@@ -60,10 +62,11 @@ class Block(nn.Module):
         normed, stream = self.norm(h, residual)
         if self.mixer.recompute == "products" and torch.is_grad_enabled():
             again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # a mixer draws nothing
-            return checkpoint(self.mixer, normed, cu_seqlens, lines, apart=apart, gaps=gaps, **again), stream
+            more = {"apart": apart, "gaps": gaps, "stretch": stretch}
+            return checkpoint(self.mixer, normed, cu_seqlens, lines, **more, **again), stream
         normed_or_list = hand_over(normed, self.mixer)
         del h, residual, normed
-        return self.mixer(normed_or_list, cu_seqlens, lines, apart=apart, gaps=gaps), stream
+        return self.mixer(normed_or_list, cu_seqlens, lines, apart=apart, gaps=gaps, stretch=stretch), stream
 
 
 def set_recompute(model: nn.Module, level: Recompute) -> None:

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from vim_backbone.config import VimConfig
 from vim_backbone.hand_over import Given, hooked, take
 from vim_backbone.memory import Recompute
+from vim_backbone.stretch import Stretch, scan_stretch
 from vim_kernels import (
     Lines,
     NormWeights,
@@ -19,6 +20,8 @@ from vim_kernels import (
     pooled_scan,
     selective_scan,
 )
+
+_AGAIN: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn
 
 
 class Mixer(nn.Module):
@@ -52,21 +55,25 @@ class Mixer(nn.Module):
         lines: Lines | None = None,
         apart: bool = False,
         gaps: Tensor | None = None,
+        stretch: Stretch | None = None,
     ) -> Tensor:
         """(batch, length, d_model) -> the same; or (1, total, d_model), pictures packed with borders `cu_seqlens`.
 
         With `lines` it is the pooled scan, whose lines know the borders. With `apart` each direction has a half of the
         batch for itself: the first half is scanned forward alone, the second backward alone, so that a token of it sees
         only itself and those before, or after, it. `gaps` (2, batch, length) multiply dt, as in `bidirectional_scan`;
-        they go with full scans of both directions together.
+        they go with full scans of both directions together. With `stretch` the tokens are those that this process holds
+        of sequences over several.
         """
-        assert gaps is None or not (apart or lines)
+        assert gaps is None or not (apart or lines or stretch)
         xz = self.in_proj(take(h))
         # where all is made again the backward pass follows at once, and convolutions need not run a second time for it
         recompute = "none" if self.recompute == "products" else self.recompute
         forward = _weights(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
         backward = _weights(self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
-        if apart:
+        if stretch is not None:
+            y = self._stretch(xz, forward, backward, stretch)
+        elif apart:
             y = self._apart(xz, forward, backward, cu_seqlens)
         elif lines is not None:
             norm, eps = (None, 0.0) if self.scan_norm is None else (_norm_weights(self.scan_norm), self.scan_norm.eps)
@@ -86,14 +93,22 @@ class Mixer(nn.Module):
 
     def _apart(self, xz: Tensor, forward: ScanWeights, backward: ScanWeights, cu_seqlens: Tensor | None) -> Tensor:
         """Halves of xz (2 batch, length, 2 d_inner), a direction each -> (2 batch, length, d_inner)."""
-        again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn
         halves = []
         for half, weights, reverse in zip(xz.chunk(2), (forward, backward), (False, True), strict=True):
             if self.recompute in ("inputs", "states") and torch.is_grad_enabled():
-                halves.append(checkpoint(self._one_way, half, weights, reverse, cu_seqlens, **again))
+                halves.append(checkpoint(self._one_way, half, weights, reverse, cu_seqlens, **_AGAIN))
             else:
                 halves.append(self._one_way(half, weights, reverse, cu_seqlens))
         return torch.cat(halves)
+
+    def _stretch(self, xz: Tensor, forward: ScanWeights, backward: ScanWeights, stretch: Stretch) -> Tensor:
+        """Tokens xz (batch, length, 2 d_inner) of a stretch -> (batch, length, d_inner), gated."""
+        x, z = xz.chunk(2, dim=-1)
+        if self.recompute in ("inputs", "states") and torch.is_grad_enabled():
+            y = checkpoint(scan_stretch, x, forward, backward, stretch, **_AGAIN)
+        else:
+            y = scan_stretch(x, forward, backward, stretch)
+        return (y if self.scan_norm is None else self.scan_norm(y)) * F.silu(z)
 
     def _one_way(self, xz: Tensor, weights: ScanWeights, reverse: bool, cu_seqlens: Tensor | None) -> Tensor:
         """One direction, gated: (batch, length, 2 d_inner) -> (batch, length, d_inner)."""

@@ -5,11 +5,24 @@ Shapes: l patches of all pictures, total: tokens of all pictures, special: class
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from vim_backbone.tokens import TokenLayout
+
+
+class Layout(Protocol):
+    """Which of the tokens are special, in a batch, in a row, or in a part of them."""
+
+    def join(self, special: Tensor, patches: Tensor) -> Tensor:
+        """All tokens in scan order."""
+        ...
+
+    def split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse: special tokens, patches."""
+        ...
 
 
 class PackedLayout:

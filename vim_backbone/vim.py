@@ -22,7 +22,7 @@ from vim_backbone.hand_over import Given, hand_over
 from vim_backbone.hub import push_to_hub
 from vim_backbone.inputs import Images, grid_of, number_of
 from vim_backbone.lines import GridLines, batch_lines, packed_lines
-from vim_backbone.packing import PackedLayout, joined, layout_of
+from vim_backbone.packing import Layout, joined, layout_of
 from vim_backbone.position import resize_table, sincos_table, with_channels
 from vim_backbone.tokens import TokenLayout
 from vim_backbone.weights import lecun_normal_
@@ -204,7 +204,7 @@ class VisionMamba(nn.Module):
         layout, cu_seqlens = layout_of(self.layout, lengths, patches.device)
         pictures = len(lengths) if lengths else patches.shape[0]
         gaps = None if gaps is None else with_special_tokens(gaps, layout, pictures)
-        h = self._join_special(patches, layout, pictures)
+        h = self.join_special(patches, layout, pictures)
         h = torch.cat([h, h]) if apart else h
         residual: Tensor | None = None
         del patches  # the memory of what is used up is free while the blocks run
@@ -219,10 +219,9 @@ class VisionMamba(nn.Module):
             return torch.cat([special, other_special]), torch.cat([patches, other_patches])
         return layout.split(normed)
 
-    def _join_special(self, patches: Tensor, layout: TokenLayout | PackedLayout, pictures: int) -> Tensor:
-        special = []
-        if self.cls_token is not None:
-            special.append(self.cls_token + self._positions(self.grid_size)[0])
+    def join_special(self, patches: Tensor, layout: Layout, pictures: int) -> Tensor:
+        """Patches with class token and registers among them, each picture's own, where the layout has them."""
+        special = [] if self.cls_token is None else [self.cls_token + self._positions(self.grid_size)[0]]
         if self.register_tokens is not None:
             special.append(self.register_tokens)
         if not special:
@@ -264,7 +263,7 @@ class VisionMamba(nn.Module):
         last = max(chosen) + 1 if stop_early and intermediates_only else len(self.layers)
         lengths, lines = self.lengths(images), self.lines(images)
         layout, cu_seqlens = layout_of(self.layout, lengths, images[0].device)
-        h, residual, results = self._join_special(self.embed(images), layout, number_of(images)), None, {}
+        h, residual, results = self.join_special(self.embed(images), layout, number_of(images)), None, {}
 
         def intermediate(special: Tensor, patches: Tensor, image: Tensor) -> Any:
             if self.channel_embed is not None:

@@ -36,13 +36,14 @@ class Window(NamedTuple):
         return left, top, right + more, bottom + more
 
 
-def windows(grid: Grid, side: int) -> Iterator[Window]:
-    """Windows of at most `side` rows and columns that cover a grid, row by row."""
+def windows(grid: Grid, side: int, rows: range | None = None) -> Iterator[Window]:
+    """Windows of at most `side` rows and columns that cover a grid, or some of its rows, row by row."""
     if side < 1:
         raise UserError(f"windows of {side} patches are none: give at least 1")
-    for top in range(0, grid[0], side):
+    rows = range(grid[0]) if rows is None else rows
+    for top in range(rows.start, rows.stop, side):
         for left in range(0, grid[1], side):
-            yield Window(top, left, min(top + side, grid[0]), min(left + side, grid[1]))
+            yield Window(top, left, min(top + side, rows.stop), min(left + side, grid[1]))
 
 
 Read = Callable[[Window], Tensor]
@@ -50,7 +51,7 @@ Read = Callable[[Window], Tensor]
 
 
 @torch.inference_mode()
-def embed_by_window(model: VisionMamba, grid: Grid, read: Read, side: int = 128) -> Tensor:
+def embed_by_window(model: VisionMamba, grid: Grid, read: Read, side: int = 128, rows: range | None = None) -> Tensor:
     """Patch tokens with their positions (1, l, d_model), as `model.embed_patches` makes them of the whole picture.
 
     Beside the tokens no more than a window is held at a time.
@@ -60,14 +61,16 @@ def embed_by_window(model: VisionMamba, grid: Grid, read: Read, side: int = 128)
         grid: rows and columns of patches of the whole picture.
         read: gives the pixels of a window; it is asked for each once, row by row.
         side: rows and columns of patches of a window.
+        rows: of patches, of which alone tokens are made; None: all.
 
     Raises:
         UserError: for a window of another size, or with channels that the model does not take.
     """
     config, weight = model.config, model.patch_embed.proj.weight
     positions_of = windowed_table(model.pos_embed, model.position_layout, model.grid_size, grid)
+    rows = range(grid[0]) if rows is None else rows
     tokens = weight.new_empty(0)
-    for window in windows(grid, side):
+    for window in windows(grid, side, rows):
         pixels = read(window)
         left, top, right, bottom = window.pixels(config)
         if pixels.shape[0] != 1 or pixels.shape[2:] != (bottom - top, right - left):
@@ -75,12 +78,12 @@ def embed_by_window(model: VisionMamba, grid: Grid, read: Read, side: int = 128)
             raise UserError(f"the window {tuple(window)} has pixels {tuple(pixels.shape)}, they must be {wanted}")
         channels = config.channels_of(pixels.shape[1])
         if not tokens.numel():
-            tokens = weight.new_empty(*grid, config.tokens_a_patch(len(channels)), config.d_model)
+            tokens = weight.new_empty(len(rows), grid[1], config.tokens_a_patch(len(channels)), config.d_model)
         positions = positions_of(slice(window.top, window.bottom), slice(window.left, window.right))
         if model.channel_embed is not None:
             positions = with_channels(positions, model.channel_embed, channels)
         embedded = model.patch_embed(pixels.to(weight)) + positions
-        there = tokens[window.top : window.bottom, window.left : window.right]
+        there = tokens[window.top - rows.start : window.bottom - rows.start, window.left : window.right]
         there.copy_(embedded.reshape(there.shape))
     return tokens.view(1, -1, config.d_model)
 

@@ -1,0 +1,109 @@
+"""What a process of test_stretch does: `python -m tests.vim_backbone.stretches FOLDER RANK PROCESSES`: errors.json."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.vim_backbone.test_vim import small
+from vim_backbone.block import set_recompute
+from vim_backbone.memory import LEVELS, Recompute
+from vim_backbone.sequence_parallel import encode_stretch, pool_stretch
+from vim_backbone.stretch import Stretch
+
+LENGTHS = {2: (17, 26), 4: (9, 3, 20, 11)}
+"""Tokens of the processes: uneven, and the least that the convolution takes."""
+CASES = {
+    "class token in the middle": {},
+    "registers, norm before the gate": {"num_registers": 3, "class_token": "first", "mixer_norm": True},
+    "no special token, batch of 2": {"class_token": "none", "global_pool": "avg"},
+    "two taps": {"d_conv": 2, "d_state": 4},
+    "one tap": {"d_conv": 1},
+}
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest value."""
+    return ((got - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
+
+
+def slow(model: torch.nn.Module) -> None:
+    """States that last for the whole sequence and more, so that what enters a stretch matters to its end."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("A_log") or name.endswith("A_b_log"):
+                parameter.sub_(3.0)
+
+
+def worst(name: str, processes: int, level: Recompute, group: Any, rank: int, device: str) -> float:
+    """Largest error of a case: features, pooled ones, gradients of tokens and of all parameters."""
+    changes = CASES[name]
+    model, lengths = small(depth=2, num_classes=0, **changes).to(device), LENGTHS[processes]
+    slow(model)
+    set_recompute(model, level)
+    generator = torch.Generator().manual_seed(1)
+    batch = 2 if "batch" in name else 1
+    tokens, weights = torch.randn(2, batch, sum(lengths), 32, generator=generator).to(device)
+    of_special = torch.randn(1, model.num_prefix_tokens, 32, generator=generator).to(device)
+    # one process
+    whole = tokens.clone().requires_grad_()
+    special, patches = model.encode(whole)
+    pooled = special[:, 0] if model.global_pool == "token" else patches.mean(1)
+    ((patches * weights).sum() + (special * of_special).sum() + pooled.square().sum()).backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    # several
+    here = slice(sum(lengths[:rank]), sum(lengths[: rank + 1]))
+    own = tokens[:, here].clone().requires_grad_()
+    stretch = Stretch.of(lengths[rank], own.device, group)
+    assert stretch.lengths == lengths
+    assert stretch.patches == here
+    got_special, got = encode_stretch(model, own, stretch)
+    got_pooled = pool_stretch(model, got_special, got, stretch)
+    loss = (got * weights[:, here]).sum() + got_pooled.square().sum() / processes
+    if rank == 0:  # what all have counts once
+        loss = loss + (got_special * of_special).sum()
+    loss.backward()
+    assert own.grad is not None
+    assert whole.grad is not None
+    errors = [relative(got, patches[:, here]), relative(got_pooled, pooled), relative(own.grad, whole.grad[:, here])]
+    errors += [relative(got_special, special)] if model.num_prefix_tokens else []
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            dist.all_reduce(gradient, group=group)
+            errors.append(relative(gradient, expected[name]))
+    return max(errors)
+
+
+def main(folder: str, rank: int, world: int) -> None:
+    """All cases with two processes, then with four; with two in all, on GPUs where each has one."""
+    torch.set_num_threads(1)
+    on_gpus = world == 2 and torch.cuda.device_count() >= 2
+    device = f"cuda:{rank}" if on_gpus else "cpu"
+    if on_gpus:
+        torch.cuda.set_device(rank)
+    meeting = f"file://{folder}/meeting"
+    dist.init_process_group("nccl" if on_gpus else "gloo", init_method=meeting, rank=rank, world_size=world)
+    groups = {world: dist.group.WORLD}
+    if world == 4:
+        groups = {2: [dist.new_group([0, 1]), dist.new_group([2, 3])][rank // 2], 4: dist.group.WORLD}
+    errors: dict[str, float] = {}
+    for processes, group in groups.items():
+        for name in CASES:
+            for level in LEVELS if name == next(iter(CASES)) else ("inputs",):
+                found = torch.tensor(worst(name, processes, level, group, rank % processes, device), device=device)
+                dist.all_reduce(found, dist.ReduceOp.MAX)
+                errors[f"{processes} processes, {device[:4]}, {name}, {level}"] = found.item()
+    if rank == 0:
+        (Path(folder) / "errors.json").write_text(json.dumps(errors))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(int, sys.argv[2:4]))

@@ -1,0 +1,60 @@
+"""One sequence over 2 and 4 processes (gloo): values and gradients of one process, whoever holds which token."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.launch.preloaded import Popen
+from tests.launch.real import environment
+from tests.waiting import LIMIT
+from vim_backbone import UserError
+from vim_backbone.stretch import Stretch, StretchLayout
+from vim_backbone.tokens import TokenLayout
+
+ROOT = Path(__file__).parents[2]
+
+
+def errors_of(processes, folder):
+    """Case -> largest error of values and gradients, over their largest value."""
+    argv = [sys.executable, "-m", "tests.vim_backbone.stretches", str(folder)]
+    paths = environment(PYTHONPATH=f"{ROOT}:{ROOT / 'kernels'}")
+    running = [Popen([*argv, str(rank), str(processes)], ROOT, paths) for rank in range(processes)]
+    for process in running:
+        out, err = process.communicate(LIMIT)
+        assert process.returncode == 0, out + err
+    return json.loads((folder / "errors.json").read_text())
+
+
+def test_values_and_gradients_are_those_of_one_process(tmp_path):
+    """Four processes: two halves of them at once, then all."""
+    errors = errors_of(4, tmp_path)
+    assert {case.split(" processes")[0] for case in errors} == {"2", "4"}
+    assert len(errors) >= 16
+    assert max(errors.values()) < 2e-5, errors
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs, for NCCL")
+def test_values_and_gradients_on_two_gpus(tmp_path):
+    errors = errors_of(2, tmp_path)
+    assert all("cuda" in case for case in errors)
+    assert max(errors.values()) < 2e-5, errors
+
+
+@pytest.mark.parametrize("class_token", ["middle", "first", "none"])
+@pytest.mark.parametrize("registers", [0, 3])
+@pytest.mark.parametrize("lengths", [(3, 4, 2), (1, 1, 7), (9,)])
+def test_special_tokens_are_where_the_whole_sequence_has_them(class_token, registers, lengths):
+    layout = TokenLayout(class_token, registers)
+    special = -1.0 - torch.arange(layout.num_special)[None, :, None]
+    patches = torch.arange(float(sum(lengths)))[None, :, None]
+    parts = [StretchLayout(layout, Stretch(lengths, rank)) for rank in range(len(lengths))]
+    joined = [part.join(special, patches[:, part.stretch.patches]) for part in parts]
+    assert torch.equal(torch.cat(joined, dim=1), layout.join(special, patches))
+
+
+def test_a_stretch_that_is_too_short_is_refused():
+    with pytest.raises(UserError, match=r"hold \[5, 2\] tokens of a sequence: each needs 3 at least"):
+        Stretch((5, 2), 0).check(4)

@@ -1,0 +1,231 @@
+"""One sequence over several processes: each holds a stretch of its tokens; both directions pass from one to the next.
+
+The recurrence is linear in the state: what leaves a stretch is what it makes of nothing, plus what enters times the
+decay over all of it. Two processes need no more than an exchange: the first scans forward while the second scans
+backward, each from the end of the sequence that it holds; they swap the states; each scans the other direction. More
+processes scan first from a zero state in both directions, gather what came out and how far it decays, work out the
+state that enters each, and scan from there.
+
+The loss of all is the sum of the losses of the processes: gradients of tokens are those of that sum, and the gradient
+of a parameter is the sum of what the processes have. All of them must go backward, since gradients of states pass from
+one to the next as well.
+Shape letters: b batch, l tokens of this stretch, d inner channels, n states, w taps, q = 2 directions, s processes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from vim_backbone.errors import UserError
+from vim_backbone.tokens import TokenLayout
+from vim_kernels import ScanWeights, causal_conv1d, selective_scan
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """What this process holds of a sequence: `lengths[rank]` patch tokens, behind those of the processes before it."""
+
+    lengths: tuple[int, ...]
+    rank: int
+    group: Any = None
+    """The processes, of `torch.distributed`; None for all."""
+
+    @classmethod
+    def of(cls, length: int, device: torch.device, group: Any = None) -> "Stretch":
+        """Where this process has `length` patches of the sequence; every process of the group must call it."""
+        own = torch.tensor([length], device=device)
+        lengths = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(lengths, own, group)
+        return cls(tuple(int(each) for each in lengths), dist.get_rank(group), group)
+
+    @property
+    def size(self) -> int:
+        """Processes."""
+        return len(self.lengths)
+
+    @cached_property
+    def patches(self) -> slice:
+        """Those of the whole sequence that are here."""
+        start = sum(self.lengths[: self.rank])
+        return slice(start, start + self.lengths[self.rank])
+
+    def check(self, taps: int) -> None:
+        """Raise UserError where a stretch is shorter than what a convolution sees of it."""
+        if min(self.lengths) < max(1, taps - 1):
+            raise UserError(
+                f"the processes hold {list(self.lengths)} tokens of a sequence: each needs {max(1, taps - 1)} at least"
+            )
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Of one shape in every process -> (s, ...), in float32 at least; with a gradient."""
+        wide = tensor if tensor.dtype == torch.float64 else tensor.float()
+        return _Gather.apply(wide, self)  # pyright: ignore[reportReturnType]
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum over the processes, of one shape in each."""
+        return self.gather(tensor).sum(0).to(tensor.dtype)
+
+
+class _Gather(torch.autograd.Function):
+    """Every process gets what each has; the gradient of what one has is the sum of what all have for it."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, stretch: Stretch) -> Tensor:
+        ctx.stretch = stretch
+        gathered = tensor.new_empty(stretch.size, *tensor.shape)
+        dist.all_gather(list(gathered.unbind(0)), tensor.contiguous(), stretch.group)
+        return gathered
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient, group=ctx.stretch.group)
+        return gradient[ctx.stretch.rank], None
+
+
+class _Together(torch.autograd.Function):
+    """Both as they are; where the gradient of one comes back, so does that of the other, if only as zeros.
+
+    A process whose loss has nothing of the special tokens would else leave the others alone in their gradient's sum.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, special: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+        del ctx
+        return special.view_as(special), patches.view_as(patches)
+
+    @staticmethod
+    def backward(ctx: Any, special: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        del ctx
+        return special, patches
+
+
+class StretchLayout:
+    """What `TokenLayout` is for a whole sequence, for a stretch: a special token is with the patch that it precedes."""
+
+    def __init__(self, layout: TokenLayout, stretch: Stretch) -> None:
+        self.stretch, self.num_special = stretch, layout.num_special
+        slots = layout.slots(sum(stretch.lengths))
+        here, last = stretch.patches, stretch.rank == stretch.size - 1
+        self._own: list[tuple[int, int]] = []  # (place among the patches here, special token), in the order of the scan
+        for ahead, token in enumerate(sorted(range(len(slots)), key=slots.__getitem__)):
+            before = slots[token] - ahead
+            if here.start <= before < here.stop or (last and before == here.stop):
+                self._own.append((before - here.start, token))
+
+    def join(self, special: Tensor, patches: Tensor) -> Tensor:
+        """(b, special, d_model), all of them, and (b, l, d_model) -> (b, l + those here, d_model) in scan order."""
+        pieces, start = [], 0
+        for place, token in self._own:
+            pieces += [patches[:, start:place], special[:, token : token + 1]]
+            start = place
+        return torch.cat([*pieces, patches[:, start:]], dim=1) if pieces else patches
+
+    def split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse; all processes get all special tokens (b, special, d_model)."""
+        places = [place + ahead for ahead, (place, _) in enumerate(self._own)]
+        patches = [
+            tokens[:, a:b] for a, b in zip([0, *(p + 1 for p in places)], [*places, tokens.shape[1]], strict=True)
+        ]
+        if not self.num_special:
+            return tokens[:, :0], patches[0]
+        own = {token: tokens[:, place : place + 1] for place, (_, token) in zip(places, self._own, strict=True)}
+        nothing = tokens[:, :1] * 0.0
+        special = torch.cat([own.get(token, nothing) for token in range(self.num_special)], dim=1)
+        return _Together.apply(self.stretch.total(special), torch.cat(patches, dim=1))  # pyright: ignore[reportReturnType]
+
+
+def scan_stretch(x: Tensor, forward: ScanWeights, backward: ScanWeights, stretch: Stretch) -> Tensor:
+    """The mean of both directions of a Vim mixer before its gate, x and the result (b, l, d).
+
+    As `vim_kernels.bidirectional_scan` of the whole sequence, not gated. Every process of the stretch must call it.
+    """
+    halos = _halos(x, forward, stretch)
+
+    def way(reverse: bool) -> _Way:
+        weights = backward if reverse else forward
+        return _Way(_convolved(x, halos[reverse], weights, reverse), weights, reverse)
+
+    first, second = _swapped(way, stretch) if stretch.size == 2 else _carried(way, stretch)
+    return (first + second).mul_(0.5)
+
+
+class _Way:
+    """One direction: its convolved tokens u (b, l, d), and what the scan takes beside them."""
+
+    def __init__(self, u: Tensor, weights: ScanWeights, reverse: bool) -> None:
+        rank, n = weights.dt_proj.shape[1], weights.A_log.shape[1]
+        self.u, self.weights, self.reverse = u, weights, reverse
+        low_rank, self.B, self.C = F.linear(u, weights.x_proj).split([rank, n, n], dim=-1)
+        self.dt = F.linear(low_rank, weights.dt_proj)
+        self.A = -(weights.A_log if weights.A_log.dtype == torch.float64 else weights.A_log.float()).exp()
+
+    def scan(self, entering: Tensor | None) -> tuple[Tensor, Tensor]:
+        """From a state (b, d, n): y (b, l, d), and the state that leaves."""
+        return selective_scan(
+            self.u, self.dt, self.A, self.B, self.C, self.weights.D, None, self.weights.dt_bias, dt_softplus=True,
+            reverse=self.reverse, initial_state=entering, return_final_state=True,
+        )  # fmt: skip
+
+    def steps(self) -> Tensor:
+        """(b, d): the sum of dt over the stretch."""
+        bias = self.weights.dt_bias.to(self.A.dtype)
+        return F.softplus(self.dt.to(self.A.dtype) + bias).sum(1)
+
+
+def _swapped(way: Callable[[bool], _Way], stretch: Stretch) -> tuple[Tensor, Tensor]:
+    """Two processes: each begins with the direction that begins in its stretch, and takes the other one's state."""
+    reverse = stretch.rank == 1
+    first, leaving = way(reverse).scan(None)
+    entering = stretch.gather(leaving)[1 - stretch.rank]
+    return first, way(not reverse).scan(entering)[0]
+
+
+def _carried(way: Callable[[bool], _Way], stretch: Stretch) -> tuple[Tensor, Tensor]:
+    """Any number of processes: what leaves every stretch if nothing enters, then the scan from what does enter."""
+    ways = way(False), way(True)
+    made = torch.stack([torch.cat([w.scan(None)[1].to(w.A.dtype), w.steps()[..., None]], dim=-1) for w in ways])
+    gathered = stretch.gather(made)  # (s, q, b, d, n + 1)
+    befores = range(stretch.rank), range(stretch.size - 1, stretch.rank, -1)
+    results = []
+    for each, before, of_all in zip(ways, befores, gathered.unbind(1), strict=True):
+        entering = torch.zeros_like(of_all[0, ..., :-1])
+        for rank in before:
+            state, steps = of_all[rank].split([each.A.shape[1], 1], dim=-1)
+            entering = torch.exp(steps * each.A) * entering + state
+        results.append(each.scan(entering)[0])
+    return results[0], results[1]
+
+
+def _halos(x: Tensor, weights: ScanWeights, stretch: Stretch) -> tuple[Tensor | None, Tensor | None]:
+    """The w - 1 tokens before the stretch and those behind it; None where the sequence begins or ends, or w is 1."""
+    k = weights.conv_weight.shape[1] - 1
+    if not k:
+        return None, None
+    edges = stretch.gather(torch.cat([x[:, :k], x[:, -k:]], dim=1)).to(x.dtype)
+    before = edges[stretch.rank - 1][:, k:] if stretch.rank else None
+    behind = edges[stretch.rank + 1][:, :k] if stretch.rank < stretch.size - 1 else None
+    return before, behind
+
+
+def _convolved(x: Tensor, halo: Tensor | None, weights: ScanWeights, reverse: bool) -> Tensor:
+    """Convolution and SiLU of one direction, whose first tokens in its order see the halo."""
+    taps, bias = weights.conv_weight, weights.conv_bias
+    u = causal_conv1d(x, taps, bias, reverse=reverse)
+    if halo is None:
+        return u
+    k = halo.shape[1]
+    near, ends = ([x[:, -k:], halo], slice(-k, None)) if reverse else ([halo, x[:, :k]], slice(None, k))
+    at_end = causal_conv1d(torch.cat(near, dim=1), taps, bias, reverse=reverse)
+    at_end = at_end[:, :k] if reverse else at_end[:, k:]
+    if not torch.is_grad_enabled():
+        u[:, ends] = at_end
+        return u
+    return torch.cat([u[:, :-k], at_end] if reverse else [at_end, u[:, k:]], dim=1)
