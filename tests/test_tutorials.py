@@ -53,7 +53,8 @@ def test_they_run(place, monkeypatch):  # noqa: F811
         for cell in notebook.cells:
             for words, fewer in LESS.items():
                 cell.source = re.sub(words, fewer, cell.source)
-        Client(notebook, timeout=LIMIT, resources={"metadata": {"path": str(place)}}).execute()
+        limits = {"timeout": LIMIT, "startup_timeout": LIMIT}
+        Client(notebook, **limits, resources={"metadata": {"path": str(place)}}).execute()
     rows = (place / "runs/my_detector/predictions/predictions.jsonl").read_text().splitlines()
     assert len(rows) == 4
     assert (place / "sample/detections.png").exists()
