@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.functional import rgb_to_grayscale
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+from torchvision.utils import draw_bounding_boxes
 
 from finetune.palette import palette
 
@@ -69,8 +69,7 @@ def draw_objects(picture: Tensor, objects: Objects, classes: Sequence[str]) -> n
     drawn = picture
     if objects.masks is not None:
         masks = objects.masks.bool().repeat_interleave(factor, 1).repeat_interleave(factor, 2)
-        grey = rgb_to_grayscale(picture, 3)  # under a mask, or the colour of the object would change that of the class
-        drawn = draw_segmentation_masks(torch.where(masks.any(0), grey, picture), masks, alpha=0.5, colors=colours)
+        drawn = lay_over(picture, masks, colours)
     thickness = max(2, min(picture.shape[1:]) // 240)
     drawn = draw_bounding_boxes(drawn, objects.boxes * factor, colors=colours, width=thickness)
     if not sure:
@@ -82,6 +81,18 @@ def draw_objects(picture: Tensor, objects: Objects, classes: Sequence[str]) -> n
     for box, name, colour in zip((objects.boxes * factor).tolist(), names, colours, strict=True):
         write_name(image, box, name, colour)
     return np.asarray(image)
+
+
+def lay_over(picture: Tensor, masks: Tensor, colours: Sequence[tuple[int, ...]]) -> Tensor:
+    """Lay masks (n, h, w) in their colours over a picture (3, h, w) uint8, each over those before it.
+
+    The picture is grey below, or the colour of an object would change that of its class.
+    """
+    layer = rgb_to_grayscale(picture, 3)
+    for mask, colour in zip(masks, colours, strict=True):
+        layer = torch.where(mask, torch.tensor(colour, dtype=torch.uint8)[:, None, None], layer)
+    mixed = torch.lerp(rgb_to_grayscale(picture, 3).float(), layer.float(), 0.5).round().to(torch.uint8)
+    return torch.where(masks.any(0), mixed, picture)
 
 
 def write_name(image: Image.Image, box: Sequence[float], name: str, colour: tuple[int, ...]) -> None:

@@ -34,6 +34,13 @@ def test_one_colour_a_class_for_box_mask_and_name():
     np.testing.assert_allclose(image[500, 500], (0.587 * 255 + COLOURS[0]) / 2, atol=2)
 
 
+def test_the_surest_of_masks_that_overlap_is_on_top():
+    boxes = [[100.0, 100.0, 300.0, 300.0], [200.0, 200.0, 400.0, 400.0]]
+    for scores, top in (([0.9, 0.6], 0), ([0.6, 0.9], 1)):
+        image = drawn([1, 2], scores, boxes, masks=True).astype(int)
+        np.testing.assert_allclose(image[250, 250], (GREY + COLOURS[top]) / 2, atol=1)
+
+
 def test_scores_below_the_threshold_are_left_out_where_others_reach_it():
     assert sure_or_guessed([0.2, 0.5, 0.9, 0.4]) == ([2, 1], True)
     image = drawn([1, 2], [0.9, 0.4])
