@@ -66,6 +66,7 @@ def test_every_page_is_there(site, pages):
         assert path.with_suffix(".html").as_posix() in pages
     front = (site / "index.html").read_text()
     assert "make pretrain" in front
+    assert "<p>CITATION.cff has what to cite" in front, "a file that is no page is no link"
     assert {"pretraining.html", "contributing.html", "changelog.html"} <= {
         link.split("#")[0] for link in pages["index.html"].links
     }

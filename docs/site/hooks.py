@@ -17,7 +17,7 @@ from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).parents[2]
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
-LINK = re.compile(r"\]\((?P<target>[^)#:\s]+)(?P<anchor>#[^)\s]*)?\)")
+LINK = re.compile(r"\[(?P<text>[^\[\]]*)\]\((?P<target>[^)#:\s]+)(?P<anchor>#[^)\s]*)?\)")
 FORMULA = re.compile(r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL)
 
 
@@ -27,8 +27,8 @@ def on_files(files: Files, config: Any) -> Files:
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
     for notebook in [file for file in files if file.src_uri.endswith(".ipynb")]:
         name = notebook.src_uri.removesuffix(".ipynb")
-        content = nbformat.reads(notebook.content_string, as_version=4)
-        body, resources = MarkdownExporter().from_notebook_node(content, {"unique_key": Path(name).name})
+        cells = nbformat.reads(notebook.content_string, as_version=4)
+        body, resources = MarkdownExporter().from_notebook_node(cells, {"unique_key": Path(name).name})
         title, _, rest = body.lstrip().partition("\n")
         source = f"*[This page as a notebook]({Path(name).name}.ipynb)*"
         files.append(File.generated(config, f"{name}.md", content=f"{title}\n\n{source}\n{rest}"))
@@ -51,11 +51,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             place = path.relative_to("docs")
             if place.suffix == ".ipynb" and place.with_suffix(".md") != Path(uri):
                 place = place.with_suffix(".md")
-        elif path.name in PAGES:
+        elif str(path) in PAGES:
             place = Path(PAGES[str(path)])
         else:
-            return "]"
-        return f"]({'../' * uri.count('/')}{place}{link['anchor'] or ''})"
+            return link["text"]
+        return f"[{link['text']}]({'../' * uri.count('/')}{place}{link['anchor'] or ''})"
 
     return LINK.sub(of_site, markdown)
 
