@@ -6,7 +6,7 @@ PYTHON ?= $(shell for each in $(PYTHONS); do $$each -c '$(USABLE)' 2>/dev/null &
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: help setup pretrain test lint format clean
+.PHONY: help setup pretrain test lint format docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -19,7 +19,7 @@ setup: .venv/done  ## make .venv with the exact versions of constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch torchvision
-	$(BIN)/python -m pip install --quiet -c constraints.txt --editable '.[pretrain,finetune,sweep,cpu,pictures,slides,dicom,export,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --editable '.[pretrain,finetune,sweep,cpu,pictures,slides,dicom,export,docs,dev]'
 	touch $@
 
 pretrain: setup  ## pretrain a small Vim on built-in photographs: make pretrain ARGS='--steps 50'
@@ -37,6 +37,9 @@ lint: setup  ## style, format and types
 format: setup  ## put the code into the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: setup  ## the documentation as a site, in build/site; make docs ARGS=serve shows it while it is written
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(or $(ARGS),build)
 
 clean:  ## delete the environment and caches, never a run
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from finetune.model_folder import read_description, read_weights
 from finetune.pixels import pixels_of
@@ -23,7 +22,7 @@ from launch.data.bad_pictures import reason
 from launch.data.folders import files_below
 from launch.data.reading import open_file
 from launch.run.cli import run
-from launch.run.progress import ProgressReport
+from launch.run.progress import ProgressReport, user_console
 from vim_backbone.errors import UserError, escaped, nearest, require
 from vim_backbone.files import write_text
 from vim_backbone.pretrained import check_names
@@ -141,7 +140,7 @@ def main(argv: list[str]) -> None:
     done = before = (
         sum(str(file) in {row["file"] for row in read_rows(out / ROWS)} for file in files) if arguments.resume else 0
     )
-    with ProgressReport(Console(stderr=True, highlight=False, soft_wrap=True), "pictures", len(files), done) as report:
+    with ProgressReport(user_console(), "pictures", len(files), done) as report:
         for row in predictions:
             words = f"not read, {row['error']}" if "error" in row else predictor.in_words(row)
             print(f"{escaped(row['file'])}: {words}", flush=True)  # noqa: T201 - the command's result

@@ -17,7 +17,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from launch.data.bad_pictures import reason
@@ -31,7 +30,7 @@ from launch.embedding.outputs import WRITERS, check_output
 from launch.embedding.pages import draw_components, draw_neighbours, nearest_neighbours, thumbnail
 from launch.embedding.parts import Parts
 from launch.run.cli import run
-from launch.run.progress import ProgressReport
+from launch.run.progress import ProgressReport, user_console
 from vim_backbone import Transform, VisionMamba, load
 from vim_backbone.errors import UserError, first_line, require
 from vim_backbone.folder import WEIGHTS
@@ -174,7 +173,7 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     """Embed, name bad pictures, and print the file last."""
     arguments = arguments_of(argv)
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = user_console()
     out: Path = arguments.out
     size = None if arguments.size is None else (arguments.size[0], arguments.size[-1])
     folder = find_backbone(arguments.backbone, arguments.revision)

@@ -13,14 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
 from launch.data.bad_pictures import reason
 from launch.data.sources import Source, length_of, some_pictures
 from launch.data.statistics import Statistics
 from launch.data.tiff import MOST_BANDS
 from launch.run.cli import parse, run
-from launch.run.progress import ProgressReport
+from launch.run.progress import ProgressReport, user_console
 from pretrain.data import DataConfig, source_field
 from vim_backbone.channels import check_sets
 from vim_backbone.errors import UserError, require
@@ -261,7 +260,7 @@ def main(argv: list[str]) -> None:
     words += [f"--streaming={str(options.streaming).lower()}"]
     source = parse(DataConfig, words, "pretrain.bands", "").open()
     total = min(options.pictures, length_of(source) or options.pictures)
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = user_console()
     with ProgressReport(console, "pictures", total) as report:
         measured, notes = gather(
             source,

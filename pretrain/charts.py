@@ -60,7 +60,7 @@ def chart(title: str, curves: Sequence[Curve], dashed: Sequence[Curve] = (), log
         everything = sum(len(curve.values) for curve in curves)
         if logarithmic and len(positive) == everything and max(positive) > 30 * min(positive):
             axis.set_yscale("log")
-        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         axis.set_xlabel("step")
         axis.set_title(title, fontsize=10, loc="left")
         axis.grid(alpha=0.15, color=INK)

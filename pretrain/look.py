@@ -4,13 +4,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from launch.data.first_look import look_at_first
 from launch.data.sources import length_of
 from launch.data.statistics import require_statistics
 from launch.run.cli import run
-from launch.run.progress import ProgressReport
+from launch.run.progress import ProgressReport, user_console
 from pretrain.config import PretrainConfig
 from pretrain.data import View, source_field
 from pretrain.initial import parse_run
@@ -48,7 +46,7 @@ def main(argv: list[str]) -> None:
     source, _ = hold_out(data.open(), config.eval.share, config.seed)
     architecture = config.architecture()
     view = View(architecture.img_size, architecture.grid(*architecture.img_size), data, config.method.draw)
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = user_console()
     total = min(config.pictures, length_of(source) or config.pictures)
     with ProgressReport(console, "pictures", total) as report:
         surveyed = survey(source, view, config.seed, config.pictures, report)

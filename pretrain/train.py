@@ -315,7 +315,7 @@ def show(run: Run, batch: Batch | None, stage: Stage) -> None:
         samples = [views[SHOWN_EPOCH + epoch, index, stage.img_size] for epoch, index in places]
         if good := [sample for sample in samples if sample.image is not None]:
             batch = collate(good, run.view.packed)
-            crops = f"{'pictures' if run.watch.sets.held_out else 'crops'} never trained on"
+            crops = "pictures never trained on" if run.watch.sets.held_out else "pictures trained on, crops not"
     assert batch is not None
     assert batch.images is not None
     preprocessing = run.config.data.preprocessing

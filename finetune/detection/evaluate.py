@@ -12,14 +12,13 @@ from accelerate.utils import gather_object
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as coco_mask
 from matplotlib.figure import Figure
-from torch import Tensor, nn
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+from torch import nn
 
 from finetune.batches import evaluation_batches
 from finetune.detection.config import DetectionConfig
 from finetune.detection.data import CocoSplit
+from finetune.detection.pictures import SHOWN_SCORE, Objects, draw_objects, sure_or_guessed
 from finetune.detection.tta import TestTimeAugmentation, with_pasted_masks
-from finetune.palette import palette
 from finetune.pixels import displayed
 from finetune.task import EvaluationResult, Task
 from launch.run.accelerator import autocast
@@ -29,9 +28,6 @@ KINDS = ("box", "mask")
 STATS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 METRICS = tuple(f"{kind}_{name}" for kind in KINDS for name in STATS)
 """Scores of an evaluation, as shares of 1; those of masks where masks are predicted."""
-SHOWN_SCORE = 0.5
-LEGIBLE = 400
-"""Shorter side in pixels from which words on a picture can be read."""
 
 
 def evaluate(
@@ -129,27 +125,10 @@ def write_table(path: Path, truth: dict[str, Any], by_class: dict[str, list[floa
             table.writerow([category["name"], objects, *(f"{values[k]:.4f}" for values in by_class.values())])
 
 
-def drawn_on(picture: Tensor, boxes: Tensor, names: list[str], masks: Tensor | None, colours: list[Any]) -> np.ndarray:
-    """(3, h, w) uint8 with boxes, masks and words -> (h, w, 3) uint8, small pictures enlarged so that words fit."""
-    if len(boxes) and masks is not None:
-        picture = draw_segmentation_masks(picture, masks.bool(), alpha=0.5, colors=colours)
-    factor = max(1, LEGIBLE // min(picture.shape[1:]))
-    picture = picture.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
-    if len(boxes):
-        words: dict[str, Any] = {"label_colors": "white", "label_background_colors": colours}
-        picture = draw_bounding_boxes(picture, boxes * factor, names, colors=colours, width=2, **words)
-    return picture.permute(1, 2, 0).numpy()
-
-
-def colours_of(labels: list[int], classes: int) -> list[tuple[int, ...]]:
-    """A colour for each object, by its class (from 1)."""
-    return [tuple(int(255 * c) for c in palette(classes)[label - 1]) for label in labels]
-
-
 def draw(path: Path, split: CocoSplit, numbers: list[int], results: list[dict[str, Any]], classes: list[str]) -> None:
-    """One row a picture: its annotations, and the detections with a score of a half or more."""
+    """One row a picture: its annotations, and the detections with a score of a half or more, or the best guesses."""
     labels = split.labels()
-    figure = Figure(figsize=(7.2, 3.6 * len(numbers) + 0.4), dpi=80, layout="constrained")
+    figure = Figure(figsize=(7.2, 3.6 * len(numbers) + 0.4), dpi=100, layout="constrained")
     axes = figure.subplots(len(numbers), 2, squeeze=False)
     for row, number in zip(axes, numbers, strict=True):
         entry = split.images[number]
@@ -157,20 +136,19 @@ def draw(path: Path, split: CocoSplit, numbers: list[int], results: list[dict[st
             picture = displayed(split.picture(number), split.preprocessing)
         except Exception:  # named by the evaluation
             continue
-        detections = [r for r in results if r["image_id"] == entry["id"] and r["score"] >= SHOWN_SCORE]
+        of_picture = [r for r in results if r["image_id"] == entry["id"]]
+        detections = [of_picture[i] for i in sure_or_guessed([r["score"] for r in of_picture])[0]]
         for axis, objects in zip(row, (split.annotations[entry["id"]], detections), strict=True):
             kinds = [labels[o["category_id"]] for o in objects]
             boxes = torch.tensor([o["bbox"] for o in objects], dtype=torch.float32).reshape(-1, 4)
             boxes[:, 2:] += boxes[:, :2]
-            words = [
-                classes[k - 1] + (f" {o['score']:.2f}" if "score" in o else "")
-                for k, o in zip(kinds, objects, strict=True)
-            ]
+            scores = [o["score"] for o in objects] if objects is detections else None
             masks = [coco_mask.decode(o["segmentation"]) for o in objects if o.get("segmentation")]
             stack = torch.from_numpy(np.stack(masks)) if masks and len(masks) == len(objects) else None
-            axis.imshow(drawn_on(picture, boxes, words, stack, colours_of(kinds, len(classes))))
+            axis.imshow(draw_objects(picture, Objects(boxes, kinds, scores, stack), classes))
     for axis in axes.flat:
         axis.set_axis_off()
-    for axis, title in zip(axes[0], ("annotation", f"found, score {SHOWN_SCORE:g} or more"), strict=True):
+    titles = ("annotation", f"found, score {SHOWN_SCORE:g} or more, else guesses?")
+    for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=11)
     figure.savefig(path)

@@ -6,8 +6,9 @@ from PIL import Image
 from torch import Tensor
 
 from finetune.detection.config import DetectionHead, TestConfig
-from finetune.detection.evaluate import SHOWN_SCORE, colours_of, drawn_on, to_coco
+from finetune.detection.evaluate import to_coco
 from finetune.detection.model import Detector
+from finetune.detection.pictures import SHOWN_SCORE, Objects, draw_objects, sure_or_guessed
 from finetune.detection.tta import tta_of, with_pasted_masks
 from finetune.pixels import displayed, stacked
 from finetune.task import Prediction, Predictor
@@ -43,16 +44,15 @@ class DetectionPredictor(Predictor):
         return predictions
 
     def _draw(self, image: Tensor, detections: dict[str, Tensor], path: Path) -> None:
-        sure = detections["scores"] >= SHOWN_SCORE
-        labels, scores = detections["labels"][sure].tolist(), detections["scores"][sure].tolist()
-        words = [f"{self.classes[k - 1]} {score:.2f}" for k, score in zip(labels, scores, strict=True)]
-        masks = detections["masks"][sure] if "masks" in detections else None
-        colours = colours_of(labels, len(self.classes))
-        picture = drawn_on(displayed(image, self.preprocessing), detections["boxes"][sure], words, masks, colours)
-        Image.fromarray(picture).save(path)
+        labels, scores = detections["labels"].tolist(), detections["scores"].tolist()
+        objects = Objects(detections["boxes"], labels, scores, detections.get("masks"))
+        Image.fromarray(draw_objects(displayed(image, self.preprocessing), objects, self.classes)).save(path)
 
     def in_words(self, prediction: Prediction) -> str:
-        """Objects with their scores, where these are high."""
-        objects = [entry for entry in prediction["objects"] if entry["score"] >= SHOWN_SCORE]
-        words = ", ".join(f"{entry['class']} {entry['score']:.2f}" for entry in objects)
-        return words or f"nothing with a score of {SHOWN_SCORE:g}"
+        """Objects with their scores, where these are high; else the best guesses."""
+        objects = prediction["objects"]
+        places, sure = sure_or_guessed([entry["score"] for entry in objects])
+        words = ", ".join(f"{objects[i]['class']} {objects[i]['score']:.2f}" for i in places)
+        return (
+            words if sure else f"nothing with a score of {SHOWN_SCORE:g}" + (f"; best guesses {words}" if words else "")
+        )

@@ -3,11 +3,11 @@
 import sys
 import time
 
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 from finetune.sweeping.ledger import Entry, Ledger
+from launch.run.progress import user_console
 
 ROWS = 30
 SECONDS = 0.5
@@ -20,7 +20,7 @@ class Progress:
     def __init__(self, metric: str, trials: int) -> None:
         self.metric = metric
         self.trials = trials
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = user_console()
         self._live = Live(console=self.console, auto_refresh=False) if sys.stderr.isatty() else None
         self._ledger: Ledger | None = None
         self._last_draw = 0.0

@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optuna
 import yaml
+from matplotlib.ticker import MaxNLocator
 from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from optuna.trial import create_trial
 from ray import tune
@@ -94,6 +95,7 @@ def draw_best_so_far(axes: Any, config: SweepConfig, ledger: Ledger) -> None:
     last = len(ledger.entries()) - 1
     axes.step([*numbers, last], [*best, *best[-1:]] if scores else [np.nan], where="post", label="best so far")
     axes.set(xlabel="trial", ylabel=config.metric)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     axes.legend(fontsize="small", loc="best")
 
 
@@ -106,6 +108,7 @@ def draw_curves(axes: Any, config: SweepConfig, ledger: Ledger, entries: list[En
         end = "o" if e.state == "finished" else "x"
         axes.plot(*zip(*points, strict=True), **style, marker=end, markevery=[-1], markersize=4)
     axes.set(xlabel="percent of the trial's training", ylabel=config.metric)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
 
 
 def draw_parallel(axes: Any, config: SweepConfig, ledger: Ledger, entries: list[Entry]) -> None:

@@ -71,7 +71,7 @@ def selective_scan(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Selective scan of Mamba-1 (arXiv 2312.00752, equation 2) in one direction.
 
-    h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t and y_t = <C_t, h_t> + D x_t, times silu(z_t) where z is given.
+    `h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t` and `y_t = <C_t, h_t> + D x_t`, times `silu(z_t)` where z is given.
 
     Args:
         x, dt, z: (batch, length, d_inner); float32, bfloat16, float16 or float64.
@@ -87,7 +87,7 @@ def selective_scan(
         y like x, or (y, final_state).
 
     Raises:
-        ValueError or TypeError, naming the argument, for a wrong shape, dtype, device or cu_seqlens.
+        ValueError, TypeError: naming the argument, for a wrong shape, dtype, device or cu_seqlens.
     """
     check_float("x", x)
     check_shape("x", x.shape, (None, None, None))
@@ -150,7 +150,7 @@ def bidirectional_scan(
         (batch, length, d_inner) in the dtype of xz; contiguous unless `overwrite`.
 
     Raises:
-        ValueError or TypeError, naming the argument, for a wrong shape, dtype, device or cu_seqlens.
+        ValueError, TypeError: naming the argument, for a wrong shape, dtype, device or cu_seqlens.
     """
     _check_mixer(gated, xz, forward, backward)
     if cu_seqlens is not None:
@@ -195,7 +195,7 @@ def pooled_scan(
         (batch, length, d_inner), contiguous, in the dtype and order of xz.
 
     Raises:
-        ValueError or TypeError, naming the argument, for a wrong shape, dtype, device, or lines that do not fit.
+        ValueError, TypeError: naming the argument, for a wrong shape, dtype, device, or lines that do not fit.
     """
     _check_mixer(True, xz, forward, backward)
     check_lines(lines, xz)

@@ -12,10 +12,9 @@ from typing import Any, TypeVar
 import psutil
 import torch
 from accelerate import Accelerator
-from rich.console import Console
 
 from launch.run.config import RunConfig, plain
-from launch.run.progress import ProgressReport
+from launch.run.progress import ProgressReport, user_console
 from launch.run.tracking import send_picture
 from vim_backbone.errors import UserError, escaped, first_line
 from vim_backbone.files import append_lines, explain, json_line, write_text
@@ -41,7 +40,7 @@ class RunLog:
         """`work`: of the first so many steps, in any unit; the time that is left goes with it."""
         self.accelerator = accelerator
         self.active = accelerator.is_main_process
-        self.console = Console(stderr=True, quiet=not self.active, highlight=False, soft_wrap=True)
+        self.console = user_console(quiet=not self.active)
         self._folder = config.folder
         self._step = start_step
         self._started = False

@@ -17,6 +17,16 @@ LINE_SECONDS = 10.0
 COMPILING = "compiling kernels in the first step"
 
 
+def user_console(quiet: bool = False) -> Console:
+    """Lines and bars on stderr, bars and colours on a terminal alone.
+
+    Jupyter and CI services set FORCE_COLOR, by which rich takes any pipe for a terminal; there each turn of a bar would
+    be a line.
+    """
+    forced = None if sys.stderr.isatty() else False
+    return Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True, force_terminal=forced)
+
+
 class Pace:
     """Seconds of an item, from the latest that were neither the first nor part of a slow start."""
 

@@ -26,6 +26,10 @@ class MAEConfig:
     encoder's scan as over the whole picture; with scan=full."""
 
 
+PLAIN_DEVIATION = 0.5
+"""Of predicted patches that are drawn without their true mean and deviation, where that of the data is 1."""
+
+
 class Reconstruction(NamedTuple):
     """What `MaskedAutoencoder.reconstruct` gives."""
 
@@ -34,6 +38,8 @@ class Reconstruction(NamedTuple):
     pixels: Images
     """(b, c, h, w), or a list: the prediction with each patch's true mean and deviation put back, visible patches as
     they were."""
+    plain: Images
+    """The same with a mean of 0 and a deviation of PLAIN_DEVIATION in each hidden patch: the prediction alone."""
 
 
 class MaskedAutoencoder(MaskedModel):
@@ -80,12 +86,15 @@ class MaskedAutoencoder(MaskedModel):
         patches = self._patchify(images)
         _, mean, deviation = normalise(patches)
         hidden = hidden[..., None].expand(-1, -1, patches.shape[-1])
-        pixels = patches.scatter(1, hidden, (predicted * deviation + mean).gather(1, hidden).to(patches.dtype))
-        if isinstance(images, Tensor):
-            return Reconstruction(predicted, self._unpatchify(pixels, images))
-        pieces = pixels.split(self.encoder.lengths(images) or [], dim=1)
-        unpacked = [self._unpatchify(piece, image)[0] for piece, image in zip(pieces, images, strict=True)]
-        return Reconstruction(predicted, unpacked)
+
+        def pictured(values: Tensor) -> Images:
+            pixels = patches.scatter(1, hidden, values.gather(1, hidden).to(patches.dtype))
+            if isinstance(images, Tensor):
+                return self._unpatchify(pixels, images)
+            pieces = pixels.split(self.encoder.lengths(images) or [], dim=1)
+            return [self._unpatchify(piece, image)[0] for piece, image in zip(pieces, images, strict=True)]
+
+        return Reconstruction(predicted, pictured(predicted * deviation + mean), pictured(predicted * PLAIN_DEVIATION))
 
     def _patchify(self, images: Images) -> Tensor:
         """(b, l, p), the tokens' order."""

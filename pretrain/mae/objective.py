@@ -91,7 +91,7 @@ class MAE:
     def show(
         self, model: nn.Module, images: Images, extras: Tensor | Sequence[Tensor], preprocessing: Preprocessing
     ) -> Callable[[str, Path], None]:
-        """Input, what the encoder saw, and the reconstruction, of each image. For all processes."""
+        """Input, what the encoder saw, and what it was rebuilt to, of each image. For all processes."""
         device = images.device if isinstance(images, Tensor) else images[0].device
         encoder = self.encoder(model)
         inputs = self.inputs(extras, device, encoder.config.tokens_of(images))
@@ -101,9 +101,9 @@ class MAE:
 
         def draw(title: str, path: Path) -> None:
             hidden = round(100 * torch.cat([mask.float() for mask in extras]).mean().item())
-            grid = reconstruction_grid(reconstruction.pixels, images, extras, patch_size, preprocessing)
-            words = f"{title}, {hidden} % of the patches hidden; rebuilt ones have their true mean and contrast"
-            draw_strips(grid, COLUMNS, words, path)
+            grid = reconstruction_grid(reconstruction, images, extras, patch_size, preprocessing)
+            words = f"{hidden} % of the patches hidden; their mean and contrast are not predicted"
+            draw_strips(grid, COLUMNS, f"{title}\n{words}", path)
 
         return draw
 

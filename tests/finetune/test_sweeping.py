@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from optuna.trial import TrialState
 from rich.console import Console
 
@@ -19,7 +20,7 @@ from finetune.sweeping.config import ResourceConfig, SchedulerConfig, SweepConfi
 from finetune.sweeping.driver import check_storage, open_folder, resolve
 from finetune.sweeping.ledger import Ledger, TrialEvaluation
 from finetune.sweeping.progress import table
-from finetune.sweeping.report import command, importances, write_results
+from finetune.sweeping.report import command, draw_best_so_far, draw_curves, importances, write_results
 from finetune.sweeping.space import combinations, read_space
 from finetune.sweeping.tuning import build_scheduler, replay
 from tests.launch.real import ROOT
@@ -123,6 +124,23 @@ def test_the_record_outlives_the_process(ledger):
     reopened.finish(3)
     assert [e.number for e in reopened.best(5)] == [3, 0]
     reopened.close()
+
+
+@pytest.mark.parametrize("trials", [1, 3])
+def test_trials_and_percents_are_whole_numbers(ledger, trials):
+    for number in range(trials):
+        evaluated(ledger, ledger.draw("random", 0), 3, 0.1 * number)
+        evaluated(ledger, number, 4, 0.2 * number)
+        ledger.finish(number)
+    space = {"optim.base_lr": {"uniform": [0, 1]}}
+    config = SweepConfig(task="classification", metric="top1", mode="max", space=space)
+    best, curves = Figure().subplots(1, 2)
+    draw_best_so_far(best, config, ledger)
+    draw_curves(curves, config, ledger, ledger.entries())
+    for axes in (best, curves):
+        ticks = axes.get_xticks()
+        assert len(ticks)
+        assert (ticks % 1 == 0).all(), ticks
 
 
 def test_nothing_in_the_record_is_a_pickle(ledger):

@@ -63,6 +63,17 @@ def test_lines_without_a_terminal(monkeypatch):
     assert all(a < b for a, b in pairwise(steps))
 
 
+def test_a_pipe_is_no_terminal_even_where_colours_are_forced(monkeypatch):
+    """As in Jupyter, whose kernels set FORCE_COLOR."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    file = io.StringIO()
+    monkeypatch.setattr(progress.sys, "stderr", file)
+    with ProgressReport(progress.user_console(), "step", 3) as report:
+        for done in (1, 2, 3):
+            report.update(done, "[loss] 1.0")
+    assert file.getvalue() == "step 3/3  [loss] 1.0\n"
+
+
 def test_a_bar_on_a_terminal(monkeypatch):
     text = printed(monkeypatch, [60.0, *[6.0] * 9], terminal=True)
     assert progress.COMPILING in text

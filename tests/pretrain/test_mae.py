@@ -136,6 +136,19 @@ def test_reconstruction_keeps_what_was_visible():
     assert not torch.allclose(pixels[masks], patchify(images, 8)[masks])
 
 
+def test_the_plain_prediction_has_nothing_of_a_hidden_patch():
+    model = autoencoder()
+    images, masks = inputs()
+    made = model.reconstruct(images, *split_patches(masks))
+    plain = patchify(made.plain, 8)
+    torch.testing.assert_close(plain[~masks], patchify(images, 8)[~masks])
+    torch.testing.assert_close(plain[masks], 0.5 * made.predicted[masks])
+    changed = torch.where(masks[..., None], 3 * patchify(images, 8) + 1, patchify(images, 8))
+    again = model.reconstruct(unpatchify(changed, 8, GRID), *split_patches(masks))
+    torch.testing.assert_close(again.plain, made.plain)
+    assert not torch.allclose(again.pixels, made.pixels)
+
+
 def test_every_trained_parameter_gets_a_gradient():
     model = autoencoder(num_registers=2, mixer_norm=True).train()
     images, masks = inputs()
