@@ -18,6 +18,8 @@ from vim_backbone.block import Block, RMSNorm
 from vim_backbone.errors import UserError, require
 from vim_backbone.packing import layout_of
 from vim_backbone.position import resize_table, sincos_table, with_channels
+from vim_backbone.sequence_parallel import Rows, embed_rows, encode_stretch
+from vim_backbone.stretch import StretchLayout
 from vim_backbone.tokens import TokenLayout
 from vim_backbone.vim import Images, lines_of
 
@@ -110,6 +112,7 @@ class MaskedAutoencoder(nn.Module):
         hidden: Tensor,
         lengths: list[int] | None = None,
         reconstruct: bool = False,
+        rows: Rows | None = None,
     ) -> Tensor | Reconstruction:
         """Loss: mean squared error on the normalised pixels of hidden patches; or what `reconstruct` gives.
 
@@ -119,7 +122,11 @@ class MaskedAutoencoder(nn.Module):
         Args:
             images: (b, c, h, w), or a list of pictures (c, h, w).
             visible, hidden, lengths: the fields of `split_patches`.
+            rows: the pictures (b, c, h, w) are these rows of patches of larger ones, whose other rows other processes
+                have, and so are the masks; of the loss this process has its part, and the sum of all is the whole.
         """
+        if rows is not None:
+            return self._part_of_loss(images, visible, hidden, rows)
         if reconstruct:
             return self.reconstruct(images, visible, hidden, lengths)
         predicted = self.decoder_pred(select(self._decode(images, visible, lengths), hidden))
@@ -168,8 +175,7 @@ class MaskedAutoencoder(nn.Module):
         )
         special, seen = self.decoder_embed(special), self.decoder_embed(seen)
         positions = self._positions(images)
-        tokens = self.mask_token.to(seen.dtype).expand(len(seen), positions.shape[1], -1)
-        tokens = tokens.scatter(1, visible[..., None].expand_as(seen), seen) + positions
+        tokens = self._placed(seen, visible, positions)
         layout, cu_seqlens = layout_of(self.layout, self.encoder.lengths(images), tokens.device)
         h, residual = layout.join(special.to(tokens.dtype), tokens), None
         lines = None
@@ -178,6 +184,34 @@ class MaskedAutoencoder(nn.Module):
         for index, block in enumerate(self.decoder_layers):
             h, residual = block(h, residual, cu_seqlens, lines and lines[index % 2])
         return layout.split(self.decoder_norm(h, residual)[0])[1]
+
+    def _placed(self, seen: Tensor, visible: Tensor, positions: Tensor) -> Tensor:
+        """The decoder's input (b, l, decoder width): visible tokens in their places, else the mask token."""
+        tokens = self.mask_token.to(seen.dtype).expand(len(seen), positions.shape[1], -1)
+        return tokens.scatter(1, visible[..., None].expand_as(seen), seen) + positions
+
+    def _part_of_loss(self, images: Images, visible: Tensor, hidden: Tensor, rows: Rows) -> Tensor:
+        """Squared errors of the rows' hidden patches, over the number of those of the whole pictures."""
+        if not isinstance(images, Tensor):
+            raise UserError("pictures over several processes cannot be packed: give a batch of one size")
+        patches = select(embed_rows(self.encoder, images, rows), visible)
+        seen_here = rows.stretch(patches.shape[1], images.device)
+        special, seen = map(self.decoder_embed, encode_stretch(self.encoder, patches, seen_here))
+        positions = rows.of_table(self.decoder_pos_embed, TokenLayout("none", 0), self.encoder.grid_size)
+        if self.decoder_channel_embed is not None:
+            channels = self.encoder.config.channels_of(images.shape[1])
+            positions = with_channels(positions, self.decoder_channel_embed, channels)
+        tokens = self._placed(seen, visible, positions)
+        here = rows.stretch(tokens.shape[1], images.device)
+        layout = StretchLayout(self.layout, here)
+        h, residual = layout.join(special.to(tokens.dtype), tokens), None
+        for block in self.decoder_layers:
+            h, residual = block(h, residual, stretch=here)
+        decoded = layout.split(self.decoder_norm(h, residual)[0])[1]
+        target, _, _ = normalise(select(self._patchify(images), hidden))
+        errors = (self.decoder_pred(select(decoded, hidden)).float() - target).square()
+        count = sum(here.lengths) - sum(seen_here.lengths)
+        return errors.mean(-1).sum() / (len(images) * count)
 
     def _positions(self, images: Images) -> Tensor:
         """Of the decoder, (1, l, decoder width)."""

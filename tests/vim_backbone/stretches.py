@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pretrain.mae.model import DecoderConfig, MaskedAutoencoder, split_patches
 from tests.vim_backbone.test_vim import small
 from vim_backbone.block import set_recompute
 from vim_backbone.memory import LEVELS, Recompute
-from vim_backbone.sequence_parallel import encode_stretch, pool_stretch
+from vim_backbone.sequence_parallel import Rows, encode_stretch, pool_stretch, rows_of
 from vim_backbone.stretch import Stretch
 
 LENGTHS = {2: (17, 26), 4: (9, 3, 20, 11)}
@@ -23,6 +24,11 @@ CASES = {
     "no special token, batch of 2": {"class_token": "none", "global_pool": "avg"},
     "two taps": {"d_conv": 2, "d_state": 4},
     "one tap": {"d_conv": 1},
+}
+
+MASKED = {
+    "class token in the middle": {},
+    "channels are tokens": {"channels": "tokens", "class_token": "none", "global_pool": "avg"},
 }
 
 
@@ -80,6 +86,37 @@ def worst(name: str, processes: int, level: Recompute, group: Any, rank: int, de
     return max(errors)
 
 
+def worst_masked(changes: dict[str, Any], processes: int, group: Any, rank: int, device: str) -> float:
+    """Largest error of a masked autoencoder's loss and of its parameters' gradients."""
+    sizes = {"img_size": (32, 24), "patch_size": 4, "depth": 2, "num_classes": 0}
+    torch.manual_seed(0)
+    model = MaskedAutoencoder(small(**sizes, **changes), DecoderConfig(width=16, depth=1)).to(device)
+    slow(model)
+    generator = torch.Generator().manual_seed(2)
+    grid, images = (16, 12), torch.randn(1, 3, 64, 48, generator=generator)  # twice the size of the positions' table
+    tokens = model.encoder.config.tokens_a_patch(3)
+    mask = torch.rand(1, 16 * 12 * tokens, generator=generator) < 0.5
+    loss = model(images.to(device), *(each.to(device) for each in split_patches(mask)[:2]))
+    loss.backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    rows = rows_of(grid, rank, processes)
+    pixels = images[:, :, 4 * rows.start : 4 * rows.stop].to(device)
+    own = mask.view(1, 16, 12 * tokens)[:, rows.start : rows.stop].flatten(1)
+    visible, hidden, _ = split_patches(own)
+    part = model(pixels, visible.to(device), hidden.to(device), rows=Rows(rows, grid, group))
+    part.backward()
+    whole = part.detach().clone()
+    dist.all_reduce(whole, group=group)
+    errors = [relative(whole, loss)]
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            dist.all_reduce(gradient, group=group)
+            errors.append(relative(gradient, expected[name]))
+    return max(errors)
+
+
 def main(folder: str, rank: int, world: int) -> None:
     """All cases with two processes, then with four; with two in all, on GPUs where each has one."""
     torch.set_num_threads(1)
@@ -99,6 +136,10 @@ def main(folder: str, rank: int, world: int) -> None:
                 found = torch.tensor(worst(name, processes, level, group, rank % processes, device), device=device)
                 dist.all_reduce(found, dist.ReduceOp.MAX)
                 errors[f"{processes} processes, {device[:4]}, {name}, {level}"] = found.item()
+        for name, changes in MASKED.items():
+            found = torch.tensor(worst_masked(changes, processes, group, rank % processes, device), device=device)
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+            errors[f"{processes} processes, {device[:4]}, masked, {name}"] = found.item()
     if rank == 0:
         (Path(folder) / "errors.json").write_text(json.dumps(errors))
     dist.barrier()
