@@ -43,6 +43,13 @@ def test_tokens_and_features_are_those_of_the_whole_picture(kind, side):
     torch.testing.assert_close(torch.cat([special, patches], 1), features, rtol=1e-5, atol=2e-5)
 
 
+def test_some_rows_are_those_of_the_whole():
+    model, image = small(), torch.randn(1, 3, 112, 80)
+    whole = embed_by_window(model, (7, 5), reader(image, model), 2)
+    parts = [embed_by_window(model, (7, 5), reader(image, model), 2, rows) for rows in (range(3), range(3, 7))]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole)
+
+
 def test_each_patch_is_read_once_and_edges_are_cut():
     model, seen = small(), []
     image = torch.randn(1, 3, 112, 80)
