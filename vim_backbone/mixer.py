@@ -99,10 +99,12 @@ class Mixer(nn.Module):
     def _stretch(self, xz: Tensor, forward: ScanWeights, backward: ScanWeights, stretch: Stretch) -> Tensor:
         """Tokens xz (batch, length, 2 d_inner) of a stretch -> (batch, length, d_inner), gated."""
         x, z = xz.chunk(2, dim=-1)
+        if not torch.is_grad_enabled() and self.scan_norm is None:
+            return scan_stretch(x, z, forward, backward, stretch)
         if self.recompute in ("inputs", "states") and torch.is_grad_enabled():
-            y = checkpoint(scan_stretch, x, forward, backward, stretch, **_AGAIN)
+            y = checkpoint(scan_stretch, x, None, forward, backward, stretch, **_AGAIN)
         else:
-            y = scan_stretch(x, forward, backward, stretch)
+            y = scan_stretch(x, None, forward, backward, stretch)
         return (y if self.scan_norm is None else self.scan_norm(y)) * F.silu(z)
 
     def _one_way(self, xz: Tensor, weights: ScanWeights, reverse: bool, cu_seqlens: Tensor | None) -> Tensor:

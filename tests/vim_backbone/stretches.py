@@ -45,6 +45,24 @@ def slow(model: torch.nn.Module) -> None:
                 parameter.sub_(3.0)
 
 
+def gradients_of(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Of its parameters, taken away from them."""
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    return gradients
+
+
+def gradient_errors(model: torch.nn.Module, expected: dict[str, Tensor], group: Any) -> list[float]:
+    """Of the sums over the processes."""
+    errors = []
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            dist.all_reduce(gradient, group=group)
+            errors.append(relative(gradient, expected[name]))
+    return errors
+
+
 def worst(name: str, processes: int, level: Recompute, group: Any, rank: int, device: str) -> float:
     """Largest error of a case: features, pooled ones, gradients of tokens and of all parameters."""
     changes = CASES[name]
@@ -60,8 +78,7 @@ def worst(name: str, processes: int, level: Recompute, group: Any, rank: int, de
     special, patches = model.encode(whole)
     pooled = special[:, 0] if model.global_pool == "token" else patches.mean(1)
     ((patches * weights).sum() + (special * of_special).sum() + pooled.square().sum()).backward()
-    expected = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    model.zero_grad()
+    expected = gradients_of(model)
     # several
     here = slice(sum(lengths[:rank]), sum(lengths[: rank + 1]))
     own = tokens[:, here].clone().requires_grad_()
@@ -78,12 +95,9 @@ def worst(name: str, processes: int, level: Recompute, group: Any, rank: int, de
     assert whole.grad is not None
     errors = [relative(got, patches[:, here]), relative(got_pooled, pooled), relative(own.grad, whole.grad[:, here])]
     errors += [relative(got_special, special)] if model.num_prefix_tokens else []
-    for name, parameter in model.named_parameters():
-        if name in expected:
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            dist.all_reduce(gradient, group=group)
-            errors.append(relative(gradient, expected[name]))
-    return max(errors)
+    with torch.no_grad():
+        errors.append(relative(encode_stretch(model, own, stretch)[1], patches[:, here]))
+    return max(errors + gradient_errors(model, expected, group))
 
 
 def worst_masked(changes: dict[str, Any], processes: int, group: Any, rank: int, device: str) -> float:
@@ -98,8 +112,7 @@ def worst_masked(changes: dict[str, Any], processes: int, group: Any, rank: int,
     mask = torch.rand(1, 16 * 12 * tokens, generator=generator) < 0.5
     loss = model(images.to(device), *(each.to(device) for each in split_patches(mask)[:2]))
     loss.backward()
-    expected = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    model.zero_grad()
+    expected = gradients_of(model)
     rows = rows_of(grid, rank, processes)
     pixels = images[:, :, 4 * rows.start : 4 * rows.stop].to(device)
     own = mask.view(1, 16, 12 * tokens)[:, rows.start : rows.stop].flatten(1)
@@ -108,13 +121,7 @@ def worst_masked(changes: dict[str, Any], processes: int, group: Any, rank: int,
     part.backward()
     whole = part.detach().clone()
     dist.all_reduce(whole, group=group)
-    errors = [relative(whole, loss)]
-    for name, parameter in model.named_parameters():
-        if name in expected:
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            dist.all_reduce(gradient, group=group)
-            errors.append(relative(gradient, expected[name]))
-    return max(errors)
+    return max(relative(whole, loss), *gradient_errors(model, expected, group))
 
 
 def main(folder: str, rank: int, world: int) -> None:
