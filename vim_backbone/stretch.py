@@ -150,16 +150,16 @@ def scan_stretch(x: Tensor, z: Tensor | None, forward: ScanWeights, backward: Sc
     """
     halos = _halos(x, forward, stretch)
 
-    def way(reverse: bool) -> _Way:
+    def way(reverse: bool) -> OneWay:
         weights = backward if reverse else forward
-        return _Way(_convolved(x, halos[reverse], weights, reverse), z, weights, reverse)
+        return OneWay(_convolved(x, halos[reverse], weights, reverse), z, weights, reverse)
 
     first, second = _swapped(way, stretch) if stretch.size == 2 else _carried(way, stretch)
     return torch.lerp(first, second, 0.5)
 
 
-class _Way:
-    """One direction: its convolved tokens u (b, l, d), and what the scan takes beside them."""
+class OneWay:
+    """One direction of a mixer's scan: its convolved tokens u (b, l, d), and what the scan takes beside them."""
 
     def __init__(self, u: Tensor, z: Tensor | None, weights: ScanWeights, reverse: bool) -> None:
         rank, n = weights.dt_proj.shape[1], weights.A_log.shape[1]
@@ -181,7 +181,7 @@ class _Way:
         return F.softplus(self.dt.to(self.A.dtype) + bias).sum(1)
 
 
-def _swapped(way: Callable[[bool], _Way], stretch: Stretch) -> tuple[Tensor, Tensor]:
+def _swapped(way: Callable[[bool], OneWay], stretch: Stretch) -> tuple[Tensor, Tensor]:
     """Two processes: each begins with the direction that begins in its stretch, and takes the other one's state."""
     reverse = stretch.rank == 1
     first, leaving = way(reverse).scan(None)
@@ -189,7 +189,7 @@ def _swapped(way: Callable[[bool], _Way], stretch: Stretch) -> tuple[Tensor, Ten
     return first, way(not reverse).scan(entering)[0]
 
 
-def _carried(way: Callable[[bool], _Way], stretch: Stretch) -> tuple[Tensor, Tensor]:
+def _carried(way: Callable[[bool], OneWay], stretch: Stretch) -> tuple[Tensor, Tensor]:
     """Any number of processes: what leaves every stretch if nothing enters, then the scan from what does enter."""
     ways = way(False), way(True)
     made = torch.stack([torch.cat([w.scan(None)[1].to(w.A.dtype), w.steps()[..., None]], dim=-1) for w in ways])
