@@ -122,11 +122,12 @@ class StretchLayout:
 
     def join(self, special: Tensor, patches: Tensor) -> Tensor:
         """(b, special, d_model), all of them, and (b, l, d_model) -> (b, l + those here, d_model) in scan order."""
-        pieces, start = [], 0
+        # none of them where none is here: DDP waits for the gradient of every parameter
+        pieces, start = [special[:, :0]], 0
         for place, token in self._own:
             pieces += [patches[:, start:place], special[:, token : token + 1]]
             start = place
-        return torch.cat([*pieces, patches[:, start:]], dim=1) if pieces else patches
+        return torch.cat([*pieces, patches[:, start:]], dim=1)
 
     def split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The inverse; all processes get all special tokens (b, special, d_model)."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from pretrain.mae.model import DecoderConfig, MaskedAutoencoder, split_patches
 from tests.vim_backbone.test_vim import small
@@ -100,28 +101,58 @@ def worst(name: str, processes: int, level: Recompute, group: Any, rank: int, de
     return max(errors + gradient_errors(model, expected, group))
 
 
+GRID = (16, 12)
+"""Of pictures for the masked autoencoder: twice the size of its positions' table."""
+
+
+def autoencoder(changes: dict[str, Any], device: str) -> MaskedAutoencoder:
+    """The same in every process."""
+    torch.manual_seed(0)
+    encoder = small(img_size=(32, 24), patch_size=4, depth=2, num_classes=0, **changes)
+    model = MaskedAutoencoder(encoder, DecoderConfig(width=16, depth=1)).to(device)
+    slow(model)
+    return model
+
+
+def masked_picture(seed: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """Pixels (1, 3, 64, 48), and which tokens are hidden: rows by columns."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(1, 3, 64, 48, generator=generator), torch.rand(16, 12 * tokens, generator=generator) < 0.5
+
+
+def inputs_of(image: Tensor, mask: Tensor, device: str, rows: range = range(GRID[0])) -> list[Tensor]:
+    """What the autoencoder takes of some rows."""
+    own = slice(4 * rows.start, 4 * rows.stop)
+    visible, hidden, _ = split_patches(mask[rows.start : rows.stop].flatten()[None])
+    return [each.to(device) for each in (image[:, :, own], visible, hidden)]
+
+
 def worst_masked(changes: dict[str, Any], processes: int, group: Any, rank: int, device: str) -> float:
     """Largest error of a masked autoencoder's loss and of its parameters' gradients."""
-    sizes = {"img_size": (32, 24), "patch_size": 4, "depth": 2, "num_classes": 0}
-    torch.manual_seed(0)
-    model = MaskedAutoencoder(small(**sizes, **changes), DecoderConfig(width=16, depth=1)).to(device)
-    slow(model)
-    generator = torch.Generator().manual_seed(2)
-    grid, images = (16, 12), torch.randn(1, 3, 64, 48, generator=generator)  # twice the size of the positions' table
-    tokens = model.encoder.config.tokens_a_patch(3)
-    mask = torch.rand(1, 16 * 12 * tokens, generator=generator) < 0.5
-    loss = model(images.to(device), *(each.to(device) for each in split_patches(mask)[:2]))
+    model = autoencoder(changes, device)
+    image, mask = masked_picture(2, model.encoder.config.tokens_a_patch(3))
+    loss = model(*inputs_of(image, mask, device))
     loss.backward()
     expected = gradients_of(model)
-    rows = rows_of(grid, rank, processes)
-    pixels = images[:, :, 4 * rows.start : 4 * rows.stop].to(device)
-    own = mask.view(1, 16, 12 * tokens)[:, rows.start : rows.stop].flatten(1)
-    visible, hidden, _ = split_patches(own)
-    part = model(pixels, visible.to(device), hidden.to(device), rows=Rows(rows, grid, group))
+    rows = rows_of(GRID, rank, processes)
+    part = model(*inputs_of(image, mask, device, rows), rows=Rows(rows, GRID, group))
     part.backward()
     whole = part.detach().clone()
     dist.all_reduce(whole, group=group)
     return max(relative(whole, loss), *gradient_errors(model, expected, group))
+
+
+def worst_ddp(group: Any, rank: int, device: str) -> float:
+    """Two pictures, each over two of four processes, under DDP: largest error of the gradients."""
+    model = autoencoder({}, device)
+    pictures = [masked_picture(seed, 1) for seed in (3, 4)]
+    torch.stack([model(*inputs_of(*picture, device)) for picture in pictures]).mean().backward()
+    expected = gradients_of(model)
+    rows = rows_of(GRID, rank % 2, 2)
+    replica = DistributedDataParallel(model)
+    part = replica(*inputs_of(*pictures[rank // 2], device, rows), rows=Rows(rows, GRID, group))
+    (2 * part).backward()
+    return max(relative(model.get_parameter(name).grad, gradient) for name, gradient in expected.items())
 
 
 def main(folder: str, rank: int, world: int) -> None:
@@ -147,6 +178,10 @@ def main(folder: str, rank: int, world: int) -> None:
             found = torch.tensor(worst_masked(changes, processes, group, rank % processes, device), device=device)
             dist.all_reduce(found, dist.ReduceOp.MAX)
             errors[f"{processes} processes, {device[:4]}, masked, {name}"] = found.item()
+    if world == 4:
+        found = torch.tensor(worst_ddp(groups[2], rank, device))
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        errors["4 processes, cpu, masked, two pictures under DDP"] = found.item()
     if rank == 0:
         (Path(folder) / "errors.json").write_text(json.dumps(errors))
     dist.barrier()
