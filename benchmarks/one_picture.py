@@ -8,13 +8,14 @@ On a GPU, all of it, each row printed as it is made, CSV and plot written after 
     python -m benchmarks.one_picture --check 1557504 4194304
     torchrun --nproc_per_node 2 -m benchmarks.one_picture --ranks --seconds 120 --sizes 8192 16384 19968
 
-Nets: "row" is the whole picture as one sequence through a Vim, "compiled" the same under torch.compile, "tiles" the
-same Vim on the picture cut into tiles of `--tile` pixels, which know nothing of each other, and "vit" a ViT of the same
-width and half as many blocks (as many parameters) on the whole sequence, by flash attention. Pixels are random, a
-window of them made once: each is embedded by window (vim_backbone/windows.py), so that no whole picture is ever there;
-of tiles one is embedded for each batch. Memory is all that was allocated at most, weights included. The slope is that
-of the logarithms of ms and tokens, from the row before: 1 is linear, 2 is square. A case is left out that, by the slope
-of its net, would take longer than `--cap`.
+Nets: "row" is the whole picture as one sequence through a Vim, "sliced" the same in slices of `--slice` tokens, for
+less memory (`vim_backbone.block.set_slices`), "compiled" the first under torch.compile, "tiles" the same Vim on the
+picture cut into tiles of `--tile` pixels, which know nothing of each other, and "vit" a ViT of the same width and half
+as many blocks (as many parameters) on the whole sequence, by flash attention. Pixels are random, a window of them made
+once: each is embedded by window (vim_backbone/windows.py), so that no whole picture is ever there; of tiles one is
+embedded for each batch. Memory is all that was allocated at most, weights included. The slope is that of the logarithms
+of ms and tokens, from the row before: 1 is linear, 2 is square. A case is left out that, by the slope of its net, would
+take longer than `--cap`.
 
 Under torchrun `--ranks` measures one sequence over all processes (vim_backbone/stretch.py), each with as many rows of
 patches, beside the row that each process takes by itself: ms of the slowest, GB of the first.
@@ -48,13 +49,14 @@ from benchmarks.machine import clock, peak_allocated, read_csv, versions, write_
 from benchmarks.pretrain_step import Case, Trainer, grouped
 from benchmarks.vit import blocks_of
 from vim_backbone import VimConfig, VisionMamba, named_config
+from vim_backbone.block import set_slices
 from vim_backbone.memory import LEVELS
 from vim_backbone.sequence_parallel import encode_stretch, rows_of
 from vim_backbone.stretch import Stretch
 from vim_backbone.windows import Window, embed_by_window
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-NETS = ("row", "compiled", "tiles", "vit")
+NETS = ("row", "sliced", "compiled", "tiles", "vit")
 GPU_SIZES = (512, 1024, 2048, 4096, 8192, 12288, 16384, 19968, 24576, 32768)
 CPU_SIZES = (512, 1024, 2048)
 WINDOW = {"cpu": 32, "cuda": 256}
@@ -69,11 +71,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="vim_tiny", help="vim_tiny, vim_small, ...")
     parser.add_argument("--depth", type=int, help="blocks, for a try")
     parser.add_argument("--sizes", type=int, nargs="+", help="sides in pixels; 512 to 32768 on a GPU")
-    parser.add_argument("--nets", nargs="+", choices=NETS, default=["row", "tiles", "vit"])
+    parser.add_argument("--nets", nargs="+", choices=NETS, default=["row", "sliced", "tiles", "vit"])
     parser.add_argument("--scan", choices=("full", "pooled"), default="full")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights, in training of the autocast; bf16 on a GPU")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tile", type=int, default=1024, help="side of a tile in pixels")
+    parser.add_argument("--slice", type=int, default=2**17, help="tokens of a slice")
     parser.add_argument("--each", type=float, default=1.0, help="seconds to measure a case for")
     parser.add_argument("--cap", type=float, default=12.0, help="leave out a case that would take so many a run")
     parser.add_argument("--seconds", type=float, help="start no case after so many")
@@ -116,6 +119,7 @@ class Net:
         side = self.window * self.model.config.stride
         self.pixels = torch.randn(1, 3, side, side).to(self.model.pos_embed)
         self.encode: Callable[..., tuple[Tensor, Tensor]] = self.model.encode
+        set_slices(self.model, options.slice if name == "sliced" else None)
         if name == "compiled":
             self.encode = torch.compile(self.model.encode, dynamic=False)
 
@@ -220,7 +224,7 @@ def forward_rows(options: argparse.Namespace, late: Callable[[], bool]) -> Itera
             last = before.get(name)
             if late() or (last and expected_seconds(last, tokens, 2.0 if name == "vit" else 1.0) > options.cap):
                 continue
-            if name == "tiles" and size <= options.tile:
+            if (name == "tiles" and size <= options.tile) or (name == "sliced" and tokens <= options.slice):
                 continue
             row = {"net": name, "model": options.model, "scan": options.scan, "pixels": size, "tokens": tokens}
             try:

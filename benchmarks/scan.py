@@ -164,7 +164,7 @@ def one_launch(inputs: Inputs) -> Case:
     laid_out = mixer.mixer_weights(x, *weights)
     made = mixer.MixerInputs.empty(x, *laid_out.padded, low=False)
     mixer.mixer_inputs(x, laid_out, rows, made)
-    arguments = made.scan(laid_out)
+    arguments = made.scan(laid_out, None)
     out = x.new_empty(rows.rows, x.shape[2])
     whole = BidirectionalScan(inputs.xz.detach(), *weights, cu_seqlens=None, gaps=None, gated=True)
     states, ungated = mixer.bidirectional_scan_saved(whole)

@@ -23,6 +23,7 @@ from launch.data.reading import open_file, read_pixels
 from launch.run.cli import run
 from launch.run.progress import ProgressReport
 from vim_backbone import VisionMamba, load
+from vim_backbone.block import set_slices
 from vim_backbone.errors import UserError, first_line, require
 from vim_backbone.files import write_atomically
 from vim_backbone.lines import Grid
@@ -108,12 +109,14 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("picture", type=Path, help="a tiled TIFF, a slide or an .npy file")
     parser.add_argument("out", type=Path, help=".npy file to write: (rows, columns, d_model)")
     parser.add_argument("--window", type=int, default=2048, help="side of the windows in pixels")
+    parser.add_argument("--slice", type=int, help="tokens that a block scans at a time, for less memory; all")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="bfloat16 writes float16")
     parser.add_argument("--revision", help="branch, tag or commit of the backbone on the Hub")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
     arguments = parser.parse_args(argv)
     require(arguments.window >= 1, "--window", arguments.window, "it must be at least 1")
+    require(arguments.slice is None or arguments.slice >= 1, "--slice", arguments.slice, "it must be at least 1")
     require(arguments.out.suffix == ".npy", "out", arguments.out, "it must end in .npy")
     require(arguments.overwrite or not arguments.out.exists(), "out", arguments.out, "it exists: --overwrite")
     return arguments
@@ -129,6 +132,7 @@ def main(argv: list[str]) -> None:
     except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
         why = f"--device {arguments.device} cannot be used ({first_line(error)})"
         raise UserError(f"{why}: give cuda or cpu") from error
+    set_slices(model, arguments.slice)
     with named(arguments.picture):
         picture = open_file(arguments.picture)
     with picture:

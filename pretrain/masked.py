@@ -19,6 +19,7 @@ from vim_backbone.errors import UserError, require
 from vim_backbone.gaps import scan_gaps
 from vim_backbone.packing import layout_of
 from vim_backbone.position import resize_table, sincos_table, with_channels
+from vim_backbone.sequence_parallel import Rows
 from vim_backbone.tokens import TokenLayout
 from vim_backbone.vim import Images, lines_of
 
@@ -138,9 +139,7 @@ class MaskedModel(nn.Module):
         """(b, l, decoder width) for all patches; `visible` and `lengths` are fields of `Split`."""
         special, seen = encode_visible(self.encoder, images, visible, lengths, self.gap_aware)
         special, seen = self.decoder_embed(special), self.decoder_embed(seen)
-        positions = self._positions(images)
-        tokens = self.mask_token.to(seen.dtype).expand(len(seen), positions.shape[1], -1)
-        tokens = tokens.scatter(1, visible[..., None].expand_as(seen), seen) + positions
+        tokens = self.placed(seen, visible, self._positions(images))
         layout, cu_seqlens = layout_of(self.layout, self.encoder.lengths(images), tokens.device)
         h, residual = layout.join(special.to(tokens.dtype), tokens), None
         lines = None
@@ -150,17 +149,26 @@ class MaskedModel(nn.Module):
             h, residual = block(h, residual, cu_seqlens, lines and lines[index % 2])
         return layout.split(self.decoder_norm(h, residual)[0])[1]
 
+    def placed(self, seen: Tensor, visible: Tensor, positions: Tensor) -> Tensor:
+        """The decoder's input (b, l, decoder width): visible tokens in their places, else the mask token."""
+        tokens = self.mask_token.to(seen.dtype).expand(len(seen), positions.shape[1], -1)
+        return tokens.scatter(1, visible[..., None].expand_as(seen), seen) + positions
+
     def _positions(self, images: Images) -> Tensor:
         """Of the decoder, (1, l, decoder width)."""
-        layout, size = TokenLayout("none", 0), self.encoder.grid_size
-        positions = []
-        for image in [images] if isinstance(images, Tensor) else images:
-            table = resize_table(self.decoder_pos_embed, layout, size, self.grid(image))
-            if self.decoder_channel_embed is not None:
-                channels = self.encoder.config.channels_of(image.shape[-3])
-                table = with_channels(table, self.decoder_channel_embed, channels)
-            positions.append(table)
-        return torch.cat(positions, dim=1)
+        every = [images] if isinstance(images, Tensor) else images
+        return torch.cat([self.positions_of(image) for image in every], dim=1)
+
+    def positions_of(self, images: Tensor, rows: Rows | None = None) -> Tensor:
+        """Of the decoder, (1, l, decoder width), for pictures (..., c, h, w) of one shape, or for `rows` of theirs."""
+        table, layout, size = self.decoder_pos_embed, TokenLayout("none", 0), self.encoder.grid_size
+        if rows is None:
+            table = resize_table(table, layout, size, self.grid(images))
+        else:
+            table = rows.of_table(table, layout, size)
+        if self.decoder_channel_embed is None:
+            return table
+        return with_channels(table, self.decoder_channel_embed, self.encoder.config.channels_of(images.shape[-3]))
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """Rows and columns of patches of pictures (..., c, h, w)."""

@@ -76,6 +76,17 @@ def set_recompute(model: nn.Module, level: Recompute) -> None:
             module.recompute = level
 
 
+def set_slices(model: nn.Module, tokens: int | None) -> None:
+    """Let all mixers take long sequences in slices of so many tokens, where no gradients are wanted; None: whole.
+
+    Less memory at more time: of a block's inner channels a sequence has one tensor in place of seven. Values are the
+    same to rounding. What is packed, pooled, apart, or over several processes is taken whole.
+    """
+    for module in model.modules():
+        if isinstance(module, Mixer):
+            module.slice_tokens = tokens
+
+
 def drop_path(h: Tensor, rate: float, training: bool, cu_seqlens: Tensor | None = None) -> Tensor:
     """Stochastic depth (arXiv 1603.09382): zero whole pictures with probability `rate`, scale up the others."""
     if rate == 0.0 or not training:

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from vim_backbone.config import VimConfig
 from vim_backbone.hand_over import Given, hooked, take
 from vim_backbone.memory import Recompute
-from vim_backbone.stretch import Stretch, scan_stretch
+from vim_backbone.stretch import OneWay, Stretch, scan_stretch
 from vim_kernels import (
     Lines,
     NormWeights,
@@ -47,6 +47,7 @@ class Mixer(nn.Module):
         self.out_proj = nn.Linear(d, d_model, bias=False)
         self.scan_norm = nn.LayerNorm(d) if config.mixer_norm else None
         self.recompute: Recompute = "inputs"
+        self.slice_tokens: int | None = None
 
     def forward(
         self,
@@ -66,11 +67,13 @@ class Mixer(nn.Module):
         of sequences over several.
         """
         assert gaps is None or not (apart or lines or stretch)
+        other = apart or lines or stretch or gaps is not None or cu_seqlens is not None
+        if self.slice_tokens and not (torch.is_grad_enabled() or other):
+            return self._in_slices(take(h), self.slice_tokens)
         xz = self.in_proj(take(h))
         # where all is made again the backward pass follows at once, and convolutions need not run a second time for it
         recompute = "none" if self.recompute == "products" else self.recompute
-        forward = _weights(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
-        backward = _weights(self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
+        forward, backward = self._both_weights()
         if stretch is not None:
             y = self._stretch(xz, forward, backward, stretch)
         elif apart:
@@ -101,13 +104,46 @@ class Mixer(nn.Module):
                 halves.append(self._one_way(half, weights, reverse, cu_seqlens))
         return torch.cat(halves)
 
+    def _in_slices(self, h: Tensor, tokens: int) -> Tensor:
+        """As `forward`, a slice of the tokens at a time: forward through all, then backward; the state is handed on.
+
+        Of the whole sequence there are h, its result, and one direction's; in_proj is taken twice.
+        """
+        length, near = h.shape[1], self.conv1d.kernel_size[0] - 1
+        ahead, result = h.new_empty(*h.shape[:2], self.A_log.shape[0]), torch.empty_like(h)
+        starts = range(0, length, tokens)
+        for reverse, weights in zip((False, True), self._both_weights(), strict=True):
+            state = None
+            for start in reversed(starts) if reverse else starts:
+                stop = min(start + tokens, length)
+                first, last = (start, min(length, stop + near)) if reverse else (max(0, start - near), stop)
+                x, z = self.in_proj(h[:, first:last]).chunk(2, dim=-1)
+                u = causal_conv1d(x, weights.conv_weight, weights.conv_bias, reverse=reverse)
+                here = slice(start - first, stop - first)
+                y, state = OneWay(u[:, here], None, weights, reverse).scan(state)
+                if reverse:
+                    y = torch.lerp(ahead[:, start:stop], y, 0.5)
+                    y = (y if self.scan_norm is None else self.scan_norm(y)) * F.silu(z[:, here])
+                    result[:, start:stop] = self.out_proj(y)
+                else:
+                    ahead[:, start:stop] = y
+        return result
+
+    def _both_weights(self) -> tuple[ScanWeights, ScanWeights]:
+        return (
+            _weights(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D),
+            _weights(self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b),
+        )
+
     def _stretch(self, xz: Tensor, forward: ScanWeights, backward: ScanWeights, stretch: Stretch) -> Tensor:
         """Tokens xz (batch, length, 2 d_inner) of a stretch -> (batch, length, d_inner), gated."""
         x, z = xz.chunk(2, dim=-1)
+        if not torch.is_grad_enabled() and self.scan_norm is None:
+            return scan_stretch(x, z, forward, backward, stretch)
         if self.recompute in ("inputs", "states") and torch.is_grad_enabled():
-            y = checkpoint(scan_stretch, x, forward, backward, stretch, **_AGAIN)
+            y = checkpoint(scan_stretch, x, None, forward, backward, stretch, **_AGAIN)
         else:
-            y = scan_stretch(x, forward, backward, stretch)
+            y = scan_stretch(x, None, forward, backward, stretch)
         return (y if self.scan_norm is None else self.scan_norm(y)) * F.silu(z)
 
     def _one_way(self, xz: Tensor, weights: ScanWeights, reverse: bool, cu_seqlens: Tensor | None) -> Tensor:

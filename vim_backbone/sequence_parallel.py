@@ -6,18 +6,59 @@
 Every process has the whole model, and calls the same functions in the same order; each has a loss of its own patches.
 """
 
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from vim_backbone.errors import UserError
 from vim_backbone.hand_over import Given, hand_over
+from vim_backbone.inputs import grid_of
 from vim_backbone.lines import Grid
+from vim_backbone.position import windowed_table, with_channels
 from vim_backbone.stretch import Stretch, StretchLayout
+from vim_backbone.tokens import TokenLayout
 from vim_backbone.vim import VisionMamba
 
 
 def rows_of(grid: Grid, rank: int, size: int) -> range:
     """Rows of patches of a process, as many as the others have, or one more."""
     return range(grid[0] * rank // size, grid[0] * (rank + 1) // size)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a process holds of a picture: some of its rows of patches, behind those of the processes before it."""
+
+    own: range
+    grid: Grid
+    """Of the whole picture."""
+    group: Any = None
+    """The processes, of `torch.distributed`; None for all."""
+
+    def stretch(self, length: int, device: torch.device) -> Stretch:
+        """Of a sequence of which this process has `length` tokens; every process of the group must call it."""
+        return Stretch.of(length, device, self.group)
+
+    def of_table(self, table: Tensor, layout: TokenLayout, size: Grid) -> Tensor:
+        """Positions (1, places here, d_model) of a table made for the grid `size`."""
+        return windowed_table(table, layout, size, self.grid)(slice(self.own.start, self.own.stop), slice(None))
+
+
+def embed_rows(model: VisionMamba, images: Tensor, rows: Rows) -> Tensor:
+    """Pixels of some rows of patches (b, c, h, w) -> their tokens (b, l, d_model), as `model.embed_patches` has them.
+
+    Raises UserError for pixels of other rows than these, and for patches that overlap.
+    """
+    grid = grid_of(images, model.config)
+    if grid != (len(rows.own), rows.grid[1]) or model.config.stride != model.config.patch_size:
+        wanted = f"{len(rows.own)} x {rows.grid[1]} patches that do not overlap"
+        raise UserError(f"pictures have {grid[0]} x {grid[1]} patches: for {rows.own} of {rows.grid} give {wanted}")
+    positions = rows.of_table(model.pos_embed, model.position_layout, model.grid_size)
+    if model.channel_embed is not None:
+        positions = with_channels(positions, model.channel_embed, model.config.channels_of(images.shape[1]))
+    return model.patch_embed(images.to(model.patch_embed.proj.weight.dtype)) + positions
 
 
 def encode_stretch(model: VisionMamba, patches: Tensor, stretch: Stretch) -> tuple[Tensor, Tensor]:
@@ -71,6 +112,3 @@ def check(model: VisionMamba, patches: Tensor, stretch: Stretch) -> None:
     stretch.check(config.d_conv)
     if patches.shape[1] != stretch.lengths[stretch.rank]:
         raise UserError(f"there are {patches.shape[1]} patches, the stretch has {stretch.lengths[stretch.rank]}")
-
-
-__all__ = ["Stretch", "check", "encode_stretch", "pool_stretch", "rows_of"]

@@ -122,11 +122,12 @@ class StretchLayout:
 
     def join(self, special: Tensor, patches: Tensor) -> Tensor:
         """(b, special, d_model), all of them, and (b, l, d_model) -> (b, l + those here, d_model) in scan order."""
-        pieces, start = [], 0
+        # none of them where none is here: DDP waits for the gradient of every parameter
+        pieces, start = [special[:, :0]], 0
         for place, token in self._own:
             pieces += [patches[:, start:place], special[:, token : token + 1]]
             start = place
-        return torch.cat([*pieces, patches[:, start:]], dim=1) if pieces else patches
+        return torch.cat([*pieces, patches[:, start:]], dim=1)
 
     def split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The inverse; all processes get all special tokens (b, special, d_model)."""
@@ -142,27 +143,28 @@ class StretchLayout:
         return _Together.apply(self.stretch.total(special), torch.cat(patches, dim=1))  # pyright: ignore[reportReturnType]
 
 
-def scan_stretch(x: Tensor, forward: ScanWeights, backward: ScanWeights, stretch: Stretch) -> Tensor:
-    """The mean of both directions of a Vim mixer before its gate, x and the result (b, l, d).
+def scan_stretch(x: Tensor, z: Tensor | None, forward: ScanWeights, backward: ScanWeights, stretch: Stretch) -> Tensor:
+    """The mean of both directions of a Vim mixer, times silu(z) where z is given; x, z and the result (b, l, d).
 
-    As `vim_kernels.bidirectional_scan` of the whole sequence, not gated. Every process of the stretch must call it.
+    As `vim_kernels.bidirectional_scan` of the whole sequence. Every process of the stretch must call it. With gradients
+    it is cheaper to gate the result: the gate's backward would scan once more.
     """
     halos = _halos(x, forward, stretch)
 
-    def way(reverse: bool) -> _Way:
+    def way(reverse: bool) -> OneWay:
         weights = backward if reverse else forward
-        return _Way(_convolved(x, halos[reverse], weights, reverse), weights, reverse)
+        return OneWay(_convolved(x, halos[reverse], weights, reverse), z, weights, reverse)
 
     first, second = _swapped(way, stretch) if stretch.size == 2 else _carried(way, stretch)
-    return (first + second).mul_(0.5)
+    return torch.lerp(first, second, 0.5)
 
 
-class _Way:
-    """One direction: its convolved tokens u (b, l, d), and what the scan takes beside them."""
+class OneWay:
+    """One direction of a mixer's scan: its convolved tokens u (b, l, d), and what the scan takes beside them."""
 
-    def __init__(self, u: Tensor, weights: ScanWeights, reverse: bool) -> None:
+    def __init__(self, u: Tensor, z: Tensor | None, weights: ScanWeights, reverse: bool) -> None:
         rank, n = weights.dt_proj.shape[1], weights.A_log.shape[1]
-        self.u, self.weights, self.reverse = u, weights, reverse
+        self.u, self.z, self.weights, self.reverse = u, z, weights, reverse
         low_rank, self.B, self.C = F.linear(u, weights.x_proj).split([rank, n, n], dim=-1)
         self.dt = F.linear(low_rank, weights.dt_proj)
         self.A = -(weights.A_log if weights.A_log.dtype == torch.float64 else weights.A_log.float()).exp()
@@ -170,7 +172,7 @@ class _Way:
     def scan(self, entering: Tensor | None) -> tuple[Tensor, Tensor]:
         """From a state (b, d, n): y (b, l, d), and the state that leaves."""
         return selective_scan(
-            self.u, self.dt, self.A, self.B, self.C, self.weights.D, None, self.weights.dt_bias, dt_softplus=True,
+            self.u, self.dt, self.A, self.B, self.C, self.weights.D, self.z, self.weights.dt_bias, dt_softplus=True,
             reverse=self.reverse, initial_state=entering, return_final_state=True,
         )  # fmt: skip
 
@@ -180,7 +182,7 @@ class _Way:
         return F.softplus(self.dt.to(self.A.dtype) + bias).sum(1)
 
 
-def _swapped(way: Callable[[bool], _Way], stretch: Stretch) -> tuple[Tensor, Tensor]:
+def _swapped(way: Callable[[bool], OneWay], stretch: Stretch) -> tuple[Tensor, Tensor]:
     """Two processes: each begins with the direction that begins in its stretch, and takes the other one's state."""
     reverse = stretch.rank == 1
     first, leaving = way(reverse).scan(None)
@@ -188,7 +190,7 @@ def _swapped(way: Callable[[bool], _Way], stretch: Stretch) -> tuple[Tensor, Ten
     return first, way(not reverse).scan(entering)[0]
 
 
-def _carried(way: Callable[[bool], _Way], stretch: Stretch) -> tuple[Tensor, Tensor]:
+def _carried(way: Callable[[bool], OneWay], stretch: Stretch) -> tuple[Tensor, Tensor]:
     """Any number of processes: what leaves every stretch if nothing enters, then the scan from what does enter."""
     ways = way(False), way(True)
     made = torch.stack([torch.cat([w.scan(None)[1].to(w.A.dtype), w.steps()[..., None]], dim=-1) for w in ways])

@@ -14,6 +14,9 @@ from torch import Tensor
 from pretrain.masked import DecoderConfig, MaskedModel, select
 from pretrain.patches import normalise, patchify, unpatchify
 from vim_backbone import VisionMamba
+from vim_backbone.errors import UserError
+from vim_backbone.sequence_parallel import Rows, embed_rows, encode_stretch
+from vim_backbone.stretch import StretchLayout
 from vim_backbone.vim import Images
 
 
@@ -57,6 +60,7 @@ class MaskedAutoencoder(MaskedModel):
         hidden: Tensor,
         lengths: list[int] | None = None,
         reconstruct: bool = False,
+        rows: Rows | None = None,
     ) -> Tensor | Reconstruction:
         """Loss: mean squared error on the normalised pixels of hidden patches; or what `reconstruct` gives.
 
@@ -66,7 +70,11 @@ class MaskedAutoencoder(MaskedModel):
         Args:
             images: (b, c, h, w), or a list of pictures (c, h, w).
             visible, hidden, lengths: the fields of `split_patches`.
+            rows: the pictures (b, c, h, w) are these rows of patches of larger ones, whose other rows other processes
+                have, and so are the masks; of the loss this process has its part, and the sum of all is the whole.
         """
+        if rows is not None:
+            return self._part_of_loss(images, visible, hidden, rows)
         if reconstruct:
             return self.reconstruct(images, visible, hidden, lengths)
         predicted = self.decoder_pred(select(self.decode(images, visible, lengths), hidden))
@@ -110,3 +118,24 @@ class MaskedAutoencoder(MaskedModel):
         if self.decoder_channel_embed is not None:
             patches = patches.unflatten(1, (-1, like.shape[-3])).transpose(2, 3).flatten(2)
         return unpatchify(patches, self.patch_size, self.grid(like))
+
+    def _part_of_loss(self, images: Images, visible: Tensor, hidden: Tensor, rows: Rows) -> Tensor:
+        """Squared errors of the rows' hidden patches, over the number of those of the whole pictures."""
+        if not isinstance(images, Tensor):
+            raise UserError("pictures over several processes cannot be packed: give a batch of one size")
+        if self.gap_aware:
+            raise UserError("mae.gap_aware does not work on pictures over several processes: set it to false")
+        patches = select(embed_rows(self.encoder, images, rows), visible)
+        seen_here = rows.stretch(patches.shape[1], images.device)
+        special, seen = map(self.decoder_embed, encode_stretch(self.encoder, patches, seen_here))
+        tokens = self.placed(seen, visible, self.positions_of(images, rows))
+        here = rows.stretch(tokens.shape[1], images.device)
+        layout = StretchLayout(self.layout, here)
+        h, residual = layout.join(special.to(tokens.dtype), tokens), None
+        for block in self.decoder_layers:
+            h, residual = block(h, residual, stretch=here)
+        decoded = layout.split(self.decoder_norm(h, residual)[0])[1]
+        target, _, _ = normalise(select(self._patchify(images), hidden))
+        errors = (self.decoder_pred(select(decoded, hidden)).float() - target).square()
+        count = sum(here.lengths) - sum(seen_here.lengths)
+        return errors.mean(-1).sum() / (len(images) * count)

@@ -38,7 +38,7 @@ def test_a_tiled_tiff_gives_the_features_of_the_whole_picture(backbone, values, 
     tifffile.imwrite(picture, values, tile=(64, 64), photometric="rgb", compression="deflate")
     boxes, read = [], launch.embed_large.read_pixels
     monkeypatch.setattr(launch.embed_large, "read_pixels", lambda *a: (boxes.append(a[3]), read(*a))[1])
-    main([str(backbone), str(picture), str(out), "--window", str(window)])
+    main([str(backbone), str(picture), str(out), "--window", str(window), "--slice", "50"])
     assert capsys.readouterr().out == f"{out}\n"
     got = np.load(out)
     np.testing.assert_allclose(got, features_of(backbone, values), rtol=1e-5, atol=2e-5)

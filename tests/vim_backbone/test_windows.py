@@ -5,6 +5,7 @@ import torch
 
 from tests.vim_backbone.test_vim import small
 from vim_backbone import UserError
+from vim_backbone.block import set_slices
 from vim_backbone.windows import Window, embed_by_window, encode_by_window, windows
 
 KINDS = {
@@ -43,6 +44,13 @@ def test_tokens_and_features_are_those_of_the_whole_picture(kind, side):
     torch.testing.assert_close(torch.cat([special, patches], 1), features, rtol=1e-5, atol=2e-5)
 
 
+def test_some_rows_are_those_of_the_whole():
+    model, image = small(), torch.randn(1, 3, 112, 80)
+    whole = embed_by_window(model, (7, 5), reader(image, model), 2)
+    parts = [embed_by_window(model, (7, 5), reader(image, model), 2, rows) for rows in (range(3), range(3, 7))]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole)
+
+
 def test_each_patch_is_read_once_and_edges_are_cut():
     model, seen = small(), []
     image = torch.randn(1, 3, 112, 80)
@@ -57,3 +65,22 @@ def test_wrong_windows_are_named():
         embed_by_window(model, (2, 2), lambda window: torch.zeros(1, 3, 32, 16))
     with pytest.raises(UserError, match="windows of 0 patches"):
         next(windows((2, 2), 0))
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 17, 1000])
+@pytest.mark.parametrize("kind", [{}, {"mixer_norm": True, "class_token": "none", "global_pool": "avg"}, {"d_conv": 1}])
+def test_slices_of_the_sequence_give_what_the_whole_does(kind, tokens):
+    model = small(**kind)
+    image = torch.randn(2, 3, 112, 80, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "A_" in name:
+                parameter.sub_(3.0)  # states that last from slice to slice
+        whole = model.forward_features(image)
+        set_slices(model, tokens)
+        in_slices = model.forward_features(image)
+    assert not torch.equal(in_slices, whole)
+    torch.testing.assert_close(in_slices, whole, rtol=1e-5, atol=1e-5)
+    set_slices(model, None)
+    with torch.no_grad():
+        assert torch.equal(model.forward_features(image), whole)
