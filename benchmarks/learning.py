@@ -16,6 +16,7 @@ took in so long when it was measured, once, by `--measure` or by the first case.
 
 import argparse
 import contextlib
+import gc
 import io
 import itertools
 import json
@@ -25,7 +26,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -118,6 +119,13 @@ def silent(engine: Callable[[Any], Path], config: Any) -> Path:
     """The folder of a run, without what it prints."""
     with contextlib.redirect_stderr(io.StringIO()):
         return engine(config)
+
+
+def end_readers() -> None:
+    """Processes that read pictures do not mind signals: this one would wait for those that are left when it ends."""
+    gc.collect()
+    for child in active_children():
+        child.kill()
 
 
 class Case:
@@ -312,6 +320,8 @@ def run_case(net: str, objective: str, seed: int, options: argparse.Namespace) -
     except Exception as error:
         traceback.print_exc()
         return f"{net} {objective} {seed} failed: {error}"
+    finally:
+        end_readers()
     return None
 
 

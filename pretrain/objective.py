@@ -53,6 +53,10 @@ class Objective(Protocol):
         """Raise UserError for an architecture that the objective cannot train, naming the field."""
         ...
 
+    def prepare(self) -> None:
+        """Fetch and try what it needs, before a run has a folder. Raises UserError. For the main process."""
+        ...
+
     def draw(self, grid: tuple[int, int], rng: torch.Generator) -> Tensor:
         """What is added to a view of so many rows and columns of patches, with an entry for each patch, such as its
         mask; drawn while it is read.

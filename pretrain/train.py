@@ -86,6 +86,7 @@ def pretrain(config: PretrainConfig) -> Path:
     on_main(accelerator, lambda: look_at_first(source, data.preprocessing, data.max_megapixels, data.max_bad_share))
     on_main(accelerator, lambda: check_sets(sets, config.eval, data))
     objective = config.method
+    on_main(accelerator, objective.prepare)
     fixed = ("objective", "model.", "data.bands", "data.statistics", "eval.share", *objective.architecture_fields)
     fixed += ("seed",) if held_out else ()  # what was held out before would be trained on
     architecture = config.architecture()

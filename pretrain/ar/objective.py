@@ -50,6 +50,9 @@ class AR:
         """Full scans of two patches or more, with all bands in one token."""
         check_ar(architecture)
 
+    def prepare(self) -> None:
+        """Nothing."""
+
     def draw(self, grid: tuple[int, int], rng: torch.Generator) -> Tensor:
         """The cluster (l,) of each patch; nothing is random."""
         del rng

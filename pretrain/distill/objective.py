@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from launch.data.loading import to_device
 from launch.planning.memory import FLOAT, Stack, Work
 from pretrain.distill.model import Comparison, Distillation, MaskedDistillation
-from pretrain.distill.teacher import DistillConfig, Teacher, check_teacher, describe
+from pretrain.distill.teacher import DistillConfig, Teacher, check_teacher, describe, read
 from pretrain.mae.masking import MaskConfig, draw_mask
 from pretrain.masked import DecoderConfig, split_patches
 from pretrain.objective import Inputs
@@ -61,6 +61,10 @@ class Distill:
     def check(self, architecture: VimConfig) -> None:
         """A teacher that has a feature for each patch."""
         check_teacher(self.distill, architecture)
+
+    def prepare(self) -> None:
+        """Read the teacher's weights, which fetches them where that was asked for."""
+        read(self.distill.teacher)
 
     def draw(self, grid: tuple[int, int], rng: torch.Generator) -> Tensor:
         """A mask (l,) bool, True = hidden."""

@@ -103,13 +103,7 @@ class Teacher:
         """The model, read at the first call."""
         if self._model is None:
             with torch.random.fork_rng(devices=[]):  # weights are drawn before they are read; the run's draws stay
-                try:
-                    self._model = create(self.settings.teacher, pretrained=True)
-                except Exception as error:  # of timm and of the Hub: anything
-                    name = self.settings.teacher
-                    raise UserError(
-                        f"distill.teacher is {name!r}: its weights cannot be read ({first_line(error)})"
-                    ) from error
+                self._model = read(self.settings.teacher)
             self._model.requires_grad_(False).eval().to(device)
             self._scale, self._shift = self._scale.to(device), self._shift.to(device)
         return self._model
@@ -129,6 +123,15 @@ def create(name: str, *, pretrained: bool) -> nn.Module:
         return timm.create_model(name, dynamic_img_size=True, **options)
     except (TypeError, UserError):  # an unknown option: convolutions need none
         return timm.create_model(name, **options)
+
+
+def read(name: str) -> nn.Module:
+    """The model with its weights. Raises UserError where they cannot be read."""
+    try:
+        return create(name, pretrained=True)
+    except Exception as error:  # of timm and of the Hub: anything
+        wrong = f"its weights cannot be read ({first_line(error)})"
+        raise UserError(f"distill.teacher is {name!r}: {wrong}") from error
 
 
 @lru_cache(maxsize=8)

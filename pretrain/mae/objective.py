@@ -52,6 +52,9 @@ class MAE:
         remedy = "lines of a pooled scan have no gaps, hidden patches count in their means; set model.scan to full"
         require(not (self.mae.gap_aware and architecture.scan == "pooled"), "mae.gap_aware", True, remedy)
 
+    def prepare(self) -> None:
+        """Nothing."""
+
     def draw(self, grid: tuple[int, int], rng: torch.Generator) -> Tensor:
         """A mask (l,) bool, True = hidden."""
         return draw_mask(grid, self.mask, rng)

@@ -38,6 +38,9 @@ class NEPA:
         """Full scans alone, of two patches or more."""
         check_causal(architecture, "nepa")
 
+    def prepare(self) -> None:
+        """Nothing."""
+
     def draw(self, grid: tuple[int, int], rng: torch.Generator) -> Tensor:
         """A mask (l,) bool that hides nothing."""
         del rng

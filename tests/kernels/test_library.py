@@ -40,6 +40,7 @@ def cu(*borders):
 def test_opcheck(backend, packed):
     borders, b, l = (cu(0, 2, 5), 1, 5) if packed else (None, 2, 5)
     x, bc = draw(b, l, D), draw(b, l, N, seed=1)
+    gaps = torch.arange(1.0, 1 + 2 * b * l).view(2, b, l)
     A, state, xz = -draw(D, N, grad=False).exp(), draw(2, D, N), draw(b, l, 2 * D)
     pictures = (
         [draw_picture(1, 2), draw_picture(3, 2, 3)] if packed else [draw_picture(2, 3, 5, seed=i) for i in (0, 1)]
@@ -48,8 +49,8 @@ def test_opcheck(backend, packed):
     cases = [
         (library.selective_scan, (x, x, A, bc, bc, draw(D), x, draw(D), borders, state, True, packed, backend, True)),
         (library.selective_scan, (x, x, A, bc, bc, None, None, None, borders, None, True, True, backend, True)),
-        (library.bidirectional_scan, (xz, *weights(), *weights(9), borders, True, True, backend, True)),
-        (library.bidirectional_scan, (x, *weights(), *weights(9), borders, False, False, backend, True)),
+        (library.bidirectional_scan, (xz, *weights(), *weights(9), borders, None, True, True, backend, True)),
+        (library.bidirectional_scan, (x, *weights(), *weights(9), borders, gaps, False, False, backend, True)),
         (library.pooled_scan, (xz, *weights(), *weights(9), *lines, draw(D), draw(D, seed=5), 1e-5, backend, True)),
         (library.pooled_scan, (xz, *weights(), *weights(9), *lines, None, None, 1e-5, backend, True)),
         (library.causal_conv1d, (x, draw(D, 4), draw(D), borders, "silu", packed, backend)),

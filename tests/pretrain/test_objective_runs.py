@@ -1,6 +1,7 @@
 """Whole runs of the objectives beside MAE: they learn, resume exactly, and publish a backbone like any other."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +32,16 @@ def config(tmp_path_factory):
 
 def losses(folder):
     return {row["step"]: (row["loss"], row["grad_norm"]) for row in read_metrics(folder / "metrics.jsonl")}
+
+
+def test_a_teacher_whose_weights_are_torn_is_one_line_before_any_work(config, tmp_path):
+    teacher = Path(config(tmp_path, "distill").distill.teacher.removeprefix("local-dir:"))
+    torn = shutil.copytree(teacher, tmp_path / "torn")
+    (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(UserError, match="torn': its weights cannot be read") as caught:
+        pretrain(config(tmp_path / "runs", "distill", "--steps=1", f"--distill.teacher=local-dir:{torn}"))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "runs/pretrain").exists()
 
 
 @pytest.mark.parametrize("objective", OTHERS)
