@@ -163,8 +163,8 @@ def one_launch(inputs: Inputs) -> Case:
     weights = [ScanWeights._make(None if t is None else t.detach() for t in w) for w in inputs.weights]
     laid_out = mixer.mixer_weights(x, *weights)
     made = mixer.MixerInputs.empty(x, *laid_out.padded, low=False)
-    mixer.mixer_inputs(x, laid_out, rows, made)
-    arguments = made.scan(laid_out, None)
+    mixer.mixer_inputs(x, laid_out, rows, made, None)
+    arguments = made.scan(laid_out)
     out = x.new_empty(rows.rows, x.shape[2])
     whole = BidirectionalScan(inputs.xz.detach(), *weights, cu_seqlens=None, gaps=None, gated=True)
     states, ungated = mixer.bidirectional_scan_saved(whole)
