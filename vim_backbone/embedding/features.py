@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vim_backbone import VisionMamba
 from vim_backbone.errors import UserError, nearest
+from vim_backbone.vim import VisionMamba
 
 KINDS = ("pooled", "class", "patches")
 
