@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vim_backbone.channels import check_sets
 from vim_backbone.config import VimConfig
-from vim_backbone.errors import UserError
+from vim_backbone.errors import UserError, escaped
 from vim_backbone.files import refuse_what_is_no_file
 from vim_backbone.folder import WEIGHTS, read_config
 from vim_backbone.hub import find_backbone
@@ -22,6 +22,8 @@ from vim_backbone.transform import Transform
 from vim_backbone.vim import VisionMamba
 
 PATCH_WEIGHT = "patch_embed.proj.weight"
+QUOTED = 100
+"""Characters of a tensor's name that are shown, at most."""
 
 
 def load(
@@ -193,12 +195,14 @@ def resample_patches(weight: Tensor, side: int) -> Tensor:
 
 
 def check_names(expected: dict[str, Tensor], state: dict[str, Tensor], source: Path) -> None:
-    """Raise UserError naming the first tensors of `state` that are missing, unknown or of another shape."""
+    """Raise UserError naming the first tensors of `state` that are missing, unknown or of another type or shape."""
     for problem, names in (("lacks", expected.keys() - state.keys()), ("has unknown", state.keys() - expected.keys())):
         if names:
-            some = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
+            some = ", ".join(escaped(name)[:QUOTED] for name in sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
             raise UserError(f"{source} {problem} {len(names)} tensor(s): {some}; is it of another architecture?")
     for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise UserError(f"{source}: {name} is {tensor.dtype}, wanted floating-point numbers")
         if tensor.shape != expected[name].shape:
             raise UserError(
                 f"{source}: {name} has shape {tuple(tensor.shape)}, the model wants {tuple(expected[name].shape)}"
