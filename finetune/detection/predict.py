@@ -1,6 +1,7 @@
 """Objects in pictures by a trained detector."""
 
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
@@ -10,8 +11,10 @@ from finetune.detection.evaluate import SHOWN_SCORE, colours_of, drawn_on, to_co
 from finetune.detection.model import Detector
 from finetune.detection.tta import tta_of, with_pasted_masks
 from finetune.pixels import displayed, stacked
-from finetune.task import Prediction, Predictor
+from finetune.task import Drawing, Prediction, Predictor
 from vim_backbone.preprocessing import to_model
+
+BOX = ("x", "y", "width", "height")
 
 
 class DetectionPredictor(Predictor):
@@ -21,7 +24,7 @@ class DetectionPredictor(Predictor):
         """The detector with fresh weights."""
         return Detector(self.config, DetectionHead(**self.description["head"]), len(self.classes))
 
-    def predict(self, images: list[Tensor], drawings: list[Path]) -> list[Prediction]:
+    def predict(self, images: list[Tensor], drawings: list[Drawing]) -> list[Prediction]:
         """`objects`: rows of COCO's results format with the name of the class."""
         test = TestConfig(**self.description.get("test", {}))
         tta = tta_of(self.config, test, self.description["head"]["detections"], self.preprocessing)
@@ -30,7 +33,7 @@ class DetectionPredictor(Predictor):
         batches = [to_model(stack, self.device, self.preprocessing) for stack in stacks]
         detections = tta.detect(self.model, batches, [[sizes for _, sizes in of] for of in of_squares])
         predictions = []
-        for image, raw, path in zip(images, detections, drawings, strict=True):
+        for image, raw, drawing in zip(images, detections, drawings, strict=True):
             inside = with_pasted_masks(raw, (image.shape[1], image.shape[2]))
             objects = to_coco(inside, 0, self.description["category_ids"])
             for entry, label in zip(objects, inside["labels"].tolist(), strict=True):
@@ -38,7 +41,8 @@ class DetectionPredictor(Predictor):
                 entry["class"] = self.classes[label - 1]
                 if "segmentation" in entry:
                     entry["segmentation"]["counts"] = entry["segmentation"]["counts"].decode()
-            self._draw(image, inside, path)
+            if drawing.wanted:
+                self._draw(image, inside, drawing.path)
             predictions.append({"objects": objects})
         return predictions
 
@@ -56,3 +60,14 @@ class DetectionPredictor(Predictor):
         objects = [entry for entry in prediction["objects"] if entry["score"] >= SHOWN_SCORE]
         words = ", ".join(f"{entry['class']} {entry['score']:.2f}" for entry in objects)
         return words or f"nothing with a score of {SHOWN_SCORE:g}"
+
+    def columns(self) -> list[str]:
+        """Class, score and box of an object, in pixels."""
+        return ["class", "score", *BOX]
+
+    def in_rows(self, prediction: Prediction) -> list[dict[str, Any]]:
+        """One for each object."""
+        return [
+            {"class": entry["class"], "score": entry["score"]} | dict(zip(BOX, entry["bbox"], strict=True))
+            for entry in prediction["objects"]
+        ]
