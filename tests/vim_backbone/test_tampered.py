@@ -120,14 +120,13 @@ def test_any_bytes_of_the_header(folder, original, changes, cut):
 
 def test_tensors_of_other_models(folder):
     weights = folder / "model.safetensors"
-    state = load_file(weights)
+    state = {name: tensor.clone() for name, tensor in load_file(weights).items()}  # it may be mapped, and is rewritten
     save_file({"vit.embeddings.cls_token": torch.zeros(1, 1, 768)}, weights)
     assert "has 0 blocks but depth is 1" in refusal(folder)
     others = {"lacks 1 tensor(s): norm_f.weight": {k: v for k, v in state.items() if k != "norm_f.weight"}}
     others["has unknown 1 tensor(s): \\x1b[31mred"] = state | {"\x1b[31mred": torch.zeros(1)}
     others["norm_f.weight has shape (1, 32), the model wants (32,)"] = state | {"norm_f.weight": torch.ones(1, 32)}
     others["norm_f.weight is torch.int64, wanted floating-point"] = state | {"norm_f.weight": torch.ones(32).long()}
-    others["cls_token is torch.complex64, wanted floating-point"] = state | {"cls_token": torch.ones(1, 1, 32) * 1j}
     for words, tensors in others.items():
         weights.write_bytes(save(tensors))
         assert words in refusal(folder)
