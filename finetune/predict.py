@@ -6,6 +6,8 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while all is imported ends this without a traceback
 
 import argparse
+import csv
+import io
 import json
 import math
 import sys
@@ -17,7 +19,7 @@ import torch
 from finetune.model_folder import read_description, read_weights
 from finetune.pixels import pixels_of
 from finetune.registry import TASKS
-from finetune.task import MAX_MEGAPIXELS, Prediction, Predictor
+from finetune.task import MAX_MEGAPIXELS, Drawing, Prediction, Predictor
 from launch.data.bad_pictures import reason
 from launch.data.folders import files_below
 from launch.data.reading import open_file
@@ -28,6 +30,8 @@ from vim_backbone.files import write_text
 from vim_backbone.pretrained import check_names
 
 ROWS = "predictions.jsonl"
+DRAWINGS = 200
+"""Pictures that are drawn, where nothing else is asked for."""
 MAX_STEM = 200
 """Bytes of a picture's name that the names of what is written for it take up: of 255, some are added to it."""
 
@@ -57,14 +61,16 @@ def picture_files(paths: list[Path]) -> list[Path]:
 
 @torch.inference_mode()
 def predict(
-    predictor: Predictor, files: list[Path], out: Path, batch_size: int, resume: bool = False
+    predictor: Predictor, files: list[Path], out: Path, batch_size: int, resume: bool = False, drawings: int = DRAWINGS
 ) -> Iterator[Prediction]:
     """Predict on picture files; give each prediction when it is in predictions.jsonl, with its picture drawn.
 
-    Those that cannot be read have an "error" in place of a prediction. All are in predictions.json at the end.
+    Those that cannot be read have an "error" in place of a prediction. All are in predictions.json at the end, and as a
+    table in predictions.csv.
 
     Args:
         resume: keep what predictions.jsonl has of these files.
+        drawings: pictures that are drawn, the first so many.
     """
     out.mkdir(parents=True, exist_ok=True)
     rows = {row["file"]: row for row in read_rows(out / ROWS)} if resume else {}
@@ -72,32 +78,48 @@ def predict(
     write_text(out / ROWS, "".join(json.dumps(row) + "\n" for row in rows.values()))
     left = [(number, file) for number, file in enumerate(files) if str(file) not in rows]
     for batch in (left[start : start + batch_size] for start in range(0, len(left), batch_size)):
-        made = predict_batch(predictor, batch, out)
+        made = predict_batch(predictor, batch, out, drawings)
         with open(out / ROWS, "a", encoding="utf-8") as lines:
             lines.writelines(json.dumps(row) + "\n" for row in made)
         rows |= {row["file"]: row for row in made}
         yield from made
-    write_text(out / "predictions.json", json.dumps([rows[str(file)] for file in files], indent=1) + "\n")
+    made = [rows[str(file)] for file in files]
+    write_text(out / "predictions.json", json.dumps(made, indent=1) + "\n")
+    write_text(out / "predictions.csv", table_of(predictor, made))
 
 
-def predict_batch(predictor: Predictor, batch: Sequence[tuple[int, Path]], out: Path) -> list[Prediction]:
-    """A row for each of the numbered files."""
+def table_of(predictor: Predictor, made: list[Prediction]) -> str:
+    """Predictions as CSV: the file, what the task says of it, an error in place of that."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, ["file", *predictor.columns(), "error"], lineterminator="\n")
+    table.writeheader()
+    for row in made:
+        lines = [{"error": row["error"]}] if "error" in row else predictor.in_rows(row)
+        table.writerows({"file": escaped(row["file"])} | line for line in lines)
+    return text.getvalue()
+
+
+def predict_batch(
+    predictor: Predictor, batch: Sequence[tuple[int, Path]], out: Path, most: int = DRAWINGS
+) -> list[Prediction]:
+    """A row for each of the numbered files, of which those below `most` are drawn."""
     rows, images, drawings, readable = [], [], [], []
     for number, file in batch:
         row: Prediction = {"file": str(file)}
         rows.append(row)
-        drawing = f"{number:05d}_{shortened(file.stem)}.png"
+        drawing = Drawing(out / f"{number:05d}_{shortened(file.stem)}.png", number < most)
         try:
             with open_file(file) as picture:
                 if picture.windowed and math.prod(picture.size) > MAX_MEGAPIXELS * 1e6:
-                    row.update(predictor.predict_huge(picture, out / drawing), drawing=drawing)
+                    row.update(predictor.predict_huge(picture, drawing))
+                    row |= {"drawing": drawing.path.name} if drawing.wanted else {}
                     continue
                 images.append(pixels_of(picture, predictor.preprocessing, MAX_MEGAPIXELS))
         except Exception as error:  # a decoder may raise anything on damaged data
             row["error"] = reason(error)
             continue
-        row["drawing"] = drawing
-        drawings.append(out / row["drawing"])
+        row |= {"drawing": drawing.path.name} if drawing.wanted else {}
+        drawings.append(drawing)
         readable.append(row)
     for row, prediction in zip(readable, predictor.predict(images, drawings) if images else [], strict=True):
         row.update(prediction)
@@ -131,12 +153,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--batch_size", type=int, default=8, help="pictures of one forward pass")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     parser.add_argument("--resume", action="store_true", help="keep what an earlier command left in predictions.jsonl")
+    parser.add_argument("--drawings", type=int, default=DRAWINGS, help="pictures that are drawn, the first so many")
     arguments = parser.parse_args(argv)
+    require(arguments.drawings >= 0, "--drawings", arguments.drawings, "it cannot be negative")
     require(arguments.batch_size >= 1, "--batch_size", arguments.batch_size, "it must be at least 1")
     files = picture_files(arguments.pictures)
     predictor = load_predictor(arguments.run, torch.device(arguments.device))
     out = arguments.out or arguments.run / "predictions"
-    predictions = predict(predictor, files, out, arguments.batch_size, arguments.resume)
+    predictions = predict(predictor, files, out, arguments.batch_size, arguments.resume, arguments.drawings)
     done = before = (
         sum(str(file) in {row["file"] for row in read_rows(out / ROWS)} for file in files) if arguments.resume else 0
     )

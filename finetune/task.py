@@ -90,6 +90,15 @@ class TaskModel(nn.Module):
         return undecayed(self, self.backbone)
 
 
+class Drawing(NamedTuple):
+    """What is drawn of a prediction."""
+
+    path: Path
+    """The file; others of the prediction are beside it, with more after its stem."""
+    wanted: bool = True
+    """Whether it is drawn at all."""
+
+
 class Predictor(ABC):
     """A trained model of one task at work on pictures."""
 
@@ -108,10 +117,10 @@ class Predictor(ABC):
         """The model with fresh weights."""
 
     @abstractmethod
-    def predict(self, images: list[Tensor], drawings: list[Path]) -> list[Prediction]:
+    def predict(self, images: list[Tensor], drawings: list[Drawing]) -> list[Prediction]:
         """Predict on pictures as `pixels_of` gives them, in one batch where the task can, and draw each in its file."""
 
-    def predict_huge(self, picture: Picture, drawing: Path) -> Prediction:
+    def predict_huge(self, picture: Picture, drawing: Drawing) -> Prediction:
         """Predict on a picture that is larger than memory. Raises BadPictureError where the task has no such way."""
         del drawing
         check_megapixels(*picture.size, MAX_MEGAPIXELS)
@@ -120,6 +129,14 @@ class Predictor(ABC):
     @abstractmethod
     def in_words(self, prediction: Prediction) -> str:
         """A prediction in a few words."""
+
+    @abstractmethod
+    def columns(self) -> list[str]:
+        """Of the table of predictions, behind the file."""
+
+    @abstractmethod
+    def in_rows(self, prediction: Prediction) -> list[dict[str, Any]]:
+        """A prediction as rows of that table; a column that is missing is empty."""
 
 
 class Task(ABC, Generic[ConfigT]):

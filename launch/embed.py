@@ -1,7 +1,15 @@
 """Features of all pictures of a source: `python -m launch.embed BACKBONE SOURCE OUT`; parquet, npy or safetensors.
 
-It lives in launch, which reads pictures, because vim_backbone imports nothing of it.
+The work is that of `vim_backbone.embed`; here are the sources and formats of launch, several processes, and pictures to
+look at. `python -m launch [OPTIONS] launch/embed.py ...` starts a process for each GPU.
 """
+
+if not __package__:  # started as a file: import from this checkout, never from the folder of this file
+    import sys
+    from pathlib import Path
+
+    _ROOT = Path(__file__).resolve().parents[1]
+    sys.path[:1] = [str(_ROOT), str(_ROOT / "kernels")]
 
 if __name__ == "__main__":
     import signal
@@ -9,110 +17,54 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while all is imported ends this without a traceback
 
 import argparse
-import hashlib
-import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from launch.data.bad_pictures import reason
 from launch.data.first_look import look_at_first
 from launch.data.loading import number_of_workers
 from launch.data.reading import read_pixels
 from launch.data.sources import ImageSource, open_source, what_was_left_out
 from launch.data.streams import Stream
-from launch.embedding.features import KINDS, Wanted, compute
-from launch.embedding.outputs import WRITERS, check_output
 from launch.embedding.pages import draw_components, draw_neighbours, nearest_neighbours, thumbnail
-from launch.embedding.parts import Parts
-from launch.run.cli import run
+from launch.embedding.processes import Processes
+from launch.run.cli import leave, run
 from launch.run.progress import ProgressReport, user_console
-from vim_backbone import Transform, VisionMamba, load
-from vim_backbone.errors import UserError, first_line, require
-from vim_backbone.folder import WEIGHTS
-from vim_backbone.hub import find_backbone
-from vim_backbone.preprocessing import read_preprocessing
-
-PART = 256
-"""Pictures of a part: what a killed command loses at most."""
-ROW_PATCHES = 1 << 16
-"""Patches that are packed into one row, at most, but of a picture that has more alone."""
-AHEAD = 4
-"""Pictures that are read ahead, for each thread that reads."""
+from vim_backbone import Transform, VisionMamba
+from vim_backbone.embedding.features import Wanted, compute
+from vim_backbone.embedding.job import Job, parser_of
+from vim_backbone.embedding.parts import Parts
+from vim_backbone.embedding.work import Progress
+from vim_backbone.errors import UserError, require
 
 
 class Reader:
     """Pictures of a source as a backbone's input."""
 
-    def __init__(self, source: ImageSource, transform: Transform, max_megapixels: float) -> None:
-        self.source, self.transform, self.max_megapixels = source, transform, max_megapixels
+    def __init__(self, source: ImageSource, transform: Transform) -> None:
+        self.source, self.transform = source, transform
 
-    def __call__(self, index: int) -> Tensor:
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def name(self, index: int) -> str:
+        """As the source has it."""
+        return self.source.name(index)
+
+    def read(self, index: int) -> Tensor:
         """(1, c, h, w). Raises anything that a decoder raises."""
+        transform = self.transform
         with self.source.open(index) as picture:
-            return self.transform.from_values(read_pixels(picture, self.transform.preprocessing, self.max_megapixels))
+            return transform.from_values(read_pixels(picture, transform.preprocessing, transform.max_megapixels))
 
     def look(self, index: int) -> Tensor:
         """The picture to look at, small."""
-        return thumbnail(self(index), self.transform.preprocessing)
+        return thumbnail(self.read(index), self.transform.preprocessing)
 
 
-def read_ahead(read: Reader, indices: range, threads: int) -> Iterator[tuple[int, Tensor | str]]:
-    """Pictures in their order, each read by one of some threads; the reason in place of one that is bad."""
-
-    def attempt(index: int) -> Tensor | str:
-        try:
-            return read(index)
-        except Exception as error:  # a decoder may raise anything on damaged data
-            return reason(error)
-
-    with ThreadPoolExecutor(threads) as pool:
-        left = iter(indices)
-        waiting: list[tuple[int, Future[Tensor | str]]] = []
-        for index in left:
-            waiting.append((index, pool.submit(attempt, index)))
-            if len(waiting) > AHEAD * threads:
-                first, result = waiting.pop(0)
-                yield first, result.result()
-        yield from ((index, result.result()) for index, result in waiting)
-
-
-def embed_part(
-    model: VisionMamba, pictures: Iterator[tuple[int, Tensor | str]], wanted: Wanted, batch_size: int
-) -> tuple[dict[int, dict[str, Tensor]], dict[int, str]]:
-    """The features of pictures by index, and why others are bad."""
-    features: dict[int, dict[str, Tensor]] = {}
-    bad: dict[int, str] = {}
-    batch: dict[int, Tensor] = {}
-
-    def flush() -> None:
-        if batch:
-            device = model.pos_embed.device
-            images = [image[0].to(device, non_blocking=True) for image in batch.values()]
-            features.update(zip(batch, compute(model, images, wanted), strict=True))
-            batch.clear()
-
-    patches = 0
-    for index, picture in pictures:
-        if isinstance(picture, str):
-            bad[index] = picture
-            continue
-        rows, columns = model.config.grid(*picture.shape[-2:])
-        count = rows * columns * model.config.tokens_a_patch(picture.shape[1])
-        if len(batch) == batch_size or patches + count > ROW_PATCHES:
-            flush()
-            patches = 0
-        batch[index] = picture
-        patches += count
-    flush()
-    return features, bad
-
-
-def draw(folder: Path, model: VisionMamba, read: Reader, parts: Parts, samples: int) -> None:
+def draw(folder: Path, model: VisionMamba, pictures: Reader, parts: Parts, samples: int) -> None:
     """Write components.png and neighbours.png of some pictures, spread over the source."""
     indices, pooled = [], []
     for tensors, _ in parts.read(["pooled"]):
@@ -121,129 +73,81 @@ def draw(folder: Path, model: VisionMamba, read: Reader, parts: Parts, samples: 
     count = min(samples, len(indices))
     rows = [place * len(indices) // count for place in range(count)]
     chosen = [indices[row] for row in rows]
-    images = [read(index).to(model.pos_embed.device) for index in chosen]
+    images = [pictures.read(index).to(model.pos_embed.device) for index in chosen]
     maps = [compute(model, [image[0]], Wanted(("patches",)))[0]["patches"] for image in images]
-    names = [read.source.name(index) for index in chosen]
+    names = [pictures.name(index) for index in chosen]
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = [thumbnail(image, read.transform.preprocessing) for image in images]
-    draw_components(folder / "components.png", pictures, maps, names)
+    small = [thumbnail(image, pictures.transform.preprocessing) for image in images]
+    draw_components(folder / "components.png", small, maps, names)
     if len(indices) > 1:
         cosines, found = nearest_neighbours(torch.cat(pooled), rows)
         places = torch.tensor(indices)[found]
-        draw_neighbours(folder / "neighbours.png", chosen, cosines, places, read.look, read.source.name)
+        draw_neighbours(folder / "neighbours.png", chosen, cosines, places, pictures.look, pictures.name)
 
 
 def arguments_of(argv: list[str]) -> argparse.Namespace:
     """The command line. Raises UserError for a number out of range."""
-    parser = argparse.ArgumentParser("launch.embed", description=__doc__)
-    parser.add_argument("backbone", help="folder of a backbone, or its id on the Hub, owner/name")
-    parser.add_argument("source", help="a folder of pictures, .parquet, .arrow, .tar or .zip files, hf:NAME, or photos")
-    parser.add_argument("out", type=Path, help=f"file to write, ending in {', '.join(WRITERS)}")
-    parser.add_argument("--features", nargs="*", default=["pooled"], help=f"any of {', '.join(KINDS)}")
-    parser.add_argument(
-        "--layers", nargs="*", type=int, default=[], help="blocks, from 0 or from the end: means of patches"
-    )
-    parser.add_argument(
-        "--size", type=int, nargs="+", help="side, or height and width, to resize to; native when not given"
-    )
-    parser.add_argument("--revision", help="branch, tag or commit of the backbone on the Hub")
+    sources = "a folder of pictures, .parquet, .arrow, .tar or .zip files, hf:NAME, or photos"
+    parser = parser_of("launch.embed", __doc__, sources)
     parser.add_argument("--split", default="train", help="split of a data set")
     parser.add_argument("--column", help="image column of a data set; the first one when not given")
-    parser.add_argument("--max_megapixels", type=float, default=50.0, help="larger pictures count as bad")
-    parser.add_argument("--batch_size", type=int, default=16, help="pictures packed into one row, at most")
-    parser.add_argument("--workers", type=int, help="threads that read pictures")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     parser.add_argument(
         "--pictures", type=int, default=0, metavar="N", help="draw components and neighbours of N samples"
     )
-    again = parser.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="go on with what a killed command left")
-    again.add_argument("--overwrite", action="store_true", help="begin anew")
     arguments = parser.parse_args(argv)
-    require(arguments.batch_size >= 1, "--batch_size", arguments.batch_size, "it must be at least 1")
     require(arguments.pictures >= 0, "--pictures", arguments.pictures, "it cannot be negative")
-    require(
-        arguments.workers is None or arguments.workers >= 1, "--workers", arguments.workers, "it must be at least 1"
-    )
-    sides = arguments.size or [1]
-    require(len(sides) <= 2 and min(sides) >= 1, "--size", arguments.size, "give a side, or height and width")
     return arguments
 
 
 def main(argv: list[str]) -> None:
     """Embed, name bad pictures, and print the file last."""
     arguments = arguments_of(argv)
+    processes = Processes()
+    first = processes.share.rank == 0
     console = user_console()
-    out: Path = arguments.out
-    size = None if arguments.size is None else (arguments.size[0], arguments.size[-1])
-    folder = find_backbone(arguments.backbone, arguments.revision)
-    model, transform = load(folder, size=size)
-    try:
-        model = model.to(arguments.device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
-        why = f"--device {arguments.device} cannot be used ({first_line(error)})"
-        raise UserError(f"{why}: give cuda or cpu") from error
-    wanted = Wanted.of(model, arguments.features, arguments.layers)
-    check_output(out, wanted, size is not None)
+    arguments.device = processes.device(arguments.device)
+    job = Job.of(arguments)
     source = open_source(arguments.source, split=arguments.split, column=arguments.column, streaming=False)
     assert not isinstance(source, Stream)
-    look_at_first(source, transform.preprocessing, arguments.max_megapixels)
-    parts = Parts(out, len(source), PART)
-    parts.start(settings_of(arguments, folder, source, wanted, size), out, arguments.resume, arguments.overwrite)
-    for line in what_was_left_out(source):
+    look_at_first(source, job.transform.preprocessing, arguments.max_megapixels)
+    pictures = Reader(source, job.transform)
+    parts = Parts(arguments.out, len(source))
+    settings = job.settings(pictures, split=arguments.split, column=arguments.column)
+
+    def start() -> str:
+        job.start(parts, settings)
+        return json.dumps(settings)
+
+    if processes.on_first(start) != json.dumps(settings):
+        raise UserError(f"{arguments.source} or {arguments.backbone} is not the same for all processes: try again")
+
+    def say(line: str) -> None:
         console.print(line, markup=False)
-    read = Reader(source, transform, arguments.max_megapixels)
-    bad = {index: why for _, some in parts.read([], parts.done()) for index, why in some.items()}
-    with ProgressReport(console, "pictures", len(source), min(parts.done() * PART, len(source))) as report:
-        for part in range(parts.done(), parts.count):
-            threads = number_of_workers(arguments.workers)
-            done = watched(
-                read_ahead(read, parts.indices(part), threads), report, part * PART, len(bad), arguments.batch_size
-            )
-            features, more = embed_part(model, done, wanted, arguments.batch_size)
-            parts.write(part, features, more)
-            bad |= more
-            for index, why in more.items():
-                console.print(f"cannot use {source.name(index)}: {why}", markup=False)
-    if len(bad) == len(source):
-        raise UserError(f"none of {len(source)} pictures can be used, the first {source.name(0)} ({bad[0]})")
-    if bad:
-        console.print(f"{len(bad)} of {len(source)} pictures cannot be used, they have no row", markup=False)
-    WRITERS[out.suffix](out, parts, wanted, source.name)
-    if arguments.pictures:
-        draw(out.with_name(f"{out.stem}_pictures"), model, read, parts, arguments.pictures)
-    parts.remove()
-    print(out)  # noqa: T201 - the command's result
 
+    for line in what_was_left_out(source) if first else []:
+        say(line)
+    with ProgressReport(user_console(quiet=not first), "pictures", len(source), parts.pictures_done()) as report:
 
-def settings_of(
-    arguments: argparse.Namespace, folder: Path, source: ImageSource, wanted: Wanted, size: tuple[int, int] | None
-) -> dict[str, object]:
-    """What the features depend on: a command that goes on must have the same."""
-    with open(folder / WEIGHTS, "rb") as file:
-        weights = hashlib.file_digest(file, "sha256").hexdigest()
-    preprocessing = read_preprocessing(folder).to_dict()
-    names = hashlib.sha256()
-    for index in range(len(source)):
-        names.update(source.name(index).encode() + b"\0")
-    return {
-        "weights": weights, "preprocessing": preprocessing, "pictures": names.hexdigest(), "split": arguments.split,
-        "column": arguments.column,
-        "features": wanted.kinds, "layers": wanted.layers, "size": size, "max_megapixels": arguments.max_megapixels,
-    }  # fmt: skip
+        def show(progress: Progress) -> None:
+            bad = f"{progress.bad} bad" if progress.bad else ""
+            report.update(progress.done, "  ".join(filter(None, [report.rate(), bad])))
 
+        job.compute(pictures, parts, number_of_workers(arguments.workers), say, show, processes.share)
+        processes.wait()
+        if first and processes.share.processes > 1:  # what the others did last
+            show(Progress(parts.pictures_done(), len(parts.bad())))
 
-def watched(
-    pictures: Iterator[tuple[int, Tensor | str]], report: ProgressReport, before: int, bad: int, batch_size: int
-) -> Iterator[tuple[int, Tensor | str]]:
-    """The same, with the progress said after each batch."""
-    done = before
-    while some := list(islice(pictures, batch_size)):
-        yield from some
-        done += len(some)
-        bad += sum(isinstance(picture, str) for _, picture in some)
-        report.update(done, "  ".join(filter(None, [report.rate(), f"{bad} bad" if bad else ""])))
+    def finish() -> None:
+        job.write(pictures, parts, say)
+        if arguments.pictures:
+            drawn = arguments.out.with_name(f"{arguments.out.stem}_pictures")
+            draw(drawn, job.model, pictures, parts, arguments.pictures)
+        parts.remove()
+
+    processes.on_first(finish)
+    if first:
+        print(arguments.out)  # noqa: T201 - the command's result
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    leave(run(main))

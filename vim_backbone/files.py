@@ -93,8 +93,10 @@ def discard(path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Have a file, or the names in a folder, written to disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Have a file, or names in a folder, written to disk; Windows opens no folder, and flushes what may be written."""
+    if os.name == "nt" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

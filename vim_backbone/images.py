@@ -1,10 +1,13 @@
 """Any picture becomes 8-bit RGB, or is refused with the reason."""
 
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from PIL import Image
+
+from vim_backbone.errors import escaped, first_line
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "JPEG2000", "TIFF", "GIF", "BMP", "DIB", "PPM", "QOI")
 """What is opened, whatever a file is called: nothing that starts another program, as EPS does."""
@@ -32,6 +35,18 @@ STRIP = 1 << 22
 
 class BadPictureError(Exception):
     """One picture that cannot be used; the message says why."""
+
+
+@cache
+def suffixes() -> frozenset[str]:
+    """Ends of the names of FORMATS, in lower case; the first call imports all of Pillow's formats."""
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS)
+
+
+def reason(error: BaseException) -> str:
+    """Why a picture cannot be used, on one line."""
+    text = escaped(first_line(error))
+    return "no picture format that can be read, or an empty file" if "cannot identify image file" in text else text
 
 
 def open_picture(file: str | Path | IO[bytes]) -> Image.Image:
@@ -70,7 +85,7 @@ def check_megapixels(height: int, width: int, max_megapixels: float) -> None:
     """Raise BadPictureError where so many pixels are over `max_megapixels` millions."""
     megapixels = width * height / 1e6
     if megapixels > max_megapixels:
-        raise BadPictureError(f"{megapixels:.0f} megapixels, over data.max_megapixels {max_megapixels:g}")
+        raise BadPictureError(f"{megapixels:.0f} megapixels, over max_megapixels {max_megapixels:g}")
 
 
 def orientation(image: Image.Image) -> int:

@@ -42,7 +42,7 @@ class PackedLayout:
             first_patch += length
         self._order = torch.tensor(order, device=device)
         self._places = torch.argsort(self._order)
-        borders = [0, *accumulate(length + self.num_special for length in lengths)]
+        borders = [0, *accumulate([length + self.num_special for length in lengths])]  # PyTorch 2.7 traces lists alone
         self.cu_seqlens = torch.tensor(borders, dtype=torch.int32, device=device)
         """(pictures + 1,) borders of the pictures in the row, as the ops take them."""
 

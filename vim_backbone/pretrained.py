@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vim_backbone.channels import check_sets
 from vim_backbone.config import VimConfig
-from vim_backbone.errors import UserError
+from vim_backbone.errors import UserError, escaped
 from vim_backbone.files import refuse_what_is_no_file
 from vim_backbone.folder import WEIGHTS, read_config
 from vim_backbone.hub import find_backbone
@@ -22,6 +22,8 @@ from vim_backbone.transform import Transform
 from vim_backbone.vim import VisionMamba
 
 PATCH_WEIGHT = "patch_embed.proj.weight"
+QUOTED = 100
+"""Characters of a tensor's name that are shown, at most."""
 
 
 def load(
@@ -91,7 +93,9 @@ def from_pretrained(
     check_channels(saved, config, folder, chosen_channels)
     if chosen_channels is not None:
         state["channel_embed"] = state["channel_embed"][:, list(chosen_channels)]
-    model = VisionMamba(config)
+    fresh_head = config.num_classes not in (0, saved.num_classes)
+    with torch.device("cpu" if fresh_head else "meta"):  # drawing what is then read takes ten times as long as reading
+        model = VisionMamba(config)
     load_state(model, state, saved, folder / WEIGHTS)
     return model.eval()
 
@@ -164,7 +168,10 @@ def load_state(model: VisionMamba, state: dict[str, Tensor], saved: VimConfig, s
             if name in expected:
                 state[name] = expected[name]
     check_names(expected, state, source)
-    model.load_state_dict(state)
+    meta = model.pos_embed.is_meta
+    if meta:  # copies, because a file that is mapped into memory may change or be replaced
+        state = {name: tensor.to(expected[name].dtype, copy=True) for name, tensor in state.items()}
+    model.load_state_dict(state, assign=meta)
 
 
 def adapt_input_conv(weight: Tensor, in_chans: int) -> Tensor:
@@ -193,12 +200,15 @@ def resample_patches(weight: Tensor, side: int) -> Tensor:
 
 
 def check_names(expected: dict[str, Tensor], state: dict[str, Tensor], source: Path) -> None:
-    """Raise UserError naming the first tensors of `state` that are missing, unknown or of another shape."""
+    """Raise UserError naming the first tensors of `state` that are missing, unknown or of another type or shape."""
     for problem, names in (("lacks", expected.keys() - state.keys()), ("has unknown", state.keys() - expected.keys())):
         if names:
-            some = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
+            some = ", ".join(escaped(name)[:QUOTED] for name in sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
             raise UserError(f"{source} {problem} {len(names)} tensor(s): {some}; is it of another architecture?")
     for name, tensor in state.items():
+        if tensor.is_floating_point() != expected[name].is_floating_point():  # a head may have counters
+            kind = "floating-point" if expected[name].is_floating_point() else "whole"
+            raise UserError(f"{source}: {name} is {tensor.dtype}, wanted {kind} numbers")
         if tensor.shape != expected[name].shape:
             raise UserError(
                 f"{source}: {name} has shape {tuple(tensor.shape)}, the model wants {tuple(expected[name].shape)}"

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from vim_backbone.config import VimConfig
 from vim_backbone.errors import UserError, first_line
-from vim_backbone.images import open_picture, to_rgb
+from vim_backbone.images import check_megapixels, open_picture, to_rgb
 from vim_backbone.preprocessing import Preprocessing, to_model
 
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 """A file, or the pixels of a picture."""
+ARRAYS = ".npy"
+"""End of the name of a file of an array."""
 
 
 class Transform:
@@ -38,6 +40,7 @@ class Transform:
         size: int | tuple[int, int] | None = None,
         pad: bool = True,
         device: torch.device | str = "cpu",
+        max_megapixels: float = float("inf"),
     ) -> None:
         """How pictures become input.
 
@@ -47,6 +50,7 @@ class Transform:
             size: side, or (height, width) in pixels, to which each is resized (bicubic); None: its own size.
             pad: fill up to what the stride divides, at the right and below, with what the model sees as 0.
             device: of the input.
+            max_megapixels: larger files are refused before they are decoded.
 
         Raises:
             UserError: the preprocessing has other channels than the backbone, or the size is none.
@@ -65,7 +69,7 @@ class Transform:
         if sides is not None and (len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides)):
             raise UserError(f"size is {size!r}: give a side, or (height, width), in pixels")
         self.preprocessing, self.config, self.pad, self.size = preprocessing, config, pad, sides
-        self.device = torch.device(device)
+        self.device, self.max_megapixels = torch.device(device), max_megapixels
 
     @overload
     def __call__(self, pictures: Picture) -> Tensor: ...
@@ -95,14 +99,24 @@ class Transform:
         images = to_model(values, self.device, self.preprocessing)
         return pad_to_stride(images, self.config) if self.pad else images
 
+    def read(self, path: str | Path) -> Tensor:
+        """A file -> (1, c, h, w) float32. Raises anything that a decoder raises on damaged data."""
+        return self.from_values(self._values(self._decoded(Path(path))))
+
     def _values(self, picture: Picture) -> Tensor:
         """(c, h, w) in the values of the files."""
         if isinstance(picture, (str, Path)):
-            picture = self._read(Path(picture).expanduser())
+            path = Path(picture).expanduser()
+            try:
+                picture = self._decoded(path)
+            except UserError:
+                raise
+            except Exception as error:  # a decoder may raise anything on damaged data
+                raise UserError(f"cannot read the picture {path}: {first_line(error)}") from error
         if isinstance(picture, Image.Image):
             try:
-                picture = np.array(to_rgb(picture, float("inf"), self._span))
-            except Exception as error:  # a decoder may raise anything on damaged data
+                picture = np.array(to_rgb(picture, self.max_megapixels, self._span))
+            except Exception as error:  # as above
                 raise UserError(f"cannot use the picture: {first_line(error)}") from error
         elif not isinstance(picture, (np.ndarray, Tensor)):
             raise UserError(
@@ -112,21 +126,19 @@ class Transform:
             return rgb_values(picture)
         return self._bands(picture.cpu().numpy() if isinstance(picture, Tensor) else picture)
 
-    def _read(self, path: Path) -> Image.Image | np.ndarray:
-        try:
-            if path.suffix.lower() == ".npy":
-                return np.load(path, allow_pickle=False)  # a pickle could start any program
-            if self.preprocessing.bands is not None:
-                raise UserError(
-                    f"{path}: the backbone takes bands {list(self.preprocessing.bands)} of files; read them with "
-                    "tifffile or rasterio, and give the array (bands, h, w)"
-                )
-            with open_picture(path) as image:
-                return to_rgb(image, float("inf"), self._span)
-        except UserError:
-            raise
-        except Exception as error:  # a decoder may raise anything on damaged data
-            raise UserError(f"cannot read the picture {path}: {first_line(error)}") from error
+    def _decoded(self, path: Path) -> Image.Image | np.ndarray:
+        if path.suffix.lower() == ARRAYS:
+            values = np.load(path, mmap_mode="r", allow_pickle=False)  # a pickle could start any program
+            bands = min(values.shape[0], values.shape[-1]) if values.ndim == 3 else 1
+            check_megapixels(values.size // max(1, bands), 1, self.max_megapixels)
+            return np.array(values)
+        if self.preprocessing.bands is not None:
+            raise UserError(
+                f"{path}: the backbone takes bands {list(self.preprocessing.bands)} of files; read them with "
+                "tifffile or rasterio, and give the array (bands, h, w)"
+            )
+        with open_picture(path) as image:
+            return to_rgb(image, self.max_megapixels, self._span)
 
     @property
     def _span(self) -> tuple[float, float] | None:

@@ -22,15 +22,19 @@ from transformers import (
 )
 from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.utils.hub import cached_file
 
 from vim_backbone.config import SIZES, VimConfig
 from vim_backbone.doors import MODEL_TYPE, TIMM_KEYS, timm_fields
 from vim_backbone.errors import UserError
-from vim_backbone.preprocessing import RGB, Preprocessing
+from vim_backbone.files import write_json
+from vim_backbone.preprocessing import PREPROCESSOR, RGB, Preprocessing, preprocessor, read_preprocessing
 from vim_backbone.vim import VisionMamba
 
 PREFIX = "vim"
 FIELDS = tuple(VimConfig.__dataclass_fields__)
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+"""Options of from_pretrained that say where a file of a folder or an id is."""
 
 
 class VimPreTrainedConfig(BackboneConfigMixin, PreTrainedConfig):
@@ -93,6 +97,8 @@ class VimPreTrainedModel(PreTrainedModel):
         r"head\.(weight|bias)"
     ]
     has_classifier = False
+    preprocessing: Preprocessing | None = None
+    """Of the folder that the weights came from."""
 
     def __init__(self, config: VimPreTrainedConfig) -> None:
         super().__init__(config)
@@ -113,8 +119,22 @@ class VimPreTrainedModel(PreTrainedModel):
             if not getattr(parameter, "_is_hf_initialized", False):
                 raise UserError(f"the file of weights lacks {name} of {type(module).__name__}: is it of another model?")
 
+    @classmethod
+    def from_pretrained(cls, name: str | Path | None, *inputs: Any, **options: Any) -> Any:  # pyright: ignore
+        """As transformers has it; what is done to pictures is kept, for `save_pretrained`."""
+        loaded = super().from_pretrained(name, *inputs, **options)
+        if name is not None:
+            where = {key: options[key] for key in HUB_OPTIONS if key in options}
+            file = cached_file(str(name), PREPROCESSOR, **where, _raise_exceptions_for_missing_entries=False)
+            model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+            model.preprocessing = None if file is None else read_preprocessing(Path(file).parent)
+        return loaded
+
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:  # pyright: ignore
-        """As transformers has it, with the names of tensors that `vim_backbone` and timm read."""
+        """As transformers has it, with the names of tensors that `vim_backbone` and timm read.
+
+        preprocessor_config.json is written where the model was loaded from a folder that has one.
+        """
         state = options.pop("state_dict", None) or self.state_dict()
         state = {name.removeprefix(f"{PREFIX}."): tensor for name, tensor in state.items()}
         super().save_pretrained(save_directory, state_dict=state, **options)
@@ -122,6 +142,9 @@ class VimPreTrainedModel(PreTrainedModel):
             config = deepcopy(self.config)
             config.num_labels = 0
             config.save_pretrained(save_directory)
+        vim, known = self.vim.config, self.preprocessing
+        if known is not None and known.in_chans == vim.in_chans:
+            write_json(Path(save_directory) / PREPROCESSOR, preprocessor(vim, known))
 
 
 class VimModel(VimPreTrainedModel):

@@ -100,9 +100,10 @@ class VisionMamba(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Draw the parameters outside the blocks from torch's generator; a block draws its own when it is made."""
+        if self.pos_embed.is_meta:  # as in `init_mixer`
+            return
         lecun_normal_(self.patch_embed.proj.weight)
-        assert self.patch_embed.proj.bias is not None
-        nn.init.zeros_(self.patch_embed.proj.bias)
+        nn.init.zeros_(self.patch_embed.proj.bias)  # pyright: ignore[reportArgumentType] - it has one
         for token in (self.cls_token, self.register_tokens, self.channel_embed):
             if token is not None:
                 nn.init.trunc_normal_(token, std=0.02)

@@ -14,6 +14,8 @@ DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 @torch.no_grad()
 def init_mixer(mixer: Mixer, depth: int) -> None:
     """Mamba's initialisation (arXiv 2312.00752, section 3.6), residual branches scaled by 1 / sqrt(depth)."""
+    if mixer.A_log.is_meta:  # to be read: nothing to draw, and arithmetic there imports half of the compiler
+        return
     nn.init.kaiming_uniform_(mixer.in_proj.weight, a=math.sqrt(5))
     nn.init.kaiming_uniform_(mixer.out_proj.weight, a=math.sqrt(5))
     mixer.out_proj.weight.div_(math.sqrt(depth))

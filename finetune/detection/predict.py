@@ -1,6 +1,7 @@
 """Objects in pictures by a trained detector."""
 
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
@@ -11,8 +12,10 @@ from finetune.detection.model import Detector
 from finetune.detection.pictures import SHOWN_SCORE, Objects, draw_objects, sure_or_guessed
 from finetune.detection.tta import tta_of, with_pasted_masks
 from finetune.pixels import displayed, stacked
-from finetune.task import Prediction, Predictor
+from finetune.task import Drawing, Prediction, Predictor
 from vim_backbone.preprocessing import to_model
+
+BOX = ("x", "y", "width", "height")
 
 
 class DetectionPredictor(Predictor):
@@ -22,7 +25,7 @@ class DetectionPredictor(Predictor):
         """The detector with fresh weights."""
         return Detector(self.config, DetectionHead(**self.description["head"]), len(self.classes))
 
-    def predict(self, images: list[Tensor], drawings: list[Path]) -> list[Prediction]:
+    def predict(self, images: list[Tensor], drawings: list[Drawing]) -> list[Prediction]:
         """`objects`: rows of COCO's results format with the name of the class."""
         test = TestConfig(**self.description.get("test", {}))
         tta = tta_of(self.config, test, self.description["head"]["detections"], self.preprocessing)
@@ -31,7 +34,7 @@ class DetectionPredictor(Predictor):
         batches = [to_model(stack, self.device, self.preprocessing) for stack in stacks]
         detections = tta.detect(self.model, batches, [[sizes for _, sizes in of] for of in of_squares])
         predictions = []
-        for image, raw, path in zip(images, detections, drawings, strict=True):
+        for image, raw, drawing in zip(images, detections, drawings, strict=True):
             inside = with_pasted_masks(raw, (image.shape[1], image.shape[2]))
             objects = to_coco(inside, 0, self.description["category_ids"])
             for entry, label in zip(objects, inside["labels"].tolist(), strict=True):
@@ -39,7 +42,8 @@ class DetectionPredictor(Predictor):
                 entry["class"] = self.classes[label - 1]
                 if "segmentation" in entry:
                     entry["segmentation"]["counts"] = entry["segmentation"]["counts"].decode()
-            self._draw(image, inside, path)
+            if drawing.wanted:
+                self._draw(image, inside, drawing.path)
             predictions.append({"objects": objects})
         return predictions
 
@@ -56,3 +60,14 @@ class DetectionPredictor(Predictor):
         return (
             words if sure else f"nothing with a score of {SHOWN_SCORE:g}" + (f"; best guesses {words}" if words else "")
         )
+
+    def columns(self) -> list[str]:
+        """Class, score and box of an object, in pixels."""
+        return ["class", "score", *BOX]
+
+    def in_rows(self, prediction: Prediction) -> list[dict[str, Any]]:
+        """One for each object."""
+        return [
+            {"class": entry["class"], "score": entry["score"]} | dict(zip(BOX, entry["bbox"], strict=True))
+            for entry in prediction["objects"]
+        ]

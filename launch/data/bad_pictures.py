@@ -4,8 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from vim_backbone.errors import UserError, escaped, first_line
+from vim_backbone.errors import UserError
 from vim_backbone.files import append_lines, explain
+from vim_backbone.images import reason as reason
 
 Sample = TypeVar("Sample")
 MAX_TRIES = 100
@@ -104,9 +105,3 @@ def first_usable(
         except Exception as error:  # a decoder may raise anything on damaged data
             bad.append((source.name(candidate), reason(error)))
     return None, index, bad
-
-
-def reason(error: Exception) -> str:
-    """Why a picture cannot be used, on one line."""
-    text = escaped(first_line(error))
-    return "no picture format that can be read, or an empty file" if "cannot identify image file" in text else text

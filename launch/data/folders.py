@@ -2,13 +2,14 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from launch.data.data_sets import BUILDERS
 from launch.data.pictures import Picture
 from launch.data.reading import SUFFIXES, open_file
 from vim_backbone.errors import UserError, escaped
+from vim_backbone.listing import files_ending, walk
 
 
 class ImageFiles:
@@ -47,46 +48,13 @@ def files_below(folder: Path, left_out: Counter[str] | None = None) -> list[str]
 
 
 def picture_paths(folder: Path, left_out: Counter[str] | None = None) -> list[str]:
-    """Picture files below a folder, at any depth and through symbolic links, in sorted order; `left_out` as there.
-
-    Names that begin with a dot, and __MACOSX, are passed over: what file managers and editors leave behind. Raises
-    UserError for a folder below it that cannot be read.
-    """
-    paths = []
-    for entry in _walk(os.fspath(folder), ()):
-        suffix = os.path.splitext(entry.name)[1].lower()
-        if suffix in SUFFIXES and entry.is_file():
-            paths.append(entry.path)
-        elif left_out is not None:
-            left_out[suffix] += 1
-    return sorted(paths, key=lambda path: path.replace(os.sep, "\0"))  # folder by folder, as paths compare
-
-
-def left_behind(name: str) -> bool:
-    """Whether file managers and editors leave files or folders of this name beside those that are meant."""
-    return name.startswith(".") or name == "__MACOSX"
-
-
-def _walk(folder: str, above: tuple[str, ...]) -> Iterator[os.DirEntry[str]]:
-    """All files below a folder: no file costs a system call of its own, and no object but its entry."""
-    place = os.path.realpath(folder)
-    if place in above:  # a link to a folder that it lies in
-        return
-    try:
-        with os.scandir(folder) as entries:
-            inside = [entry for entry in entries if not left_behind(entry.name)]
-    except OSError as error:
-        raise UserError(f"cannot read the folder {folder}: {error.strerror}") from error
-    for entry in inside:
-        if entry.is_dir():
-            yield from _walk(entry.path, (*above, place))
-        else:
-            yield entry
+    """Picture files below a folder; `left_out` as there. As `files_ending` takes them."""
+    return files_ending(folder, SUFFIXES, left_out)
 
 
 def _what_else(folder: Path) -> str:
     """What to do about a folder without pictures."""
-    files = sorted(entry.path for entry in _walk(os.fspath(folder), ()))
+    files = sorted(entry.path for entry in walk(os.fspath(folder)))
     for suffix in BUILDERS:
         if file := next((Path(path) for path in files if path.lower().endswith(suffix)), None):
             return f"it holds data sets, read by data.source '{file.parent}/*{file.suffix}'"

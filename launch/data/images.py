@@ -2,7 +2,7 @@
 
 from PIL import Image
 
-from vim_backbone.images import FORMATS, ORIENTATION, STRIP, TURNS
+from vim_backbone.images import ORIENTATION, STRIP, TURNS, suffixes
 from vim_backbone.images import BadPictureError as BadPictureError
 from vim_backbone.images import check_megapixels as check_megapixels
 from vim_backbone.images import check_size as check_size
@@ -19,5 +19,5 @@ __all__ = ["ORIENTATION", "STRIP", "SUFFIXES", "TURNS"]
 
 Image.MAX_IMAGE_PIXELS = None  # `check_size` refuses large pictures itself, one by one and with a line that helps
 
-SUFFIXES = frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS)
+SUFFIXES = suffixes()
 """Ends of the names of picture files, in lower case."""

@@ -18,10 +18,11 @@ from launch.data.data_sets import (
     holds_text,
     is_image,
 )
-from launch.data.folders import ImageFiles, left_behind, picture_paths
+from launch.data.folders import ImageFiles, picture_paths
 from launch.data.sources import ImageSource, Picked
 from launch.run.randomness import seed_of
 from vim_backbone.errors import UserError
+from vim_backbone.listing import left_behind
 
 NO_CLASSES = " (text will do), encode one by class_encode_column of `datasets`, or use a folder for each class"
 """What else to do about a data set without a column of classes: numbers do not say which classes there are."""

@@ -1,1 +1,1 @@
-"""Features of many pictures by a backbone: computed, kept in parts, written as one file, and drawn."""
+"""Features of many pictures to look at, and what they know of labels."""

@@ -201,15 +201,20 @@ def fit_buffers(accelerator: Accelerator, model: nn.Module, unit: type[nn.Module
 
 def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
     """The result of `work`, done by the main process alone, or its UserError, on all processes."""
+    return on_first(accelerator.is_main_process, work, broadcast_object_list)
+
+
+def on_first(first: bool, work: Callable[[], Result], broadcast: Callable[[list[Any]], object]) -> Result:
+    """As `on_main`: whether this is the process that works, and what hands its list to all others, in place."""
     outcome: list[Any] = [None, None]
-    if accelerator.is_main_process:
+    if first:
         try:
             outcome[0] = work()
         except UserError as error:
             outcome[1] = str(error)
-    broadcast_object_list(outcome)
+    broadcast(outcome)
     if outcome[1] is not None:
-        raise (UserError if accelerator.is_main_process else SilentError)(outcome[1])
+        raise (UserError if first else SilentError)(outcome[1])
     return outcome[0]
 
 

@@ -95,7 +95,7 @@ def test_predictions_on_huge_pictures_of_bands(task, band_data, band_backbone, t
     row, small = json.loads((tmp_path / "out/predictions.json").read_text())
     assert "band 3 is wanted" in small["error"]
     if task == "detection":
-        assert row["error"] == "0 megapixels, over data.max_megapixels 0.01"
+        assert row["error"] == "0 megapixels, over max_megapixels 0.01"
         assert "drawing" not in row
         return
     labels = tifffile.imread(tmp_path / "out" / row["labels"])

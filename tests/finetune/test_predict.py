@@ -1,5 +1,6 @@
 """Predictions of a finished run: the same as its evaluation's, whatever the batch; JSON and pictures for each task."""
 
+import csv
 import json
 import os
 import shutil
@@ -75,6 +76,32 @@ def test_json_and_pictures(task, finished, sample_data, tmp_path, capsys):
             assert len(one["objects"]) == len(four["objects"])
             for entry in one["objects"][:3]:
                 assert coco_mask.decode(entry["segmentation"]).shape == (32, 32)
+
+
+@pytest.mark.parametrize("task", MORE)
+def test_a_table_and_as_many_drawings_as_asked_for(task, finished, sample_data, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"broken")
+    pictures = [str(tmp_path / "broken.jpg"), str(sample_data(task) / PICTURES[task])]
+    main([str(finished(task)), *pictures, "--out", str(tmp_path / "out"), "--drawings", "3"])
+    rows = json.loads((tmp_path / "out/predictions.json").read_text())
+    drawn = [row["drawing"] for row in rows if "drawing" in row]
+    assert len(drawn) == 2  # the first of the three is broken
+    labels = {row["labels"] for row in rows if "labels" in row}
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {*drawn, *labels}
+    with open(tmp_path / "out/predictions.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    broken, *lines = table
+    assert (broken["file"], broken["error"]) == (rows[0]["file"], rows[0]["error"])
+    if task == "classification":
+        assert [(line["file"], line["class"]) for line in lines] == [(row["file"], row["class"]) for row in rows[1:]]
+        assert [float(line["share"]) for line in lines] == [row["best"][0]["share"] for row in rows[1:]]
+    elif task == "segmentation":
+        for line, row in zip(lines, rows[1:], strict=True):
+            shares = {name[9:]: float(share) for name, share in line.items() if name.startswith("share of ")}
+            assert {name: share for name, share in shares.items() if share} == row["shares"]
+    else:
+        boxes = [[float(line[side]) for side in ("x", "y", "width", "height")] for line in lines]
+        assert boxes == [entry["bbox"] for row in rows[1:] for entry in row["objects"]]
 
 
 @pytest.mark.parametrize("task", MORE)

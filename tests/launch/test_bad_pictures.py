@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import UnidentifiedImageError
 
-from launch.data.bad_pictures import MAX_TRIES, BadPictures, escaped, first_usable
+from launch.data.bad_pictures import MAX_TRIES, BadPictures, first_usable
 from launch.data.folders import ImageFiles, files_below
 from vim_backbone import UserError
+from vim_backbone.errors import escaped
 
 MORE = int(os.environ.get("FUZZ", "0"))
 """Examples of each fuzzer, in place of a number for CI."""

@@ -1,6 +1,7 @@
 """Features of a folder: those of `vim_backbone.load`, whole after a kill, in every form, with bad pictures named."""
 
 import json
+import sys
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -9,11 +10,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import launch.embed
+import vim_backbone.embedding.parts
+import vim_backbone.embedding.work
 from launch.embed import main
 from launch.embedding.pages import nearest_neighbours, principal_colours
 from launch.run.cli import run
+from tests.launch.preloaded import Popen
+from tests.launch.real import CONFIGS, ROOT, environment, finish, free_port
 from vim_backbone import UserError, create_model, load
+from vim_backbone.embedding.parts import Parts
 
 
 @pytest.fixture
@@ -83,11 +88,11 @@ def test_arrays_and_tensors(backbone, picture_folder, tmp_path):
 
 
 def test_a_killed_command_goes_on(backbone, broken, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(launch.embed, "PART", 4)
+    monkeypatch.setattr(vim_backbone.embedding.parts, "FEWEST", 4)
     argv = [str(backbone), str(broken)]
     main([*argv, str(tmp_path / "whole.safetensors")])
     computed = []
-    compute = launch.embed.compute
+    compute = vim_backbone.embedding.work.compute
 
     def killed(model, images, wanted):
         computed.extend(images)
@@ -95,7 +100,7 @@ def test_a_killed_command_goes_on(backbone, broken, tmp_path, monkeypatch, capsy
             raise KeyboardInterrupt
         return compute(model, images, wanted)
 
-    monkeypatch.setattr(launch.embed, "compute", killed)
+    monkeypatch.setattr(vim_backbone.embedding.work, "compute", killed)
     out, limit = tmp_path / "killed.safetensors", 6
     killing = [*argv, str(out), "--batch_size", "1"]
     assert run(main, killing) == 130
@@ -121,6 +126,50 @@ def test_a_killed_command_goes_on(backbone, broken, tmp_path, monkeypatch, capsy
     assert run(main, [*killing, "--resume"]) == 2
     assert "exists: choose another name, or --overwrite" in capsys.readouterr().err
     main([*killing, "--overwrite"])
+
+
+@pytest.mark.slow
+def test_two_processes_share_what_one_left(backbone, photo, tmp_path, monkeypatch):
+    """Of three parts of 16 pictures one is there, each process computes another, and rows are in order."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for number in range(40):
+        photo(32 + number % 5, 48, shift=number).save(folder / f"{number:02d}.png")
+    for bad in ("20.png", "35.png"):
+        (folder / bad).write_bytes(b"no picture")
+    argv = [str(backbone), str(folder)]
+    main([*argv, str(tmp_path / "whole.npy")])
+    write, out = Parts.write, tmp_path / "shared.npy"
+
+    def killed(parts, part, features, bad):
+        features = {index: {"pooled": 2 * each["pooled"]} for index, each in features.items()}  # to know it again
+        write(parts, part, features, bad)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Parts, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        main([*argv, str(out)])
+    launcher = [sys.executable, "-m", "launch", "--num_processes=2", f"--main_process_port={free_port()}"]
+    launcher += [f"--config_file={CONFIGS}/ddp.yaml", str(ROOT / "launch/embed.py")]
+    environ = environment(ACCELERATE_USE_CPU="true")
+    refused = Popen([*launcher, *argv, str(out)], tmp_path, environ)
+    code, printed = finish(refused)
+    assert code == 2
+    assert printed.count("has parts of an earlier command: --resume goes on") == 1
+    code, printed = finish(Popen([*launcher, *argv, str(out), "--resume"], tmp_path, environ))
+    assert code == 0, printed
+    for line in (
+        "cannot use 20.png: no picture",
+        "cannot use 35.png: no picture",
+        "2 of 40 pictures cannot",
+        "pictures 40/40",
+        str(out),
+    ):
+        assert printed.count(line) == 1, printed
+    whole, shared = np.load(tmp_path / "whole.npy"), np.load(out)
+    whole[:16] *= 2
+    np.testing.assert_allclose(shared, whole, rtol=1e-4, atol=1e-5)
+    assert (tmp_path / "shared.names.txt").read_text() == (tmp_path / "whole.names.txt").read_text()
 
 
 def first_part(folder):

@@ -152,7 +152,7 @@ def test_damaged_metadata_reject_no_picture(photo):
 
 
 def test_too_large_is_refused_before_it_is_decoded():
-    with pytest.raises(BadPictureError, match=r"4 megapixels, over data\.max_megapixels 1"):
+    with pytest.raises(BadPictureError, match=r"4 megapixels, over max_megapixels 1"):
         to_rgb(opened(Image.new("1", (2000, 2000))), 1)
 
 

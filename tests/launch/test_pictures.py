@@ -180,7 +180,7 @@ def test_a_crop_of_a_huge_file_takes_no_more_than_its_own_tiles(tmp_path):
     with open_file(tmp_path / "huge.npy") as picture:
         view = read_pixels(picture, RGB, 2, (50_000, 50_000, 51_000, 51_000), (224, 224))
         assert view.shape == (3, 224, 224)
-        with pytest.raises(BadPictureError, match=r"10000 megapixels, over data\.max_megapixels 2"):
+        with pytest.raises(BadPictureError, match=r"10000 megapixels, over max_megapixels 2"):
             read_pixels(picture, RGB, 2)
 
 

@@ -12,7 +12,6 @@ from sklearn.neighbors import KNeighborsClassifier
 from launch.data.labelled import read_class_folders
 from launch.data.reading import read_pixels
 from launch.data.sources import WeightedSource, open_source, open_sources
-from launch.embedding.features import Wanted, compute
 from launch.run.randomness import generator
 from pretrain.bands import main as statistics
 from pretrain.data import View
@@ -27,6 +26,7 @@ from tests.launch.real import run as run_command
 from tests.pretrain.test_train import config, weights
 from tests.rows import read_metrics
 from vim_backbone import UserError, from_pretrained
+from vim_backbone.embedding.features import Wanted, compute
 from vim_backbone.preprocessing import RGB, to_model
 
 MEASURED = ("held_out_loss", "rank_me", "knn", "linear")

@@ -116,6 +116,10 @@ again = UperNetForSemanticSegmentation.from_pretrained(f"{out}/upernet").eval()
 torch.testing.assert_close(again(images).logits, upernet.eval()(images).logits)
 classifier.save_pretrained(f"{out}/classifier")
 AutoModel.from_pretrained(folder).save_pretrained(f"{out}/model")
+for saved in ("classifier", "model"):
+    pixels = AutoImageProcessor.from_pretrained(f"{out}/{saved}")(image, return_tensors="pt")["pixel_values"]
+    same(pixels, "pixels", rtol=0, atol=1e-5)
+    assert vim_backbone.load(f"{out}/{saved}")[1].preprocessing.mean == (0.4, 0.5, 0.6)
 fresh = AutoModelForImageClassification.from_pretrained(folder, num_labels=7, ignore_mismatched_sizes=True)
 assert fresh(images).logits.shape == (2, 7)
 assert 0.01 < fresh.vim.head.weight.std() < 0.03

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import sys
 
 import pytest
@@ -61,6 +62,18 @@ def test_what_is_not_there(folder, cache, monkeypatch):
     with pytest.raises(UserError, match="need its client: pip install huggingface_hub"):
         load("someone/vim")
     assert load(folder)[0](torch.rand(1, 3, 32, 32)).shape == (1, 32)
+
+
+def test_no_network(cache, monkeypatch):
+    """A Hub that refuses the connection, as a machine without a network."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{port}")
+    with pytest.raises(UserError, match=r"without a network, give a folder .*Connection refused") as caught:
+        load("someone/vim")
+    assert len(str(caught.value).splitlines()) == 1
 
 
 class Api:

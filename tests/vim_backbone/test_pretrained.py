@@ -67,6 +67,22 @@ def test_other_resolution_and_other_head(folder):
     assert from_pretrained(folder, num_classes=0)(pictures()).shape == (2, 32)
 
 
+def test_what_is_read_is_not_drawn(folder):
+    """Nor does a file that is rewritten reach a model, and a fresh process imports no compiler for it."""
+    before = torch.get_rng_state()
+    model = from_pretrained(folder, img_size=32, num_classes=0)
+    assert torch.equal(torch.get_rng_state(), before)
+    want = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with open(folder / "model.safetensors", "r+b") as file:
+        file.seek(-4096, os.SEEK_END)
+        file.write(b"\0" * 4096)
+    torch.testing.assert_close(model.state_dict(), want, rtol=0, atol=0)
+    assert not model.pos_embed.requires_grad or model.config.position == "learned"
+    code = f"import sys, torch, vim_backbone; vim_backbone.load({str(folder)!r}); assert 'sympy' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_missing_and_damaged_folders(folder, tmp_path):
     with pytest.raises(UserError, match="the folder does not exist"):
         from_pretrained(tmp_path / "nowhere")

@@ -15,7 +15,8 @@ def _note_fork() -> None:
     _forked_after_kernels |= threads is not None and threads._is_initialized
 
 
-os.register_at_fork(after_in_child=_note_fork)
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_note_fork)
 
 try:
     from numba.core import config

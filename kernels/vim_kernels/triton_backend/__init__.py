@@ -7,13 +7,14 @@ import torch
 
 try:
     import triton
+    import triton.experimental.gluon  # which Triton 3.3, of PyTorch 2.7, lacks
 
     from vim_kernels.triton_backend.scan_forward import scan_forward_kernel
 
     _import_error = None
     _interpreted = not isinstance(scan_forward_kernel, triton.JITFunction)
 except ImportError as error:
-    _import_error = f"triton cannot be imported ({error}): pip install triton"
+    _import_error = f"triton cannot be imported ({error}): it must be 3.6 or newer, as PyTorch 2.10 brings it"
     _interpreted = False
 
 

@@ -1,17 +1,16 @@
 """Parts of features as one file: parquet, npy or safetensors by its ending."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from launch.embedding.features import Wanted
-from launch.embedding.parts import Parts
+from vim_backbone.embedding.features import Wanted
+from vim_backbone.embedding.parts import Parts
 from vim_backbone.errors import UserError
 from vim_backbone.files import write_atomically, write_tensors, write_text
 
@@ -23,6 +22,8 @@ def check_output(out: Path, wanted: Wanted, fixed: bool) -> None:
     """Raise UserError, before work starts, for a file that cannot hold what is wanted."""
     if out.suffix not in WRITERS:
         raise UserError(f"{out} ends in {out.suffix!r}: it must end in {', '.join(WRITERS)}")
+    if out.suffix == ".parquet" and find_spec("pyarrow") is None:
+        raise UserError(f"{out}: parquet is written by pyarrow: pip install pyarrow, or take .npy or .safetensors")
     several = wanted.vectors + wanted.maps
     if out.suffix == ".npy" and len(several) != 1:
         raise UserError(f"{out} holds one array, wanted are {', '.join(several)}: take .parquet or .safetensors")
@@ -32,6 +33,8 @@ def check_output(out: Path, wanted: Wanted, fixed: bool) -> None:
 
 def write_parquet(out: Path, parts: Parts, wanted: Wanted, name: Named) -> None:
     """A row a picture: `name`, `index`, a list of d floats for each vector; rows, columns and flat lists of patches."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     def table(tensors: dict[str, Tensor]) -> pa.Table:
         columns: dict[str, Any] = {

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vim_backbone import VisionMamba
 from vim_backbone.errors import UserError, nearest
+from vim_backbone.vim import VisionMamba
 
 KINDS = ("pooled", "class", "patches")
 
@@ -61,16 +61,19 @@ def compute(model: VisionMamba, images: list[Tensor], wanted: Wanted) -> list[di
         tokens, streams = model.forward_intermediates(images, wanted.layers, output_fmt="NLC")
     else:
         tokens, streams = model.forward_features(images), []
-    pooled = model.forward_head(tokens, pre_logits=True)
+    pooled = model.forward_head(tokens, pre_logits=True).float().cpu()  # once for all: each copy waits for a GPU
     made = []
     for number, image in enumerate(images):
         grid = model.config.grid(*image.shape[-2:])
-        features = {"pooled": pooled[number], "class": tokens[number][0]}
-        # where channels are tokens, a place has the mean over them, as in `forward_intermediates`
-        features["patches"] = tokens[number][model.num_prefix_tokens :].unflatten(0, (*grid, -1)).mean(2)
+        features = {"pooled": pooled[number]}
+        if "class" in wanted.kinds:
+            features["class"] = tokens[number][0]
+        if "patches" in wanted.kinds:
+            # where channels are tokens, a place has the mean over them, as in `forward_intermediates`
+            features["patches"] = tokens[number][model.num_prefix_tokens :].unflatten(0, (*grid, -1)).mean(2)
         for layer, stream in zip(wanted.layers, streams, strict=True):
             features[f"layer_{layer}"] = stream[number].mean(0)
-            features[f"layer_{layer}_patches"] = stream[number].unflatten(0, grid)
-        kept = ["pooled", *wanted.vectors, *wanted.maps]
-        made.append({name: features[name].float().cpu() for name in dict.fromkeys(kept)})
+            if wanted.maps:
+                features[f"layer_{layer}_patches"] = stream[number].unflatten(0, grid)
+        made.append({name: feature.float().cpu() for name, feature in features.items()})
     return made

@@ -1,8 +1,11 @@
-"""Features of the pictures that are done, in parts on disk: what a killed command leaves, another goes on with."""
+"""Features of the pictures that are done, in parts on disk: what a killed command leaves, another goes on with.
+
+Several processes share the parts of one folder; each writes its own.
+"""
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +18,20 @@ from vim_backbone.files import read_json, remove, write_json, write_tensors
 
 SETTINGS = "settings.json"
 BAD = "bad"
+FEWEST, MOST = 16, 256
+"""Pictures of a part: what a killed process loses at most."""
+AIM = 64
+"""Parts of a small source, so that several processes have something to share."""
 
 
 class Parts:
     """A folder of parts beside the output; part k has the pictures from k * size on, with those that are bad."""
 
-    def __init__(self, out: Path, total: int, size: int) -> None:
-        """Args: the output's file, pictures of the source, pictures of a part."""
+    def __init__(self, out: Path, total: int) -> None:
+        """Args: the output's file, pictures of the source."""
         self.folder = out.with_name(f"{out.name}.parts")
-        self.total, self.size = total, size
-        self.count = -(-total // size)
+        self.total, self.size = total, min(MOST, max(FEWEST, -(-total // AIM)))
+        self.count = -(-total // self.size)
 
     def start(self, settings: dict[str, Any], out: Path, resume: bool, overwrite: bool) -> None:
         """Make the folder, or go on with one. Raises UserError where work would be lost, or settings are others."""
@@ -47,9 +54,18 @@ class Parts:
             raise UserError(f"cannot make the folder {self.folder}: {error.strerror}") from error
         write_json(file, settings)
 
-    def done(self) -> int:
-        """Parts that are there, from the first on."""
-        return next((part for part in range(self.count) if not self.path(part).exists()), self.count)
+    def done(self) -> list[int]:
+        """Parts that are there."""
+        there = {path.name for path in self.folder.iterdir()}
+        return [part for part in range(self.count) if self.path(part).name in there]
+
+    def missing(self, rank: int, processes: int) -> list[int]:
+        """Parts that are not there, of those of one of so many processes: one in so many."""
+        return [part for part in range(rank, self.count, processes) if not self.path(part).exists()]
+
+    def pictures_done(self) -> int:
+        """Pictures of the parts that are there."""
+        return sum(len(self.indices(part)) for part in self.done())
 
     def path(self, part: int) -> Path:
         """Its file."""
@@ -72,12 +88,18 @@ class Parts:
                 tensors[name] = torch.cat([value.flatten(0, 1) for value in values])
         write_tensors(self.path(part), tensors, {BAD: json.dumps(bad)})
 
-    def read(self, names: list[str], parts: int | None = None) -> Iterator[tuple[dict[str, Tensor], dict[int, str]]]:
+    def bad(self) -> dict[int, str]:
+        """Of the parts that are there the pictures that are bad, with the reason."""
+        return {index: why for _, some in self.read([], self.done()) for index, why in some.items()}
+
+    def read(
+        self, names: list[str], parts: Iterable[int] | None = None
+    ) -> Iterator[tuple[dict[str, Tensor], dict[int, str]]]:
         """Of each part the tensors of these names, with "index" and "grid" where there is one, and its bad pictures.
 
-        Raises UserError for a part that is damaged.
+        `parts`: all when None. Raises UserError for a part that is damaged.
         """
-        for part in range(self.count if parts is None else parts):
+        for part in range(self.count) if parts is None else parts:
             try:
                 with safe_open(self.path(part), "pt") as file:
                     there = set(file.keys()) & {"index", "grid", *names}
