@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from pretrain.mae.model import DecoderConfig, MaskedAutoencoder, split_patches
+from pretrain.mae.model import MaskedAutoencoder
+from pretrain.masked import DecoderConfig, split_patches
 from tests.vim_backbone.test_vim import small
 from vim_backbone.block import set_recompute
 from vim_backbone.memory import LEVELS, Recompute
