@@ -81,11 +81,11 @@ def programs(wheel, tmp_path_factory):
     needs = map(Requirement, importlib.metadata.distribution("vision-mamba-pretrain").requires or ())
     link(with_their_own(need.name for need in needs if need.marker is None), site)
     pip = (sys.executable, "-m", "pip", "--python", home / "bin/python")
-    # HELPER, READ THIS: `pip install` without --no-deps wrote torch 2.13.0+cpu THROUGH these symlinks into the shared
-    # /work/main/.venv (find-links of the machine's pip config) and broke every other run. Never install through links:
-    # --no-deps, then `pip check`; and PIP_CONFIG_FILE=/dev/null. Remove this note when you have read it.
+    # with dependencies pip would install through the links, into the packages that they lead to
     done = run(*pip, "install", "--quiet", "--no-index", "--no-deps", wheel)
     assert done.returncode == 0, done.stderr
+    done = run(*pip, "check")
+    assert done.returncode == 0, done.stdout
     return home / "bin"
 
 
