@@ -42,4 +42,4 @@ docs: setup  ## the documentation as a site, in build/site; make docs ARGS=serve
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(or $(ARGS),build)
 
 clean:  ## delete the environment and caches, never a run
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build

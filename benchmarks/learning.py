@@ -57,7 +57,18 @@ QUIET = ["--trackers=[]", "--model.drop_path_rate=0"]
 ROWS, SETTINGS = "rows.jsonl", "settings.json"
 MEASURED_STEPS, WARM_STEPS = 60, 20
 """Of `--measure`: how many are run, and how many of them do not count."""
-SAME_FOR_ALL = ("data", "epochs", "steps", "seconds", "tune", "rates", "pretrain_with", "tune_with", "teacher")
+SAME_FOR_ALL = (
+    "data",
+    "precision",
+    "epochs",
+    "steps",
+    "seconds",
+    "tune",
+    "rates",
+    "pretrain_with",
+    "tune_with",
+    "teacher",
+)
 """Options that all cases of a name in a folder must share."""
 
 
@@ -110,6 +121,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("give --steps or --seconds, not both")
     if options.measure and options.seconds is None:
         parser.error("--measure goes with --seconds")
+    if "vit" in options.nets and any("gap_aware=true" in word for word in options.pretrain_with):
+        parser.error("--pretrain-with mae.gap_aware=true is of Vim: a ViT has no scan")
     if options.publish and set(options.nets) - {"vim", "pooled"}:
         parser.error("--publish is of Vim: timm does not know the ViT of these benchmarks")
     return options
@@ -354,6 +367,8 @@ def main() -> None:
     }
     wrong, rows = [], []
     try:
+        if options.seconds and options.processes > 1 and not options.measure:  # one after the other, before they share
+            wrong += filter(None, run_cases(argparse.Namespace(**vars(options) | {"measure": True})))
         for failure in run_cases(options):
             wrong += [failure] if failure else []
             rows = [row for path in sorted(options.work.glob(f"*/{ROWS}")) for row in read_rows(path)]

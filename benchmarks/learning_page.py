@@ -81,9 +81,9 @@ def bars(axes: Axes, means: list[dict[str, Any]], rows: list[dict[str, Any]]) ->
     for place, entry in enumerate(means):
         key = {name: entry[name] for name in KEY[:-1]}
         scores = [row["top1"] for row in rows if row.items() >= key.items()]
-        plain = entry["what"].startswith("scratch") or entry["what"] == "knn"
-        strength = OBJECTIVES.get(entry["objective"], 1.0)
-        axes.barh(place, entry["mean"], color=NETS[entry["net"]], alpha=0.4 * strength if plain else strength)
+        strength = OBJECTIVES[entry["objective"] or "scratch"]
+        faint = 0.4 if entry["what"] == "knn" else 1.0
+        axes.barh(place, entry["mean"], color=NETS[entry["net"]], alpha=faint * strength)
         axes.plot(scores, [place] * len(scores), "o", color="black", markersize=3)
         axes.text(0.01, place, f"{entry['mean']:.3f}", va="center")
     shown = [f"{name_of(e)}, {e['what']}" + (f"\n{labels_of(e['labels'])}" if e["labels"] else "") for e in means]

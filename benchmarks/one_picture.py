@@ -13,16 +13,17 @@ less memory (`vim_backbone.block.set_slices`), "compiled" the first under torch.
 picture cut into tiles of `--tile` pixels, which know nothing of each other, and "vit" a ViT of the same width and half
 as many blocks (as many parameters) on the whole sequence, by flash attention. Pixels are random, a window of them made
 once: each is embedded by window (vim_backbone/windows.py), so that no whole picture is ever there; of tiles one is
-embedded for each batch. Memory is all that was allocated at most, weights included. The slope is that of the logarithms
-of ms and tokens, from the row before: 1 is linear, 2 is square. A case is left out that, by the slope of its net, would
-take longer than `--cap`.
+embedded for each batch. Memory is all that was allocated at most, on a GPU with the weights of all nets. The slope is
+that of the logarithms of ms and tokens, from the row before: 1 is linear, 2 is square. A case is left out that, by the
+slope of its net, would take longer than `--cap`.
 
 Under torchrun `--ranks` measures one sequence over all processes (vim_backbone/stretch.py), each with as many rows of
 patches, beside the row that each process takes by itself: ms of the slowest, GB of the first.
 
-`--train` takes masked training steps (forward, backward, AdamW) in place of forward passes, full and pooled, at each
-level of `model.recompute`; what does not fit in the memory says so. `--check` compares rows of so many tokens, packed
-between two short ones, with a reference in float64 (benchmarks/long_rows.py): every token, of a few channels.
+`--train` takes masked training steps (forward, backward, AdamW) in place of forward passes, full and pooled, at the
+levels of `model.recompute` in `--levels`; what does not fit in the memory says so. `--check` compares rows of so many
+tokens, packed between two short ones, with a reference in float64 (benchmarks/long_rows.py): every token, of a few
+channels.
 """
 
 import argparse
@@ -121,6 +122,7 @@ class Net:
         self.encode: Callable[..., tuple[Tensor, Tensor]] = self.model.encode
         set_slices(self.model, options.slice if name == "sliced" else None)
         if name == "compiled":
+            torch._dynamo.config.recompile_limit = max(8, len(options.sizes))
             self.encode = torch.compile(self.model.encode, dynamic=False)
 
     @torch.inference_mode()

@@ -25,6 +25,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import psutil
 import torch
 import yaml
 
@@ -59,11 +60,14 @@ def parse_options() -> argparse.Namespace:
         "--zero", type=json.loads, metavar="JSON", help="more settings of DeepSpeed's zero_optimization"
     )
     parser.add_argument("--profile", action="store_true", help="write profile-STRATEGY-PROCESSES.txt into --out")
-    parser.add_argument("--checkpoints", action="store_true", help="also what one costs; of the model on the CPU")
+    parser.add_argument("--checkpoints", action="store_true", help="also what one costs")
     parser.add_argument("--seconds", type=float, default=600.0, help="end a run that takes longer, and go on")
     parser.add_argument("--out", type=Path, help="folder for scaling.csv, and for profiles")
     parser.add_argument("settings", nargs="*", help="of pretrain/main.py, behind --")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.profile and not options.out:
+        parser.error("--profile writes into --out: give a folder")
+    return options
 
 
 def trained(strategy: str, processes: int, where: Path, options: argparse.Namespace) -> dict[str, float]:
@@ -86,9 +90,16 @@ def trained(strategy: str, processes: int, where: Path, options: argparse.Namesp
         env["ACCELERATE_USE_CPU"] = "true"
     if options.profile and options.out:
         env["SCALING_PROFILE"] = str(options.out / f"profile-{name}.txt")
-    process = subprocess.run(argv, check=False, env=env, capture_output=True, text=True, timeout=options.seconds)
+    process = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        _, errors = process.communicate(timeout=options.seconds)
+    except subprocess.TimeoutExpired:
+        for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+            each.kill()  # processes that a launcher leaves behind would be beside the next row
+        process.communicate()
+        raise
     if process.returncode:
-        raise RuntimeError(process.stderr[-3000:])
+        raise RuntimeError(errors[-3000:])
     measured = [json.loads(path.read_text()) for path in (where / name).glob("process-*.json")]
     return {key: max(each[key] for each in measured) for key in measured[0]}
 

@@ -1,7 +1,6 @@
 """Features of one picture too large for memory: `python -m launch.embed_large BACKBONE PICTURE OUT.npy`.
 
-The picture is read by window, each patch once, and scanned as one sequence; the features are written by window. It
-lives in launch, which reads pictures, because vim_backbone imports nothing of it.
+The picture is read by window, each patch once, and scanned as one sequence; the features are written by window.
 """
 
 import argparse
@@ -14,20 +13,20 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from torch import Tensor
 
 from launch.data.bad_pictures import reason
 from launch.data.pictures import Picture
 from launch.data.reading import open_file, read_pixels
 from launch.run.cli import run
-from launch.run.progress import ProgressReport
+from launch.run.progress import ProgressReport, user_console
 from vim_backbone import VisionMamba, load
 from vim_backbone.block import set_slices
-from vim_backbone.errors import UserError, first_line, require
+from vim_backbone.errors import UserError, require
 from vim_backbone.files import write_atomically
 from vim_backbone.lines import Grid
 from vim_backbone.preprocessing import Preprocessing, to_model
+from vim_backbone.pretrained import moved
 from vim_backbone.windows import Window, encode_by_window, windows
 
 DTYPES = {"float32": (torch.float32, np.float32), "bfloat16": (torch.bfloat16, np.float16)}
@@ -117,8 +116,16 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     require(arguments.window >= 1, "--window", arguments.window, "it must be at least 1")
     require(arguments.slice is None or arguments.slice >= 1, "--slice", arguments.slice, "it must be at least 1")
-    require(arguments.out.suffix == ".npy", "out", arguments.out, "it must end in .npy")
-    require(arguments.overwrite or not arguments.out.exists(), "out", arguments.out, "it exists: --overwrite")
+    out, picture = arguments.out, arguments.picture
+    require(out.suffix == ".npy", "out", str(out), "it must end in .npy")
+    require(not out.is_dir(), "out", str(out), "it is a folder; give a file")
+    same = out.exists() and picture.exists() and out.samefile(picture)
+    require(not same, "out", str(out), "it is the picture; choose another name")
+    require(arguments.overwrite or not out.exists(), "out", str(out), "it exists: --overwrite")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {out.parent}: {error.strerror}") from error
     return arguments
 
 
@@ -127,21 +134,17 @@ def main(argv: list[str]) -> None:
     arguments = arguments_of(argv)
     model, transform = load(arguments.backbone, revision=arguments.revision)
     weights, numbers = DTYPES[arguments.dtype]
-    try:
-        model = model.to(arguments.device, weights)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
-        why = f"--device {arguments.device} cannot be used ({first_line(error)})"
-        raise UserError(f"{why}: give cuda or cpu") from error
+    model = moved(model, arguments.device, weights)
+    remedy = "a pooled scan is taken whole; leave it out"
+    require(arguments.slice is None or model.config.scan == "full", "--slice", arguments.slice, remedy)
     set_slices(model, arguments.slice)
     with named(arguments.picture):
         picture = open_file(arguments.picture)
     with picture:
         read = WindowReader(picture, model, transform.preprocessing, arguments.window)
         count = sum(1 for _ in windows(read.grid, read.side))
-        console = Console(stderr=True, highlight=False, soft_wrap=True)
-        with ProgressReport(console, "windows", count, 0) as report:
+        with ProgressReport(user_console(), "windows", count, 0) as report:
             _, patches = encode_by_window(model, read.grid, watched(read, report, arguments.picture), read.side)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     write_map(arguments.out, patches, read.grid, read.side, numbers)
     print(arguments.out)  # noqa: T201 - the command's result
 

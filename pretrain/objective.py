@@ -53,8 +53,13 @@ class Objective(Protocol):
         """Raise UserError for an architecture that the objective cannot train, naming the field."""
         ...
 
-    def prepare(self) -> None:
-        """Fetch and try what it needs, before a run has a folder. Raises UserError. For the main process."""
+    def prepare(self, architecture: VimConfig, preprocessing: Preprocessing, *, native: bool) -> None:
+        """Fetch and try what it needs, before a run has a folder. Raises UserError. For the main process.
+
+        Args:
+            preprocessing: of the pictures.
+            native: views have sizes of their own.
+        """
         ...
 
     def draw(self, grid: tuple[int, int], rng: torch.Generator) -> Tensor:

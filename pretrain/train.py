@@ -85,11 +85,11 @@ def pretrain(config: PretrainConfig) -> Path:
     compile_by_stage(accelerator, stages)
     on_main(accelerator, lambda: look_at_first(source, data.preprocessing, data.max_megapixels, data.max_bad_share))
     on_main(accelerator, lambda: check_sets(sets, config.eval, data))
-    objective = config.method
-    on_main(accelerator, objective.prepare)
+    objective, architecture = config.method, config.architecture()
+    native = data.sizes == "native"
+    on_main(accelerator, lambda: objective.prepare(architecture, data.preprocessing, native=native))
     fixed = ("objective", "model.", "data.bands", "data.statistics", "eval.share", *objective.architecture_fields)
     fixed += ("seed",) if held_out else ()  # what was held out before would be trained on
-    architecture = config.architecture()
     initial, taken_up = weights_to_start_from(config, architecture)
     with run_folder(accelerator, config, fixed, total_steps) as start:
         bad = BadPictures(config.folder / "bad_pictures.txt", pictures, data.max_bad_share)

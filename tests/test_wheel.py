@@ -134,7 +134,7 @@ def test_a_folder_becomes_features_in_one_command(call, picture_folder, tmp_path
     assert done.stdout.strip() == "features.npy"
     assert "cannot use broken.jpg: no picture format that can be read, or an empty file" in done.stderr
     model, transform = load(folder)
-    names = (tmp_path / "features.names.txt").read_text().splitlines()
+    names = (tmp_path / "features.npy.names.txt").read_text().splitlines()
     with torch.no_grad():
         want = model(transform([picture_folder / name for name in names]))
     torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "features.npy")), want, rtol=1e-4, atol=1e-5)

@@ -1,15 +1,14 @@
 """One Vim block: add to the residual stream, RMS norm, mixer; with stochastic depth."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vim_backbone.config import VimConfig
+from vim_backbone.errors import require
 from vim_backbone.hand_over import Given, hand_over, take
 from vim_backbone.memory import Recompute
-from vim_backbone.mixer import Mixer
+from vim_backbone.mixer import AGAIN, Mixer
 from vim_backbone.stretch import Stretch
 from vim_backbone.weights import init_mixer
 from vim_kernels import Lines, add_rms_norm
@@ -61,9 +60,8 @@ class Block(nn.Module):
             h = drop_path(h, self.drop_path, self.training, cu_seqlens)
         normed, stream = self.norm(h, residual)
         if self.mixer.recompute == "products" and torch.is_grad_enabled():
-            again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # a mixer draws nothing
             more = {"apart": apart, "gaps": gaps, "stretch": stretch}
-            return checkpoint(self.mixer, normed, cu_seqlens, lines, **more, **again), stream
+            return checkpoint(self.mixer, normed, cu_seqlens, lines, **more, **AGAIN), stream
         normed_or_list = hand_over(normed, self.mixer)
         del h, residual, normed
         return self.mixer(normed_or_list, cu_seqlens, lines, apart=apart, gaps=gaps, stretch=stretch), stream
@@ -80,8 +78,10 @@ def set_slices(model: nn.Module, tokens: int | None) -> None:
     """Let all mixers take long sequences in slices of so many tokens, where no gradients are wanted; None: whole.
 
     Less memory at more time: of a block's inner channels a sequence has one tensor in place of seven. Values are the
-    same to rounding. What is packed, pooled, apart, or over several processes is taken whole.
+    same to rounding. What is packed, pooled, apart, with gaps, or over several processes is taken whole, and so is what
+    is no longer than a slice. Raises UserError for slices of less than one token.
     """
+    require(tokens is None or tokens >= 1, "tokens", tokens, "it must be at least 1, or None")
     for module in model.modules():
         if isinstance(module, Mixer):
             module.slice_tokens = tokens

@@ -1,12 +1,13 @@
 """Features of all pictures of a folder, as one file: `python -m vim_backbone.embed BACKBONE FOLDER OUT`.
 
-It needs what the library needs and no more; `launch.embed`, in a clone, does the same for other sources and formats, on
-several GPUs, and draws what it computed.
+It needs what the library needs and no more; `launch.embed`, in a clone, does the same for other sources and formats, in
+several processes, and draws what it computed.
 """
 
 import os
 import sys
 import time
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,11 +17,12 @@ from torch import Tensor
 from vim_backbone.embedding.job import Job, parser_of
 from vim_backbone.embedding.parts import Parts
 from vim_backbone.embedding.work import Progress
-from vim_backbone.errors import UserError, escaped
+from vim_backbone.errors import UserError, escaped, require
 from vim_backbone.images import suffixes
 from vim_backbone.listing import files_ending
 from vim_backbone.transform import ARRAYS, Transform
 
+IS_PICTURE = "it is one of the pictures; choose another name"
 MOST_THREADS = 16
 LINE_SECONDS = 5.0
 """Between lines on the progress."""
@@ -35,7 +37,9 @@ class FolderPictures:
         if not folder.is_dir():
             raise UserError(f"{folder} is no folder: give a folder of pictures")
         self.root, self.transform = os.path.join(folder, ""), transform
-        self.paths = files_ending(folder, endings)
+        self.left_out = Counter[str]()
+        """Other files, by their ends."""
+        self.paths = files_ending(folder, endings, self.left_out)
         if not self.paths:
             raise UserError(f"no pictures below {folder}: it has no file ending in {', '.join(sorted(endings))}")
 
@@ -70,6 +74,11 @@ class Lines:
         say("  ".join(filter(None, [*words, f"about {left} left" * (done < self.total)])))
 
 
+def same_file(path: str, out: Path) -> bool:
+    """Whether a path leads to the output that is there."""
+    return os.path.basename(path) == out.name and out.exists() and out.samefile(path)
+
+
 def say(line: str) -> None:
     """A line beside the result."""
     print(line, file=sys.stderr, flush=True)  # noqa: T201 - command line
@@ -91,7 +100,11 @@ def embed(argv: list[str] | None = None) -> Path:
     job = Job.of(arguments)
     pictures = FolderPictures(Path(arguments.source).expanduser(), job.transform)
     parts = Parts(arguments.out, len(pictures))
+    require(not any(same_file(path, arguments.out) for path in pictures.paths), "out", str(arguments.out), IS_PICTURE)
     job.start(parts, job.settings(pictures))
+    if pictures.left_out:
+        ends = ", ".join(f"{count} {end or 'without an ending'}" for end, count in pictures.left_out.most_common(5))
+        say(f"left out, for their endings: {ends}")
     progress = Lines(len(pictures), parts.pictures_done())
     job.compute(pictures, parts, number_of_threads(arguments.workers), say, progress)
     job.write(pictures, parts, say)

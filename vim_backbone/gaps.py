@@ -32,7 +32,9 @@ def scan_gaps(visible: Tensor, patches: int | Sequence[int], lengths: Sequence[i
     else:
         assert not isinstance(patches, int)
         ends = torch.tensor(list(accumulate(patches)))
-        picture = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+        picture = torch.repeat_interleave(
+            torch.arange(len(lengths)), torch.tensor(lengths), output_size=visible.shape[1]
+        )
         first, end = torch.stack([ends - torch.tensor(patches), ends])[:, picture].to(visible.device)[:, None]
     nothing = torch.full_like(visible[:, :1], -1)
     before = torch.maximum(torch.cat([nothing, visible[:, :-1]], dim=1), first - 1)

@@ -21,7 +21,7 @@ from vim_kernels import (
     selective_scan,
 )
 
-_AGAIN: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn
+AGAIN: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn
 
 
 class Mixer(nn.Module):
@@ -68,9 +68,11 @@ class Mixer(nn.Module):
         """
         assert gaps is None or not (apart or lines or stretch)
         other = apart or lines or stretch or gaps is not None or cu_seqlens is not None
-        if self.slice_tokens and not (torch.is_grad_enabled() or other):
-            return self._in_slices(take(h), self.slice_tokens)
-        xz = self.in_proj(take(h))
+        h = take(h)
+        if self.slice_tokens and h.shape[1] > self.slice_tokens and not (torch.is_grad_enabled() or other):
+            return self._in_slices(h, self.slice_tokens)
+        xz = self.in_proj(h)
+        del h
         # where all is made again the backward pass follows at once, and convolutions need not run a second time for it
         recompute = "none" if self.recompute == "products" else self.recompute
         forward, backward = self._both_weights()
@@ -99,7 +101,7 @@ class Mixer(nn.Module):
         halves = []
         for half, weights, reverse in zip(xz.chunk(2), (forward, backward), (False, True), strict=True):
             if self.recompute in ("inputs", "states") and torch.is_grad_enabled():
-                halves.append(checkpoint(self._one_way, half, weights, reverse, cu_seqlens, **_AGAIN))
+                halves.append(checkpoint(self._one_way, half, weights, reverse, cu_seqlens, **AGAIN))
             else:
                 halves.append(self._one_way(half, weights, reverse, cu_seqlens))
         return torch.cat(halves)
@@ -110,7 +112,8 @@ class Mixer(nn.Module):
         Of the whole sequence there are h, its result, and one direction's; in_proj is taken twice.
         """
         length, near = h.shape[1], self.conv1d.kernel_size[0] - 1
-        ahead, result = h.new_empty(*h.shape[:2], self.A_log.shape[0]), torch.empty_like(h)
+        ahead: Tensor | None = None  # in the precision of the products, which autocast may choose
+        result: Tensor | None = None
         starts = range(0, length, tokens)
         for reverse, weights in zip((False, True), self._both_weights(), strict=True):
             state = None
@@ -121,12 +124,17 @@ class Mixer(nn.Module):
                 u = causal_conv1d(x, weights.conv_weight, weights.conv_bias, reverse=reverse)
                 here = slice(start - first, stop - first)
                 y, state = OneWay(u[:, here], None, weights, reverse).scan(state)
+                if ahead is None:
+                    ahead = torch.empty(*h.shape[:2], y.shape[2], dtype=y.dtype, device=y.device)
                 if reverse:
                     y = torch.lerp(ahead[:, start:stop], y, 0.5)
                     y = (y if self.scan_norm is None else self.scan_norm(y)) * F.silu(z[:, here])
-                    result[:, start:stop] = self.out_proj(y)
+                    made = self.out_proj(y)
+                    result = torch.empty_like(h, dtype=made.dtype) if result is None else result
+                    result[:, start:stop] = made
                 else:
                     ahead[:, start:stop] = y
+        assert result is not None
         return result
 
     def _both_weights(self) -> tuple[ScanWeights, ScanWeights]:
@@ -141,7 +149,7 @@ class Mixer(nn.Module):
         if not torch.is_grad_enabled() and self.scan_norm is None:
             return scan_stretch(x, z, forward, backward, stretch)
         if self.recompute in ("inputs", "states") and torch.is_grad_enabled():
-            y = checkpoint(scan_stretch, x, None, forward, backward, stretch, **_AGAIN)
+            y = checkpoint(scan_stretch, x, None, forward, backward, stretch, **AGAIN)
         else:
             y = scan_stretch(x, None, forward, backward, stretch)
         return (y if self.scan_norm is None else self.scan_norm(y)) * F.silu(z)

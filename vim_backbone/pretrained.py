@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vim_backbone.channels import check_sets
 from vim_backbone.config import VimConfig
-from vim_backbone.errors import UserError, escaped
+from vim_backbone.errors import UserError, escaped, first_line
 from vim_backbone.files import refuse_what_is_no_file
 from vim_backbone.folder import WEIGHTS, read_config
 from vim_backbone.hub import find_backbone
@@ -213,3 +213,13 @@ def check_names(expected: dict[str, Tensor], state: dict[str, Tensor], source: P
             raise UserError(
                 f"{source}: {name} has shape {tuple(tensor.shape)}, the model wants {tuple(expected[name].shape)}"
             )
+
+
+def moved(model: VisionMamba, device: str, dtype: torch.dtype | None = None) -> VisionMamba:
+    """The model on a device that a user names, cuda or cpu. Raises UserError where it cannot be used."""
+    try:
+        if torch.device(device).type == "meta":
+            raise RuntimeError("it computes nothing")
+        return model.to(device, dtype)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
+        raise UserError(f"--device {device} cannot be used ({first_line(error)}): give cuda or cpu") from error

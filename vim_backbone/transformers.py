@@ -37,6 +37,14 @@ HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "re
 """Options of from_pretrained that say where a file of a folder or an id is."""
 
 
+def known_preprocessing(folder: Path) -> Preprocessing | None:
+    """What is done to pictures, where preprocessor_config.json is one of ours."""
+    try:
+        return read_preprocessing(folder)
+    except UserError:
+        return None
+
+
 class VimPreTrainedConfig(BackboneConfigMixin, PreTrainedConfig):
     """The fields of `VimConfig`, and what transformers adds: labels, and the stages that a backbone gives.
 
@@ -127,7 +135,7 @@ class VimPreTrainedModel(PreTrainedModel):
             where = {key: options[key] for key in HUB_OPTIONS if key in options}
             file = cached_file(str(name), PREPROCESSOR, **where, _raise_exceptions_for_missing_entries=False)
             model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
-            model.preprocessing = None if file is None else read_preprocessing(Path(file).parent)
+            model.preprocessing = None if file is None else known_preprocessing(Path(file).parent)
         return loaded
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:  # pyright: ignore

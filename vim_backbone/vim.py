@@ -202,6 +202,8 @@ class VisionMamba(nn.Module):
         any block, and what each made of the pictures comes one after the other, forward first, in twice the batch.
         `gaps` (2, b, l): those of `vim_backbone.gaps.scan_gaps`, for full scans.
         """
+        if gaps is not None and (apart or lines):
+            raise UserError("gaps go with full scans of both directions together: give neither apart nor lines")
         layout, cu_seqlens = layout_of(self.layout, lengths, patches.device)
         pictures = len(lengths) if lengths else patches.shape[0]
         gaps = None if gaps is None else with_special_tokens(gaps, layout, pictures)

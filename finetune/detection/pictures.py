@@ -21,6 +21,8 @@ LEGIBLE = 480
 """Shorter side in pixels from which names on a picture can be read; smaller pictures are enlarged."""
 FAINT = 0.5
 """Weight of guesses over the picture."""
+MOST_ENLARGED = 8
+"""Times, a picture that is small."""
 FONT = Path(mpl.get_data_path()) / "fonts/ttf/DejaVuSans-Bold.ttf"
 
 
@@ -50,6 +52,11 @@ def sure_or_guessed(scores: Sequence[float]) -> tuple[list[int], bool]:
     return (sure, True) if sure else (best_first[:MOST_GUESSES], False)
 
 
+def enlarged(picture: Tensor, factor: int) -> Tensor:
+    """Each pixel of (..., h, w) as a square of so many."""
+    return picture.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
+
+
 def draw_objects(picture: Tensor, objects: Objects, classes: Sequence[str]) -> np.ndarray:
     """Draw objects on a picture (3, h, w) uint8, the surest on top; gives (h, w, 3) uint8, enlarged if small.
 
@@ -60,16 +67,13 @@ def draw_objects(picture: Tensor, objects: Objects, classes: Sequence[str]) -> n
     if objects.scores is not None:
         places, sure = sure_or_guessed(objects.scores)
         objects = objects.at(places[::-1])  # the best last, over the others
-    factor = -(-LEGIBLE // min(picture.shape[1:]))
-    picture = picture.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    factor = min(MOST_ENLARGED, -(-LEGIBLE // min(picture.shape[1:])))
     if not objects.labels:
-        return picture.permute(1, 2, 0).numpy()
+        return enlarged(picture, factor).permute(1, 2, 0).numpy()
     of_classes = (palette(len(classes)) * 255).astype(int).tolist()
     colours: list[Any] = [tuple(of_classes[label - 1]) for label in objects.labels]
-    drawn = picture
-    if objects.masks is not None:
-        masks = objects.masks.bool().repeat_interleave(factor, 1).repeat_interleave(factor, 2)
-        drawn = lay_over(picture, masks, colours)
+    drawn = picture if objects.masks is None else lay_over(picture, objects.masks.bool(), colours)
+    picture, drawn = enlarged(picture, factor), enlarged(drawn, factor)
     thickness = max(2, min(picture.shape[1:]) // 240)
     drawn = draw_bounding_boxes(drawn, objects.boxes * factor, colors=colours, width=thickness)
     if not sure:

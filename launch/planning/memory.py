@@ -39,6 +39,8 @@ class Work:
     frozen: float = 0.0
     """Bytes of a model that is not trained, such as a teacher: whole on every process, however many pictures there
     are. Its forward pass comes first and leaves nothing but what `ends` has."""
+    frozen_forward: float = 0.0
+    """Bytes of one picture at the height of that pass."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Footprint:
     """Bytes of the weights in 16 bits, kept for a whole step."""
     frozen: float = 0.0
     """Bytes of a model that is not trained."""
+    frozen_forward: float = 0.0
+    """Bytes of one picture at the height of its forward pass, before all others."""
 
 
 def footprint(model: nn.Module, work: Work, dtype: torch.dtype, backend: str = "triton") -> Footprint:
@@ -100,6 +104,7 @@ def footprint(model: nn.Module, work: Work, dtype: torch.dtype, backend: str = "
         last_backward=backward(work.stacks[0]),
         casts=2 * trained if dtype.itemsize == 2 else 0,
         frozen=work.frozen,
+        frozen_forward=work.frozen_forward,
     )
 
 
@@ -148,7 +153,8 @@ def peak(model: Footprint, share: Share, pictures: int) -> float:
     """
     start = share.early + pictures * (model.saved + model.first_backward)
     end = share.gradients + pictures * model.last_backward
-    return share.parameters + share.optimizer + model.casts + model.frozen + max(start, end)
+    busiest = max(start, end, pictures * model.frozen_forward)
+    return share.parameters + share.optimizer + model.casts + model.frozen + busiest
 
 
 def fitting(model: Footprint, share: Share, memory: float) -> int:

@@ -65,7 +65,7 @@ def open_run(config: RunConfig, fixed: Iterable[str], total_steps: int = 0) -> S
     """Make or check the folder of the run, on the main process, which has its lock.
 
     Args:
-        fixed: prefixes of dotted fields that a resumed run cannot change, such as "model.".
+        fixed: prefixes of dotted fields that a resumed run cannot change, such as "model."; the first are named first.
         total_steps: steps of the whole run; 0 for one that does not train.
 
     Raises:
@@ -141,12 +141,13 @@ def _resumed(config: RunConfig, folder: Path, fixed: tuple[str, ...], total_step
     if not checkpoints(folder / CHECKPOINTS):
         raise UserError(f"nothing to resume: {folder / CHECKPOINTS} has no checkpoint; start with --overwrite instead")
     changed = {k: both for k, both in differences(config, folder / CONFIG).items() if k not in CONTROL}
-    for name, (before, now) in changed.items():
-        if name.startswith(fixed) and name not in FREE:
-            raise UserError(
-                f"{folder} was trained with {name} = {before}, not {now}: resume with the same architecture, "
-                "or start another --name"
-            )
+    refused = [name for each in fixed for name in changed if name.startswith(each) and name not in FREE]
+    if refused:
+        name, (before, now) = refused[0], changed[refused[0]]
+        raise UserError(
+            f"{folder} was trained with {name} = {before}, not {now}: resume with the same architecture, "
+            "or start another --name"
+        )
     newest, damaged = newest_valid(folder / CHECKPOINTS)
     if newest is None:
         raise UserError(f"nothing to resume: {'; '.join(damaged)}; start with --overwrite instead")

@@ -50,7 +50,7 @@ class AR:
         """Full scans of two patches or more, with all bands in one token."""
         check_ar(architecture)
 
-    def prepare(self) -> None:
+    def prepare(self, architecture: VimConfig, preprocessing: Preprocessing, *, native: bool) -> None:
         """Nothing."""
 
     def draw(self, grid: tuple[int, int], rng: torch.Generator) -> Tensor:

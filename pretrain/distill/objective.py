@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from launch.data.loading import to_device
 from launch.planning.memory import FLOAT, Stack, Work
 from pretrain.distill.model import Comparison, Distillation, MaskedDistillation
-from pretrain.distill.teacher import DistillConfig, Teacher, check_teacher, describe, read
+from pretrain.distill.teacher import DistillConfig, Teacher, check_grid, check_teacher, describe, read
 from pretrain.mae.masking import MaskConfig, draw_mask
 from pretrain.masked import DecoderConfig, split_patches
 from pretrain.objective import Inputs
@@ -62,8 +62,12 @@ class Distill:
         """A teacher that has a feature for each patch."""
         check_teacher(self.distill, architecture)
 
-    def prepare(self) -> None:
-        """Read the teacher's weights, which fetches them where that was asked for."""
+    def prepare(self, architecture: VimConfig, preprocessing: Preprocessing, *, native: bool) -> None:
+        """Compare pictures and teacher, and read its weights, which fetches them where that was asked for."""
+        if native:
+            rows, columns = architecture.grid(*architecture.img_size)
+            check_grid(self.distill.teacher, (rows, columns + 1))
+        Teacher(self.distill, preprocessing)
         read(self.distill.teacher)
 
     def draw(self, grid: tuple[int, int], rng: torch.Generator) -> Tensor:
@@ -123,9 +127,9 @@ class Distill:
         return draw
 
     def work(self, architecture: VimConfig, itemsize: int, recompute: Recompute) -> Work:
-        """The encoder over what it sees, a decoder over all where there is one, the ends, and the teacher's weights.
+        """The encoder over what it sees, a decoder over all where there is one, the ends, and the teacher.
 
-        The teacher runs first, without gradients, and leaves its features.
+        The teacher runs first, without gradients, and leaves its features; it is counted as a ViT.
         """
         rows, columns = architecture.grid(*architecture.img_size)
         patches, special, teacher = rows * columns, architecture.num_special, describe(self.distill.teacher)
@@ -137,4 +141,10 @@ class Distill:
             stacks += (Stack(self.decoder.blocks(architecture), patches + special, recompute),)
             ends, compared = ends + FLOAT * 2 * patches * self.decoder.width, hidden
         kept = FLOAT * (patches + 2 * compared) + (itemsize if itemsize < FLOAT else 0) * compared
-        return Work(stacks=stacks, ends=ends + kept * teacher.width, frozen=FLOAT * teacher.parameters)
+        return Work(
+            stacks=stacks,
+            ends=ends + kept * teacher.width,
+            frozen=FLOAT * teacher.parameters,
+            # of a ViT's block: stream, its sum and norm in float32, and twice the four widths between its two products
+            frozen_forward=patches * teacher.width * (3 * FLOAT + 8 * itemsize),
+        )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import vim_backbone.timm  # noqa: F401 - a backbone of ours can teach
 from vim_backbone import VimConfig
 from vim_backbone.errors import UserError, first_line, require
-from vim_backbone.preprocessing import Preprocessing
+from vim_backbone.preprocessing import PREPROCESSOR, Preprocessing, read_preprocessing
 from vim_backbone.vim import Images, VisionMamba
 
 Method = TypeVar("Method")
@@ -67,8 +67,19 @@ class Teacher:
     """The frozen model. It sees the views that the encoder is trained on, whole and resized to as many patches."""
 
     def __init__(self, settings: DistillConfig, preprocessing: Preprocessing) -> None:
-        """`preprocessing` is what was done to the images."""
+        """`preprocessing` is what was done to the images.
+
+        Raises UserError where a published backbone takes other bands, or values of another range.
+        """
         self.settings = settings
+        folder = Path(settings.teacher.removeprefix(FOLDER))
+        if settings.teacher.startswith(FOLDER) and is_published(folder):
+            other = read_preprocessing(folder)
+            if (other.bands, other.scale) != (preprocessing.bands, preprocessing.scale):
+                raise UserError(
+                    f"distill.teacher is {settings.teacher!r}: it takes bands {other.bands or 'RGB'} of {other.scale}, "
+                    f"and the pictures are {preprocessing.bands or 'RGB'} of {preprocessing.scale}; take another"
+                )
         self.known = describe(settings.teacher)
         """What is known of it."""
         self._model: nn.Module | None = None
@@ -100,13 +111,18 @@ class Teacher:
         return F.layer_norm(features, features.shape[-1:])
 
     def _on(self, device: torch.device) -> nn.Module:
-        """The model, read at the first call."""
+        """The model on a device, read at the first call."""
         if self._model is None:
             with torch.random.fork_rng(devices=[]):  # weights are drawn before they are read; the run's draws stay
                 self._model = read(self.settings.teacher)
-            self._model.requires_grad_(False).eval().to(device)
-            self._scale, self._shift = self._scale.to(device), self._shift.to(device)
-        return self._model
+            self._model.requires_grad_(False).eval()
+        self._scale, self._shift = self._scale.to(device), self._shift.to(device)
+        return self._model.to(device)
+
+
+def is_published(folder: Path) -> bool:
+    """Whether a folder has a backbone of ours, with what is done to its pictures."""
+    return (folder / PREPROCESSOR).is_file() and isinstance(describe(f"{FOLDER}{folder}").model, VisionMamba)
 
 
 def last_features(model: nn.Module, pixels: Tensor) -> Tensor:

@@ -73,6 +73,8 @@ class MaskedAutoencoder(MaskedModel):
             rows: the pictures (b, c, h, w) are these rows of patches of larger ones, whose other rows other processes
                 have, and so are the masks; of the loss this process has its part, and the sum of all is the whole.
         """
+        if rows is not None and reconstruct:
+            raise UserError("pictures over several processes cannot be reconstructed: give no rows")
         if rows is not None:
             return self._part_of_loss(images, visible, hidden, rows)
         if reconstruct:

@@ -34,7 +34,7 @@ class MAE:
 
     title: ClassVar[str] = "Masked autoencoding"
     picture_folder: ClassVar[str] = "reconstructions"
-    architecture_fields: ClassVar[tuple[str, ...]] = ("decoder.",)
+    architecture_fields: ClassVar[tuple[str, ...]] = ("decoder.", "mae.")
     cost_fields: ClassVar[dict[str, str]] = {
         "mask.ratio": "share of the patches that the encoder skips",
         "decoder.width": "channels of the decoder, which sees all patches",
@@ -52,7 +52,7 @@ class MAE:
         remedy = "lines of a pooled scan have no gaps, hidden patches count in their means; set model.scan to full"
         require(not (self.mae.gap_aware and architecture.scan == "pooled"), "mae.gap_aware", True, remedy)
 
-    def prepare(self) -> None:
+    def prepare(self, architecture: VimConfig, preprocessing: Preprocessing, *, native: bool) -> None:
         """Nothing."""
 
     def draw(self, grid: tuple[int, int], rng: torch.Generator) -> Tensor:

@@ -38,7 +38,7 @@ class NEPA:
         """Full scans alone, of two patches or more."""
         check_causal(architecture, "nepa")
 
-    def prepare(self) -> None:
+    def prepare(self, architecture: VimConfig, preprocessing: Preprocessing, *, native: bool) -> None:
         """Nothing."""
 
     def draw(self, grid: tuple[int, int], rng: torch.Generator) -> Tensor:

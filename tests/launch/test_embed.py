@@ -83,7 +83,7 @@ def test_arrays_and_tensors(backbone, picture_folder, tmp_path):
     saved = load_file(tmp_path / "s.safetensors")
     assert saved.keys() == {"pooled", "layer_1", "index"}
     torch.testing.assert_close(saved["layer_1"], stream.mean(1), **close)
-    names = (tmp_path / "s.names.txt").read_text().splitlines()
+    names = (tmp_path / "s.safetensors.names.txt").read_text().splitlines()
     assert names == [path.relative_to(picture_folder).as_posix() for path in files]
 
 
@@ -169,7 +169,7 @@ def test_two_processes_share_what_one_left(backbone, photo, tmp_path, monkeypatc
     whole, shared = np.load(tmp_path / "whole.npy"), np.load(out)
     whole[:16] *= 2
     np.testing.assert_allclose(shared, whole, rtol=1e-4, atol=1e-5)
-    assert (tmp_path / "shared.names.txt").read_text() == (tmp_path / "whole.names.txt").read_text()
+    assert (tmp_path / "shared.npy.names.txt").read_text() == (tmp_path / "whole.npy.names.txt").read_text()
 
 
 def first_part(folder):

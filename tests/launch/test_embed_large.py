@@ -70,3 +70,10 @@ def test_what_cannot_be_is_named(backbone, values, tmp_path):
     with pytest.raises(UserError, match=r"must end in \.npy"):
         main([str(backbone), str(tmp_path / "photo.png"), str(tmp_path / "out.parquet")])
     assert not (tmp_path / "out.npy").exists()
+    (tmp_path / "file").touch()
+    np.save(tmp_path / "scene.npy", values)
+    before = (tmp_path / "scene.npy").read_bytes()
+    for out, why in (("file/out.npy", "cannot make the folder"), ("scene.npy", "it is the picture")):
+        with pytest.raises(UserError, match=why):
+            main([str(backbone), str(tmp_path / "scene.npy"), str(tmp_path / out), "--overwrite"])
+    assert (tmp_path / "scene.npy").read_bytes() == before

@@ -191,7 +191,7 @@ def test_of_a_strip_that_is_all_of_a_picture_a_crop_maps_its_part(tmp_path, monk
             patch.setattr(tifffile.FileHandle, "read", lambda *_: pytest.fail("the strip is read"))
             part = read_pixels(picture, RGB, 0.1, (200, 300, 400, 500)).numpy()
         assert np.array_equal(part, np.moveaxis(values[300:500, 200:400], -1, 0))
-    with open_file(tmp_path / "packed.tif") as picture, pytest.raises(BadPictureError, match=r"data\.max_megapixels"):
+    with open_file(tmp_path / "packed.tif") as picture, pytest.raises(BadPictureError, match="over max_megapixels"):
         read_pixels(picture, RGB, 0.1, (200, 300, 400, 500))
     cut = (tmp_path / "one.tif").read_bytes()[:-5000]
     (tmp_path / "cut.tif").write_bytes(cut)

@@ -1,5 +1,7 @@
 """Distillation: the teacher sees whole pictures as it knows them, stays as it is, and its features are the target."""
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
@@ -146,3 +148,21 @@ def test_teachers_that_cannot_teach_are_refused_in_a_line(teacher, settings, cha
     given = {"teacher": teacher} | settings
     with pytest.raises(UserError, match=words):
         objective(**given).check(VimConfig(**(SIZES | changes)))
+
+
+def test_a_published_teacher_of_other_pictures_is_refused(tmp_path):
+    bands = replace(RGB, bands=(2, 1, 0), dtype="uint16", range=((0.0,) * 3, (3000.0,) * 3))
+    folder = encoder(depth=1).save_pretrained(tmp_path / "backbone", preprocessing=bands)
+    method = objective(f"local-dir:{folder}")
+    with pytest.raises(UserError, match=r"it takes bands \(2, 1, 0\) of .* and the pictures are RGB of"):
+        method.prepare(VimConfig(**SIZES), RGB, native=False)
+    method.prepare(VimConfig(**SIZES), bands, native=False)
+
+
+def test_a_teacher_of_one_size_is_refused_for_native_sizes(tmp_path):
+    folder = write_teacher(tmp_path / "vit", model="beit_base_patch16_224", img_size=(16, 24))
+    method = objective(folder)
+    method.check(VimConfig(**SIZES))
+    method.prepare(VimConfig(**SIZES), RGB, native=False)
+    with pytest.raises(UserError, match="it does not take pictures of 16 x 28 pixels"):
+        method.prepare(VimConfig(**SIZES), RGB, native=True)

@@ -177,9 +177,11 @@ def test_overlapping_patches_are_refused():
         autoencoder(stride=4)
 
 
-def test_packed_pictures_are_as_if_alone():
+@pytest.mark.parametrize("gap_aware", [False, True])
+def test_packed_pictures_are_as_if_alone(gap_aware):
     """Values and gradients; every picture counts alike, though one has ten times the patches of another."""
     model = autoencoder(num_registers=2).train()
+    model.gap_aware = gap_aware
     sizes = [(32, 48), (8, 16), (64, 24), (40, 40)]
     images = [torch.randn(3, *size, generator=generator(i)) for i, size in enumerate(sizes)]
     masks = [draw_mask((h // 8, w // 8), MaskConfig(ratio=0.6), generator(i)) for i, (h, w) in enumerate(sizes)]

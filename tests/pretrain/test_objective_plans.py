@@ -70,6 +70,23 @@ def test_the_peak_of_a_real_step_is_predicted(objective, at, level, dtype, teach
     assert peak(planned, shares(planned, 1)[0], PICTURES) == pytest.approx(measured, rel=0.06)
 
 
+def test_a_large_teacher_is_the_peak_of_a_small_student(tmp_path):
+    """Between its blocks nothing stays, so that one block is all that its forward pass needs."""
+    torch.set_num_threads(1)
+    teacher = write_teacher(tmp_path / "large", img_size=224, patch_size=16, embed_dim=768, depth=2, num_heads=12)
+    model = ModelConfig(img_size=224, patch_size=16, depth=1, recompute="products")
+    config = PretrainConfig(objective="distill", model=model, distill=DistillConfig(teacher=teacher))
+    trained, images = build_model(config), torch.randn(PICTURES, 3, 224, 224)
+    trained.teacher.features(images, config.architecture())
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        trained.teacher.features(images, config.architecture())
+    work = config.method.work(config.architecture(), 4, "products")
+    assert PICTURES * work.frozen_forward == pytest.approx(peak_allocated(profiled), rel=0.25)
+    planned = planned_footprints(config.architecture(), config.method, [work], torch.float32, "cpu")[0]
+    without = replace(planned, frozen_forward=0.0)
+    assert peak(planned, shares(planned, 1)[0], 64) > peak(without, shares(without, 1)[0], 64)
+
+
 @pytest.mark.parametrize("objective", ["nepa", "ar"])
 def test_the_command_trains_by_the_objective(objective, capsys):
     main(["--model", "vim_tiny", "--gpus", "1", "--batch-size", "64", "--objective", objective])

@@ -18,7 +18,7 @@ def backbone(tmp_path):
     return create_model("vim_tiny", **SIZES).save_pretrained(tmp_path / "backbone")
 
 
-def test_bands_come_from_arrays(tmp_path):
+def test_bands_come_from_arrays(tmp_path, capsys):
     bands = Preprocessing(mean=(0.5,), std=(0.5,), bands=(1,), dtype="uint16", range=((0.0,), (1000.0,)))
     folder = create_model("vim_tiny", **SIZES, in_chans=1).save_pretrained(tmp_path / "bands", preprocessing=bands)
     scenes = tmp_path / "scenes"
@@ -35,11 +35,11 @@ def test_bands_come_from_arrays(tmp_path):
     with torch.no_grad():
         want = model(transform([scenes / f"{number}.npy" for number in range(3)]))
     torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "f.npy")), want, rtol=1e-4, atol=1e-5)
-    assert (tmp_path / "f.names.txt").read_text().split() == ["0.npy", "1.npy", "2.npy"]
+    assert (tmp_path / "f.npy.names.txt").read_text().split() == ["0.npy", "1.npy", "2.npy"]
+    assert "left out, for their endings: 1 .png" in capsys.readouterr().err
 
 
 def test_what_is_too_large_is_bad(backbone, picture_folder, photo, tmp_path, capsys):
-    """Before it is decoded; one more than the limit of Pillow itself is no warning."""
     photo(400, 500).save(picture_folder / "large.png")
     np.save(picture_folder / "large.npy", np.zeros((400, 500, 3), np.uint8))
     argv = [str(backbone), str(picture_folder), str(tmp_path / "f.npy"), "--max_megapixels", "0.1"]
@@ -95,5 +95,13 @@ def test_refused_before_work(backbone, picture_folder, tmp_path, monkeypatch, ca
     refused("is no folder: give a folder of pictures", picture_folder / "nothing")
     refused("it must end in .parquet, .npy, .safetensors", picture_folder, "f.csv")
     refused("--batch_size is 0", picture_folder, "f.npy", "--batch_size", "0")
+    refused("--max_megapixels is inf", picture_folder, "f.npy", "--max_megapixels", "inf")
+    refused("--device meta cannot be used", picture_folder, "f.npy", "--device", "meta")
+    np.save(picture_folder / "scene.npy", np.zeros((20, 20, 3), np.uint8))
+    refused("it is one of the pictures", picture_folder, picture_folder / "scene.npy", "--overwrite")
+    assert np.load(picture_folder / "scene.npy").shape == (20, 20, 3)
+    (tmp_path / "d.npy").mkdir()
+    refused("d.npy is a folder", picture_folder, "d.npy", "--overwrite")
+    assert not list(tmp_path.glob("*.parts"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused("several take their shares with launch.embed")

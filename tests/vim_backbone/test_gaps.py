@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from vim_backbone import VimConfig, VisionMamba
+from tests.vim_backbone.test_vim import small
+from vim_backbone import UserError, VimConfig, VisionMamba
 from vim_backbone.gaps import scan_gaps, with_special_tokens
 from vim_backbone.packing import layout_of
 from vim_backbone.tokens import TokenLayout
@@ -80,3 +81,9 @@ def test_packed_pictures_with_gaps_come_out_as_if_alone(mixer_norm, recompute):
         gaps = scan_gaps(torch.tensor([visible_of(mask)]), len(mask))
         torch.testing.assert_close(got, model.encode(piece[None], gaps=gaps)[1][0], rtol=1e-5, atol=1e-5)
         assert (got - without).abs().max() > 5e-5
+
+
+def test_gaps_with_directions_apart_are_refused():
+    model = small()
+    with pytest.raises(UserError, match="give neither apart nor lines"):
+        model.encode(torch.zeros(1, 4, model.config.d_model), apart=True, gaps=torch.ones(2, 1, 4))

@@ -79,8 +79,21 @@ def test_slices_of_the_sequence_give_what_the_whole_does(kind, tokens):
         whole = model.forward_features(image)
         set_slices(model, tokens)
         in_slices = model.forward_features(image)
-    assert not torch.equal(in_slices, whole)
+        with torch.autocast("cpu", torch.bfloat16):
+            low_in_slices = model.forward_features(image)
+    length = model.config.grid(112, 80)[0] * model.config.grid(112, 80)[1]
+    assert torch.equal(in_slices, whole) == (tokens > length)  # what is no longer than a slice is taken whole
     torch.testing.assert_close(in_slices, whole, rtol=1e-5, atol=1e-5)
     set_slices(model, None)
     with torch.no_grad():
         assert torch.equal(model.forward_features(image), whole)
+        with torch.autocast("cpu", torch.bfloat16):
+            low = model.forward_features(image)
+    assert low_in_slices.dtype == low.dtype
+    torch.testing.assert_close(low_in_slices, low, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("tokens", [0, -1])
+def test_slices_without_a_token_are_refused(tokens):
+    with pytest.raises(UserError, match="it must be at least 1"):
+        set_slices(small(), tokens)

@@ -12,11 +12,11 @@ from vim_backbone.embedding.features import KINDS, Wanted
 from vim_backbone.embedding.outputs import WRITERS, check_output
 from vim_backbone.embedding.parts import Parts
 from vim_backbone.embedding.work import ALL, Pictures, Progress, Share, embed_share
-from vim_backbone.errors import UserError, first_line, require
+from vim_backbone.errors import UserError, require
 from vim_backbone.folder import WEIGHTS
 from vim_backbone.hub import find_backbone
 from vim_backbone.preprocessing import read_preprocessing
-from vim_backbone.pretrained import from_pretrained
+from vim_backbone.pretrained import from_pretrained, moved
 from vim_backbone.transform import Transform
 from vim_backbone.vim import VisionMamba
 
@@ -55,6 +55,8 @@ def check_numbers(arguments: argparse.Namespace) -> None:
     require(
         arguments.workers is None or arguments.workers >= 1, "--workers", arguments.workers, "it must be at least 1"
     )
+    pixels = arguments.max_megapixels
+    require(0 < pixels < float("inf"), "--max_megapixels", pixels, "it must be positive and finite")
     sides = arguments.size or [1]
     require(len(sides) <= 2 and min(sides) >= 1, "--size", arguments.size, "give a side, or height and width")
 
@@ -78,11 +80,7 @@ class Job(NamedTuple):
         transform = Transform(
             read_preprocessing(folder), model.config, size=size, max_megapixels=arguments.max_megapixels
         )
-        try:
-            model = model.to(arguments.device)
-        except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
-            why = f"--device {arguments.device} cannot be used ({first_line(error)})"
-            raise UserError(f"{why}: give cuda or cpu") from error
+        model = moved(model, arguments.device)
         wanted = Wanted.of(model, arguments.features, arguments.layers)
         check_output(arguments.out, wanted, size is not None)
         return cls(arguments, folder, model, transform, wanted)
@@ -115,11 +113,14 @@ class Job(NamedTuple):
     ) -> None:
         """The parts of this process; see `embed_share`."""
         bf16 = self.arguments.precision == "bf16"
-        with torch.autocast(self.model.pos_embed.device.type, torch.bfloat16, enabled=bf16):
-            embed_share(
-                self.model, pictures, self.wanted, parts, batch_size=self.arguments.batch_size, threads=threads,
-                name_bad=name_bad, report=report, share=share,
-            )  # fmt: skip
+        try:
+            with torch.autocast(self.model.pos_embed.device.type, torch.bfloat16, enabled=bf16):
+                embed_share(
+                    self.model, pictures, self.wanted, parts, batch_size=self.arguments.batch_size, threads=threads,
+                    name_bad=name_bad, report=report, share=share,
+                )  # fmt: skip
+        except torch.OutOfMemoryError as error:
+            raise UserError("the device is out of memory: take a smaller --batch_size, or --size") from error
 
     def write(self, pictures: Pictures, parts: Parts, say: Say) -> None:
         """The file, of all parts. Raises UserError where no picture could be used."""

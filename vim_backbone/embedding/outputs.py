@@ -63,7 +63,7 @@ def write_parquet(out: Path, parts: Parts, wanted: Wanted, name: Named) -> None:
 
 
 def write_npy(out: Path, parts: Parts, wanted: Wanted, name: Named) -> None:
-    """An array (pictures, d), or of patches (pictures, rows, columns, d); the names are in `<out>.names.txt`."""
+    """An array (pictures, d), or of patches (pictures, rows, columns, d); the names are in `OUT.names.txt`."""
     (feature,) = wanted.vectors + wanted.maps
     arrays, indices = [], []
     for tensors, _ in parts.read([feature]):
@@ -83,7 +83,7 @@ def write_npy(out: Path, parts: Parts, wanted: Wanted, name: Named) -> None:
 def write_safetensors(out: Path, parts: Parts, wanted: Wanted, name: Named) -> None:
     """A tensor (pictures, d) for each vector; of patches (all patches, d), rows, columns in `grid` (pictures, 2).
 
-    The names are in `<out>.names.txt`.
+    The names are in `OUT.names.txt`.
     """
     gathered: dict[str, list[Tensor]] = {}
     for tensors, _ in parts.read(wanted.vectors + wanted.maps):
@@ -97,7 +97,7 @@ def write_safetensors(out: Path, parts: Parts, wanted: Wanted, name: Named) -> N
 
 def write_names(out: Path, indices: list[int], name: Named) -> None:
     """A line a row."""
-    write_text(out.with_suffix(".names.txt"), "".join(f"{name(index)}\n" for index in indices))
+    write_text(out.with_name(f"{out.name}.names.txt"), "".join(f"{name(index)}\n" for index in indices))
 
 
 WRITERS = {".parquet": write_parquet, ".npy": write_npy, ".safetensors": write_safetensors}

@@ -35,14 +35,17 @@ class Parts:
 
     def start(self, settings: dict[str, Any], out: Path, resume: bool, overwrite: bool) -> None:
         """Make the folder, or go on with one. Raises UserError where work would be lost, or settings are others."""
+        if out.is_dir():
+            raise UserError(f"{out} is a folder: give a file")
         if overwrite:
             remove(self.folder)
-            out.unlink(missing_ok=True)
         file = self.folder / SETTINGS
-        if out.exists() and not (resume and file.exists()):
+        if out.exists() and not overwrite and not (resume and file.exists()):
             raise UserError(f"{out} exists: choose another name, or --overwrite")
         if file.exists():
             before = read_json(file)
+            if not isinstance(before, dict):
+                raise UserError(f"{file} is damaged: --overwrite begins anew")
             if not resume:
                 raise UserError(f"{self.folder} has parts of an earlier command: --resume goes on, or --overwrite")
             changed = [name for name in settings if before.get(name) != json.loads(json.dumps(settings[name]))]

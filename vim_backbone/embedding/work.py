@@ -103,14 +103,17 @@ def read_ahead(pictures: Pictures, indices: Iterable[int], threads: int) -> Gene
         except Exception as error:  # a decoder may raise anything on damaged data
             return reason(error)
 
-    with ThreadPoolExecutor(threads) as pool:
-        waiting: list[tuple[int, Future[Tensor | str]]] = []
+    pool = ThreadPoolExecutor(threads)
+    waiting: list[tuple[int, Future[Tensor | str]]] = []
+    try:
         for index in indices:
             waiting.append((index, pool.submit(attempt, index)))
             if len(waiting) > AHEAD * threads:
                 first, result = waiting.pop(0)
                 yield first, result.result()
         yield from ((index, result.result()) for index, result in waiting)
+    finally:  # after Ctrl-C what is read ahead is not waited for
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def embed_part(
