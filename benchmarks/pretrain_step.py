@@ -40,9 +40,9 @@ from benchmarks.machine import (
 from benchmarks.vit import blocks_of
 from launch.run.optim import OptimConfig, build_optimizer
 from launch.run.randomness import generator
-from pretrain.mae.masking import MaskConfig, draw_mask
 from pretrain.mae.model import MaskedAutoencoder
 from pretrain.masked import DecoderConfig, split_patches
+from pretrain.masking import MaskConfig, draw_mask
 from vim_backbone import VimConfig, VisionMamba, named_config
 from vim_backbone.block import set_recompute
 from vim_backbone.memory import LEVELS

@@ -12,10 +12,10 @@ from pretrain.ar.objective import AR
 from pretrain.data import DataConfig
 from pretrain.distill.objective import Distill
 from pretrain.distill.teacher import DistillConfig
-from pretrain.mae.masking import MaskConfig
 from pretrain.mae.model import MAEConfig
 from pretrain.mae.objective import MAE
 from pretrain.masked import DecoderConfig
+from pretrain.masking import MaskConfig
 from pretrain.nepa.objective import NEPA
 from pretrain.objective import Objective
 from pretrain.stages import Stage, StageConfig, borders, check_stages, errors_of

@@ -1,4 +1,4 @@
-"""What objectives share whose encoder sees a part of the patches: which ones, and a shallow Vim decoder over all.
+"""What objectives share whose encoder sees a part of the patches: masks, and a shallow Vim decoder over all patches.
 
 Shape letters: b batch, l patches, v visible patches, m hidden patches, s special tokens, d encoder width. Pictures of
 different shapes come as a list and are one row: b is 1 then, and l, v and m count the patches of all. Where channels
@@ -6,13 +6,16 @@ are tokens, each counts as a patch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from pretrain.objective import keep_from_decay
+from launch.data.loading import to_device
+from pretrain.masking import MaskConfig, draw_mask
+from pretrain.objective import Inputs, keep_from_decay
+from pretrain.patches import without_hidden
 from vim_backbone import VimConfig, VisionMamba
 from vim_backbone.block import Block, RMSNorm
 from vim_backbone.errors import UserError, require
@@ -43,6 +46,14 @@ class DecoderConfig:
         if encoder.scan == "pooled":
             shared |= {"class_token": "none", "global_pool": "avg", "mixer_norm": encoder.mixer_norm}
         return VimConfig(d_model=self.width, depth=self.depth, **shared)
+
+
+COST_FIELDS = {
+    "mask.ratio": "share of the patches that the encoder skips",
+    "decoder.width": "channels of the decoder, which sees all patches",
+    "decoder.depth": "its blocks",
+}
+"""Settings of masks and decoder that change what a step costs."""
 
 
 class Split(NamedTuple):
@@ -98,6 +109,40 @@ def require_apart(config: VimConfig) -> None:
             f"stride {config.stride} differs from patch_size {config.patch_size}: patches that overlap would show "
             "hidden pixels; pretrain with stride = patch_size"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedObjective:
+    """What is alike in objectives that hide patches from the encoder; see `pretrain.objective.Objective`."""
+
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+
+    def draw(self, grid: tuple[int, int], rng: torch.Generator) -> Tensor:
+        """A mask (l,) bool, True = hidden."""
+        return draw_mask(grid, self.mask, rng)
+
+    def visible(self, pixels: Tensor, extra: Tensor, patch_size: int) -> Tensor:
+        """Hidden patches in grey."""
+        return without_hidden(pixels, extra, patch_size)
+
+    @property
+    def visible_share(self) -> float:
+        """What masks leave."""
+        return 1.0 - self.mask.ratio
+
+    def inputs(
+        self, extras: Tensor | Sequence[Tensor], device: torch.device, tokens: Sequence[int] | None = None
+    ) -> Inputs:
+        """Which tokens are visible and which hidden; split on the CPU, where counting waits for nothing.
+
+        A hidden patch is hidden in all channels: beside its copy in another one there would be little to learn.
+        """
+        if tokens and max(tokens) > 1:
+            repeated = [mask.repeat_interleave(count) for mask, count in zip(extras, tokens, strict=True)]
+            extras = torch.stack(repeated) if isinstance(extras, Tensor) else repeated
+        visible, hidden, lengths = split_patches(extras)
+        return Inputs((to_device(visible, device), to_device(hidden, device), lengths), visible.numel())
 
 
 class MaskedModel(nn.Module):

@@ -110,7 +110,7 @@ def test_the_api_is_that_of_the_docstrings(site, pages):
     assert kernels.count("ValueError") >= 3
     assert "VisionMamba.forward_intermediates" in "".join(map(str, pages["api/vim_backbone.html"].anchors))
     settings = pages["api/settings.html"].anchors
-    assert {"pretrain.mae.masking.MaskConfig.ratio", "finetune.detection.config.DetectionHead.cascade"} <= settings
+    assert {"pretrain.masking.MaskConfig.ratio", "finetune.detection.config.DetectionHead.cascade"} <= settings
     assert "pretrain.config.PretrainConfig.architecture" not in settings, "no field"
 
 

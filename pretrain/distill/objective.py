@@ -9,13 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from launch.data.loading import to_device
 from launch.planning.memory import FLOAT, Stack, Work
 from pretrain.distill.model import Comparison, Distillation, MaskedDistillation
 from pretrain.distill.teacher import DistillConfig, Teacher, check_grid, check_teacher, describe, read
-from pretrain.mae.masking import MaskConfig, draw_mask
-from pretrain.masked import DecoderConfig, split_patches
-from pretrain.objective import Inputs
+from pretrain.masked import COST_FIELDS, MaskedObjective
 from pretrain.patches import without_hidden
 from pretrain.strips import by_patch, draw_strips
 from vim_backbone import VimConfig, VisionMamba
@@ -27,12 +24,10 @@ COLUMNS = ("input", "what the encoder saw", "agreement with the teacher")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distill:
+class Distill(MaskedObjective):
     """Distillation of a frozen teacher's features; see `pretrain.objective.Objective`."""
 
     distill: DistillConfig = field(default_factory=DistillConfig)
-    mask: MaskConfig = field(default_factory=MaskConfig)
-    decoder: DecoderConfig = field(default_factory=DecoderConfig)
 
     title: ClassVar[str] = "Distillation"
     picture_folder: ClassVar[str] = "predictions"
@@ -41,9 +36,7 @@ class Distill:
         "distill.teacher": "model of timm whose features are learned",
         "distill.pretrained": "whether its weights may be fetched, true or false",
         "distill.at": "patches that are seen and learned: visible, hidden or whole",
-        "mask.ratio": "share of the patches that the encoder skips",
-        "decoder.width": "channels of the decoder, which sees all patches",
-        "decoder.depth": "its blocks",
+        **COST_FIELDS,
     }
 
     @property
@@ -56,7 +49,7 @@ class Distill:
     @property
     def visible_share(self) -> float:
         """What masks leave."""
-        return 1.0 if self.distill.at == "whole" else 1.0 - self.mask.ratio
+        return 1.0 if self.distill.at == "whole" else super().visible_share
 
     def check(self, architecture: VimConfig) -> None:
         """A teacher that has a feature for each patch."""
@@ -74,11 +67,7 @@ class Distill:
         """A mask (l,) bool, True = hidden."""
         if self.distill.at == "whole":
             return torch.zeros(grid[0] * grid[1], dtype=torch.bool)
-        return draw_mask(grid, self.mask, rng)
-
-    def visible(self, pixels: Tensor, extra: Tensor, patch_size: int) -> Tensor:
-        """Hidden patches in grey."""
-        return without_hidden(pixels, extra, patch_size)
+        return super().draw(grid, rng)
 
     def build(self, encoder: VisionMamba, preprocessing: Preprocessing = RGB) -> Distillation | MaskedDistillation:
         """The encoder with the loss, and a decoder where it learns what it does not see."""
@@ -91,14 +80,6 @@ class Distill:
         """The encoder inside the model."""
         assert isinstance(model, Distillation | MaskedDistillation)
         return model.encoder
-
-    def inputs(
-        self, extras: Tensor | Sequence[Tensor], device: torch.device, tokens: Sequence[int] | None = None
-    ) -> Inputs:
-        """Which tokens are visible and which hidden; split on the CPU, where counting waits for nothing."""
-        del tokens  # a patch has one
-        visible, hidden, lengths = split_patches(extras)
-        return Inputs((to_device(visible, device), to_device(hidden, device), lengths), visible.numel())
 
     def show(
         self, model: nn.Module, images: Images, extras: Tensor | Sequence[Tensor], preprocessing: Preprocessing

@@ -8,14 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from launch.data.loading import to_device
 from launch.planning.memory import FLOAT, Stack, Work
-from pretrain.mae.masking import MaskConfig, draw_mask
 from pretrain.mae.model import MAEConfig, MaskedAutoencoder, Reconstruction
 from pretrain.mae.reconstructions import COLUMNS, reconstruction_grid
-from pretrain.masked import DecoderConfig, split_patches
-from pretrain.objective import Inputs
-from pretrain.patches import without_hidden
+from pretrain.masked import COST_FIELDS, MaskedObjective
 from pretrain.strips import draw_strips
 from vim_backbone import VimConfig, VisionMamba
 from vim_backbone.errors import require
@@ -25,21 +21,15 @@ from vim_backbone.vim import Images
 
 
 @dataclass(frozen=True, kw_only=True)
-class MAE:
+class MAE(MaskedObjective):
     """Masked autoencoding (arXiv 2111.06377); see `pretrain.objective.Objective`."""
 
-    mask: MaskConfig = field(default_factory=MaskConfig)
-    decoder: DecoderConfig = field(default_factory=DecoderConfig)
     mae: MAEConfig = field(default_factory=MAEConfig)
 
     title: ClassVar[str] = "Masked autoencoding"
     picture_folder: ClassVar[str] = "reconstructions"
     architecture_fields: ClassVar[tuple[str, ...]] = ("decoder.", "mae.")
-    cost_fields: ClassVar[dict[str, str]] = {
-        "mask.ratio": "share of the patches that the encoder skips",
-        "decoder.width": "channels of the decoder, which sees all patches",
-        "decoder.depth": "its blocks",
-    }
+    cost_fields: ClassVar[dict[str, str]] = COST_FIELDS
 
     @property
     def summary(self) -> str:
@@ -55,19 +45,6 @@ class MAE:
     def prepare(self, architecture: VimConfig, preprocessing: Preprocessing, *, native: bool) -> None:
         """Nothing."""
 
-    def draw(self, grid: tuple[int, int], rng: torch.Generator) -> Tensor:
-        """A mask (l,) bool, True = hidden."""
-        return draw_mask(grid, self.mask, rng)
-
-    def visible(self, pixels: Tensor, extra: Tensor, patch_size: int) -> Tensor:
-        """Hidden patches in grey."""
-        return without_hidden(pixels, extra, patch_size)
-
-    @property
-    def visible_share(self) -> float:
-        """What masks leave."""
-        return 1.0 - self.mask.ratio
-
     def build(self, encoder: VisionMamba, preprocessing: Preprocessing = RGB) -> MaskedAutoencoder:
         """The autoencoder around an encoder."""
         del preprocessing
@@ -77,19 +54,6 @@ class MAE:
         """The encoder inside the autoencoder."""
         assert isinstance(model, MaskedAutoencoder)
         return model.encoder
-
-    def inputs(
-        self, extras: Tensor | Sequence[Tensor], device: torch.device, tokens: Sequence[int] | None = None
-    ) -> Inputs:
-        """Which tokens are visible and which hidden; split on the CPU, where counting waits for nothing.
-
-        A hidden patch is hidden in all channels: beside its copy in another one there would be little to learn.
-        """
-        if tokens and max(tokens) > 1:
-            repeated = [mask.repeat_interleave(count) for mask, count in zip(extras, tokens, strict=True)]
-            extras = torch.stack(repeated) if isinstance(extras, Tensor) else repeated
-        visible, hidden, lengths = split_patches(extras)
-        return Inputs((to_device(visible, device), to_device(hidden, device), lengths), visible.numel())
 
     def show(
         self, model: nn.Module, images: Images, extras: Tensor | Sequence[Tensor], preprocessing: Preprocessing

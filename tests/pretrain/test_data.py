@@ -17,8 +17,8 @@ from launch.data.reading import open_bytes
 from launch.data.sources import open_source
 from launch.run.randomness import generator
 from pretrain.data import DataConfig, View, Views, build_loader, native_size, random_crop
-from pretrain.mae.masking import MaskConfig
 from pretrain.mae.objective import MAE
+from pretrain.masking import MaskConfig
 from pretrain.stages import Stage
 from vim_backbone import UserError
 

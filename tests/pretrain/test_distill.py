@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from launch.run.randomness import generator
 from pretrain.distill.objective import Distill
 from pretrain.distill.teacher import DistillConfig, describe
-from pretrain.mae.masking import MaskConfig
 from pretrain.masked import DecoderConfig
+from pretrain.masking import MaskConfig
 from tests.teachers import MEAN, STD, write_teacher
 from vim_backbone import UserError, VimConfig, VisionMamba
 from vim_backbone.preprocessing import RGB

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from launch.run.randomness import generator
-from pretrain.mae.masking import MaskConfig, draw_mask
 from pretrain.mae.model import MAEConfig, MaskedAutoencoder
 from pretrain.mae.objective import MAE
 from pretrain.masked import DecoderConfig, select, split_patches
+from pretrain.masking import MaskConfig, draw_mask
 from pretrain.patches import patchify, unpatchify
 from vim_backbone import UserError, VimConfig, VisionMamba
 from vim_backbone.gaps import scan_gaps

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from launch.run.randomness import generator
-from pretrain.mae.masking import MaskConfig, draw_mask
 from pretrain.mae.model import MaskedAutoencoder
 from pretrain.mae.objective import MAE
 from pretrain.masked import DecoderConfig
+from pretrain.masking import MaskConfig, draw_mask
 from vim_backbone import VimConfig, VisionMamba
 from vim_backbone.block import Block
 

@@ -6,9 +6,9 @@ The model is in float64; the loss is taken in float32, hence the tolerance.
 import torch
 
 from pretrain.config import ModelConfig, PretrainConfig
-from pretrain.mae.masking import MaskConfig
 from pretrain.mae.model import MaskedAutoencoder
 from pretrain.masked import DecoderConfig, split_patches
+from pretrain.masking import MaskConfig
 from vim_backbone import VimConfig, VisionMamba
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.run.randomness import generator
-from pretrain.mae.masking import MaskConfig, draw_mask
+from pretrain.masking import MaskConfig, draw_mask
 from vim_backbone import UserError
 
 

@@ -12,9 +12,9 @@ from launch.planning.memory import peak, shares
 from launch.run.cli import parse
 from launch.run.optim import OptimConfig, build_optimizer
 from pretrain.config import ModelConfig, PretrainConfig
-from pretrain.mae.masking import MaskConfig
 from pretrain.mae.objective import MAE
 from pretrain.masked import DecoderConfig, split_patches
+from pretrain.masking import MaskConfig
 from pretrain.plan import fastest, fitting_level, main, planned_footprints
 from pretrain.train import build_model, recompute_level
 from vim_backbone import UserError, named_config
