@@ -27,7 +27,7 @@ from launch.run.cli import run
 from launch.run.progress import ProgressReport, user_console
 from vim_backbone.errors import UserError, escaped, nearest, require
 from vim_backbone.files import write_text
-from vim_backbone.pretrained import check_names
+from vim_backbone.pretrained import check_names, device_of
 
 ROWS = "predictions.jsonl"
 DRAWINGS = 200
@@ -158,7 +158,7 @@ def main(argv: list[str]) -> None:
     require(arguments.drawings >= 0, "--drawings", arguments.drawings, "it cannot be negative")
     require(arguments.batch_size >= 1, "--batch_size", arguments.batch_size, "it must be at least 1")
     files = picture_files(arguments.pictures)
-    predictor = load_predictor(arguments.run, torch.device(arguments.device))
+    predictor = load_predictor(arguments.run, device_of(arguments.device))
     out = arguments.out or arguments.run / "predictions"
     predictions = predict(predictor, files, out, arguments.batch_size, arguments.resume, arguments.drawings)
     done = before = (

@@ -26,7 +26,7 @@ from vim_backbone.errors import UserError, require
 from vim_backbone.files import write_atomically
 from vim_backbone.lines import Grid
 from vim_backbone.preprocessing import Preprocessing, to_model
-from vim_backbone.pretrained import moved
+from vim_backbone.pretrained import device_of
 from vim_backbone.windows import Window, encode_by_window, windows
 
 DTYPES = {"float32": (torch.float32, np.float32), "bfloat16": (torch.bfloat16, np.float16)}
@@ -134,7 +134,7 @@ def main(argv: list[str]) -> None:
     arguments = arguments_of(argv)
     model, transform = load(arguments.backbone, revision=arguments.revision)
     weights, numbers = DTYPES[arguments.dtype]
-    model = moved(model, arguments.device, weights)
+    model = model.to(device_of(arguments.device), weights)
     remedy = "a pooled scan is taken whole; leave it out"
     require(arguments.slice is None or model.config.scan == "full", "--slice", arguments.slice, remedy)
     set_slices(model, arguments.slice)

@@ -215,11 +215,13 @@ def check_names(expected: dict[str, Tensor], state: dict[str, Tensor], source: P
             )
 
 
-def moved(model: VisionMamba, device: str, dtype: torch.dtype | None = None) -> VisionMamba:
-    """The model on a device that a user names, cuda or cpu. Raises UserError where it cannot be used."""
+def device_of(name: str) -> torch.device:
+    """The device that a user names, cuda or cpu. Raises UserError where it cannot be used."""
     try:
-        if torch.device(device).type == "meta":
+        device = torch.device(name)
+        if device.type == "meta":
             raise RuntimeError("it computes nothing")
-        return model.to(device, dtype)
+        torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
-        raise UserError(f"--device {device} cannot be used ({first_line(error)}): give cuda or cpu") from error
+        raise UserError(f"--device {name} cannot be used ({first_line(error)}): give cuda or cpu") from error
+    return device

@@ -79,7 +79,7 @@ def test_json_and_pictures(task, finished, sample_data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("task", MORE)
-def test_a_table_and_as_many_drawings_as_asked_for(task, finished, sample_data, tmp_path):
+def test_a_table_and_a_number_of_drawings(task, finished, sample_data, tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"broken")
     pictures = [str(tmp_path / "broken.jpg"), str(sample_data(task) / PICTURES[task])]
     main([str(finished(task)), *pictures, "--out", str(tmp_path / "out"), "--drawings", "3"])
@@ -124,6 +124,8 @@ def test_pictures_that_cannot_be_read(finished, tmp_path, capsys):
     assert "broken.jpg: not read, no picture format that can be read" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"nowhere.png does not exist"):
         main([str(finished("classification")), str(tmp_path / "nowhere.png")])
+    with pytest.raises(UserError, match="--device foo cannot be used"):
+        main([str(finished("classification")), str(tmp_path / "broken.jpg"), "--device", "foo"])
     with pytest.raises(UserError, match="holds no fine-tuned model"):
         main([str(tmp_path), str(tmp_path / "broken.jpg")])
 

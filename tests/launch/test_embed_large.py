@@ -48,7 +48,7 @@ def test_a_tiled_tiff_gives_the_features_of_the_whole_picture(backbone, values, 
     assert area == 170 * 209
 
 
-def test_bfloat16_writes_float16_and_nothing_is_overwritten_unasked(backbone, values, tmp_path):
+def test_bfloat16_writes_float16_and_a_file_that_is_there_stays(backbone, values, tmp_path):
     picture, out = tmp_path / "scene.npy", tmp_path / "features.npy"
     np.save(picture, values)
     main([str(backbone), str(picture), str(out), "--dtype", "bfloat16"])

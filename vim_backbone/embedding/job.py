@@ -16,7 +16,7 @@ from vim_backbone.errors import UserError, require
 from vim_backbone.folder import WEIGHTS
 from vim_backbone.hub import find_backbone
 from vim_backbone.preprocessing import read_preprocessing
-from vim_backbone.pretrained import from_pretrained, moved
+from vim_backbone.pretrained import device_of, from_pretrained
 from vim_backbone.transform import Transform
 from vim_backbone.vim import VisionMamba
 
@@ -80,7 +80,7 @@ class Job(NamedTuple):
         transform = Transform(
             read_preprocessing(folder), model.config, size=size, max_megapixels=arguments.max_megapixels
         )
-        model = moved(model, arguments.device)
+        model = model.to(device_of(arguments.device))
         wanted = Wanted.of(model, arguments.features, arguments.layers)
         check_output(arguments.out, wanted, size is not None)
         return cls(arguments, folder, model, transform, wanted)
