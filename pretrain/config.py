@@ -188,16 +188,21 @@ class PretrainConfig(TrainingConfig):
         return chosen(**{each.name: getattr(self, each.name) for each in fields(chosen)})
 
     def not_used(self) -> list[str]:
-        """Lines on settings of other objectives that are not at their defaults: a recipe's may be there."""
+        """Lines on settings that do nothing here and are not at their defaults: a recipe's may be there."""
         own = {each.name for each in fields(OBJECTIVES[self.objective])}
         others: dict[str, list[str]] = {}
         for name, other in OBJECTIVES.items():
             for each in fields(other):
                 others.setdefault(each.name, []).append(name)
         usual, given = flattened(plain(type(self)())), flattened(plain(self))
-        return [
+        changed = [(name, name.partition(".")[0]) for name in given if given[name] != usual.get(name)]
+        of_others = [
             f"{name} {given[name]} is a setting of objective {' and '.join(others[group])}, "
             f"which {self.objective} does not use"
-            for name, group in ((name, name.partition(".")[0]) for name in given)
-            if group in others.keys() - own and given[name] != usual.get(name)
+            for name, group in changed
+            if group in others.keys() - own
+        ]
+        idle = self.method.idle
+        return of_others + [
+            f"{name} {given[name]} does nothing where {idle[group]}" for name, group in changed if group in idle
         ]

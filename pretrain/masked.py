@@ -118,6 +118,11 @@ class MaskedObjective:
     mask: MaskConfig = field(default_factory=MaskConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
 
+    @property
+    def idle(self) -> dict[str, str]:
+        """None."""
+        return {}
+
     def draw(self, grid: tuple[int, int], rng: torch.Generator) -> Tensor:
         """A mask (l,) bool, True = hidden."""
         return draw_mask(grid, self.mask, rng)

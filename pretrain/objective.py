@@ -49,6 +49,11 @@ class Objective(Protocol):
         """Its settings in a few words, for the model card."""
         ...
 
+    @property
+    def idle(self) -> dict[str, str]:
+        """Groups of its settings that do nothing as it is set, and where that is so."""
+        ...
+
     def check(self, architecture: VimConfig) -> None:
         """Raise UserError for an architecture that the objective cannot train, naming the field."""
         ...

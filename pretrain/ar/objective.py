@@ -37,6 +37,7 @@ class AR:
         "ar.width": "channels of the decoder, which works patch by patch",
         "ar.depth": "its blocks",
     }
+    idle: ClassVar[dict[str, str]] = {}
 
     @property
     def summary(self) -> str:

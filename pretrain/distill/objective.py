@@ -47,6 +47,12 @@ class Distill(MaskedObjective):
         return f"features of {self.distill.teacher} {where[self.distill.at]}{seen}"
 
     @property
+    def idle(self) -> dict[str, str]:
+        """Masks where all is seen, and the decoder where nothing hidden is learned."""
+        groups = {"whole": ("mask", "decoder"), "visible": ("decoder",), "hidden": ()}[self.distill.at]
+        return dict.fromkeys(groups, f"distill.at is {self.distill.at}")
+
+    @property
     def visible_share(self) -> float:
         """What masks leave."""
         return 1.0 if self.distill.at == "whole" else super().visible_share

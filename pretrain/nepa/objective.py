@@ -28,6 +28,7 @@ class NEPA:
     picture_folder: ClassVar[str] = "predictions"
     architecture_fields: ClassVar[tuple[str, ...]] = ()
     cost_fields: ClassVar[dict[str, str]] = {}
+    idle: ClassVar[dict[str, str]] = {}
 
     @property
     def summary(self) -> str:

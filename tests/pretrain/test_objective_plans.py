@@ -70,6 +70,15 @@ def test_the_peak_of_a_real_step_is_predicted(objective, at, level, dtype, teach
     assert peak(planned, shares(planned, 1)[0], PICTURES) == pytest.approx(measured, rel=0.06)
 
 
+@pytest.mark.parametrize(("at", "idle"), [("whole", 2), ("visible", 1), ("hidden", 0)])
+def test_settings_that_do_nothing_are_named(at, idle, teacher):
+    words = [f"--distill.teacher={teacher}", f"--distill.at={at}", "--mask.ratio=0.3", "--decoder.width=64"]
+    lines = parse(PretrainConfig, ["--objective=distill", *words], "", "").not_used()
+    assert lines == [
+        f"{setting} does nothing where distill.at is {at}" for setting in ("decoder.width 64", "mask.ratio 0.3")[:idle]
+    ]
+
+
 def test_a_large_teacher_is_the_peak_of_a_small_student(tmp_path):
     """Between its blocks nothing stays, so that one block is all that its forward pass needs."""
     torch.set_num_threads(1)
