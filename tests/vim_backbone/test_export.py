@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.launch.real import NO_COMPILER
 from vim_backbone import UserError, create_model, from_pretrained, programs
 from vim_backbone.export import export, main
 
@@ -104,6 +105,7 @@ def test_a_program_of_16_bits_runs_without_this_package(folder, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(NO_COMPILER, reason="AOTInductor makes C++ of the model, and there is no C++ compiler")
 def test_a_compiled_package_takes_any_size(folder, tmp_path):
     export(folder, tmp_path / "out.pt2", format="aoti")
     package, model = torch._inductor.aoti_load_package(str(tmp_path / "out.pt2")), from_pretrained(folder)
