@@ -20,13 +20,13 @@ from finetune.model_folder import read_description, read_weights
 from finetune.pixels import pixels_of
 from finetune.registry import TASKS
 from finetune.task import MAX_MEGAPIXELS, Drawing, Prediction, Predictor
-from launch.data.bad_pictures import reason
 from launch.data.folders import files_below
 from launch.data.reading import open_file
 from launch.run.cli import run
 from launch.run.progress import ProgressReport, user_console
 from vim_backbone.errors import UserError, escaped, nearest, require
 from vim_backbone.files import write_text
+from vim_backbone.images import reason
 from vim_backbone.pretrained import check_names, device_of
 
 ROWS = "predictions.jsonl"

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from launch.data.bad_pictures import reason
 from launch.data.pictures import Picture
 from launch.data.reading import open_file, read_pixels
 from launch.run.cli import run
@@ -24,6 +23,7 @@ from vim_backbone import VisionMamba, load
 from vim_backbone.block import set_slices
 from vim_backbone.errors import UserError, require
 from vim_backbone.files import write_atomically
+from vim_backbone.images import reason
 from vim_backbone.lines import Grid
 from vim_backbone.preprocessing import Preprocessing, to_model
 from vim_backbone.pretrained import device_of

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 
-from launch.data.bad_pictures import reason
 from launch.data.sources import Source, length_of, some_pictures
 from launch.data.statistics import Statistics
 from launch.data.tiff import MOST_BANDS
@@ -23,6 +22,7 @@ from launch.run.progress import ProgressReport, user_console
 from pretrain.data import DataConfig, source_field
 from vim_backbone.channels import check_sets
 from vim_backbone.errors import UserError, require
+from vim_backbone.images import reason
 
 KEPT = 4096
 """Values of a band and picture that are kept for the percentiles."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
-from launch.data.bad_pictures import MAX_TRIES, first_usable, reason
+from launch.data.bad_pictures import MAX_TRIES, first_usable
 from launch.data.data_sets import open_cell
 from launch.data.loading import loader_of
 from launch.data.pictures import Box, Picture
@@ -24,6 +24,7 @@ from launch.data.streams import Stream, StreamReader
 from launch.run.randomness import generator
 from pretrain.stages import Item, Size, Stage, StageSampler, stage_at
 from vim_backbone.errors import require
+from vim_backbone.images import reason
 from vim_backbone.preprocessing import Preprocessing
 
 

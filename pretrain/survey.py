@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from launch.data.bad_pictures import reason
 from launch.data.data_sets import open_cell
 from launch.data.images import BadPictureError, range_of
 from launch.data.loading import number_of_workers
@@ -22,6 +21,7 @@ from launch.run.progress import ProgressReport
 from launch.run.randomness import generator
 from pretrain.data import Cut, View
 from vim_backbone.errors import UserError
+from vim_backbone.images import reason
 from vim_backbone.preprocessing import Preprocessing, shown, to_model, to_pixels
 
 SHOWN = 8

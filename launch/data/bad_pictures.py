@@ -6,7 +6,7 @@ from typing import Any, Protocol, TypeVar
 
 from vim_backbone.errors import UserError
 from vim_backbone.files import append_lines, explain
-from vim_backbone.images import reason as reason
+from vim_backbone.images import reason
 
 Sample = TypeVar("Sample")
 MAX_TRIES = 100

@@ -1,12 +1,12 @@
 """A look at a few pictures of a source before a run: what its settings cannot mean ends it, in one line."""
 
-from launch.data.bad_pictures import reason
 from launch.data.images import BadPictureError
 from launch.data.pictures import Picture, PillowPicture
 from launch.data.reading import read_pixels
 from launch.data.sources import Source, parts_of, some_pictures
 from launch.data.statistics import require_statistics
 from vim_backbone.errors import UserError
+from vim_backbone.images import reason
 from vim_backbone.preprocessing import Preprocessing
 
 LOOKED_AT = 8

@@ -116,8 +116,10 @@ class Teacher:
             with torch.random.fork_rng(devices=[]):  # weights are drawn before they are read; the run's draws stay
                 self._model = read(self.settings.teacher)
             self._model.requires_grad_(False).eval()
-        self._scale, self._shift = self._scale.to(device), self._shift.to(device)
-        return self._model.to(device)
+        if self._scale.device != device:
+            self._model.to(device)
+            self._scale, self._shift = self._scale.to(device), self._shift.to(device)
+        return self._model
 
 
 def is_published(folder: Path) -> bool:

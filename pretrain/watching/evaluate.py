@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from launch.data.bad_pictures import reason
 from launch.data.labelled import Labelled
 from launch.data.loading import number_of_workers
 from launch.data.pictures import Box
@@ -28,6 +27,7 @@ from pretrain.data import View
 from pretrain.objective import Objective
 from pretrain.watching.sets import EvalSets, key_of
 from vim_backbone import VisionMamba
+from vim_backbone.images import reason
 from vim_backbone.preprocessing import to_model
 from vim_backbone.vim import Images
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from launch.data.bad_pictures import reason
 from launch.data.first_look import LOOKED_AT, look_at_first, spread
 from launch.data.labelled import Labelled, missing_classes, open_labelled, shuffled_within_classes
 from launch.data.sources import ImageSource, MixedPictures, Picked, Source, TitledPictures
@@ -17,6 +16,7 @@ from launch.state.checkpoint import TrainState
 from pretrain.data import DataConfig
 from pretrain.watching.config import EvalConfig
 from vim_backbone.errors import UserError, require
+from vim_backbone.images import reason
 
 
 @dataclass(frozen=True)

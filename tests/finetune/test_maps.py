@@ -15,8 +15,8 @@ from PIL import Image
 
 from finetune.segmentation.config import SegmentationData
 from finetune.segmentation.data import class_names, open_pairs
-from launch.data.bad_pictures import reason
 from vim_backbone import UserError
+from vim_backbone.images import reason
 
 MORE = int(os.environ.get("FUZZ", "0"))
 """Examples of each fuzzer, in place of a number for CI."""

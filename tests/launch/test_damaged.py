@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch.data.bad_pictures import reason
 from launch.data.reading import open_bytes, read_pixels
 from tests.launch.test_pictures import chosen, npy, refused, saved, scene
+from vim_backbone.images import reason
 from vim_backbone.preprocessing import RGB
 
 MORE = int(os.environ.get("FUZZ", "0"))

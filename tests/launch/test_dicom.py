@@ -14,9 +14,9 @@ from pydicom.uid import (
     SecondaryCaptureImageStorage,
 )
 
-from launch.data.bad_pictures import reason
 from launch.data.images import BadPictureError
 from launch.data.reading import SUFFIXES, open_bytes, open_file, read_pixels
+from vim_backbone.images import reason
 from vim_backbone.preprocessing import RGB, Preprocessing
 
 

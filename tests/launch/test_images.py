@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from launch.data.bad_pictures import reason
 from launch.data.images import ORIENTATION, BadPictureError, open_picture, to_rgb, upright_size
+from vim_backbone.images import reason
 
 MORE = int(os.environ.get("FUZZ", "0"))
 """Examples of each fuzzer, in place of a number for CI."""

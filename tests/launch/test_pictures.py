@@ -8,10 +8,10 @@ import tifffile
 from PIL import Image
 
 import launch.data.reading
-from launch.data.bad_pictures import reason
 from launch.data.images import ORIENTATION, BadPictureError
 from launch.data.reading import block_means, open_bytes, open_file, read_pixels, resized
 from launch.data.sources import open_source, what_was_left_out
+from vim_backbone.images import reason
 from vim_backbone.preprocessing import RGB, Preprocessing
 
 SHAPE = (300, 420)

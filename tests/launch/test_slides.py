@@ -8,12 +8,12 @@ import pytest
 import tifffile
 from PIL import Image
 
-from launch.data.bad_pictures import reason
 from launch.data.images import BadPictureError
 from launch.data.reading import open_file, read_pixels
 from launch.data.slides import SUFFIXES, SlidePicture
 from launch.data.sources import open_source
 from launch.data.tiff import TiffPicture
+from vim_backbone.images import reason
 from vim_backbone.preprocessing import RGB
 
 SHAPE = (1024, 2048)
