@@ -211,6 +211,7 @@ class HubDataset:
 
     def __init__(self, data: datasets.Dataset, column: str, prefix: str = "") -> None:
         self.data = data.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+        self.rows = self.data.with_format("arrow")  # as Python's objects a row takes four times as long
         self.column = column
         self.prefix = prefix
 
@@ -223,7 +224,7 @@ class HubDataset:
 
     def cell(self, index: int) -> Any:
         """The row's picture as it is stored, {"bytes", "path"}."""
-        return self.data[index][self.column]
+        return self.rows[index][self.column][0].as_py()
 
     def open(self, index: int) -> Picture:
         """The row's picture, opened but not decoded."""
