@@ -26,3 +26,21 @@ def test_seeded_blocks_leave_the_global_generators_alone():
     assert draw() == want
     with seeded(7, 8):
         assert draw() == inside
+
+
+def test_seeded_blocks_draw_what_their_seed_gives_and_nest():
+    with seeded(7, 8):
+        outer = np.random.normal(), np.random.rand()
+    expected = np.random.RandomState(seed_of(7, 8) % 2**32)
+    assert outer == (expected.normal(), expected.rand())
+    with seeded(7, 8):
+        first = np.random.normal()
+        with seeded(1):
+            inner = np.random.rand()
+        try:
+            with seeded(2):
+                raise KeyError
+        except KeyError:
+            second = np.random.rand()
+    assert (first, second) == outer
+    assert inner == np.random.RandomState(seed_of(1) % 2**32).rand()
