@@ -3,10 +3,13 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 
+_GLOBAL: Any = np.random
+"""Its types lack `get_bit_generator` and `set_bit_generator`."""
 _SPARE: list[np.random.MT19937] = []
 """Generators of NumPy's that `seeded` does not use now; to make one takes 200 us."""
 
@@ -29,11 +32,11 @@ def seeded(*key: int) -> Iterator[None]:
     For library code, such as augmentations, that draws from the global generators. It costs some 30 us a sample.
     """
     seed = seed_of(*key)
-    python, numpy = random.getstate(), np.random.get_bit_generator()
+    python, numpy = random.getstate(), _GLOBAL.get_bit_generator()
     # another one for NumPy's functions to draw from: to copy the state of theirs and back takes 100 us
     spare = _SPARE.pop() if _SPARE else np.random.MT19937(0)
     np.random.RandomState(spare).seed(seed % 2**32)
-    np.random.set_bit_generator(spare)
+    _GLOBAL.set_bit_generator(spare)
     with torch.random.fork_rng(devices=[]):
         random.seed(seed)
         # torch.manual_seed would also note the call, with a formatted traceback, for a GPU that is not in use yet: 1 ms
@@ -42,5 +45,5 @@ def seeded(*key: int) -> Iterator[None]:
             yield
         finally:
             random.setstate(python)
-            np.random.set_bit_generator(numpy)
+            _GLOBAL.set_bit_generator(numpy)
             _SPARE.append(spare)
