@@ -20,8 +20,10 @@ LEVELS: tuple[Recompute, ...] = get_args(Recompute)
 FLOAT = 4
 """Bytes of a float32."""
 BACKWARD_FLOATS = 8
-"""Numbers a token and inner channel that the backward pass of a block needs beside what was saved, on any backend: the
-recomputed convolutions and the gradients of both directions. Measured: 7.7 on CPU, 8.0 on an H200."""
+"""Numbers a token and inner channel that the backward pass of a block needs on CPU beside what was saved: convolutions
+that run again and the gradients of both directions. 7.7 were measured."""
+CHANNELS_A_PART = 32
+"""Of each so many channels the Triton backend keeps a gradient of B and C, until they are summed."""
 
 
 def block_saved_bytes(
@@ -47,8 +49,7 @@ def block_saved_bytes(
     if apart:
         return 2 * (FLOAT * d + size * d + size * 2 * e + _one_way_saved_bytes(config, backend, dtype, recompute))
     if config.scan == "pooled":
-        lines = sum(config.grid(*config.img_size)) / 2  # rows and columns in turn
-        options |= {"tokens_a_line": tokens / lines, "norm": config.mixer_norm}
+        options |= {"tokens_a_line": _tokens_a_line(config, tokens), "norm": config.mixer_norm}
     elif config.mixer_norm:
         # x by itself, the gate, and the norm's input and output, which autocast takes in float32 on GPUs
         between = 2 * size * e + 2 * (FLOAT if backend == "triton" else size) * e
@@ -57,9 +58,26 @@ def block_saved_bytes(
     return FLOAT * d + size * d + size * 2 * e + scan + between + size * e
 
 
-def block_backward_bytes(config: VimConfig) -> float:
-    """Bytes a token that the backward pass of a block needs beside what was saved."""
-    return BACKWARD_FLOATS * FLOAT * config.d_inner
+def block_backward_bytes(config: VimConfig, backend: str, dtype: torch.dtype, tokens: int) -> float:
+    """Bytes a token that the backward pass of a block needs beside what was saved.
+
+    Of the Triton backend they are counted behind the scan's backward kernel, where it holds the most. A token, or of a
+    pooled scan a line, of both directions: the inputs u and dt, their gradients and the parts of those of B and C. A
+    token: the gradients of x and z, of the scan's output (of a pooled scan before the gate, too) and of the stream. The
+    input of out_proj, which was saved, has been given back.
+    """
+    if backend != "triton":
+        return BACKWARD_FLOATS * FLOAT * config.d_inner
+    e, n, size = config.d_inner, config.d_state, dtype.itemsize
+    scan = 2 * (4 * size * e + (FLOAT + -(-e // CHANNELS_A_PART) * size) * 2 * n + size * config.dt_rank)
+    beside = 2 * size * e + size * e - size * e + FLOAT * config.d_model
+    if config.scan == "pooled":
+        return (scan + FLOAT * e) / _tokens_a_line(config, tokens) + size * e + beside
+    return scan + beside
+
+
+def _tokens_a_line(config: VimConfig, tokens: int) -> float:
+    return tokens / (sum(config.grid(*config.img_size)) / 2)  # rows and columns in turn
 
 
 def _one_way_saved_bytes(config: VimConfig, backend: str, dtype: torch.dtype, recompute: Recompute) -> float:

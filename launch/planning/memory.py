@@ -89,10 +89,10 @@ def footprint(model: nn.Module, work: Work, dtype: torch.dtype, backend: str = "
         if stack.apart:  # one direction after the other; of a whole mixer that is made again both are there
             again = saved_by_block(stack, "none") - saved_by_block(stack, stack.recompute)
             again = again if stack.recompute == "products" else again / 2
-            return (block_backward_bytes(stack.config) / 2 + again) * stack.tokens
+            return (block_backward_bytes(stack.config, backend, dtype, stack.tokens) / 2 + again) * stack.tokens
         # of what is made again, block_backward_bytes has the inputs of the scan
         again = saved_by_block(stack, "inputs") - saved_by_block(stack, stack.recompute)
-        return (block_backward_bytes(stack.config) + again) * stack.tokens
+        return (block_backward_bytes(stack.config, backend, dtype, stack.tokens) + again) * stack.tokens
 
     return Footprint(
         parameters=parameters,
