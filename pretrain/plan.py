@@ -71,7 +71,7 @@ def options_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--gpus", type=int, default=8, help="processes in all")
     parser.add_argument("--gpu-memory", type=float, default=80.0, help="GB (1e9 bytes) of each")
     parser.add_argument("--reserve", type=float, default=0.1, help="share of it for CUDA, NCCL and fragmentation")
-    parser.add_argument("--device", default="NVIDIA H200", help="row of launch/planning/speeds.csv to use")
+    parser.add_argument("--device", default="NVIDIA H200", help="whose rows of launch/planning/speeds.csv to use")
     options = parser.parse_args(argv)
     require(options.gpus >= 1, "gpus", options.gpus, "it must be at least 1")
     require(options.in_chans >= 1, "in-chans", options.in_chans, "it must be at least 1")
@@ -182,8 +182,8 @@ def expected(config: PretrainConfig, level: Recompute, options: argparse.Namespa
     a_second = options.gpus / seconds_a_picture(work.stacks, measured(options.device))
     return (
         f"expected on {options.gpus} x {options.device}: {a_second:,.0f} pictures/s, {a_second * patches:,.0f} "
-        f"patches/s, of which the encoder scans {a_second * (scanned - architecture.num_special):,.0f}; from measured "
-        f"kernels (launch/planning/speeds.csv), before communication and waiting for data{beside}"
+        f"patches/s, of which the encoder scans {a_second * (scanned - architecture.num_special):,.0f}; from what was "
+        f"measured (launch/planning/speeds.csv), before communication and waiting for data{beside}"
     )
 
 

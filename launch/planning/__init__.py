@@ -1,1 +1,1 @@
-"""What a step needs: bytes by strategy, and seconds from measured kernels."""
+"""What a step needs: bytes by strategy, and seconds from measured kernels and steps."""

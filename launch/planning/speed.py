@@ -1,13 +1,17 @@
-"""Expected speed from the measured kernels of speeds.csv: milliseconds of forward and backward pass on one device.
+"""Expected speed from what was measured, speeds.csv: milliseconds of forward and backward pass on one device.
 
-Rows of kind `scan` are one layer's scan in both directions; a `step` is a whole backbone, which gives what the rest of
-it costs. Taken from docs/kernels.md; put new measurements there and here.
+A row of kind `full` or `pooled` is a whole compiled step of pretraining with this scan, its tokens, channels and layers
+of encoder + decoder. Where a device has none, its rows of kind `scan`, one layer's scan in both directions, and
+`step`, a whole backbone, which gives what the rest of it costs, are put together. Taken from docs/results-*.md; put new
+measurements there and here.
 """
 
 import csv
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from launch.planning.memory import Stack
 from vim_backbone import VimConfig
@@ -21,32 +25,59 @@ TABLE = Path(__file__).with_name("speeds.csv")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One measurement."""
+class Layers:
+    """Layers alike: what the time of their blocks goes with."""
 
-    kind: str
-    batch: int
     tokens: int
     channels: int
     depth: int
+
+    def work(self) -> tuple[float, float]:
+        """Tokens times channels times layers, as of a scan, and multiply-adds of the products, of one picture."""
+        layers = self.tokens * self.depth
+        return layers * self.channels, layers * _products(VimConfig(d_model=self.channels // 2, depth=1, expand=2))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement, of one or more stacks of layers."""
+
+    kind: str
+    batch: int
+    stacks: tuple[Layers, ...]
     milliseconds: float
+
+    @property
+    def tokens(self) -> int:
+        """Of the first stack."""
+        return self.stacks[0].tokens
+
+    @property
+    def channels(self) -> int:
+        """Of the first stack."""
+        return self.stacks[0].channels
+
+    @property
+    def depth(self) -> int:
+        """Of the first stack."""
+        return self.stacks[0].depth
 
     @property
     def work(self) -> float:
         """Tokens times channels times layers, which the time of a scan goes with."""
-        return self.batch * self.tokens * self.channels * self.depth
+        return self.batch * sum(stack.work()[0] for stack in self.stacks)
 
 
 def measured(device: str, table: Path = TABLE) -> list[Row]:
     """Rows of a device. Raises UserError naming the devices that there are."""
     with open(table, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    sizes = ("batch", "tokens", "channels", "depth")
-    matching = [
-        Row(row["kind"], *(int(row[size]) for size in sizes), milliseconds=float(row["milliseconds"]))
-        for row in rows
-        if row["device"] == device
-    ]
+    matching = []
+    for row in rows:
+        if row["device"] == device:
+            sizes = [[int(size) for size in row[name].split("+")] for name in ("tokens", "channels", "depth")]
+            stacks = tuple(Layers(*each) for each in zip(*sizes, strict=True))
+            matching.append(Row(row["kind"], int(row["batch"]), stacks, float(row["milliseconds"])))
     if not matching:
         devices = ", ".join(sorted({row["device"] for row in rows}))
         raise UserError(f"no speeds of {device!r} were measured: choose from {devices}")
@@ -55,7 +86,35 @@ def measured(device: str, table: Path = TABLE) -> list[Row]:
 
 def seconds_a_picture(stacks: Iterable[Stack], rows: list[Row]) -> float:
     """Seconds for the forward and backward pass of one picture, without communication or waiting for data."""
-    return sum(_seconds(stack, rows) * RELATIVE[stack.recompute] for stack in stacks)
+    stacks = list(stacks)
+    steps = [row for row in rows if row.kind == stacks[0].config.scan]
+    if not steps:
+        return sum(_seconds(stack, rows) * RELATIVE[stack.recompute] for stack in stacks)
+    weights = _weights(steps)
+    nearest = min(steps, key=lambda row: _distance(row, stacks[0].tokens, stacks[0].config.d_inner))
+    ours = sum(_cost(stack, weights) * RELATIVE[stack.recompute] for stack in stacks)
+    theirs = sum(scan * weights[0] + products * weights[1] for scan, products in (s.work() for s in nearest.stacks))
+    return nearest.milliseconds / nearest.batch / 1e3 * ours / theirs
+
+
+def _weights(steps: list[Row]) -> list[float]:
+    """Milliseconds of a token and channel and of a multiply-add, of least squares of the relative errors of the steps.
+
+    The nearest step then gives the level; these tell how steps of other widths and lengths differ from it.
+    """
+    work = [[row.batch * sum(part) / row.milliseconds for part in zip(*(s.work() for s in row.stacks), strict=True)]
+            for row in steps]  # fmt: skip
+    unit = torch.tensor(work, dtype=torch.float64)
+    scale = unit.mean(0)
+    return (
+        torch.linalg.lstsq(unit / scale, torch.ones(len(steps), 1, dtype=torch.float64)).solution[:, 0] / scale
+    ).tolist()
+
+
+def _cost(stack: Stack, weights: list[float]) -> float:
+    """Milliseconds of a stack of one picture, at these weights."""
+    work = stack.tokens * stack.config.depth
+    return work * (stack.config.d_inner * weights[0] + _products(stack.config, stack.apart) * weights[1])
 
 
 def _seconds(stack: Stack, rows: list[Row]) -> float:
@@ -72,12 +131,12 @@ def _seconds(stack: Stack, rows: list[Row]) -> float:
 
 def _scan_rate(tokens: int, channels: int, rows: list[Row]) -> float:
     """Milliseconds a token and channel."""
-
-    def distance(row: Row) -> float:
-        return max(row.tokens / tokens, tokens / row.tokens) * max(row.channels / channels, channels / row.channels)
-
-    nearest = min((row for row in rows if row.kind == "scan"), key=distance)
+    nearest = min((row for row in rows if row.kind == "scan"), key=lambda row: _distance(row, tokens, channels))
     return nearest.milliseconds / nearest.work
+
+
+def _distance(row: Row, tokens: int, channels: int) -> float:
+    return max(row.tokens / tokens, tokens / row.tokens) * max(row.channels / channels, channels / row.channels)
 
 
 def _products(config: VimConfig, apart: bool = False) -> float:
