@@ -21,7 +21,7 @@ def name_of(entry: dict[str, Any]) -> str:
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and standard deviation over the seeds, of every score, and the minutes that it cost."""
+    """Mean and standard deviation over the seeds (None of one), of every score, and the minutes that it cost."""
     scores_of: dict[tuple[Any, ...], list[float]] = {}
     minutes_of: dict[tuple[Any, ...], list[float]] = {}
     for row in rows:
@@ -30,7 +30,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         minutes_of.setdefault(key, []).append(row["pretraining_minutes"] + row["minutes"])
     return [
         dict(zip(KEY, key, strict=True))
-        | {"mean": mean(scores), "deviation": stdev(scores) if len(scores) > 1 else 0.0, "seeds": len(scores)}
+        | {"mean": mean(scores), "deviation": stdev(scores) if len(scores) > 1 else None, "seeds": len(scores)}
         | {"minutes": mean(minutes_of[key])}
         for key, scores in scores_of.items()
     ]
@@ -43,8 +43,9 @@ def labels_of(count: int) -> str:
 
 def draw(path: Path, rows: list[dict[str, Any]], about: dict[str, str]) -> None:
     """Frozen features over the pretraining, or at its end, and fine-tuning with and without it."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     means = summary(rows)
+    most = max(sum(entry["what"] in STYLES for entry in means), sum(entry["what"] not in STYLES for entry in means))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, max(4.5, 1 + 0.32 * most)), layout="constrained")
     frozen = [entry for entry in means if entry["what"] in STYLES]
     if len({entry["step"] for entry in frozen}) > 1:
         lines(left, frozen)
@@ -68,7 +69,7 @@ def lines(axes: Axes, means: list[dict[str, Any]]) -> None:
     for (net, objective, _, what), group in groups:
         points = sorted(group, key=lambda entry: entry["step"])
         steps, scores = [e["step"] for e in points], [e["mean"] for e in points]
-        axes.errorbar(steps, scores, [e["deviation"] for e in points],
+        axes.errorbar(steps, scores, [e["deviation"] or 0.0 for e in points],
                       label=f"{name_of(points[0])}, {what}", color=NETS[net], alpha=OBJECTIVES[objective],
                       linestyle=STYLES[what], marker="o", markersize=4, capsize=3)  # fmt: skip
     axes.set(xlabel="steps of pretraining")
@@ -86,7 +87,7 @@ def bars(axes: Axes, means: list[dict[str, Any]], rows: list[dict[str, Any]]) ->
         axes.barh(place, entry["mean"], color=NETS[entry["net"]], alpha=faint * strength)
         axes.plot(scores, [place] * len(scores), "o", color="black", markersize=3)
         axes.text(0.01, place, f"{entry['mean']:.3f}", va="center")
-    shown = [f"{name_of(e)}, {e['what']}" + (f"\n{labels_of(e['labels'])}" if e["labels"] else "") for e in means]
+    shown = [f"{name_of(e)}, {e['what']}" + (f", {labels_of(e['labels'])}" if e["labels"] else "") for e in means]
     axes.set_yticks(range(len(means)), shown, fontsize=8)
     axes.set(xlim=(0, 1), xlabel="top-1")
 
@@ -100,4 +101,5 @@ def print_table(rows: list[dict[str, Any]], about: dict[str, str]) -> None:
     for entry in summary(rows):
         values = (entry["net"], entry["objective"], entry["label"], entry["what"], labels_of(entry["labels"]))
         print("| " + " | ".join(map(str, (*values, entry["step"]))), end=" | ")
-        print(f"{entry['mean']:.3f} | {entry['deviation']:.3f} | {entry['seeds']} | {entry['minutes']:.2f} |")
+        deviation = "" if entry["deviation"] is None else f"{entry['deviation']:.3f}"
+        print(f"{entry['mean']:.3f} | {deviation} | {entry['seeds']} | {entry['minutes']:.2f} |")
