@@ -153,9 +153,9 @@ def tiles(folder: Path, to: Path) -> Path:
             picture = whole.resize((whole.width // scale, whole.height // scale), Image.Resampling.LANCZOS)
             columns, rows = (-(-side // TILE) for side in picture.size)
             for i, j in product(range(columns), range(rows)):
-                box = [picture.width * i // columns, picture.height * j // rows,
-                       picture.width * (i + 1) // columns, picture.height * (j + 1) // rows]  # fmt: skip
-                picture.crop(tuple(box)).save(part / f"{path.stem}-{scale}-{i}-{j}.jpg", quality=95)
+                left, upper = picture.width * i // columns, picture.height * j // rows
+                box = left, upper, picture.width * (i + 1) // columns, picture.height * (j + 1) // rows
+                picture.crop(box).save(part / f"{path.stem}-{scale}-{i}-{j}.jpg", quality=95)
     return part.rename(to)
 
 

@@ -2,8 +2,8 @@
 
 import json
 
-import matplotlib.pyplot as plt
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from benchmarks import dense, dense_page
@@ -63,7 +63,7 @@ def test_large_pictures_are_cut_at_three_sizes_and_small_ones_are_not(tmp_path):
 
 def test_the_plot_has_a_bar_for_each_group_of_seeds(monkeypatch, tmp_path):
     saved = []
-    monkeypatch.setattr(plt.Figure, "savefig", lambda figure, path, **_: saved.append(figure))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: saved.append(figure))
     rows = [
         {"data": "lesions", "seed": seed, "size": size, "start": start, "net": "vim", "label": "", "step": 1,
          "mIoU": size / 1000 + seed, "seconds": 1}
