@@ -216,7 +216,7 @@ def run_case(case: Case, options: argparse.Namespace) -> dict[str, Any]:
             f"--name={case.name}", f"--data.source={options.folder}", f"--seed={case.seed}",
             f"--model.img_size={side}", "--model.drop_path_rate=0", f"--steps={options.steps}",
             f"--batch_size={recipe.batch}", f"--optim.base_lr={rate * 256 / recipe.batch}", "--optim.layer_decay=1",
-            f"--optim.warmup_steps={options.steps // 20}", "--optim.schedule=cosine", "--optim.weight_decay=0.05",
+            f"--optim.warmup_steps={options.steps // 10}", "--optim.schedule=cosine", "--optim.weight_decay=0.05",
             "--pictures=3", *recipe.fields, *(f"--{word}" for word in options.tune_with),
         ], "finetune/main.py", "")  # fmt: skip
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
