@@ -8,8 +8,8 @@ through the engines of pretrain/ and finetune/ with the same steps, pictures and
 
 Weights are fresh, or from MAE on the task's own training pictures without their labels, or on Tiny ImageNet
 (`--tinyimagenet FOLDER`): pretrained once for each net, with seed 0. A row is written into `--work`/rows.jsonl as it is
-made; the same command goes on with the cases that have none. `--processes` cases run at a time, spread over all GPUs.
-`--out` gets a table and a plot, named after the data.
+made; the same command goes on with the cases that have none. `--processes` cases run at a time, spread over all GPUs; with
+0 the rows that are there are printed. `--out` gets a table and a plot, named after the data.
 """
 
 import argparse
@@ -258,9 +258,9 @@ def work(todo: Any, options: argparse.Namespace) -> None:
         if options.last_start and time.time() > options.begun + options.last_start:
             continue
         try:
-            row = run_case(case, options)
+            row = run_case(case, options) | options.machine
             append_lines(options.work / ROWS, json_line(row))
-            print(*row.values(), flush=True)
+            print(*(row[name] for name in row if name not in options.machine), flush=True)
         except Stopped:
             raise
         except Exception:
@@ -296,20 +296,18 @@ def main() -> None:
     options = parse_options()
     options.begun = time.time()
     options.work.mkdir(parents=True, exist_ok=True)
-    recipe = RECIPES[options.data]
-    about = {
-        "run": f"{options.data}, Vim of {options.depth} blocks, {options.steps} steps of {recipe.batch}",
+    options.machine = {
         "device": clock("cuda" if torch.cuda.is_available() else "cpu"),
         "versions": versions(),
         "date": time.strftime("%Y-%m-%d"),
     }
     good = run_cases(options)
     if rows := [row for row in read_rows(options.work / ROWS) if row["data"] == options.data]:
-        print("\n" + "\n".join(about.values()) + "\n")
         print_table(rows)
         if options.out:
-            write_csv(options.out / f"{options.data}.csv", rows, about)
-            draw(options.out / f"{options.data}.png", rows, f"{about['run']}; {about['device']}")
+            run = f"{options.data}, Vim of {options.depth} blocks, {rows[0]['step']} steps"
+            write_csv(options.out / f"{options.data}.csv", rows, {"run": run})
+            draw(options.out / f"{options.data}.png", rows, run)
     if not good:
         sys.exit(1)
 

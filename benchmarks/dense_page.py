@@ -13,14 +13,15 @@ STARTS = {"scratch": 0.35, "own": 1.0, "tinyimagenet": 0.65}
 """Fresh weights, pretrained on the task's own pictures, or on Tiny ImageNet; each with the strength of its colour."""
 KEY = ("label", "size", "net", "start")
 """What the seeds have in common."""
-COSTS = ("images_per_second", "data_wait_share", "peak_gb", "seconds", "pretraining_seconds")
+COSTS = ("step", "images_per_second", "data_wait_share", "peak_gb", "seconds", "pretraining_seconds")
+MACHINE = ("device", "versions", "date")
 
 Row = dict[str, Any]
 
 
 def scores_in(rows: list[Row]) -> list[str]:
     """Names of the scores."""
-    return [name for name in rows[0] if name not in (*KEY, *COSTS, "data", "seed", "step")]
+    return [name for name in rows[0] if name not in (*KEY, *COSTS, *MACHINE, "data", "seed")]
 
 
 def groups(rows: list[Row]) -> dict[tuple[Any, ...], list[Row]]:
@@ -38,7 +39,10 @@ def spread(rows: list[Row], name: str) -> tuple[float, float]:
 
 
 def print_table(rows: list[Row]) -> None:
-    """In Markdown."""
+    """In Markdown, with the machines that the rows come from."""
+    for machine in dict.fromkeys(", ".join(str(row.get(name)) for name in MACHINE) for row in rows):
+        print(machine)
+    print()
     names = scores_in(rows)
     print("| " + " | ".join([*KEY, "seeds", *names, "seconds"]) + " |\n" + "|---" * (len(KEY) + len(names) + 2) + "|")
     for key, same in groups(rows).items():
@@ -60,7 +64,8 @@ def draw(path: Path, rows: list[Row], about: str) -> None:
         bars(axis, found, name)
     for axis in axes.flat[len(names) :]:
         axis.set_axis_off()
-    figure.suptitle(about, fontsize=9)
+    devices = dict.fromkeys(str(row.get("device")) for row in rows)
+    figure.suptitle("; ".join([about, *devices]), fontsize=9)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
