@@ -7,9 +7,9 @@ photographs (488 + 110, 640 x 640, in COCO's layout). A case is a seed, a size, 
 through the engines of pretrain/ and finetune/ with the same steps, pictures and rates.
 
 Weights are fresh, or from MAE on the task's own training pictures without their labels, or on Tiny ImageNet
-(`--tinyimagenet FOLDER`): pretrained once for each net, with seed 0. A row is written into `--work`/rows.jsonl as it is
-made; the same command goes on with the cases that have none. `--processes` cases run at a time, spread over all GPUs; with
-0 the rows that are there are printed. `--out` gets a table and a plot, named after the data.
+(`--tinyimagenet FOLDER`): pretrained once for each net, with seed 0. A row is written into `--work`/rows.jsonl as it
+is made; the same command goes on with the cases that have none. `--processes` cases run at a time, spread over all
+GPUs; with 0 the rows that are there are printed. `--out` gets a table and a plot, named after the data.
 """
 
 import argparse
