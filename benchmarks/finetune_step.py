@@ -1,17 +1,20 @@
 """A step of each task of fine-tuning, training and inference, on large pictures: Vim beside a ViT in the same heads.
 
-`python -m benchmarks.finetune_step` prints one table: pictures a second and peak memory above the idle model. Both nets
+`python -m benchmarks.finetune_step` prints one table: pictures a second and peak memory above the idle model. All nets
 have the same width, patches and heads; the ViT has half of Vim's blocks (timm's, with SDPA), as DeiT has of Vim. Each
 case has a process of its own. On CPU it has one thread, and time is CPU time of that process, so that a busy machine
 matters less. On a GPU (`--device cuda`) a step runs under bf16 autocast and its time is the wall's, `--compile` has
-`torch.compile` as a launch with `--dynamo_backend inductor` has. `--out DIR` adds finetune_step.csv.
+`torch.compile` as a launch with `--dynamo_backend inductor` has. `--processes` of them are prepared and compiled at a
+time, and measured one after the other. `--out DIR` adds finetune_step.csv.
 """
 
 import argparse
+import itertools
 import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,6 +33,9 @@ from finetune.segmentation.model import Segmenter
 from vim_backbone import VimConfig, named_config
 
 CLASSES = {"classification": 1000, "segmentation": 150, "detection": 80}
+NETS = ("vim", "pooled", "vit")
+KINDS = ("training", "inference")
+READY = "ready"
 OBJECTS = 10
 """In a training picture of detection; in inference, 100 are found, whatever their scores."""
 
@@ -38,12 +44,15 @@ def parse_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=CLASSES, default=list(CLASSES))
+    parser.add_argument("--nets", nargs="+", choices=NETS, default=["vim", "vit"])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024], help="picture sides in pixels")
     parser.add_argument("--model", default="vim_tiny")
     parser.add_argument("--depth", type=int, help="Vim's blocks; the model's own when not given")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--compile", action="store_true", help="the model, as a launch with --dynamo_backend inductor")
+    parser.add_argument("--processes", type=int, default=1, help="that are prepared at the same time")
     parser.add_argument("--rounds", type=int, default=3, help="measured steps of each case, of which the median counts")
     parser.add_argument("--out", type=Path, help="folder for finetune_step.csv")
     parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)
@@ -54,17 +63,19 @@ def parse_options() -> argparse.Namespace:
 
 
 def config_of(net: str, size: int, options: argparse.Namespace, classes: int) -> VimConfig:
-    """Vim of the size asked for, or a ViT of its width and half its depth."""
+    """Vim of the size asked for, by either scan, or a ViT of its width and half its depth."""
     depth = options.depth or named_config(options.model).depth
-    return named_config(
-        options.model, img_size=(size, size), depth=depth if net == "vim" else depth // 2, num_classes=classes
+    pooled = (
+        {"scan": "pooled", "class_token": "none", "global_pool": "avg", "mixer_norm": True} if net == "pooled" else {}
     )
+    blocks = depth // 2 if net == "vit" else depth
+    return named_config(options.model, img_size=(size, size), depth=blocks, num_classes=classes, **pooled)
 
 
 def build(task: str, net: str, size: int, options: argparse.Namespace) -> nn.Module:
     """The whole model of a task."""
     torch.manual_seed(0)
-    with blocks_of(net):
+    with blocks_of("vit" if net == "vit" else "vim"):
         if task == "classification":
             return Classifier(config_of(net, size, options, CLASSES[task]))
         config = config_of(net, size, options, 0)
@@ -114,7 +125,10 @@ def step(model: nn.Module, images: Tensor, targets: Any) -> float:
 
 
 def print_case(task: str, net: str, size: int, train: bool, options: argparse.Namespace) -> None:
-    """What the process of a case does: for all that is compiled and loaded once, a small step first."""
+    """What the process of a case does: for all that is compiled and loaded once, a small step first.
+
+    It says that it is ready, and measures when it is told to.
+    """
     device, batch = options.device, options.batch
     torch.set_num_threads(1)
 
@@ -126,15 +140,20 @@ def print_case(task: str, net: str, size: int, train: bool, options: argparse.Na
     step(*case(64))
     model, images, targets = case(size)
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    if device == "cuda":
+        if options.compile:
+            model.compile()
+        for _ in range(3):
+            step(model, images, targets)
+        torch.cuda.empty_cache()
+    print(READY, flush=True)
+    sys.stdin.readline()
     if device == "cpu":
         idle = psutil.Process().memory_info().rss
         seconds = median(step(model, images, targets) for _ in range(options.rounds))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - idle
     else:
-        if options.compile:
-            model.compile()
-        for _ in range(3):
-            step(model, images, targets)
+        step(model, images, targets)
         idle = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         seconds = median(step(model, images, targets) for _ in range(options.rounds))
@@ -142,12 +161,23 @@ def print_case(task: str, net: str, size: int, train: bool, options: argparse.Na
     print(seconds, peak / 1e6, parameters)
 
 
-def measured(task: str, net: str, size: int, kind: str) -> tuple[float, float, float]:
-    """Seconds, megabytes and million parameters of a case."""
-    command = [sys.executable, "-m", "benchmarks.finetune_step", *sys.argv[1:], "--case", task, net, str(size), kind]
-    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    seconds, megabytes, millions = map(float, process.stdout.split()[-3:])
-    return seconds, megabytes, millions
+Case = tuple[str, int, str, str]
+"""Task, pixels, kind of step, net."""
+
+
+def measured(cases: list[Case]) -> Iterator[tuple[Case, list[float] | None]]:
+    """Seconds, megabytes and million parameters of each case; None of one whose process failed."""
+    processes = []
+    for task, size, kind, net in cases:
+        words = [sys.executable, "-m", "benchmarks.finetune_step", *sys.argv[1:], "--case", task, net, str(size), kind]
+        processes.append(subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+    for process in processes:
+        assert process.stdout
+        while (line := process.stdout.readline()) and line.strip() != READY:
+            pass
+    for case, process in zip(cases, processes, strict=True):
+        said = process.communicate("go\n" if process.poll() is None else None)[0].split()
+        yield case, [float(word) for word in said[-3:]] if process.returncode == 0 else None
 
 
 def main() -> None:
@@ -171,15 +201,18 @@ def main() -> None:
     columns = ("task", "pixels", "step", "net", "M parameters", "pictures / s", "time / vim", "peak MB", "memory / vim")
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     rows: list[dict[str, Any]] = []
-    for task, size, kind in [
-        (t, s, k) for t in options.tasks for s in options.sizes for k in ("training", "inference")
-    ]:
-        base: tuple[float, float] | None = None
-        for net in ("vim", "vit"):
-            seconds, megabytes, millions = measured(task, net, size, kind)
-            base = base or (seconds, megabytes)
-            values = (task, size, kind, net, round(millions, 1), float(f"{options.batch / seconds:.3g}"),
-                      round(seconds / base[0], 2), round(megabytes), round(megabytes / base[1], 2))  # fmt: skip
+    nets = [net for net in NETS if net in options.nets]
+    cases: list[Case] = list(itertools.product(options.tasks, options.sizes, options.kinds, nets))
+    base: dict[tuple[str, int, str], list[float]] = {}
+    for start in range(0, len(cases), options.processes):
+        for (task, size, kind, net), found in measured(cases[start : start + options.processes]):
+            values: list[Any] = [task, size, kind, net]
+            if found:
+                seconds, megabytes, millions = found
+                first = base.setdefault((task, size, kind), found)
+                values += [round(millions, 1), float(f"{options.batch / seconds:.3g}"), round(seconds / first[0], 2),
+                           round(megabytes), round(megabytes / first[1], 2)]  # fmt: skip
+            values += ["failed"] * (len(columns) - len(values))
             rows.append(dict(zip(columns, values, strict=True)))
             print("| " + " | ".join(map(str, values)) + " |", flush=True)
     if options.out:

@@ -83,6 +83,8 @@ class SegmentationHead:
     """Factor on its loss; 0 leaves it out."""
     dropout: float = 0.1
     """Share of the channels dropped before the classifiers."""
+    loss: Literal["cross_entropy", "dice_ce"] = "cross_entropy"
+    """Of both heads; dice_ce adds soft Dice, which counts a class of few pixels as much as one of many."""
 
     def __post_init__(self) -> None:
         require(self.channels >= 1, "head.channels", self.channels, "it must be at least 1")

@@ -107,6 +107,7 @@ class Segmenter(TaskModel):
         super().__init__(config)
         self.layers = feature_layers(head.layers, config.depth)
         self.auxiliary_weight = head.auxiliary_weight
+        self.loss = LOSSES[head.loss]
         width = config.d_model
         self.pyramid = Pyramid(width)
         self.head = UperHead(width, head.channels, classes, head.dropout)
@@ -126,10 +127,10 @@ class Segmenter(TaskModel):
         logits = resize(self.head(levels).float(), size)
         if targets is None:
             return logits
-        losses = {"loss_segmentation": pixel_loss(logits, targets)}
+        losses = {"loss_segmentation": self.loss(logits, targets)}
         if self.auxiliary is not None:
             guess = resize(self.auxiliary(levels[2]).float(), size)
-            losses["loss_auxiliary"] = self.auxiliary_weight * pixel_loss(guess, targets)
+            losses["loss_auxiliary"] = self.auxiliary_weight * self.loss(guess, targets)
         return losses
 
 
@@ -137,6 +138,30 @@ def pixel_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy over labelled pixels; 0 where there are none."""
     total = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
     return total / (targets != IGNORED).sum().clamp(min=1)
+
+
+def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Soft Dice (V-Net, arXiv 1606.04797) over labelled pixels: 1 - 2 sum(p g) / (sum(p) + sum(g)).
+
+    Mean over pictures of the mean over the classes that a picture has: one that it has not gives no gradient, and how
+    pictures are shared out among processes changes nothing. A picture without a label has 0.
+    """
+    classes = torch.arange(logits.shape[1], device=logits.device)[:, None, None]
+    true = targets[:, None] == classes
+    probabilities = logits.softmax(1).masked_fill((targets == IGNORED)[:, None], 0)
+    hit, pixels = (probabilities * true).sum((2, 3)), true.sum((2, 3))
+    present = pixels > 0
+    loss = 1 - 2 * hit / (probabilities.sum((2, 3)) + pixels).masked_fill(~present, 1)
+    return ((loss * present).sum(1) / present.sum(1).clamp(min=1)).mean()
+
+
+def dice_ce(logits: Tensor, targets: Tensor) -> Tensor:
+    """Soft Dice and cross-entropy, added up, as nnU-Net (Isensee et al. 2021) has them."""
+    return dice_loss(logits, targets) + pixel_loss(logits, targets)
+
+
+LOSSES = {"cross_entropy": pixel_loss, "dice_ce": dice_ce}
+"""What `head.loss` names."""
 
 
 def feature_layers(layers: list[int] | None, depth: int) -> list[int]:

@@ -1,13 +1,14 @@
 """The benchmarks' parts that are not timing: plots of tables, memory, and peers that cannot run."""
 
 import argparse
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from benchmarks import backbone, pretrain_step, scan
+from benchmarks import backbone, finetune_step, pretrain_step, scan
 from benchmarks.machine import read_csv, write_csv
 
 H200 = Path(__file__).parents[2] / "docs" / "tables" / "scan-h200.csv"
@@ -147,3 +148,21 @@ def test_the_plot_of_training_steps_has_a_bar_for_every_model_beside_vim(figures
     pretrain_step.plot(tmp_path / "step.csv", tmp_path / "step.png")
     bars = [[bar.get_height() for bar in axis.patches] for axis in figures[0].axes]
     assert bars == [[0.75, 5.0], [1.5, 0.5]]
+
+
+def test_steps_of_tasks_are_prepared_together_and_a_case_that_fails_has_a_row(monkeypatch, capsys, tmp_path):
+    words = ["--tasks", "classification", "--sizes", "64", "20", "--depth", "2", "--rounds", "1", "--processes", "4",
+             "--kinds", "inference", "--nets", "vit", "pooled", "--out", str(tmp_path)]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["finetune_step", *words])
+    finetune_step.main()
+    rows = read_csv(tmp_path / "finetune_step.csv")
+    assert [(row["pixels"], row["net"]) for row in rows] == [
+        ("64", "pooled"),
+        ("64", "vit"),
+        ("20", "pooled"),
+        ("20", "vit"),
+    ]
+    assert all(float(row["pictures / s"]) > 0 for row in rows[:2])
+    assert float(rows[0]["time / vim"]) == 1
+    assert {row["pictures / s"] for row in rows[2:]} == {"failed"}  # patches of 16 in 20 pixels
+    assert capsys.readouterr().out.count("failed") == 10

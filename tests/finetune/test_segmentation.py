@@ -21,7 +21,7 @@ from finetune.segmentation.data import (
     open_pairs,
 )
 from finetune.segmentation.evaluate import confusion_of, overlay, scores
-from finetune.segmentation.model import feature_layers, pixel_loss
+from finetune.segmentation.model import dice_ce, dice_loss, feature_layers, pixel_loss
 from finetune.segmentation.task import SegmentationTask
 from finetune.segmentation.windows import Windows, starts
 from finetune.train import finetune
@@ -118,6 +118,39 @@ def test_the_loss_leaves_ignored_pixels_out():
     expected = -logits.log_softmax(1).gather(1, target.clamp(max=3)[:, None])[:, 0][target != IGNORED].mean()
     torch.testing.assert_close(pixel_loss(logits, target), expected)
     assert pixel_loss(logits, torch.full_like(target, IGNORED)) == 0
+
+
+def test_dice_equals_loops_over_pictures_classes_and_pixels():
+    torch.manual_seed(0)
+    logits, target = torch.randn(3, 4, 5, 7, dtype=torch.float64), torch.randint(3, (3, 5, 7))  # none of class 3
+    target[0, :3], target[1, target[1] == 1] = IGNORED, 2
+    probabilities = logits.softmax(1)
+    expected = []
+    for picture in range(3):
+        losses = []
+        for k in range(4):
+            hit = predicted = true = 0.0
+            for row in range(5):
+                for column in range(7):
+                    if (label := int(target[picture, row, column])) != IGNORED:
+                        p = float(probabilities[picture, k, row, column])
+                        hit, predicted, true = hit + p * (label == k), predicted + p, true + (label == k)
+            losses += [1 - 2 * hit / (predicted + true)] if true else []
+        expected.append(np.mean(losses))
+    assert dice_loss(logits, target).item() == pytest.approx(np.mean(expected), abs=1e-12)
+    assert dice_ce(logits, target) == dice_loss(logits, target) + pixel_loss(logits, target)
+    perfect = torch.nn.functional.one_hot(target.clamp(max=3), 4).permute(0, 3, 1, 2) * 1e3
+    assert dice_loss(perfect, target) == 0
+    assert dice_loss(logits, torch.full_like(target, IGNORED)) == 0
+
+
+def test_a_segmenter_learns_by_the_loss_that_it_is_given(config):
+    rows = {}
+    for loss in ("cross_entropy", "dice_ce"):
+        folder = run(config("--steps=1", f"--name={loss}", f"--head.loss={loss}", "--head.dropout=0"))
+        rows[loss] = read_metrics(folder / "metrics.jsonl")[0]["loss"]
+        assert json.loads((folder / "model/config.json").read_text())["head"]["loss"] == loss
+    assert rows["cross_entropy"] < rows["dice_ce"] < rows["cross_entropy"] + 1.4  # Dice of both heads: at most 1 + 0.4
 
 
 def test_layers_as_in_the_recipe():
