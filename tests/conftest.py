@@ -6,6 +6,7 @@ import signal
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # several tests at a time share the cores: waiting must not spin
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 starves the trials beside other tests
 if not os.path.exists("/dev/nvidiactl") and not os.path.exists("/dev/kfd"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # without a GPU; read when Triton is first imported
 
