@@ -24,10 +24,18 @@ hypothesis.settings.load_profile("anywhere")
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 
 
+LARGEST = (
+    "test_sweep.py", "test_triton_aot.py", "test_readme.py", "test_sweep_driver.py", "test_strategies.py",
+    "test_train.py", "test_export.py", "test_kills.py",
+)  # fmt: skip
+"""Files of a minute and more of a core, the longest first."""
+
+
 def pytest_collection_modifyitems(items):
-    """Files with slow tests first: started last, one of them would run alone while the other processes have nothing."""
+    """The longest files first: started last, one of them would run alone while the other processes have nothing."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    places = {name: place for place, name in enumerate(LARGEST)}
+    items.sort(key=lambda item: (item.path not in slow, places.get(item.path.name, len(LARGEST))))
 
 
 @pytest.fixture(autouse=True, scope="session")

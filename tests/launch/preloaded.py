@@ -96,6 +96,7 @@ def _become(argv: list[str], cwd: str, env: dict[str, str], output: tuple[str, s
     sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
     os.environ.clear()
     os.environ.update(env)
+    tempfile.tempdir = None  # as the environment says
     _fork_from_the_same()
     words = [word for word in argv[1:] if word != "-u"]
 
