@@ -17,6 +17,8 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
+from tests.brisk_interpreter import brisk_interpreter  # noqa: F401 - a fixture
+
 # no test depends on how fast the machine is, or on the day; more examples than CI's (FUZZ=n) are drawn anew each time
 hypothesis.settings.register_profile("anywhere", deadline=None, derandomize="FUZZ" not in os.environ)
 hypothesis.settings.load_profile("anywhere")
