@@ -6,6 +6,7 @@ import signal
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # several tests at a time share the cores: waiting must not spin
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 starves the trials beside other tests
 if not os.path.exists("/dev/nvidiactl") and not os.path.exists("/dev/kfd"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # without a GPU; read when Triton is first imported
 
@@ -16,6 +17,8 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
+from tests.brisk_interpreter import brisk_interpreter  # noqa: F401 - a fixture
+
 # no test depends on how fast the machine is, or on the day; more examples than CI's (FUZZ=n) are drawn anew each time
 hypothesis.settings.register_profile("anywhere", deadline=None, derandomize="FUZZ" not in os.environ)
 hypothesis.settings.load_profile("anywhere")
@@ -23,10 +26,18 @@ hypothesis.settings.load_profile("anywhere")
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 
 
+LARGEST = (
+    "test_sweep.py", "test_triton_aot.py", "test_readme.py", "test_sweep_driver.py", "test_strategies.py",
+    "test_train.py", "test_export.py", "test_kills.py",
+)  # fmt: skip
+"""Files of a minute and more of a core, the longest first."""
+
+
 def pytest_collection_modifyitems(items):
-    """Files with slow tests first: started last, one of them would run alone while the other processes have nothing."""
+    """The longest files first: started last, one of them would run alone while the other processes have nothing."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    places = {name: place for place, name in enumerate(LARGEST)}
+    items.sort(key=lambda item: (item.path not in slow, places.get(item.path.name, len(LARGEST))))
 
 
 @pytest.fixture(autouse=True, scope="session")

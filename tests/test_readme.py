@@ -179,8 +179,7 @@ def test_the_commands_of_fine_tuning(place):
 
 @pytest.mark.slow
 def test_the_python_in_the_readme(place, photo):
-    argv = [sys.executable, "pretrain/main.py", "--steps=1", *SMALL.split(), "--overwrite"]
-    subprocess.run(argv, cwd=place, check=True, capture_output=True)
+    assert_runs(f"python pretrain/main.py --steps=1 {SMALL} --overwrite", place)
     photo(128, 192).save(place / "photo.jpg")
     photo(50, 70).save(place / "another.png")
     for block in blocks(ROOT / "README.md", "python"):

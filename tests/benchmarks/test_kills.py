@@ -1,12 +1,11 @@
 """Runs that are killed at a few file operations and at a random moment; all operations are benchmarks.kills' matter."""
 
-import subprocess
 import sys
 
 import pytest
 
-from tests.launch.real import ROOT, environment
-from tests.waiting import LIMIT
+from tests.launch.preloaded import Popen
+from tests.launch.real import ROOT, environment, finish
 
 
 @pytest.mark.slow
@@ -18,10 +17,11 @@ def test_a_run_that_fares_ill_is_the_same_after_it_is_resumed(strategy, what, ev
     """Starting at the third operation, before the config is in place."""
     options = ["--strategies", strategy, "--what", what, "--first", "3", "--every", every, "--moments", moments]
     python = [sys.executable, "-m", "benchmarks.kills", *options]
-    env = environment(PYTHONPATH=f"{ROOT}:{ROOT / 'kernels'}", TMPDIR=str(tmp_path))
-    ended = subprocess.run(python, capture_output=True, text=True, cwd=ROOT, env=env, timeout=LIMIT)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    count, met, random, over, same = [int(cell) for cell in ended.stdout.splitlines()[-1].strip("| ").split("|")[2:]]
+    process = Popen(python, ROOT, environment(TMPDIR=str(tmp_path)))
+    code, printed = finish(process)
+    assert code == 0, printed
+    row = next(line for line in printed.splitlines() if line.startswith(f"| {strategy} | {what} |"))
+    count, met, random, over, same = [int(cell) for cell in row.strip("| ").split("|")[2:]]
     assert count > 100
     assert met >= 3
     assert same == met + random == met + int(moments)

@@ -2,23 +2,27 @@
 
 import json
 import os
-import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import yaml
+from accelerate.state import AcceleratorState
 
+from finetune.classification.config import ClassificationConfig
+from finetune.classification.task import ClassificationTask
 from finetune.sweeping.config import SweepConfig
 from finetune.sweeping.driver import resolve
 from finetune.sweeping.ledger import Entry, Ledger
+from finetune.sweeping.trial import arguments
+from finetune.train import finetune
 from launch.run.cli import parse
-from tests.launch.real import ROOT
-from tests.waiting import LIMIT
+from tests.launch.preloaded import Popen
+from tests.launch.real import ROOT, finish
 
 SMALL = {"batch_size": 4, "data.workers": 0, "pictures": 1, "log_every": 1}
 TASK_FIELDS = {
@@ -56,25 +60,28 @@ def config_of(where: Path, task: str, backbone: Path, source: Path, **more) -> S
     return parse(SweepConfig, [f"--config={path}"], "", "")
 
 
-def driver(config: SweepConfig, *argv: str, **environment: str) -> subprocess.Popen:
+def driver(config: SweepConfig, *argv: str) -> Popen:
     """`finetune/sweep.py` as a user starts it, with a Ray of its own."""
-    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RAY_ADDRESS")}
-    env |= {"OMP_NUM_THREADS": "1"} | environment
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RAY_ADDRESS")} | {"OMP_NUM_THREADS": "1"}
     file = Path(config.out).parent / "sweep.yaml"
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "finetune/sweep.py"), str(file), *argv], env=env,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, cwd=file.parent,
-    )  # fmt: skip
+    return Popen([sys.executable, str(ROOT / "finetune/sweep.py"), str(file), *argv], file.parent, env)
 
 
-def finished(process: subprocess.Popen) -> str:
-    try:
-        printed, _ = process.communicate(timeout=LIMIT)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, printed[-4000:]
+def finished(process: Popen) -> str:
+    code, printed = finish(process)
+    assert code == 0, printed[-4000:]
     return printed
+
+
+def outside(config: SweepConfig, fields: dict[str, Any], where: Path) -> list[tuple[int, dict[str, float]]]:
+    """Step and metrics of each evaluation of the same run without Ray, in this process."""
+    scores = []
+    AcceleratorState._reset_state(reset_partial_state=True)
+    argv = arguments(config.fields | fields | {"out": str(where), "name": "alone", "trackers": []})
+    finetune(
+        ClassificationTask(parse(ClassificationConfig, argv, "", "")), lambda e: scores.append((e.step, e.metrics))
+    )
+    return scores
 
 
 def entries(config: SweepConfig) -> list[Entry]:

@@ -238,11 +238,11 @@ def test_huge_numbers_cost_neither_memory_nor_time(read):
     for number, entry in enumerate(content["annotations"]):
         huge = 10.0 ** (3 + number % 30)
         content["annotations"][number] = entry | {"id": number, "segmentation": [[0, 0, huge, 0, huge, huge], SQUARE]}
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     truth = truth_of(read(content))
     assert average_precision(truth, perfect(truth, "mask"), "mask")[0]["AP"] > 0
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
-    assert time.monotonic() - start < 20
+    assert time.process_time() - start < 20  # of this process, however many share the cores; it takes a tenth of one
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"images": [' + "9" * 5000 + "]}", "\ufeff[]", "null", ""])

@@ -1,8 +1,8 @@
 """Real sweeps on a Ray cluster of two nodes on this machine: the three tasks, PBT, several workers, lost nodes."""
 
 import os
+import shlex
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -22,11 +22,13 @@ from tests.finetune.ray_sweep import (
     config_of,
     entries,
     meanwhile,
+    outside,
     repeated,
     steps_of,
     trial_workers,
 )
-from tests.launch.real import ROOT, environment, free_port
+from tests.launch.preloaded import Popen
+from tests.launch.real import ROOT, environment, finish, free_port
 from tests.waiting import wait_for
 from vim_backbone.errors import UserError
 
@@ -94,9 +96,11 @@ def test_classification_with_a_trial_killed_on_purpose(make_sweep, backbone, tmp
     comment, command = top_commands(replace(config, top=1))
     assert f"trial {best.number}" in comment
     assert "python -m launch finetune/main.py classification" in command
-    outside = command.replace("python -m launch finetune", f"{sys.executable} {ROOT}/finetune")
-    outside = outside.replace("file://", "")
-    subprocess.run(outside, shell=True, check=True, cwd=tmp_path, env=environment(), capture_output=True)
+    plain = command.replace("python -m launch finetune", f"{sys.executable} {ROOT}/finetune").replace("file://", "")
+    setting, *argv = shlex.split(plain)
+    assert setting == "OMP_NUM_THREADS=1"  # as environment() has it
+    code, printed = finish(Popen(argv, tmp_path, environment()))
+    assert code == 0, printed
     ours = load_file(folder / "best/model/model.safetensors")
     theirs = load_file(tmp_path / f"runs/sweep-{best.number}/model/model.safetensors")
     assert ours.keys() == theirs.keys()
@@ -171,18 +175,16 @@ def test_one_bad_config_does_not_stop_the_sweep(make_sweep, tmp_path):
     assert "config.json" in second.error
 
 
-def test_two_workers_train_one_trial_as_one_process_does(make_sweep):
-    fields = {"steps": 2, "evaluate_every": 1}
-    alone = make_sweep(fields=fields, trials=1, name="alone")
-    several = make_sweep(fields=fields, trials=1, name="several", resources={"workers": 2})
-    sweep(alone)
-    sweep(several)
-    (one,), (two,) = entries(alone), entries(several)
+def test_two_workers_train_one_trial_as_one_process_does(make_sweep, tmp_path):
+    config = make_sweep(fields={"steps": 2, "evaluate_every": 1}, trials=1, resources={"workers": 2})
+    sweep(config)
+    (two,) = entries(config)
+    one = outside(config, two.fields, tmp_path / "alone")
     assert two.state == "finished"
-    assert steps_of(one) == steps_of(two)
-    assert two.score("top1") == one.score("top1")
-    for ours, theirs in zip(two.evaluations, one.evaluations, strict=True):
-        assert ours.metrics["loss"] == pytest.approx(theirs.metrics["loss"], rel=1e-4)
+    assert steps_of(two) == [step for step, _ in one] == [1, 2]
+    for ours, (_, theirs) in zip(two.evaluations, one, strict=True):
+        assert ours.metrics["top1"] == theirs["top1"]
+        assert ours.metrics["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
 
 
 def test_what_the_time_did_not_suffice_for_is_left_for_resume(make_sweep):

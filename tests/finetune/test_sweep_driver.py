@@ -7,14 +7,9 @@ from collections import Counter
 
 import psutil
 import pytest
-from accelerate.state import AcceleratorState
 
-from finetune.classification.config import ClassificationConfig
-from finetune.classification.task import ClassificationTask
-from finetune.sweeping.trial import arguments
-from finetune.train import finetune
-from launch.run.cli import parse
-from tests.finetune.ray_sweep import checkpoints, config_of, driver, entries, finished, repeated, steps_of
+from tests.finetune.ray_sweep import checkpoints, config_of, driver, entries, finished, outside, repeated, steps_of
+from tests.launch.real import finish
 from tests.waiting import LIMIT, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("plain_kernels")]
@@ -31,16 +26,6 @@ def listening(root: int) -> set[str]:
         except psutil.Error:
             continue
     return addresses
-
-
-def outside(config, fields, where):
-    """Metrics by step of the same run without Ray."""
-    scores = []
-    AcceleratorState._reset_state(reset_partial_state=True)
-    argv = arguments(config.fields | fields | {"out": str(where), "name": "alone", "trackers": []})
-    task = ClassificationTask(parse(ClassificationConfig, argv, "", ""))
-    finetune(task, lambda e: scores.append((e.step, e.metrics)))
-    return scores
 
 
 def midway(config):
@@ -93,7 +78,7 @@ def test_sigterm_stops_the_sweep_for_resume(tmp_path, backbone, sample_data):
     process = driver(config)
     wait_for(lambda: checkpoints(config), "a checkpoint", process)
     process.terminate()
-    printed, _ = process.communicate(timeout=LIMIT)
-    assert process.returncode == 130
+    code, printed = finish(process)
+    assert code == 130
     assert printed.rstrip().endswith("1 of 1 trials are left: the same command with --resume goes on")
     assert entries(config)[0].state == "running"

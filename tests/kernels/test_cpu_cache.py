@@ -6,10 +6,14 @@ import sys
 
 import pytest
 
+from tests.launch.preloaded import Popen
+from tests.waiting import LIMIT
 from vim_kernels import available_backends
 
 pytestmark = pytest.mark.skipif(available_backends()["cpu"] is not None, reason="Numba is not installed")
 MODULE = """
+from numba.core import config
+config.CACHE_DIR = {cache!r}
 from vim_kernels.cpu_backend.jit import {decorator}
 
 @{decorator}
@@ -44,17 +48,18 @@ except RuntimeError as error:
 """
 
 
-def result(*argv, **more):
-    done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, env=os.environ | more, check=False)
-    return done.returncode, done.stdout, done.stderr
-
-
 @pytest.mark.parametrize("decorator", ["kernel", "serial_kernel"])
 def test_a_damaged_cache_is_made_anew(decorator, tmp_path):
+    """Each time in a process of its own, which has compiled nothing."""
     script, cache = tmp_path / "kernels.py", tmp_path / "cache"
     cache.mkdir()
-    script.write_text(MODULE.format(decorator=decorator, value=21))
-    run = lambda: result(str(script), NUMBA_CACHE_DIR=str(cache))[:2]  # noqa: E731
+    script.write_text(MODULE.format(decorator=decorator, value=21, cache=str(cache)))
+
+    def run():
+        process = Popen([sys.executable, str(script)], tmp_path, dict(os.environ))
+        printed, _ = process.communicate(LIMIT)
+        return process.returncode, printed
+
     assert run() == (0, "42\n")
     for suffix in (".nbi", ".nbc"):
         for damage in (lambda b: b"", lambda b: b[:10], lambda b: b[: len(b) // 2], lambda b: b"no pickle at all"):
@@ -68,5 +73,6 @@ def test_a_damaged_cache_is_made_anew(decorator, tmp_path):
 
 
 def test_a_process_forked_after_a_kernel_goes_on():
-    code, _, err = result("-c", FORK, VIM_KERNELS_BACKEND="")
-    assert code == 7, err
+    env = os.environ | {"VIM_KERNELS_BACKEND": ""}
+    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 7, done.stderr

@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed")
 from tests.kernels.triton_aot import TARGETS
 
+pytestmark = pytest.mark.slow
 REGISTERS = {"scan_forward_kernel": 168, "chunk_state_kernel": 168}
 TILED_REGISTERS = 168
 """Of the tiled forward kernel on the paths that a model takes, both directions at once: three warps a scheduler."""

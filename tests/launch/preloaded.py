@@ -24,7 +24,8 @@ LAUNCHERS = (
 )
 MODULES = [
     *LAUNCHERS, "accelerate.commands.config", "accelerate.commands.estimate", "datasets", "deepspeed",
-    "finetune.main", "pretrain.main", "pretrain.plan", "torch.distributed.run", "torch.utils.tensorboard",
+    "finetune.main", "pretrain.main", "pretrain.plan", "tests.launch.warm", "torch.distributed.run",
+    "torch.utils.tensorboard",
 ]  # fmt: skip
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(MODULES)
@@ -95,6 +96,7 @@ def _become(argv: list[str], cwd: str, env: dict[str, str], output: tuple[str, s
     sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
     os.environ.clear()
     os.environ.update(env)
+    tempfile.tempdir = None  # as the environment says
     _fork_from_the_same()
     words = [word for word in argv[1:] if word != "-u"]
 

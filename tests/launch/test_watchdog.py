@@ -11,7 +11,7 @@ import pytest
 
 from launch.run.watchdog import HUNG, RunningTime, Watchdog
 from tests.launch.real import ROOT, environment
-from tests.waiting import LIMIT, wait_for
+from tests.waiting import LIMIT, patience, wait_for
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ SUSPENDED = """
 import os, sys, time
 from types import SimpleNamespace
 from launch.run.watchdog import Watchdog
-with Watchdog(SimpleNamespace(process_index=0, num_processes=1), 3.0, 3.0) as dog:
+with Watchdog(SimpleNamespace(process_index=0, num_processes=1), {limit}, {limit}) as dog:
     for step in range({steps}):
         dog.beat(step, 0, "computing")
         print(step, flush=True)
@@ -78,13 +78,14 @@ print("done", flush=True)
 @pytest.mark.parametrize(("pause", "code"), [(0.5, 0), (60, HUNG)])
 def test_a_suspended_run_goes_on_when_it_wakes(pause, code):
     """Stopped for longer than its limit; what does hang is still ended."""
-    source = SUSPENDED.format(steps=6, pause=pause)
+    limit = patience(3.0)
+    source = SUSPENDED.format(steps=6, pause=pause, limit=limit)
     environ = environment(PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'kernels'}")
     process = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True, env=environ)
     assert process.stdout is not None
     assert process.stdout.readline() == "0\n"
     process.send_signal(signal.SIGSTOP)
-    time.sleep(5)
+    time.sleep(limit + 2)
     assert process.poll() is None
     process.send_signal(signal.SIGCONT)
     assert process.wait(LIMIT) == code
