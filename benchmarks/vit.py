@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vim_backbone import VimConfig
 from vim_backbone.hand_over import Given, take
-from vim_kernels import Lines
+from vim_backbone.mixer import ScanMetadata
 
 HEAD_WIDTH = 64
 
@@ -28,25 +28,18 @@ class ViTBlock(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(
-        self,
-        h: Given[Tensor],
-        residual: Given[Tensor | None],
-        cu_seqlens: Tensor | None = None,
-        lines: Lines | None = None,
-        apart: bool = False,
-        gaps: Tensor | None = None,
-    ) -> tuple[Tensor, None]:
+        self, h: Given[Tensor], residual: Given[Tensor | None], metadata: ScanMetadata
+    ) -> tuple[Tensor, Tensor | None]:
         """(batch, length, d_model) -> the same: a ViT block adds to the stream by itself, and knows no lines or gaps.
 
         It takes no packed pictures. With `apart` a token of the first half of the batch attends to itself and those
         before it, of the second half to itself and those after it.
         """
-        del lines
-        assert gaps is None
+        assert metadata.gaps is None
         assert take(residual) is None
-        assert cu_seqlens is None
+        assert metadata.cu_seqlens is None
         h = take(h)
-        if apart:
+        if metadata.apart:
             ahead, back = h.chunk(2)
             ahead, back = (self.block(half, is_causal=True) for half in (ahead, back.flip(1)))
             return torch.cat([ahead, back.flip(1)]), None

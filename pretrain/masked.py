@@ -17,9 +17,10 @@ from pretrain.masking import MaskConfig, draw_mask
 from pretrain.objective import Inputs, keep_from_decay
 from pretrain.patches import without_hidden
 from vim_backbone import VimConfig, VisionMamba
-from vim_backbone.block import Block, RMSNorm
+from vim_backbone.block import Block, RMSNorm, run_blocks
 from vim_backbone.errors import UserError, require
 from vim_backbone.gaps import scan_gaps
+from vim_backbone.mixer import ScanMetadata
 from vim_backbone.packing import layout_of
 from vim_backbone.position import resize_table, sincos_table, with_channels
 from vim_backbone.sequence_parallel import Rows
@@ -191,12 +192,10 @@ class MaskedModel(nn.Module):
         special, seen = self.decoder_embed(special), self.decoder_embed(seen)
         tokens = self.placed(seen, visible, self._positions(images))
         layout, cu_seqlens = layout_of(self.layout, self.encoder.lengths(images), tokens.device)
-        h, residual = layout.join(special.to(tokens.dtype), tokens), None
-        lines = None
-        if self.encoder.config.scan == "pooled":
-            lines = lines_of(images, self.encoder.config, None, 1.0)
-        for index, block in enumerate(self.decoder_layers):
-            h, residual = block(h, residual, cu_seqlens, lines and lines[index % 2])
+        pooled = self.encoder.config.scan == "pooled"
+        lines = lines_of(images, self.encoder.config, None, 1.0) if pooled else None
+        h = layout.join(special.to(tokens.dtype), tokens)
+        h, residual = run_blocks(self.decoder_layers, h, ScanMetadata(cu_seqlens), lines)
         return layout.split(self.decoder_norm(h, residual)[0])[1]
 
     def placed(self, seen: Tensor, visible: Tensor, positions: Tensor) -> Tensor:

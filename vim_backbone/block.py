@@ -1,5 +1,7 @@
 """One Vim block: add to the residual stream, RMS norm, mixer; with stochastic depth."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -7,11 +9,11 @@ from torch.utils.checkpoint import checkpoint
 from vim_backbone.config import VimConfig
 from vim_backbone.errors import require
 from vim_backbone.hand_over import Given, hand_over, take
+from vim_backbone.lines import GridLines
 from vim_backbone.memory import Recompute
-from vim_backbone.mixer import AGAIN, Mixer
-from vim_backbone.stretch import Stretch
+from vim_backbone.mixer import AGAIN, PLAIN, Mixer, ScanMetadata
 from vim_backbone.weights import init_mixer
-from vim_kernels import Lines, add_rms_norm
+from vim_kernels import add_rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -41,30 +43,35 @@ class Block(nn.Module):
         init_mixer(self.mixer, config.depth)
 
     def forward(
-        self,
-        h: Given[Tensor],
-        residual: Given[Tensor | None],
-        cu_seqlens: Tensor | None = None,
-        lines: Lines | None = None,
-        apart: bool = False,
-        gaps: Tensor | None = None,
-        stretch: Stretch | None = None,
+        self, h: Given[Tensor], residual: Given[Tensor | None], metadata: ScanMetadata = PLAIN
     ) -> tuple[Tensor, Tensor]:
-        """(batch, length, d_model) twice -> output of the mixer, residual stream.
-
-        `cu_seqlens` (pictures + 1,) are the borders of pictures packed into one row (1, total, d_model);
-        `lines` those of a pooled scan; `apart`, `gaps` and `stretch` as in `Mixer.forward`.
-        """
+        """(batch, length, d_model) twice -> output of the mixer, residual stream."""
         h, residual = take(h), take(residual)
         if residual is not None:
-            h = drop_path(h, self.drop_path, self.training, cu_seqlens)
+            h = drop_path(h, self.drop_path, self.training, metadata.cu_seqlens)
         normed, stream = self.norm(h, residual)
         if self.mixer.recompute == "products" and torch.is_grad_enabled():
-            more = {"apart": apart, "gaps": gaps, "stretch": stretch}
-            return checkpoint(self.mixer, normed, cu_seqlens, lines, **more, **AGAIN), stream
+            return checkpoint(self.mixer, normed, metadata, **AGAIN), stream
         normed_or_list = hand_over(normed, self.mixer)
         del h, residual, normed
-        return self.mixer(normed_or_list, cu_seqlens, lines, apart=apart, gaps=gaps, stretch=stretch), stream
+        return self.mixer(normed_or_list, metadata), stream
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module], tokens: Given[Tensor], metadata: ScanMetadata = PLAIN, lines: GridLines | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Tokens (batch, length, d_model) through a stack of blocks -> output of the last mixer, residual stream.
+
+    `lines` of pooled scans: the blocks take rows and columns in turn.
+    """
+    of_blocks = [metadata if lines is None else metadata._replace(lines=each) for each in lines or [None]]
+    h: Tensor = take(tokens)
+    residual: Tensor | None = None
+    for index, block in enumerate(blocks):
+        given: tuple[Given[Tensor], Given[Tensor | None]] = hand_over(h, block), hand_over(residual, block)
+        del h, residual
+        h, residual = block(*given, of_blocks[index % len(of_blocks)])
+    return h, residual
 
 
 def set_recompute(model: nn.Module, level: Recompute) -> None:

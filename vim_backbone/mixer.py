@@ -1,6 +1,6 @@
 """The bidirectional Mamba mixer of a Vim block: projections around the scan op of `vim_kernels`."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,30 @@ from vim_kernels import (
 )
 
 AGAIN: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn
+
+
+class ScanMetadata(NamedTuple):
+    """What blocks have to know about their tokens (batch, length, d_model), beside the values."""
+
+    cu_seqlens: Tensor | None = None
+    """(pictures + 1,) int32 borders of pictures packed into one row (1, total, d_model)."""
+    lines: Lines | None = None
+    """Of a pooled scan; they know the borders of packed pictures."""
+    apart: bool = False
+    """Each direction has a half of the batch for itself: the first half is scanned forward alone, the second backward
+    alone, so that a token of it sees only itself and those before, or after, it."""
+    gaps: Tensor | None = None
+    """(2, batch, length) factors of dt, as in `bidirectional_scan`; for full scans of both directions together."""
+    stretch: Stretch | None = None
+    """The tokens are those that this process holds of sequences over several."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether there is nothing to know: a batch of whole sequences."""
+        return all(each is None or each is False for each in self)
+
+
+PLAIN = ScanMetadata()
 
 
 class Mixer(nn.Module):
@@ -49,27 +73,12 @@ class Mixer(nn.Module):
         self.recompute: Recompute = "inputs"
         self.slice_tokens: int | None = None
 
-    def forward(
-        self,
-        h: Given[Tensor],
-        cu_seqlens: Tensor | None = None,
-        lines: Lines | None = None,
-        apart: bool = False,
-        gaps: Tensor | None = None,
-        stretch: Stretch | None = None,
-    ) -> Tensor:
-        """(batch, length, d_model) -> the same; or (1, total, d_model), pictures packed with borders `cu_seqlens`.
-
-        With `lines` it is the pooled scan, whose lines know the borders. With `apart` each direction has a half of the
-        batch for itself: the first half is scanned forward alone, the second backward alone, so that a token of it sees
-        only itself and those before, or after, it. `gaps` (2, batch, length) multiply dt, as in `bidirectional_scan`;
-        they go with full scans of both directions together. With `stretch` the tokens are those that this process holds
-        of sequences over several.
-        """
+    def forward(self, h: Given[Tensor], metadata: ScanMetadata = PLAIN) -> Tensor:
+        """(batch, length, d_model) -> the same."""
+        cu_seqlens, lines, apart, gaps, stretch = metadata
         assert gaps is None or not (apart or lines or stretch)
-        other = apart or lines or stretch or gaps is not None or cu_seqlens is not None
         h = take(h)
-        if self.slice_tokens and h.shape[1] > self.slice_tokens and not (torch.is_grad_enabled() or other):
+        if self.slice_tokens and h.shape[1] > self.slice_tokens and metadata.plain and not torch.is_grad_enabled():
             return self._in_slices(h, self.slice_tokens)
         xz = self.in_proj(h)
         del h

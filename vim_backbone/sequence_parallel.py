@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vim_backbone.block import run_blocks
 from vim_backbone.errors import UserError
-from vim_backbone.hand_over import Given, hand_over
 from vim_backbone.inputs import grid_of
 from vim_backbone.lines import Grid
+from vim_backbone.mixer import ScanMetadata
 from vim_backbone.position import windowed_table, with_channels
 from vim_backbone.stretch import Stretch, StretchLayout
 from vim_backbone.tokens import TokenLayout
@@ -80,13 +81,9 @@ def encode_stretch(model: VisionMamba, patches: Tensor, stretch: Stretch) -> tup
     """
     check(model, patches, stretch)
     layout = StretchLayout(model.layout, stretch)
-    h: Tensor = model.join_special(patches, layout, patches.shape[0])
-    residual: Tensor | None = None
-    del patches  # as in `model.encode`, the memory of what is used up is free while the blocks run
-    for block in model.layers:
-        given: tuple[Given[Tensor], Given[Tensor | None]] = hand_over(h, block), hand_over(residual, block)
-        del h, residual
-        h, residual = block(*given, stretch=stretch)
+    h = [model.join_special(patches, layout, patches.shape[0])]
+    del patches
+    h, residual = run_blocks(model.layers, h, ScanMetadata(stretch=stretch))
     return layout.split(model.norm_f(h, residual)[0])
 
 

@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vim_backbone.block import Block, RMSNorm, drop_path, set_recompute
+from vim_backbone.block import Block, RMSNorm, drop_path, run_blocks, set_recompute
 from vim_backbone.config import VimConfig
 from vim_backbone.errors import UserError
 from vim_backbone.folder import save_pretrained
 from vim_backbone.gaps import with_special_tokens
-from vim_backbone.hand_over import Given, hand_over
 from vim_backbone.hub import push_to_hub
 from vim_backbone.inputs import Images, grid_of, number_of
 from vim_backbone.lines import GridLines, batch_lines, packed_lines
+from vim_backbone.mixer import ScanMetadata
 from vim_backbone.packing import Layout, joined, layout_of
 from vim_backbone.position import resize_table, sincos_table, with_channels
 from vim_backbone.tokens import TokenLayout
@@ -207,14 +207,11 @@ class VisionMamba(nn.Module):
         layout, cu_seqlens = layout_of(self.layout, lengths, patches.device)
         pictures = len(lengths) if lengths else patches.shape[0]
         gaps = None if gaps is None else with_special_tokens(gaps, layout, pictures)
-        h = self.join_special(patches, layout, pictures)
-        h = torch.cat([h, h]) if apart else h
-        residual: Tensor | None = None
-        del patches  # the memory of what is used up is free while the blocks run
-        for index, block in enumerate(self.layers):
-            given: tuple[Given[Tensor], Given[Tensor | None]] = hand_over(h, block), hand_over(residual, block)
-            del h, residual
-            h, residual = block(*given, cu_seqlens, lines and lines[index % 2], apart=apart, gaps=gaps)
+        h = [self.join_special(patches, layout, pictures)]  # given away: what is used up is free while the blocks run
+        del patches
+        if apart:
+            h = [torch.cat(h * 2)]
+        h, residual = run_blocks(self.layers, h, ScanMetadata(cu_seqlens, None, apart, gaps), lines)
         h = drop_path(h, self.config.drop_path_rate, self.training, cu_seqlens)
         normed, _ = self.norm_f(h, residual)
         if apart:
@@ -276,7 +273,7 @@ class VisionMamba(nn.Module):
             return (patches, special) if return_prefix_tokens else patches
 
         for index, block in enumerate(self.layers[:last]):
-            h, residual = block(h, residual, cu_seqlens, lines and lines[index % 2])
+            h, residual = block(h, residual, ScanMetadata(cu_seqlens, lines and lines[index % 2]))
             if index in chosen:
                 normed, stream = self.norm_f(h, residual)
                 special, patches = layout.split(normed if norm else stream.to(h.dtype))

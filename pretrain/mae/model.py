@@ -14,7 +14,9 @@ from torch import Tensor
 from pretrain.masked import DecoderConfig, MaskedModel, select
 from pretrain.patches import normalise, patchify, unpatchify
 from vim_backbone import VisionMamba
+from vim_backbone.block import run_blocks
 from vim_backbone.errors import UserError
+from vim_backbone.mixer import ScanMetadata
 from vim_backbone.sequence_parallel import Rows, embed_rows, encode_stretch
 from vim_backbone.stretch import StretchLayout
 from vim_backbone.vim import Images
@@ -133,9 +135,8 @@ class MaskedAutoencoder(MaskedModel):
         tokens = self.placed(seen, visible, self.positions_of(images, rows))
         here = rows.stretch(tokens.shape[1], images.device)
         layout = StretchLayout(self.layout, here)
-        h, residual = layout.join(special.to(tokens.dtype), tokens), None
-        for block in self.decoder_layers:
-            h, residual = block(h, residual, stretch=here)
+        h = layout.join(special.to(tokens.dtype), tokens)
+        h, residual = run_blocks(self.decoder_layers, h, ScanMetadata(stretch=here))
         decoded = layout.split(self.decoder_norm(h, residual)[0])[1]
         target, _, _ = normalise(select(self._patchify(images), hidden))
         errors = (self.decoder_pred(select(decoded, hidden)).float() - target).square()

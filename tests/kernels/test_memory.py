@@ -119,7 +119,11 @@ def test_hooks_see_whole_values():
     images, outputs = torch.randn(1, 3, 32, 32, device=DEVICE), []
 
     def keep(module: nn.Module, inputs: tuple, out: torch.Tensor) -> None:
-        outputs.extend((t, t.clone()) for t in (*inputs, *(out if isinstance(out, tuple) else [out])) if t is not None)
+        outputs.extend(
+            (t, t.clone())
+            for t in (*inputs, *(out if isinstance(out, tuple) else [out]))
+            if isinstance(t, torch.Tensor)
+        )
 
     with torch.no_grad(), use_backend("triton"):
         plain = model(images)

@@ -5,6 +5,7 @@ import torch
 
 from vim_backbone import VimConfig, VisionMamba, from_pretrained
 from vim_backbone.errors import UserError
+from vim_backbone.mixer import ScanMetadata
 
 CONFIG = VimConfig(
     d_model=16, depth=3, img_size=(32, 48), patch_size=8, num_classes=5, position="sincos", scan="pooled",
@@ -35,12 +36,12 @@ def test_even_blocks_take_rows_and_odd_ones_columns():
     backbone = model(depth=2)
     tokens, lines = draw(1, 24, 16), backbone.lines(draw(1, 3, 32, 48))
     turned, turned_lines = tokens.view(1, 4, 6, 16).transpose(1, 2).flatten(1, 2), backbone.lines(draw(1, 3, 48, 32))
-    rows, _ = backbone.layers[1](tokens, None, None, lines[0])
-    columns, _ = backbone.layers[1](turned, None, None, turned_lines[1])
+    rows, _ = backbone.layers[1](tokens, None, ScanMetadata(lines=lines[0]))
+    columns, _ = backbone.layers[1](turned, None, ScanMetadata(lines=turned_lines[1]))
     torch.testing.assert_close(columns.view(1, 6, 4, 16).transpose(1, 2).flatten(1, 2), rows)
     blocks = []
     for block in backbone.layers:
-        block.register_forward_hook(lambda _module, inputs, _output: blocks.append(inputs[3].order is not None))
+        block.register_forward_hook(lambda _module, inputs, _output: blocks.append(inputs[2].lines.order is not None))
     backbone(draw(1, 3, 32, 48))
     assert blocks == [False, True]
 

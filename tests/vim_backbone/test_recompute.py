@@ -13,6 +13,7 @@ from vim_backbone import VimConfig, VisionMamba, named_config
 from vim_backbone.block import Block, set_recompute
 from vim_backbone.lines import batch_lines
 from vim_backbone.memory import LEVELS, block_saved_bytes
+from vim_backbone.mixer import ScanMetadata
 from vim_kernels import available_backends, ops, use_backend
 
 BACKENDS = [name for name in ("reference", "torch", "cpu", "triton") if available_backends()[name] is None]
@@ -187,7 +188,7 @@ def test_planned_bytes_are_those_that_a_block_keeps(kind, backend, dtype, level,
         low = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
         kept = Kept(block, *(t for t in lines or () if t is not None))
         with kept, low:
-            block(h, stream, None, lines)
+            block(h, stream, ScanMetadata(lines=lines))
     tokens = batch * side * side
     assert kept.bytes / tokens == pytest.approx(block_saved_bytes(config, backend, dtype, side * side, level), rel=0.01)
     assert math.isclose(kept.bytes / tokens, (4 + dtype.itemsize) * config.d_model) == (level == "products")
