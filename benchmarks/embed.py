@@ -35,7 +35,7 @@ from torch import Tensor
 import vim_backbone
 from benchmarks.machine import clock, versions, write_csv
 from vim_backbone.embed import FolderPictures, number_of_threads
-from vim_backbone.embedding.features import Wanted, compute
+from vim_backbone.embedding.features import Selection, compute
 from vim_backbone.embedding.job import Job, parser_of
 from vim_backbone.embedding.parts import Parts
 from vim_backbone.embedding.work import read_ahead
@@ -66,7 +66,7 @@ def build(case: str, options: argparse.Namespace, size: int) -> Run:
     if case == "deit":
         return timm.create_model(DEIT[options.model], img_size=size, num_classes=0).to(options.device).eval()
     model = vim_backbone.create_model(options.model, img_size=size, num_classes=0).to(options.device).eval()
-    return model if case == "vim batch" else lambda images: compute(model, list(images), Wanted())
+    return model if case == "vim batch" else lambda images: compute(model, list(images), Selection())
 
 
 def once(run: Run, images: Tensor, options: argparse.Namespace) -> None:

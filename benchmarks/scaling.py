@@ -161,7 +161,7 @@ def strategies(where: Path, options: argparse.Namespace) -> list[dict[str, Any]]
 
 def held_between_steps(model: Any, share: Share) -> float:
     """Bytes: ZeRO-1 and -2 hold no gradients then, and ZeRO-3 nothing whole."""
-    between = {"ddp": share.held, "zero3": share.held - 4 * (model.outside + 2 * model.block)}
+    between = {"ddp": share.total, "zero3": share.total - 4 * (model.outside + 2 * model.block)}
     return between.get(share.strategy, share.parameters + share.optimizer)
 
 

@@ -11,7 +11,7 @@ from torch.utils.data import default_collate
 from launch.data.data_sets import Cell
 from launch.data.pictures import Picture
 from launch.data.reading import open_file, read_pixels, resized
-from vim_backbone.preprocessing import Preprocessing, shown, to_model, to_pixels
+from vim_backbone.preprocessing import Preprocessing, as_rgb, to_model, to_pixels
 from vim_backbone.vim import Images
 
 
@@ -54,7 +54,7 @@ def displayed(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
     if preprocessing.bands is None:
         return pixels
     unit = to_pixels(to_model(pixels, torch.device("cpu"), preprocessing), preprocessing)
-    return (shown(unit) * 255).round().to(torch.uint8)
+    return (as_rgb(unit) * 255).round().to(torch.uint8)
 
 
 def stacked(images: list[Tensor], preprocessing: Preprocessing) -> Tensor | list[Tensor]:

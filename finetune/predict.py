@@ -78,22 +78,22 @@ def predict(
     write_text(out / ROWS, "".join(json.dumps(row) + "\n" for row in rows.values()))
     left = [(number, file) for number, file in enumerate(files) if str(file) not in rows]
     for batch in (left[start : start + batch_size] for start in range(0, len(left), batch_size)):
-        made = predict_batch(predictor, batch, out, drawings)
+        predictions = predict_batch(predictor, batch, out, drawings)
         with open(out / ROWS, "a", encoding="utf-8") as lines:
-            lines.writelines(json.dumps(row) + "\n" for row in made)
-        rows |= {row["file"]: row for row in made}
-        yield from made
-    made = [rows[str(file)] for file in files]
-    write_text(out / "predictions.json", json.dumps(made, indent=1) + "\n")
-    write_text(out / "predictions.csv", table_of(predictor, made))
+            lines.writelines(json.dumps(row) + "\n" for row in predictions)
+        rows |= {row["file"]: row for row in predictions}
+        yield from predictions
+    predictions = [rows[str(file)] for file in files]
+    write_text(out / "predictions.json", json.dumps(predictions, indent=1) + "\n")
+    write_text(out / "predictions.csv", table_of(predictor, predictions))
 
 
-def table_of(predictor: Predictor, made: list[Prediction]) -> str:
+def table_of(predictor: Predictor, predictions: list[Prediction]) -> str:
     """Predictions as CSV: the file, what the task says of it, an error in place of that."""
     text = io.StringIO()
     table = csv.DictWriter(text, ["file", *predictor.columns(), "error"], lineterminator="\n")
     table.writeheader()
-    for row in made:
+    for row in predictions:
         lines = [{"error": row["error"]}] if "error" in row else predictor.in_rows(row)
         table.writerows({"file": escaped(row["file"])} | line for line in lines)
     return text.getvalue()
@@ -112,13 +112,13 @@ def predict_batch(
             with open_file(file) as picture:
                 if picture.windowed and math.prod(picture.size) > MAX_MEGAPIXELS * 1e6:
                     row.update(predictor.predict_huge(picture, drawing))
-                    row |= {"drawing": drawing.path.name} if drawing.wanted else {}
+                    row |= {"drawing": drawing.path.name} if drawing.enabled else {}
                     continue
                 images.append(pixels_of(picture, predictor.preprocessing, MAX_MEGAPIXELS))
         except Exception as error:  # a decoder may raise anything on damaged data
             row["error"] = reason(error)
             continue
-        row |= {"drawing": drawing.path.name} if drawing.wanted else {}
+        row |= {"drawing": drawing.path.name} if drawing.enabled else {}
         drawings.append(drawing)
         readable.append(row)
     for row, prediction in zip(readable, predictor.predict(images, drawings) if images else [], strict=True):

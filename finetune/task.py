@@ -95,7 +95,7 @@ class Drawing(NamedTuple):
 
     path: Path
     """The file; others of the prediction are beside it, with more after its stem."""
-    wanted: bool = True
+    enabled: bool = True
     """Whether it is drawn at all."""
 
 

@@ -33,7 +33,7 @@ from launch.embedding.processes import Processes
 from launch.run.cli import leave, run
 from launch.run.progress import ProgressReport, user_console
 from vim_backbone import Transform, VisionMamba
-from vim_backbone.embedding.features import Wanted, compute
+from vim_backbone.embedding.features import Selection, compute
 from vim_backbone.embedding.job import Job, parser_of
 from vim_backbone.embedding.parts import Parts
 from vim_backbone.embedding.work import Progress
@@ -74,14 +74,14 @@ def draw(folder: Path, model: VisionMamba, pictures: Reader, parts: Parts, sampl
     rows = [place * len(indices) // count for place in range(count)]
     chosen = [indices[row] for row in rows]
     images = [pictures.read(index).to(model.pos_embed.device) for index in chosen]
-    maps = [compute(model, [image[0]], Wanted(("patches",)))[0]["patches"] for image in images]
+    maps = [compute(model, [image[0]], Selection(("patches",)))[0]["patches"] for image in images]
     names = [pictures.name(index) for index in chosen]
     folder.mkdir(parents=True, exist_ok=True)
     small = [thumbnail(image, pictures.transform.preprocessing) for image in images]
     draw_components(folder / "components.png", small, maps, names)
     if len(indices) > 1:
-        cosines, found = nearest_neighbours(torch.cat(pooled), rows)
-        places = torch.tensor(indices)[found]
+        cosines, neighbours = nearest_neighbours(torch.cat(pooled), rows)
+        places = torch.tensor(indices)[neighbours]
         draw_neighbours(folder / "neighbours.png", chosen, cosines, places, pictures.look, pictures.name)
 
 
@@ -140,8 +140,8 @@ def main(argv: list[str]) -> None:
     def finish() -> None:
         job.write(pictures, parts, say)
         if arguments.pictures:
-            drawn = arguments.out.with_name(f"{arguments.out.stem}_pictures")
-            draw(drawn, job.model, pictures, parts, arguments.pictures)
+            folder = arguments.out.with_name(f"{arguments.out.stem}_pictures")
+            draw(folder, job.model, pictures, parts, arguments.pictures)
         parts.remove()
 
     processes.on_first(finish)

@@ -24,7 +24,7 @@ from vim_backbone.channels import check_sets
 from vim_backbone.errors import UserError, require
 from vim_backbone.images import reason
 
-KEPT = 4096
+MOST_VALUES = 4096
 """Values of a band and picture that are kept for the percentiles."""
 PERCENTILES = (0.1, 99.9)
 Kind = tuple[int, str]
@@ -43,24 +43,26 @@ class Totals:
     """Sum of the squared distances from the mean."""
     minimum: np.ndarray = field(init=False)
     maximum: np.ndarray = field(init=False)
-    kept: list[list[np.ndarray]] = field(init=False)
+    samples: list[list[np.ndarray]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.count, self.mean, self.squares = (np.zeros(self.bands) for _ in range(3))
         self.minimum, self.maximum = np.full(self.bands, np.inf), np.full(self.bands, -np.inf)
-        self.kept = [[] for _ in range(self.bands)]
+        self.samples = [[] for _ in range(self.bands)]
 
     def add(self, values: np.ndarray, valid: np.ndarray, rng: np.random.Generator) -> None:
         """Values (bands, n) of a picture, and which of them hold something."""
         self.pictures += 1
         for band, (row, keep) in enumerate(zip(values, valid, strict=True)):
-            held = row[keep].astype(np.float64)
-            if not len(held):
+            valid_values = row[keep].astype(np.float64)
+            if not len(valid_values):
                 continue
-            self._join(band, len(held), held.mean(), held.var() * len(held))
-            self.minimum[band] = min(self.minimum[band], held.min())
-            self.maximum[band] = max(self.maximum[band], held.max())
-            self.kept[band].append(rng.choice(held, KEPT) if len(held) > KEPT else held)
+            self._join(band, len(valid_values), valid_values.mean(), valid_values.var() * len(valid_values))
+            self.minimum[band] = min(self.minimum[band], valid_values.min())
+            self.maximum[band] = max(self.maximum[band], valid_values.max())
+            self.samples[band].append(
+                rng.choice(valid_values, MOST_VALUES) if len(valid_values) > MOST_VALUES else valid_values
+            )
 
     def add_totals(self, part: "Totals", bands: Sequence[int]) -> None:
         """What was read of other pictures, whose bands are these."""
@@ -70,7 +72,7 @@ class Totals:
                 self._join(band, part.count[place], part.mean[place], part.squares[place])
                 self.minimum[band] = min(self.minimum[band], part.minimum[place])
                 self.maximum[band] = max(self.maximum[band], part.maximum[place])
-                self.kept[band] += part.kept[place]
+                self.samples[band] += part.samples[place]
 
     def _join(self, band: int, count: float, mean: float, squares: float) -> None:
         """Chan's update of mean and deviation."""
@@ -101,18 +103,18 @@ def gather(
     kinds: dict[Kind, list[str]] = {}
     declared: set[float | str | None] = set()
 
-    def drawn(length: int, count: int) -> list[int]:
+    def sampled(length: int, count: int) -> list[int]:
         # a source with fewer pictures than its share has some of them drawn again
         return sorted(np.resize(np.random.default_rng(seed).permutation(length), count).tolist())
 
     count = min(pictures, length_of(source) or pictures)
-    for done, (name, opened) in enumerate(some_pictures(source, count, drawn), start=1):
+    for done, (name, opened) in enumerate(some_pictures(source, count, sampled), start=1):
         try:
             with opened() as picture:
                 values = picture.sample(max_megapixels)
                 kind = (picture.bands, str(picture.dtype))
-                held = values[places(len(values), bands, sets)]  # as a run has it
-                missing = picture.missing(held, nodata)
+                chosen_values = values[places(len(values), bands, sets)]  # as a run has it
+                missing = picture.missing(chosen_values, nodata)
                 valid = (
                     np.isfinite(values) & ~missing
                     if values.dtype.kind == "f"
@@ -133,10 +135,10 @@ def gather(
             report.update(done, report.rate())
     if not totals:
         raise UserError(f"no picture can be read, such as {bad[0] if bad else 'none'}: see SOURCE")
-    used, whole, found = of_one_type(totals, sets)
+    used, whole, used_sets = of_one_type(totals, sets)
     (common, *others) = declared  # of files that differ, one's nodata may be another's value
     common = None if common is None or others else float(common)
-    measured = summary((whole.bands, used[0][1]), whole, bands, common if nodata is None else nodata, found)
+    measured = summary((whole.bands, used[0][1]), whole, bands, common if nodata is None else nodata, used_sets)
     notes = [f"{len(bad)} pictures cannot be read, such as {bad[0]}"] if bad else []
     notes += [
         f"{len(names)} pictures of {number} bands of {dtype} are left out, such as {names[0]}"
@@ -156,8 +158,8 @@ def layout(number: int, sets: list[list[int]]) -> list[int]:
 
 def places(number: int, bands: list[int] | None, sets: list[list[int]] | None) -> list[int] | slice:
     """Where the chosen bands are in a file with so many; all of them where it lacks some that it should have."""
-    held = list(range(number)) if sets is None else layout(number, sets)
-    chosen = [held.index(band) for band in bands or [] if band in held]
+    available = list(range(number)) if sets is None else layout(number, sets)
+    chosen = [available.index(band) for band in bands or [] if band in available]
     return chosen if chosen and (sets is not None or len(chosen) == len(bands or [])) else slice(None)
 
 
@@ -177,13 +179,13 @@ def of_one_type(
     ((dtype, _),) = of_types.most_common(1)
     used = sorted(key for key in totals if key[1] == dtype and layout(key[0], sets))
     if not used:
-        numbers_met = ", ".join(str(number) for number, _ in sorted(totals))
-        raise UserError(f"--sets is {sets}: the pictures hold {numbers_met} bands, which none of them is")
-    found = sets or [layout(number, sets) for number, _ in used]
-    whole = Totals(1 + max(band for each in found for band in each))
+        counts = ", ".join(str(number) for number, _ in sorted(totals))
+        raise UserError(f"--sets is {sets}: the pictures hold {counts} bands, which none of them is")
+    used_sets = sets or [layout(number, sets) for number, _ in used]
+    whole = Totals(1 + max(band for each in used_sets for band in each))
     for kind in used:
         whole.add_totals(totals[kind], layout(kind[0], sets))
-    return used, whole, found
+    return used, whole, used_sets
 
 
 def summary(
@@ -200,7 +202,7 @@ def summary(
         raise UserError(f"band {empty[0]} holds no value: see --nodata")
     if colours:
         chosen = chosen * (3 // number)  # grey becomes RGB
-    pools = [np.concatenate(totals.kept[band]) for band in chosen]
+    pools = [np.concatenate(totals.samples[band]) for band in chosen]
     low, high = np.array([np.percentile(pool, PERCENTILES) for pool in pools]).T
     return Statistics(
         bands=None if colours else chosen,
@@ -227,10 +229,10 @@ def numbers(text: str) -> list[int]:
 def set_of(text: str) -> list[int]:
     """NUMBER=BANDS, the bands that files with so many hold."""
     number, equals, bands = text.partition("=")
-    held = numbers(bands) if equals else []
-    if number.strip() != str(len(held)):
+    chosen = numbers(bands) if equals else []
+    if number.strip() != str(len(chosen)):
         raise argparse.ArgumentTypeError(f"{text!r} does not name so many bands, as 3=0,1,2 does")
-    return held
+    return chosen
 
 
 def main(argv: list[str]) -> None:

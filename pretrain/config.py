@@ -189,20 +189,20 @@ class PretrainConfig(TrainingConfig):
 
     def not_used(self) -> list[str]:
         """Lines on settings that do nothing here and are not at their defaults: a recipe's may be there."""
-        own = {each.name for each in fields(OBJECTIVES[self.objective])}
+        settings = {each.name for each in fields(OBJECTIVES[self.objective])}
         others: dict[str, list[str]] = {}
         for name, other in OBJECTIVES.items():
             for each in fields(other):
                 others.setdefault(each.name, []).append(name)
-        usual, given = flattened(plain(type(self)())), flattened(plain(self))
-        changed = [(name, name.partition(".")[0]) for name in given if given[name] != usual.get(name)]
+        usual, current = flattened(plain(type(self)())), flattened(plain(self))
+        changed = [(name, name.partition(".")[0]) for name in current if current[name] != usual.get(name)]
         of_others = [
-            f"{name} {given[name]} is a setting of objective {' and '.join(others[group])}, "
+            f"{name} {current[name]} is a setting of objective {' and '.join(others[group])}, "
             f"which {self.objective} does not use"
             for name, group in changed
-            if group in others.keys() - own
+            if group in others.keys() - settings
         ]
         idle = self.method.idle
         return of_others + [
-            f"{name} {given[name]} does nothing where {idle[group]}" for name, group in changed if group in idle
+            f"{name} {current[name]} does nothing where {idle[group]}" for name, group in changed if group in idle
         ]

@@ -304,14 +304,14 @@ class StreamedViews(IterableDataset["Batch | None"]):
         seed: int,
         stages: Sequence[Stage],
         skip: int,
-        known_bad: frozenset[str],
+        already_bad: frozenset[str],
     ) -> None:
         self.cells = cells
         self.view = view
         self.seed = seed
         self.stages = stages
         self.skip = skip
-        self.known_bad = known_bad
+        self.already_bad = already_bad
 
     def __iter__(self) -> Iterator["Batch | None"]:
         info = get_worker_info()
@@ -322,8 +322,8 @@ class StreamedViews(IterableDataset["Batch | None"]):
         skipped = range(worker, self.skip, workers)
         used = sum(self._stage_of(number).plan.micro_batch for number in skipped)
         who = f"rank {plan.rank} worker {worker} "
-        known_bad = {name.removeprefix(who) for name in self.known_bad if name.startswith(who)}
-        cells = StreamReader(self.cells, self.seed, reader, readers, used, known_bad)
+        already_bad = {name.removeprefix(who) for name in self.already_bad if name.startswith(who)}
+        cells = StreamReader(self.cells, self.seed, reader, readers, used, already_bad)
         named = ((f"{who}{place}", cell) for place, cell in cells)
         yield from itertools.repeat(None, len(skipped))
         for number in itertools.count(worker + len(skipped) * workers, workers):
@@ -358,7 +358,7 @@ def build_loader(
     seed: int,
     stages: Sequence[Stage],
     start_batch: int = 0,
-    known_bad: Collection[str] = (),
+    already_bad: Collection[str] = (),
     sampler: Sampler[list[Item]] | None = None,
 ) -> Iterable[Batch | None]:
     """Batches of this process, each for one forward pass, from number `start_batch` on.
@@ -371,7 +371,7 @@ def build_loader(
     """
     loader = partial(loader_of, seed=seed, workers=view.data.workers, ahead=4)
     if isinstance(source, Stream):
-        streamed = StreamedViews(source, view, seed, stages, start_batch, frozenset(known_bad))
+        streamed = StreamedViews(source, view, seed, stages, start_batch, frozenset(already_bad))
         return cast("Iterable[Batch | None]", loader(streamed, collate=unchanged, batch_size=None))
     counts, weights = shares_of(source)
     sampler = sampler or StageSampler(counts, seed, stages, start_batch, weights)

@@ -14,12 +14,12 @@ from vim_backbone.hub import find_backbone
 from vim_backbone.preprocessing import Preprocessing
 
 Config = TypeVar("Config")
-TAKEN_UP = ("depth", "patch_size", "img_size", "scan", "class_token", "num_registers", "mixer_norm", "position",
+TRANSFERRED = ("depth", "patch_size", "img_size", "scan", "class_token", "num_registers", "mixer_norm", "position",
             "channels")  # fmt: skip
 """Fields of the backbone's config that are fields of `ModelConfig`, too."""
 RESAMPLED = ("patch_size", "img_size")
 """Those that a run may set otherwise: the weights are resampled."""
-OUR_OWN = ("d_model", "stride", "in_chans", "channel_sets", "num_classes", "global_pool", "visible_share",
+RUN_FIELDS = ("d_model", "stride", "in_chans", "channel_sets", "num_classes", "global_pool", "visible_share",
            "drop_path_rate")  # fmt: skip
 """Fields that a run decides, or that its size's name says; all others must be as in every named size."""
 
@@ -51,9 +51,9 @@ def model_arguments(init: str) -> list[str]:
     usual = VimConfig(d_model=config.d_model, depth=config.depth)
     for field in fields(VimConfig):
         value, must = getattr(config, field.name), getattr(usual, field.name)
-        if field.name not in (*TAKEN_UP, *OUR_OWN) and value != must:
+        if field.name not in (*TRANSFERRED, *RUN_FIELDS) and value != must:
             raise UserError(f"init {folder} has {field.name} {value}: pretraining knows {must} alone")
-    return [f"--model.name={names[0]}", *(f"--model.{name}={_written(getattr(config, name))}" for name in TAKEN_UP)]
+    return [f"--model.name={names[0]}", *(f"--model.{name}={_written(getattr(config, name))}" for name in TRANSFERRED)]
 
 
 def parse_run(config_class: type[Config], argv: list[str], prog: str, description: str) -> Config:
@@ -81,13 +81,13 @@ def initial_weights(
     """
     folder = backbone_folder(init)
     saved = read_config(folder)
-    for name in ("d_model", *TAKEN_UP):
+    for name in ("d_model", *TRANSFERRED):
         before, now = getattr(saved, name), getattr(architecture, name)
         if before != now and name not in RESAMPLED:
             field = "model.name" if name == "d_model" else f"model.{name}"
             raise UserError(f"init {folder} has {name} {before}, and the run {now}: leave {field} out")
     changes: dict[str, Any] = {
-        name: getattr(architecture, name) for name in (*RESAMPLED, *OUR_OWN) if name != "d_model"
+        name: getattr(architecture, name) for name in (*RESAMPLED, *RUN_FIELDS) if name != "d_model"
     }
     if saved.channels == "tokens":
         changes["chosen_channels"] = channels_of_bands(folder, preprocessing)

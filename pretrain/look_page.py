@@ -15,9 +15,9 @@ from torch import Tensor
 
 from pretrain.config import PretrainConfig
 from pretrain.data import View
-from pretrain.survey import BANDS, SHOWN, Looked, Survey
+from pretrain.survey import BANDS, EXAMPLES, Looked, Survey
 from vim_backbone.errors import UserError
-from vim_backbone.preprocessing import Preprocessing, shown
+from vim_backbone.preprocessing import Preprocessing, as_rgb
 
 WIDTH = 16.0
 """Of the page, in inches; its heights are too."""
@@ -47,21 +47,21 @@ STYLE: dict[Any, Any] = {
 
 def draw_page(surveyed: Survey, view: View, config: PretrainConfig, path: Path) -> None:
     """Write the page as a PNG."""
-    drawn, bad = surveyed.drawn, surveyed.bad
+    pictures, bad = surveyed.on_page, surveyed.bad
     preprocessing = config.data.preprocessing
     heading = [(line, INK) for line in wrapped(headline(surveyed, view, config))]
     heading += [(line, WARNING) for line in wrapped([surveyed.refusal])]
     reasons = surveyed.problems()
     more = [f"and {len(reasons) - LINES} other reasons"] * (len(reasons) > LINES)
     problems = [(line, INK) for line in wrapped([*reasons[:LINES], *more])]
-    panes = band_panes(drawn, preprocessing)
+    panes = band_panes(pictures, preprocessing)
     sections = {
         "heading": 0.45 + 0.2 * len(heading),
         "charts": 2.7,
         "whole": 2.45,
-        "views": 4.35 if any(each.pixels is not None for each in drawn) else 0.0,
+        "views": 4.35 if any(each.pixels is not None for each in pictures) else 0.0,
         "packing": 1.5 if view.packed and any(not each.problem for each in surveyed.looked) else 0.0,
-        "bands": 0.45 + 2.2 * -(-len(panes) // SHOWN) if panes else 0.0,
+        "bands": 0.45 + 2.2 * -(-len(panes) // EXAMPLES) if panes else 0.0,
         "problems": 0.5 + 0.2 * len(problems) if problems else 0.0,
     }
     sections = {name: height for name, height in sections.items() if height}
@@ -71,9 +71,9 @@ def draw_page(surveyed: Survey, view: View, config: PretrainConfig, path: Path) 
         part = dict(zip(sections, parts[:, 0], strict=True))
         write(part["heading"], config.data.title, heading, size=15)
         draw_charts(part["charts"], surveyed, view, preprocessing)
-        draw_whole(part["whole"], drawn)
+        draw_whole(part["whole"], pictures)
         if "views" in part:
-            draw_views(part["views"], drawn, config, view)
+            draw_views(part["views"], pictures, config, view)
         if "packing" in part:
             draw_packing(part["packing"], surveyed, config)
         if "bands" in part:
@@ -165,21 +165,26 @@ def draw_values(axis: Any, surveyed: Survey, preprocessing: Preprocessing) -> No
     values = np.concatenate([e.values for e in surveyed.looked if e.kind == kind and e.values is not None], axis=1)
     depth = values.dtype
     values = values.astype(np.float64)
-    held, names = of_file(preprocessing, len(values))
-    chosen = [band for band in held.bands or range(len(values)) if band < len(values)]
+    of_kind, names = of_file(preprocessing, len(values))
+    chosen = [band for band in of_kind.bands or range(len(values)) if band < len(values)]
     low, high = np.percentile(values[chosen], (0.05, 99.95))
     if depth == np.uint8:
         low, high = 0, 255
     edges = np.linspace(low, high if high > low else low + 1, 65)
     for number, band in enumerate(chosen):
-        colour = RGB_COLOURS[band] if preprocessing.bands is None and len(values) == 3 else COLOURS[number % SHOWN]
+        colour = RGB_COLOURS[band] if preprocessing.bands is None and len(values) == 3 else COLOURS[number % EXAMPLES]
         name = band_name(band, len(values)) if names is None else f"band {names[number]}"
         label = f"{name}: {values[band].min():.5g} to {values[band].max():.5g}"
         axis.hist(
-            values[band], edges, histtype="step", color=colour, linewidth=1.3, label=label if number < SHOWN else None
+            values[band],
+            edges,
+            histtype="step",
+            color=colour,
+            linewidth=1.3,
+            label=label if number < EXAMPLES else None,
         )
         if preprocessing.bands is not None:
-            for edge in (side[number] for side in held.scale):
+            for edge in (side[number] for side in of_kind.scale):
                 axis.axvline(edge, color=colour, linestyle=":", linewidth=1.2)
     margin = 0.02 * (edges[-1] - edges[0])
     axis.set_xlim(edges[0] - margin, edges[-1] + margin)
@@ -193,10 +198,10 @@ def draw_values(axis: Any, surveyed: Survey, preprocessing: Preprocessing) -> No
 def of_file(preprocessing: Preprocessing, number: int) -> tuple[Preprocessing, tuple[int, ...] | None]:
     """What is done to files of so many bands, and the run's numbers of those, where these differ from the file's."""
     try:
-        held = preprocessing.of_file(number)
+        of_kind = preprocessing.of_file(number)
     except UserError:  # a run cannot use them
         return preprocessing, None
-    return held, None if preprocessing.sets is None else preprocessing.of_channels(held.in_chans).bands
+    return of_kind, None if preprocessing.sets is None else preprocessing.of_channels(of_kind.in_chans).bands
 
 
 def band_name(band: int, bands: int) -> str:
@@ -206,7 +211,7 @@ def band_name(band: int, bands: int) -> str:
 
 def panels(part: SubFigure, rows: int) -> Any:
     """Places for pictures, without axes."""
-    axes = part.subplots(rows, SHOWN, squeeze=False)
+    axes = part.subplots(rows, EXAMPLES, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     return axes
@@ -223,11 +228,11 @@ def image(axis: Any, pixels: Tensor, caption: str, colour: str | None = None) ->
         axis.add_patch(Rectangle((-0.5, -0.5), width, height, fill=False, color=colour, linewidth=4))
 
 
-def draw_whole(part: SubFigure, drawn: list[Looked]) -> None:
+def draw_whole(part: SubFigure, pictures: list[Looked]) -> None:
     """Whole pictures with the crops of the first epochs."""
-    number = len(drawn[0].cuts)
+    number = len(pictures[0].cuts)
     entitle(part, "whole pictures, and the crop of the first epoch" + f" (thin: the next {number - 1})" * (number > 1))
-    for axis, each, colour in zip(panels(part, 1)[0], drawn, COLOURS, strict=False):
+    for axis, each, colour in zip(panels(part, 1)[0], pictures, COLOURS, strict=False):
         height, width = each.size
         caption = f"{short(each.name)}\n{height} x {width}"
         if each.problem:
@@ -250,15 +255,15 @@ def draw_whole(part: SubFigure, drawn: list[Looked]) -> None:
         axis.set_aspect("equal")
 
 
-def draw_views(part: SubFigure, drawn: list[Looked], config: PretrainConfig, view: View) -> None:
+def draw_views(part: SubFigure, pictures: list[Looked], config: PretrainConfig, view: View) -> None:
     """The views of the first epoch, and what the encoder gets of them."""
     entitle(part, "views of the first epoch, and what the encoder gets of them")
     axes = panels(part, 2)
     side = view.img_size[0] // view.grid[0]
-    for column, (each, colour) in enumerate(zip(drawn, COLOURS, strict=False)):
+    for column, (each, colour) in enumerate(zip(pictures, COLOURS, strict=False)):
         if each.pixels is None:
             continue
-        cut, pixels = each.cuts[0], shown(each.pixels)
+        cut, pixels = each.cuts[0], as_rgb(each.pixels)
         left, top, right, bottom = cut.box
         shape = f"{bottom - top:g} x {right - left:g} to {cut.size[0]} x {cut.size[1]}"
         image(axes[0][column], pixels, shape + ", mirrored" * cut.mirror, colour)
@@ -295,12 +300,12 @@ def draw_packing(part: SubFigure, surveyed: Survey, config: PretrainConfig) -> N
     for row, (lengths, name) in enumerate(((patches, "patches"), (tokens, "encoder"))):
         starts = np.cumsum([0, *lengths[:-1]])
         for number, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-            drawn = number < SHOWN
+            vivid = number < EXAMPLES
             axis.barh(
-                name, length, left=start, height=0.7, color=COLOURS[number] if drawn else ("#cccccc", PALE)[number % 2],
+                name, length, left=start, height=0.7, color=COLOURS[number] if vivid else ("#cccccc", PALE)[number % 2],
                 edgecolor="white", linewidth=0.8,
             )  # fmt: skip
-            if drawn:
+            if vivid:
                 axis.text(start + length / 2, row, str(length), ha="center", va="center", color="white", size=7.5)
     axis.invert_yaxis()
     axis.margins(x=0.0)
@@ -311,11 +316,11 @@ Pane = tuple[Tensor, str, str]
 """A band (h, w) in [0, 1], its caption, and its colour."""
 
 
-def band_panes(drawn: list[Looked], preprocessing: Preprocessing) -> list[Pane]:
+def band_panes(pictures: list[Looked], preprocessing: Preprocessing) -> list[Pane]:
     """Of two pictures: the channels of their views, which are the chosen bands, else the bands that RGB cannot hold."""
     coloured = [
         (each, each.bands if preprocessing.bands is None else each.pixels, colour)
-        for each, colour in zip(drawn, COLOURS, strict=False)
+        for each, colour in zip(pictures, COLOURS, strict=False)
     ]
     strips = [(each, strip, colour) for each, strip, colour in coloured if strip is not None]
     return [
@@ -331,5 +336,5 @@ def draw_bands(part: SubFigure, panes: list[Pane], chosen: tuple[int, ...] | Non
     """Pictures band by band, in grey."""
     more = f" (of {len(chosen)} the first {BANDS})" if chosen and len(chosen) > BANDS else ""
     entitle(part, ("channels of the views" if chosen else "bands of pictures that cannot be used") + more)
-    for axis, (band, caption, colour) in zip(panels(part, -(-len(panes) // SHOWN)).flat, panes, strict=False):
+    for axis, (band, caption, colour) in zip(panels(part, -(-len(panes) // EXAMPLES)).flat, panes, strict=False):
         image(axis, band, caption, colour)

@@ -188,9 +188,9 @@ class MaskedModel(nn.Module):
 
     def decode(self, images: Images, visible: Tensor, lengths: list[int] | None) -> Tensor:
         """(b, l, decoder width) for all patches; `visible` and `lengths` are fields of `Split`."""
-        special, seen = encode_visible(self.encoder, images, visible, lengths, self.gap_aware)
-        special, seen = self.decoder_embed(special), self.decoder_embed(seen)
-        tokens = self.placed(seen, visible, self._positions(images))
+        special, encoded = encode_visible(self.encoder, images, visible, lengths, self.gap_aware)
+        special, encoded = self.decoder_embed(special), self.decoder_embed(encoded)
+        tokens = self.placed(encoded, visible, self._positions(images))
         layout, cu_seqlens = layout_of(self.layout, self.encoder.lengths(images), tokens.device)
         pooled = self.encoder.config.scan == "pooled"
         lines = lines_of(images, self.encoder.config, None, 1.0) if pooled else None
@@ -198,10 +198,10 @@ class MaskedModel(nn.Module):
         h, residual = run_blocks(self.decoder_layers, h, ScanMetadata(cu_seqlens), lines)
         return layout.split(self.decoder_norm(h, residual)[0])[1]
 
-    def placed(self, seen: Tensor, visible: Tensor, positions: Tensor) -> Tensor:
+    def placed(self, encoded: Tensor, visible: Tensor, positions: Tensor) -> Tensor:
         """The decoder's input (b, l, decoder width): visible tokens in their places, else the mask token."""
-        tokens = self.mask_token.to(seen.dtype).expand(len(seen), positions.shape[1], -1)
-        return tokens.scatter(1, visible[..., None].expand_as(seen), seen) + positions
+        tokens = self.mask_token.to(encoded.dtype).expand(len(encoded), positions.shape[1], -1)
+        return tokens.scatter(1, visible[..., None].expand_as(encoded), encoded) + positions
 
     def _positions(self, images: Images) -> Tensor:
         """Of the decoder, (1, l, decoder width)."""

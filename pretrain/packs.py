@@ -15,7 +15,7 @@ from pretrain.stages import Item, Stage, stage_at
 
 READERS = 16
 """Threads that read how large pictures are."""
-KEPT = 4
+STEPS_IN_CHECKPOINT = 4
 """Steps whose beginnings a checkpoint has: it may be of a step before the last."""
 STARTS = "starts"
 """Where a checkpoint has them."""
@@ -47,7 +47,7 @@ class Packs:
 
     def state(self, step: int) -> dict[str, int]:
         """What a checkpoint of `step`, or of one shortly before, must have; older steps are forgotten."""
-        self.starts = {other: start for other, start in self.starts.items() if other > step - KEPT}
+        self.starts = {other: start for other, start in self.starts.items() if other > step - STEPS_IN_CHECKPOINT}
         return {str(other): start for other, start in self.starts.items() if other <= step}
 
     def views(self, step: int) -> int:
@@ -73,12 +73,12 @@ class Packs:
             epoch, index = self._passes[position]
             height, width = self._sizes[index].tolist()
             # of what cannot be opened the most: another picture stands in, of any size
-            drawn = view.patches((height, width), generator(self.seed, epoch, index)) if height > 0 else largest
-            if drawn > left:
+            count = view.patches((height, width), generator(self.seed, epoch, index)) if height > 0 else largest
+            if count > left:
                 break
-            left -= drawn
+            left -= count
             items.append((epoch, index, stage.img_size))
-            patches.append(drawn)
+            patches.append(count)
         self.starts[step + 1] = self.starts[step] + len(items)
         return [[items[number] for number in part] for part in balanced(patches, plan.world * plan.accumulation)]
 
@@ -126,10 +126,10 @@ def balanced(lengths: Sequence[int], parts: int) -> list[list[int]]:
 
     No part has more than the mean and the longest item together.
     """
-    held = [0] * parts
+    loads = [0] * parts
     numbers: list[list[int]] = [[] for _ in range(parts)]
     for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
-        part = held.index(min(held))
-        held[part] += lengths[number]
+        part = loads.index(min(loads))
+        loads[part] += lengths[number]
         numbers[part].append(number)
     return [sorted(part) for part in numbers]

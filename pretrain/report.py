@@ -52,7 +52,7 @@ BESIDE = {"loss": ("held_out_loss", "loss (dashed: held out)"),
 """Columns that have another one dashed in the same drawing, and what both are called."""
 LOGARITHMIC = {"lr", "grad_norm"}
 """Columns that are drawn so where they span decades."""
-NOT_DRAWN = {"step", "tokens_per_second", "stage", "width", "eval_seconds"}
+NO_CHART = {"step", "tokens_per_second", "stage", "width", "eval_seconds"}
 """Columns that say nothing more."""
 
 
@@ -142,17 +142,17 @@ def field_table(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
 
 def charts(runs: Sequence[RunRecord]) -> list[str]:
     """A drawing (SVG) for each column of the metrics with all runs, and marks at restarts and bad steps."""
-    found = dict.fromkeys(name for run in runs for row in run.metrics for name in row)
-    columns = [*(name for name in TITLES if name in found), *(name for name in found if name not in TITLES)]
-    drawn = []
-    companions = {other for column, (other, _) in BESIDE.items() if column in found}
-    for column in (column for column in columns if column not in NOT_DRAWN | companions):
+    names = dict.fromkeys(name for run in runs for row in run.metrics for name in row)
+    columns = [*(name for name in TITLES if name in names), *(name for name in names if name not in TITLES)]
+    svgs = []
+    companions = {other for column, (other, _) in BESIDE.items() if column in names}
+    for column in (column for column in columns if column not in NO_CHART | companions):
         other, both = BESIDE.get(column, ("", ""))
         curves, dashed = ([curve_of(run, name) for run in runs] for name in (column, other))
         if any(curve.values for curve in curves):
             title = both if any(curve.values for curve in dashed) else TITLES.get(column, column)
-            drawn.append(chart(title, curves, dashed, logarithmic=column in LOGARITHMIC))
-    return drawn
+            svgs.append(chart(title, curves, dashed, logarithmic=column in LOGARITHMIC))
+    return svgs
 
 
 def curve_of(run: RunRecord, column: str) -> Curve:
@@ -188,7 +188,7 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
     """
     runs = [read_run(folder) for folder in folders]
     facts = [run.facts() for run in runs]
-    known = [name for name in facts[0] if any(each[name] for each in facts)]
+    names = [name for name in facts[0] if any(each[name] for each in facts)]
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
     page = templates.get_template("report_template.html").render(
         title=", ".join(run.name for run in runs[:3]) + (f" and {len(runs) - 3} more" if len(runs) > 3 else ""),
@@ -197,8 +197,8 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
                 "name": run.name,
                 "folder": str(run.folder),
                 "colour": COLOURS[number % len(COLOURS)],
-                "facts": {name: facts[number][name] for name in known},
-                "pictures": {name: shown for name, some in run.pictures.items() if (shown := spread(some))},
+                "facts": {name: facts[number][name] for name in names},
+                "pictures": {name: spaced for name, some in run.pictures.items() if (spaced := spread(some))},
                 "log": run.log[-MOST_LINES:],
                 "earlier": max(0, len(run.log) - MOST_LINES),
                 "bad_steps": run.bad_steps,

@@ -22,15 +22,15 @@ from launch.run.randomness import generator
 from pretrain.data import Cut, View
 from vim_backbone.errors import UserError
 from vim_backbone.images import reason
-from vim_backbone.preprocessing import Preprocessing, shown, to_model, to_pixels
+from vim_backbone.preprocessing import Preprocessing, as_rgb, to_model, to_pixels
 
-SHOWN = 8
+EXAMPLES = 8
 """Pictures that are drawn."""
 EPOCHS = 4
 """Epochs whose crops are drawn."""
 SIDE = 320
 """Longer side of a whole picture that is drawn."""
-KEPT = 4096
+MOST_VALUES = 4096
 """Values of a picture that are kept."""
 NAMED = 4
 """Pictures that are named for each reason why they cannot be used."""
@@ -55,7 +55,7 @@ class Looked:
     """Some of the values that hold something, (bands, n), in the file's type."""
     cuts: list[Cut] = field(default_factory=list)
     """Of the first epochs."""
-    drawn: bool = False
+    on_page: bool = False
     """Whether it is among the first of those that can, or cannot, be used; only then there are the following."""
     pixels: Tensor | None = None
     """The view of the first epoch (c, h, w), every channel in [0, 1] as the model's range has it."""
@@ -84,9 +84,9 @@ class Survey:
         return [each for each in self.looked if each.problem]
 
     @property
-    def drawn(self) -> list[Looked]:
+    def on_page(self) -> list[Looked]:
         """Those that are drawn: usable ones first, then others that can be opened."""
-        return sorted((each for each in self.looked if each.drawn), key=lambda each: bool(each.problem))[:SHOWN]
+        return sorted((each for each in self.looked if each.on_page), key=lambda each: bool(each.problem))[:EXAMPLES]
 
     def problems(self) -> list[str]:
         """A line for each reason, with how many pictures have it, the most frequent first."""
@@ -132,26 +132,26 @@ def openings(source: Source, view: View, seed: int, pictures: int, looked: list[
 def survey(source: Source, view: View, seed: int, pictures: int, report: ProgressReport | None = None) -> Survey:
     """Read the first pictures of a run, as it would. Raises UserError where none can be read."""
     looked: list[Looked] = []
-    drawn: Counter[bool] = Counter()
+    counts: Counter[bool] = Counter()
     usable = 0
     for name, opened, keys in islice(openings(source, view, seed, pictures, looked), pictures):
         entry = Looked(name)
         try:
             with opened() as picture:
-                look_at(entry, picture, view, keys(usable), drawn)
+                look_at(entry, picture, view, keys(usable), counts)
         except Exception as error:  # a decoder may raise anything on damaged data
             entry.problem = entry.problem or reason(error)
         usable += not entry.problem
         looked.append(entry)
         if report is not None:
             report.update(len(looked), report.rate())
-    if not any(entry.drawn for entry in looked):
+    if not any(entry.on_page for entry in looked):
         raise UserError(f"no picture can be read, such as {looked[0].name}: {looked[0].problem}; see data.source")
     return Survey(looked, length_of(source), what_was_left_out(source))
 
 
-def look_at(entry: Looked, picture: Picture, view: View, keys: list[torch.Generator], drawn: Counter[bool]) -> None:
-    """Fill the entry of a picture; `drawn` counts those that are drawn, by whether they are bad.
+def look_at(entry: Looked, picture: Picture, view: View, keys: list[torch.Generator], counts: Counter[bool]) -> None:
+    """Fill the entry of a picture; `counts` has those that are drawn, by whether they are bad.
 
     Raises what a decoder raises.
     """
@@ -167,9 +167,9 @@ def look_at(entry: Looked, picture: Picture, view: View, keys: list[torch.Genera
         entry.problem = reason(error)
     entry.values = some_values(picture, data.max_megapixels, preprocessing.nodata)
     bad = bool(entry.problem)
-    if drawn[bad] < SHOWN:
-        drawn[bad] += 1
-        entry.drawn, entry.pixels = True, pixels
+    if counts[bad] < EXAMPLES:
+        counts[bad] += 1
+        entry.on_page, entry.pixels = True, pixels
         entry.whole, entry.bands = whole(picture, preprocessing, data.max_megapixels, bad)
 
 
@@ -181,10 +181,10 @@ def in_range(view: Tensor, preprocessing: Preprocessing) -> Tensor:
 def some_values(picture: Picture, max_megapixels: float, nodata: float | None) -> np.ndarray:
     """Values of pixels (bands, n) that hold something, evenly spread over those that `sample` reads."""
     values = picture.sample(max_megapixels)
-    held = ~picture.missing(values, nodata)
+    valid = ~picture.missing(values, nodata)
     if values.dtype.kind == "f":
-        held &= np.isfinite(values).all(0)
-    return values[:, held][:, :: max(1, int(held.sum()) // KEPT)]
+        valid &= np.isfinite(values).all(0)
+    return values[:, valid][:, :: max(1, int(valid.sum()) // MOST_VALUES)]
 
 
 def whole(
@@ -197,7 +197,7 @@ def whole(
     box = whole_box(height, width)
     try:
         if not refused:
-            return shown(in_range(read_pixels(picture, preprocessing, max_megapixels, box, size), preprocessing)), None
+            return as_rgb(in_range(read_pixels(picture, preprocessing, max_megapixels, box, size), preprocessing)), None
         values, near = picture.values(max_megapixels, box, size)
     except BadPictureError:
         return None, None
@@ -205,4 +205,4 @@ def whole(
     for band in bands:
         low, high = range_of(band.numpy()) if values.dtype != np.uint8 else (0.0, 255.0)
         band.sub_(low).div_(high - low).clamp_(0, 1)
-    return shown(bands), bands
+    return as_rgb(bands), bands

@@ -15,12 +15,12 @@ MOST_NAMED = 20
 """Numbers that a line names one by one."""
 
 
-def check_sets(sets: Sequence[Sequence[int]], known: Sequence[int] | range, name: str) -> None:
+def check_sets(sets: Sequence[Sequence[int]], allowed: Sequence[int] | range, name: str) -> None:
     """Raise UserError where a set is empty, names what is not known or the same twice, or two are equally long."""
     for each in sets:
-        strange = [number for number in each if type(number) is not int or number not in known]
+        strange = [number for number in each if type(number) is not int or number not in allowed]
         if not each or strange or len(set(each)) < len(each):
-            some = list(known) if len(known) <= MOST_NAMED else f"{known[0]} to {known[-1]}"
+            some = list(allowed) if len(allowed) <= MOST_NAMED else f"{allowed[0]} to {allowed[-1]}"
             raise UserError(f"{name} has {list(each)}: give different numbers of {some}")
     if len({len(each) for each in sets}) < len(sets):
         raise UserError(

@@ -84,10 +84,10 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)  # noqa: T201 - command line
 
 
-def number_of_threads(asked: int | None) -> int:
+def number_of_threads(workers: int | None) -> int:
     """As asked for, else of the cores that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return asked or min(MOST_THREADS, cores)
+    return workers or min(MOST_THREADS, cores)
 
 
 def embed(argv: list[str] | None = None) -> Path:

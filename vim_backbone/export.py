@@ -95,13 +95,13 @@ def outputs_of(names: Sequence[str], model: VisionMamba, images: Tensor) -> list
     patches = tokens[:, special:]
     if model.channel_embed is not None:
         patches = patches.unflatten(1, (-1, images.shape[1])).mean(2)
-    made: dict[str, Callable[[], Tensor]] = {
+    outputs: dict[str, Callable[[], Tensor]] = {
         "logits": lambda: model.forward_head(tokens),
         "pooled": lambda: model.forward_head(tokens, pre_logits=True),
         "class": lambda: tokens[:, 0],
         "patches": lambda: patches.transpose(1, 2).unflatten(2, model.config.grid(*images.shape[-2:])),
     }
-    return [made[name]() for name in names]
+    return [outputs[name]() for name in names]
 
 
 def check_request(out: Path, format: str, dtype: str) -> None:  # noqa: A002 - as above
@@ -204,14 +204,14 @@ def compare(
 ) -> float:
     """The largest difference between a program's outputs and those expected. Raises UserError beyond the tolerance."""
     worst = 0.0
-    for images, wanted in zip(pictures, expected, strict=True):
+    for images, targets in zip(pictures, expected, strict=True):
         size = "{} x {} x {} x {}".format(*images.shape)
         try:
             with torch.no_grad():
-                got = list(run(images))
+                outputs = list(run(images))
         except Exception as error:  # a runtime raises anything
             raise UserError(f"the program does not run on pictures {size}: {first_line(error)}") from error
-        for name, a, b in zip(names, got, wanted, strict=True):
+        for name, a, b in zip(names, outputs, targets, strict=True):
             if a.shape != b.shape:
                 raise UserError(
                     f"{name} of the program has shape {tuple(a.shape)} for {size}, the model's {tuple(b.shape)}"

@@ -77,9 +77,9 @@ def model_card(config: VimConfig, name: str, preprocessing: Preprocessing = RGB)
     """A short README.md for a backbone folder."""
     height, width = config.img_size
     pictures = f"{'RGB' if config.in_chans == 3 else f'{config.in_chans} channels'} in [0, 1]"
-    given = "a file, a PIL picture, an array or a tensor"
+    accepted = "a file, a PIL picture, an array or a tensor"
     if preprocessing.bands is not None:
-        given = "an array (bands, h, w)"
+        accepted = "an array (bands, h, w)"
         pictures = (
             f"bands {list(preprocessing.bands)} of files of {preprocessing.dtype}, which\n"
             f'`vim_backbone.read_preprocessing("{name}").model_input(values)` takes as an array (bands, h, w)'
@@ -100,7 +100,7 @@ Vision Mamba (Vim, arXiv 2401.09417) backbone: {config.depth} blocks of width {c
 import vim_backbone
 
 model, transform = vim_backbone.load("{name}")  # the path of this folder; of one on the Hub "owner/name"
-features = model(transform(picture))  # {given}, of any size
+features = model(transform(picture))  # {accepted}, of any size
 ```
 
 `timm.create_model("local-dir:{name}", pretrained=True)` after `import vim_backbone.timm` and

@@ -137,11 +137,11 @@ def _to_8_bit(image: Image.Image, span: tuple[float, float] | None) -> Image.Ima
 def levels(bands: np.ndarray, span: tuple[float, float]) -> list[np.ndarray]:
     """Bands (bands, h, w) as levels 0 .. 255, an array (h, w) each; what is no number becomes black."""
     low, high = span
-    made = []
+    planes = []
     for values in bands:
         finite = np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low)
-        made.append(((finite.clip(low, high) - low) * (255.0 / (high - low))).round().astype(np.uint8))
-    return made
+        planes.append(((finite.clip(low, high) - low) * (255.0 / (high - low))).round().astype(np.uint8))
+    return planes
 
 
 def value_range(image: Image.Image) -> tuple[float, float]:

@@ -138,9 +138,9 @@ class Mixer(nn.Module):
                 if reverse:
                     y = torch.lerp(ahead[:, start:stop], y, 0.5)
                     y = (y if self.scan_norm is None else self.scan_norm(y)) * F.silu(z[:, here])
-                    made = self.out_proj(y)
-                    result = torch.empty_like(h, dtype=made.dtype) if result is None else result
-                    result[:, start:stop] = made
+                    projected = self.out_proj(y)
+                    result = torch.empty_like(h, dtype=projected.dtype) if result is None else result
+                    result[:, start:stop] = projected
                 else:
                     ahead[:, start:stop] = y
         assert result is not None

@@ -69,9 +69,9 @@ class Preprocessing:
     @property
     def channel_sets(self) -> Sets | None:
         """Which channels of the model pictures have, where some lack some; as `VimConfig` takes them."""
-        held = {tuple(k for k, band in enumerate(self.bands or ()) if band in each) for each in self.sets or ()}
+        channels = {tuple(k for k, band in enumerate(self.bands or ()) if band in each) for each in self.sets or ()}
         every = tuple(range(self.in_chans))
-        return tuple(sorted(held - {(), every})) or None
+        return tuple(sorted(channels - {(), every})) or None
 
     def of_file(self, number: int) -> "Preprocessing":
         """That of a file with so many bands; its `bands` are places in the file.
@@ -80,21 +80,21 @@ class Preprocessing:
         """
         if self.sets is None:
             return self
-        known = {len(each): each for each in self.sets}
-        if number not in known:
-            numbers = " or ".join(map(str, sorted(known)))
+        sets = {len(each): each for each in self.sets}
+        if number not in sets:
+            numbers = " or ".join(map(str, sorted(sets)))
             raise UserError(f"it holds {number} bands, and files of {numbers} are known (data.statistics)")
-        held = [k for k, band in enumerate(self.bands or ()) if band in known[number]]
-        if not held:
-            raise UserError(f"it holds the bands {list(known[number])}, none of {list(self.bands or ())}")
-        return self._part(held, tuple(known[number].index((self.bands or ())[k]) for k in held))
+        channels = [k for k, band in enumerate(self.bands or ()) if band in sets[number]]
+        if not channels:
+            raise UserError(f"it holds the bands {list(sets[number])}, none of {list(self.bands or ())}")
+        return self._part(channels, tuple(sets[number].index((self.bands or ())[k]) for k in channels))
 
     def of_channels(self, number: int) -> "Preprocessing":
         """That of a picture with so many of the model's channels. Raises UserError where no set has so many."""
         if self.sets is None or number == self.in_chans:
             return self
-        held = channels_of(number, self.in_chans, self.channel_sets)
-        return self._part(held, tuple((self.bands or ())[k] for k in held))
+        channels = channels_of(number, self.in_chans, self.channel_sets)
+        return self._part(channels, tuple((self.bands or ())[k] for k in channels))
 
     def _part(self, channels: Sequence[int], bands: tuple[int, ...]) -> "Preprocessing":
         def part(values: tuple[float, ...]) -> tuple[float, ...]:
@@ -119,10 +119,10 @@ class Preprocessing:
         if self.sets is not None:
             return self.of_file(len(values)).channel_values(values)
         count = self.in_chans if self.bands is None else max(self.bands) + 1
-        wanted = self.dtype or "uint8"
-        if values.ndim != 3 or len(values) < count or values.dtype.newbyteorder("=") != wanted:
+        dtype = self.dtype or "uint8"
+        if values.ndim != 3 or len(values) < count or values.dtype.newbyteorder("=") != dtype:
             raise UserError(
-                f"the picture is {values.shape} of {values.dtype}: it must be (bands, height, width) of {wanted}, with "
+                f"the picture is {values.shape} of {values.dtype}: it must be (bands, height, width) of {dtype}, with "
                 f"{count} bands or more"
             )
         chosen = values[list(self.bands)] if self.bands is not None else values[:count]
@@ -163,7 +163,7 @@ class Preprocessing:
         """From plain data, of older versions too. Raises UserError for what makes no sense."""
         try:
             bands, limits, nodata, sets = (data.get(key) for key in ("bands", "range", "nodata", "sets"))
-            made = cls(
+            preprocessing = cls(
                 mean=tuple(map(float, data["image_mean"])),
                 std=tuple(map(float, data["image_std"])),
                 bands=None if bands is None else tuple(map(index, bands)),
@@ -176,8 +176,8 @@ class Preprocessing:
             )
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise UserError(f"bands, range, image_mean and image_std make no sense: {error}") from error
-        made.check()
-        return made
+        preprocessing.check()
+        return preprocessing
 
     def _check_sets(self) -> None:
         assert self.sets is not None
@@ -314,7 +314,7 @@ def to_pixels(images: Tensor, preprocessing: Preprocessing = RGB) -> Tensor:
     return (images * std + mean).clamp(0, 1)
 
 
-def shown(pixels: Tensor) -> Tensor:
+def as_rgb(pixels: Tensor) -> Tensor:
     """Channels (..., c, h, w) as three to look at: the first three, or the first alone in grey."""
     return (
         pixels[..., :3, :, :] if pixels.shape[-3] >= 3 else pixels[..., :1, :, :].expand(*pixels.shape[:-3], 3, -1, -1)

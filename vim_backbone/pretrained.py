@@ -123,9 +123,9 @@ def check_sizes(config: VimConfig, state: dict[str, Tensor], source: Path) -> No
         extra = min(max(0, tokens - rows * columns), config.num_special)
         expected["pos_embed"] = (1, rows * columns + extra, config.d_model)
     for name, shape in expected.items():
-        got = tuple(state[name].shape) if name in state else "missing"
-        if got != shape:
-            raise UserError(f"{source}: {name} is {got}, config.json wants {shape}: one of them is wrong")
+        actual = tuple(state[name].shape) if name in state else "missing"
+        if actual != shape:
+            raise UserError(f"{source}: {name} is {actual}, config.json wants {shape}: one of them is wrong")
 
 
 def check_channels(saved: VimConfig, config: VimConfig, source: Path, chosen: Sequence[int] | None) -> None:
@@ -137,10 +137,10 @@ def check_channels(saved: VimConfig, config: VimConfig, source: Path, chosen: Se
             f"{source} has channels {saved.channels!r}, which cannot become {config.channels!r}: pretrain with "
             f"model.channels {config.channels}"
         )
-    known = saved.in_chans if chosen is None else len(chosen)
-    if saved.channels == "tokens" and config.in_chans != known:
+    count = saved.in_chans if chosen is None else len(chosen)
+    if saved.channels == "tokens" and config.in_chans != count:
         raise UserError(
-            f"in_chans is {config.in_chans}: {source} has embeddings of {known} channels, choose of them with "
+            f"in_chans is {config.in_chans}: {source} has embeddings of {count} channels, choose of them with "
             "chosen_channels"
         )
 

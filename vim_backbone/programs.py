@@ -170,10 +170,10 @@ def require_compiler() -> None:
     from torch._inductor.exc import InvalidCxxCompiler
 
     try:
-        found = shutil.which(get_cpp_compiler())
+        compiler = shutil.which(get_cpp_compiler())
     except InvalidCxxCompiler:
-        found = None
-    if found is None:
+        compiler = None
+    if compiler is None:
         raise UserError("there is no C++ compiler, which AOTInductor needs: install g++, or name one in CXX")
 
 

@@ -32,7 +32,7 @@ def rows_of(grid: Grid, rank: int, size: int) -> range:
 class Rows:
     """What a process holds of a picture: some of its rows of patches, behind those of the processes before it."""
 
-    own: range
+    here: range
     grid: Grid
     """Of the whole picture."""
     group: Any = None
@@ -44,7 +44,7 @@ class Rows:
 
     def of_table(self, table: Tensor, layout: TokenLayout, size: Grid) -> Tensor:
         """Positions (1, places here, d_model) of a table made for the grid `size`."""
-        return windowed_table(table, layout, size, self.grid)(slice(self.own.start, self.own.stop), slice(None))
+        return windowed_table(table, layout, size, self.grid)(slice(self.here.start, self.here.stop), slice(None))
 
 
 def embed_rows(model: VisionMamba, images: Tensor, rows: Rows) -> Tensor:
@@ -53,9 +53,9 @@ def embed_rows(model: VisionMamba, images: Tensor, rows: Rows) -> Tensor:
     Raises UserError for pixels of other rows than these, and for patches that overlap.
     """
     grid = grid_of(images, model.config)
-    if grid != (len(rows.own), rows.grid[1]) or model.config.stride != model.config.patch_size:
-        wanted = f"{len(rows.own)} x {rows.grid[1]} patches that do not overlap"
-        raise UserError(f"pictures have {grid[0]} x {grid[1]} patches: for {rows.own} of {rows.grid} give {wanted}")
+    if grid != (len(rows.here), rows.grid[1]) or model.config.stride != model.config.patch_size:
+        expected = f"{len(rows.here)} x {rows.grid[1]} patches that do not overlap"
+        raise UserError(f"pictures have {grid[0]} x {grid[1]} patches: for {rows.here} of {rows.grid} give {expected}")
     positions = rows.of_table(model.pos_embed, model.position_layout, model.grid_size)
     if model.channel_embed is not None:
         positions = with_channels(positions, model.channel_embed, model.config.channels_of(images.shape[1]))

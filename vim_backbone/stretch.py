@@ -39,9 +39,9 @@ class Stretch:
     @classmethod
     def of(cls, length: int, device: torch.device, group: Any = None) -> "Stretch":
         """Where this process has `length` patches of the sequence; every process of the group must call it."""
-        own = torch.tensor([length], device=device)
-        lengths = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(lengths, own, group)
+        here = torch.tensor([length], device=device)
+        lengths = [torch.empty_like(here) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(lengths, here, group)
         return cls(tuple(int(each) for each in lengths), dist.get_rank(group), group)
 
     @property
@@ -114,32 +114,33 @@ class StretchLayout:
         self.stretch, self.num_special = stretch, layout.num_special
         slots = layout.slots(sum(stretch.lengths))
         here, last = stretch.patches, stretch.rank == stretch.size - 1
-        self._own: list[tuple[int, int]] = []  # (place among the patches here, special token), in the order of the scan
+        self._places: list[tuple[int, int]] = []
+        """Place among the patches here and special token, in the order of the scan."""
         for ahead, token in enumerate(sorted(range(len(slots)), key=slots.__getitem__)):
             before = slots[token] - ahead
             if here.start <= before < here.stop or (last and before == here.stop):
-                self._own.append((before - here.start, token))
+                self._places.append((before - here.start, token))
 
     def join(self, special: Tensor, patches: Tensor) -> Tensor:
         """(b, special, d_model), all of them, and (b, l, d_model) -> (b, l + those here, d_model) in scan order."""
         # none of them where none is here: DDP waits for the gradient of every parameter
         pieces, start = [special[:, :0]], 0
-        for place, token in self._own:
+        for place, token in self._places:
             pieces += [patches[:, start:place], special[:, token : token + 1]]
             start = place
         return torch.cat([*pieces, patches[:, start:]], dim=1)
 
     def split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The inverse; all processes get all special tokens (b, special, d_model)."""
-        places = [place + ahead for ahead, (place, _) in enumerate(self._own)]
+        places = [place + ahead for ahead, (place, _) in enumerate(self._places)]
         patches = [
             tokens[:, a:b] for a, b in zip([0, *(p + 1 for p in places)], [*places, tokens.shape[1]], strict=True)
         ]
         if not self.num_special:
             return tokens[:, :0], patches[0]
-        own = {token: tokens[:, place : place + 1] for place, (_, token) in zip(places, self._own, strict=True)}
+        local = {token: tokens[:, place : place + 1] for place, (_, token) in zip(places, self._places, strict=True)}
         nothing = tokens[:, :1] * 0.0
-        special = torch.cat([own.get(token, nothing) for token in range(self.num_special)], dim=1)
+        special = torch.cat([local.get(token, nothing) for token in range(self.num_special)], dim=1)
         return _Together.apply(self.stretch.total(special), torch.cat(patches, dim=1))  # pyright: ignore[reportReturnType]
 
 
@@ -193,8 +194,8 @@ def _swapped(way: Callable[[bool], OneWay], stretch: Stretch) -> tuple[Tensor, T
 def _carried(way: Callable[[bool], OneWay], stretch: Stretch) -> tuple[Tensor, Tensor]:
     """Any number of processes: what leaves every stretch if nothing enters, then the scan from what does enter."""
     ways = way(False), way(True)
-    made = torch.stack([torch.cat([w.scan(None)[1].to(w.A.dtype), w.steps()[..., None]], dim=-1) for w in ways])
-    gathered = stretch.gather(made)  # (s, q, b, d, n + 1)
+    summaries = torch.stack([torch.cat([w.scan(None)[1].to(w.A.dtype), w.steps()[..., None]], dim=-1) for w in ways])
+    gathered = stretch.gather(summaries)  # (s, q, b, d, n + 1)
     befores = range(stretch.rank), range(stretch.size - 1, stretch.rank, -1)
     results = []
     for each, before, of_all in zip(ways, befores, gathered.unbind(1), strict=True):

@@ -92,9 +92,9 @@ class Transform:
         """The channels of a picture in the values of its file (c, h, w), of RGB 0 to 255 -> (1, c, h, w) float32."""
         values = values[None]
         if self.size is not None:
-            kept = values.dtype == torch.uint8
+            is_uint8 = values.dtype == torch.uint8
             values = F.interpolate(
-                values if kept else values.float(), self.size, mode="bicubic", antialias=True, align_corners=False
+                values if is_uint8 else values.float(), self.size, mode="bicubic", antialias=True, align_corners=False
             )
         images = to_model(values, self.device, self.preprocessing)
         return pad_to_stride(images, self.config) if self.pad else images
@@ -149,8 +149,8 @@ class Transform:
     def _bands(self, values: np.ndarray) -> Tensor:
         if values.ndim == 2:
             values = values[None]
-        known = {len(each) for each in self.preprocessing.sets or ()}
-        first = len(values) in known and values.shape[-1] not in known
+        numbers = {len(each) for each in self.preprocessing.sets or ()}
+        first = len(values) in numbers and values.shape[-1] not in numbers
         if values.ndim == 3 and not first and values.shape[-1] <= len(values):
             values = np.moveaxis(values, -1, 0)
         return torch.tensor(self.preprocessing.channel_values(values))

@@ -37,7 +37,7 @@ HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "re
 """Options of from_pretrained that say where a file of a folder or an id is."""
 
 
-def known_preprocessing(folder: Path) -> Preprocessing | None:
+def our_preprocessing(folder: Path) -> Preprocessing | None:
     """What is done to pictures, where preprocessor_config.json is one of ours."""
     try:
         return read_preprocessing(folder)
@@ -63,11 +63,11 @@ class VimPreTrainedConfig(BackboneConfigMixin, PreTrainedConfig):
         self.pretrained_cfg = options.get("pretrained_cfg") or {}
         for key in TIMM_KEYS:  # written anew when this is saved
             options.pop(key, None)
-        given = {name: options.pop(name) for name in FIELDS if name in options}
+        fields = {name: options.pop(name) for name in FIELDS if name in options}
         labels = options.pop("num_labels", None if self.id2label is None else len(self.id2label))
         if labels is not None:
-            given["num_classes"] = labels
-        config = VimConfig.from_dict(SIZES["vim_tiny"] | given)
+            fields["num_classes"] = labels
+        config = VimConfig.from_dict(SIZES["vim_tiny"] | fields)
         self.stage_names = ["stem", *(f"stage{index + 1}" for index in range(config.depth))]
         options.pop("stage_names", None)
         self.set_output_features_output_indices(
@@ -135,7 +135,7 @@ class VimPreTrainedModel(PreTrainedModel):
             where = {key: options[key] for key in HUB_OPTIONS if key in options}
             file = cached_file(str(name), PREPROCESSOR, **where, _raise_exceptions_for_missing_entries=False)
             model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
-            model.preprocessing = None if file is None else known_preprocessing(Path(file).parent)
+            model.preprocessing = None if file is None else our_preprocessing(Path(file).parent)
         return loaded
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:  # pyright: ignore
@@ -150,9 +150,9 @@ class VimPreTrainedModel(PreTrainedModel):
             config = deepcopy(self.config)
             config.num_labels = 0
             config.save_pretrained(save_directory)
-        vim, known = self.vim.config, self.preprocessing
-        if known is not None and known.in_chans == vim.in_chans:
-            write_json(Path(save_directory) / PREPROCESSOR, preprocessor(vim, known))
+        vim, preprocessing = self.vim.config, self.preprocessing
+        if preprocessing is not None and preprocessing.in_chans == vim.in_chans:
+            write_json(Path(save_directory) / PREPROCESSOR, preprocessor(vim, preprocessing))
 
 
 class VimModel(VimPreTrainedModel):

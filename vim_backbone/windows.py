@@ -74,8 +74,8 @@ def embed_by_window(model: VisionMamba, grid: Grid, read: Read, side: int = 128,
         pixels = read(window)
         left, top, right, bottom = window.pixels(config)
         if pixels.shape[0] != 1 or pixels.shape[2:] != (bottom - top, right - left):
-            wanted = f"(1, channels, {bottom - top}, {right - left})"
-            raise UserError(f"the window {tuple(window)} has pixels {tuple(pixels.shape)}, they must be {wanted}")
+            expected = f"(1, channels, {bottom - top}, {right - left})"
+            raise UserError(f"the window {tuple(window)} has pixels {tuple(pixels.shape)}, they must be {expected}")
         channels = config.channels_of(pixels.shape[1])
         if not tokens.numel():
             tokens = weight.new_empty(len(rows), grid[1], config.tokens_a_patch(len(channels)), config.d_model)

@@ -17,9 +17,9 @@ from finetune.classification.config import ClassificationConfig
 from finetune.pixels import on_device
 from finetune.task import EvaluationResult, Task
 from launch.run.accelerator import autocast
-from vim_backbone.preprocessing import shown, to_pixels
+from vim_backbone.preprocessing import as_rgb, to_pixels
 
-MOST_DRAWN_CLASSES = 60
+MOST_PLOTTED_CLASSES = 60
 """With more classes the confusion is written as a table of pairs only."""
 MOST_PAIRS = 1000
 METRICS = ("top1", "top5", "loss")
@@ -90,7 +90,7 @@ def evaluate(task: Task[ClassificationConfig], model: nn.Module, accelerator: Ac
         counts.add(logits[mask], targets[mask])
         for row, number in enumerate(batch.numbers):
             if batch.counted[row] and number in task.pictured:
-                picture = shown(to_pixels(images[row], task.pretrained.preprocessing)).permute(1, 2, 0).cpu().numpy()
+                picture = as_rgb(to_pixels(images[row], task.pretrained.preprocessing)).permute(1, 2, 0).cpu().numpy()
                 pictured.append((number, (picture, int(targets[row]), logits[row].float().softmax(0).cpu())))
     counts.share(accelerator)
     pictured, bad = gather_object(pictured), gather_object(bad)
@@ -100,7 +100,7 @@ def evaluate(task: Task[ClassificationConfig], model: nn.Module, accelerator: Ac
         draw_predictions(
             folder / "predictions.png", [sample for _, sample in sorted(pictured, key=lambda s: s[0])], task.classes
         )
-        if len(task.classes) <= MOST_DRAWN_CLASSES:
+        if len(task.classes) <= MOST_PLOTTED_CLASSES:
             draw_confusion(folder / "confusion.png", counts.confusion.cpu().numpy(), task.classes)
 
     return EvaluationResult(counts.metrics(), write, bad)

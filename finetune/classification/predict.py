@@ -9,7 +9,7 @@ from finetune.classification.model import Classifier
 from finetune.classification.transforms import evaluation_transform
 from finetune.pixels import on_device, stacked
 from finetune.task import Drawing, Prediction, Predictor
-from vim_backbone.preprocessing import shown, to_pixels
+from vim_backbone.preprocessing import as_rgb, to_pixels
 
 
 class ClassificationPredictor(Predictor):
@@ -30,8 +30,8 @@ class ClassificationPredictor(Predictor):
                 {"class": self.classes[k], "share": share}
                 for share, k in zip(top.values.tolist(), top.indices.tolist(), strict=True)
             ]
-            if drawing.wanted:
-                pixels = shown(to_pixels(picture, self.preprocessing)).permute(1, 2, 0).cpu().numpy()
+            if drawing.enabled:
+                pixels = as_rgb(to_pixels(picture, self.preprocessing)).permute(1, 2, 0).cpu().numpy()
                 draw_predictions(drawing.path, [(pixels, None, shares)], self.classes)
             predictions.append({"class": best[0]["class"], "best": best})
         return predictions

@@ -63,8 +63,8 @@ def evaluation_transform(size: tuple[int, int], crop_pct: float, preprocessing: 
             v2.CenterCrop(size),
             v2.Lambda(partial(to_model, device=torch.device("cpu"), preprocessing=preprocessing)),
         ])  # fmt: skip
-    made = by_timm(size, preprocessing, is_training=False, crop_pct=crop_pct)
-    return v2.Compose([v2.Lambda(to_image), made])
+    transform = by_timm(size, preprocessing, is_training=False, crop_pct=crop_pct)
+    return v2.Compose([v2.Lambda(to_image), transform])
 
 
 def by_timm(size: tuple[int, int], preprocessing: Preprocessing, **options: Any) -> Any:

@@ -53,19 +53,19 @@ def check_coco(content: dict[str, list[Any]], path: str, masks: bool) -> CocoFil
         raise UserError(f"no image of {path} can be used: {bad[0][1]} has {bad[0][0]}")
     notes += _summary(bad, len(content["images"]), "images", path)
     usable: dict[int, list[dict[str, Any]]] = {key: [] for key in images}
-    bad, parts, known = [], [], set()
+    bad, parts, ids = [], [], set()
     for position, entry in enumerate(content["annotations"]):
         name = f"annotation {_id(entry, position)}"
         try:
             annotation, bad_parts = check_annotation(entry, images, categories, masks)
             # a number for each, because a set of the texts would be as large as the file
             key = hash((_id(entry, position), json.dumps(annotation)))
-            if key in known:
+            if key in ids:
                 raise UnusableError("the id and the content of an earlier one")
         except UnusableError as error:
             bad.append((str(error), name))
             continue
-        known.add(key)
+        ids.add(key)
         usable[annotation["image_id"]].append(annotation)
         parts += [(why, name) for why in bad_parts]
     total = len(content["annotations"])

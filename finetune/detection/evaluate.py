@@ -17,7 +17,7 @@ from torch import nn
 from finetune.batches import evaluation_batches
 from finetune.detection.config import DetectionConfig
 from finetune.detection.data import CocoSplit
-from finetune.detection.pictures import SHOWN_SCORE, Objects, draw_objects, sure_or_guessed
+from finetune.detection.pictures import MIN_SCORE, Objects, draw_objects, sure_or_guessed
 from finetune.detection.tta import TestTimeAugmentation, with_pasted_masks
 from finetune.pixels import displayed
 from finetune.task import EvaluationResult, Task
@@ -148,7 +148,7 @@ def draw(path: Path, split: CocoSplit, numbers: list[int], results: list[dict[st
             axis.imshow(draw_objects(picture, Objects(boxes, kinds, scores, stack), classes))
     for axis in axes.flat:
         axis.set_axis_off()
-    titles = ("annotation", f"found, score {SHOWN_SCORE:g} or more, else guesses?")
+    titles = ("annotation", f"found, score {MIN_SCORE:g} or more, else guesses?")
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=11)
     figure.savefig(path)

@@ -116,9 +116,9 @@ class CascadeHeads(RoIHeads):
             matched = self.matchers[stage](box_iou(target["boxes"], proposal))
             boxes.append(target["boxes"][matched.clamp(min=0)])
             labels.append(torch.where(matched >= 0, target["labels"][matched.clamp(min=0)], 0))
-        deltas_wanted, label = torch.cat(self.coders[stage].encode(boxes, proposals)), torch.cat(labels)  # pyright: ignore
+        target_deltas, label = torch.cat(self.coders[stage].encode(boxes, proposals)), torch.cat(labels)  # pyright: ignore
         positive = label > 0
-        distance = (deltas[positive].float() - deltas_wanted[positive]).abs().sum()
+        distance = (deltas[positive].float() - target_deltas[positive]).abs().sum()
         return {
             f"loss_classifier_{stage}": F.cross_entropy(logits.float(), label),
             f"loss_box_reg_{stage}": distance / max(1, label.numel()),

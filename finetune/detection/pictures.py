@@ -14,9 +14,9 @@ from torchvision.utils import draw_bounding_boxes
 
 from finetune.palette import palette
 
-SHOWN_SCORE = 0.5
+MIN_SCORE = 0.5
 MOST_GUESSES = 3
-"""Objects that are drawn faintly where no score reaches SHOWN_SCORE."""
+"""Objects that are drawn faintly where no score reaches MIN_SCORE."""
 LEGIBLE = 480
 """Shorter side in pixels from which names on a picture can be read; smaller pictures are enlarged."""
 FAINT = 0.5
@@ -46,9 +46,9 @@ class Objects(NamedTuple):
 
 
 def sure_or_guessed(scores: Sequence[float]) -> tuple[list[int], bool]:
-    """Places of the scores of SHOWN_SCORE or more, and True; or where there are none those of the best, and False."""
+    """Places of the scores of MIN_SCORE or more, and True; or where there are none those of the best, and False."""
     best_first = sorted(range(len(scores)), key=lambda i: -scores[i])
-    sure = [i for i in best_first if scores[i] >= SHOWN_SCORE]
+    sure = [i for i in best_first if scores[i] >= MIN_SCORE]
     return (sure, True) if sure else (best_first[:MOST_GUESSES], False)
 
 
@@ -60,7 +60,7 @@ def enlarged(picture: Tensor, factor: int) -> Tensor:
 def draw_objects(picture: Tensor, objects: Objects, classes: Sequence[str]) -> np.ndarray:
     """Draw objects on a picture (3, h, w) uint8, the surest on top; gives (h, w, 3) uint8, enlarged if small.
 
-    Those with a score below SHOWN_SCORE are left out; where all are, the best MOST_GUESSES are drawn faintly, with a
+    Those with a score below MIN_SCORE are left out; where all are, the best MOST_GUESSES are drawn faintly, with a
     question mark.
     """
     sure = True
@@ -72,16 +72,16 @@ def draw_objects(picture: Tensor, objects: Objects, classes: Sequence[str]) -> n
         return enlarged(picture, factor).permute(1, 2, 0).numpy()
     of_classes = (palette(len(classes)) * 255).astype(int).tolist()
     colours: list[Any] = [tuple(of_classes[label - 1]) for label in objects.labels]
-    drawn = picture if objects.masks is None else lay_over(picture, objects.masks.bool(), colours)
-    picture, drawn = enlarged(picture, factor), enlarged(drawn, factor)
+    canvas = picture if objects.masks is None else lay_over(picture, objects.masks.bool(), colours)
+    picture, canvas = enlarged(picture, factor), enlarged(canvas, factor)
     thickness = max(2, min(picture.shape[1:]) // 240)
-    drawn = draw_bounding_boxes(drawn, objects.boxes * factor, colors=colours, width=thickness)
+    canvas = draw_bounding_boxes(canvas, objects.boxes * factor, colors=colours, width=thickness)
     if not sure:
-        drawn = torch.lerp(picture.float(), drawn.float(), FAINT).round().to(torch.uint8)
+        canvas = torch.lerp(picture.float(), canvas.float(), FAINT).round().to(torch.uint8)
     names = [classes[label - 1] for label in objects.labels]
     if objects.scores is not None:
         names = [f"{name} {score:.2f}{'' if sure else '?'}" for name, score in zip(names, objects.scores, strict=True)]
-    image = Image.fromarray(np.ascontiguousarray(drawn.permute(1, 2, 0).numpy()))
+    image = Image.fromarray(np.ascontiguousarray(canvas.permute(1, 2, 0).numpy()))
     for box, name, colour in zip((objects.boxes * factor).tolist(), names, colours, strict=True):
         write_name(image, box, name, colour)
     return np.asarray(image)

@@ -9,7 +9,7 @@ from torch import Tensor
 from finetune.detection.config import DetectionHead, TestConfig
 from finetune.detection.evaluate import to_coco
 from finetune.detection.model import Detector
-from finetune.detection.pictures import SHOWN_SCORE, Objects, draw_objects, sure_or_guessed
+from finetune.detection.pictures import MIN_SCORE, Objects, draw_objects, sure_or_guessed
 from finetune.detection.tta import tta_of, with_pasted_masks
 from finetune.pixels import displayed, stacked
 from finetune.task import Drawing, Prediction, Predictor
@@ -42,7 +42,7 @@ class DetectionPredictor(Predictor):
                 entry["class"] = self.classes[label - 1]
                 if "segmentation" in entry:
                     entry["segmentation"]["counts"] = entry["segmentation"]["counts"].decode()
-            if drawing.wanted:
+            if drawing.enabled:
                 self._draw(image, inside, drawing.path)
             predictions.append({"objects": objects})
         return predictions
@@ -58,7 +58,7 @@ class DetectionPredictor(Predictor):
         places, sure = sure_or_guessed([entry["score"] for entry in objects])
         words = ", ".join(f"{objects[i]['class']} {objects[i]['score']:.2f}" for i in places)
         return (
-            words if sure else f"nothing with a score of {SHOWN_SCORE:g}" + (f"; best guesses {words}" if words else "")
+            words if sure else f"nothing with a score of {MIN_SCORE:g}" + (f"; best guesses {words}" if words else "")
         )
 
     def columns(self) -> list[str]:

@@ -197,8 +197,8 @@ def open_rows(
     loaded = place.load()
     columns: list[str] = []
     for field, column in (("image_column", data.image_column), ("map_column", data.map_column)):
-        taken = {*columns, data.map_column if field == "image_column" else None}
-        left = {key: feature for key, feature in loaded.features.items() if key not in taken}
+        others = {*columns, data.map_column if field == "image_column" else None}
+        left = {key: feature for key, feature in loaded.features.items() if key not in others}
         columns.append(column_of(left, place.title, field, column, "Image", holds_pictures if column else is_image))
     images, maps = (Cells(HubDataset(loaded, column, f"{place.split} "), place.title) for column in columns)
     pairs = Pairs(images, maps, data, len(classes), preprocessing)

@@ -20,7 +20,7 @@ from finetune.segmentation.windows import Windows
 from finetune.task import EvaluationResult, Task
 from launch.run.accelerator import autocast
 from launch.state.sharding import zero_stage
-from vim_backbone.preprocessing import shown, to_model, to_pixels
+from vim_backbone.preprocessing import as_rgb, to_model, to_pixels
 
 METRICS = ("mIoU", "mAcc", "aAcc")
 """Scores of an evaluation, as shares of 1."""
@@ -74,7 +74,7 @@ def evaluate(
         confusion += confusion_of(predicted, target, classes)
         samples += 1
         if batch.numbers[0] in task.pictured:
-            picture = resize(shown(to_pixels(image, preprocessing)), target.shape)[0].permute(1, 2, 0).cpu().numpy()
+            picture = resize(as_rgb(to_pixels(image, preprocessing)), target.shape)[0].permute(1, 2, 0).cpu().numpy()
             pictured.append((batch.numbers[0], picture, target.cpu().numpy(), predicted.cpu().numpy()))
     confusion, samples = (accelerator.reduce(value, reduction="sum") for value in (confusion, samples))
     assert isinstance(confusion, Tensor)

@@ -33,7 +33,7 @@ class HugeMap:
         if any(tile > side for tile, side in zip(self.tile, window, strict=True)):
             raise UserError(f"model.img_size is {window}: windows over huge pictures need {STEP} pixels or more")
         self.thumb = max(1, max(picture.size) // THUMBNAIL)
-        self.shown: list[tuple[int, int, np.ndarray, np.ndarray]] = []
+        self.tiles: list[tuple[int, int, np.ndarray, np.ndarray]] = []
         """Top, left, picture (h, w, 3) and labels (h, w) of tiles, of which every `thumb`-th pixel is kept."""
 
     def write(self, path: Path, classes: np.ndarray, segment: Callable[[Tensor], Tensor]) -> np.ndarray:
@@ -81,13 +81,13 @@ class HugeMap:
         step = self.thumb
         rows, columns = slice(-top % step, None, step), slice(-left % step, None, step)
         picture = displayed(pixels[:, rows, columns], self.preprocessing).permute(1, 2, 0).numpy() / 255
-        self.shown.append((-(-top // step), -(-left // step), picture, labels[rows, columns].copy()))
+        self.tiles.append((-(-top // step), -(-left // step), picture, labels[rows, columns].copy()))
 
     def thumbnail(self) -> tuple[np.ndarray, np.ndarray]:
         """Picture (h, w, 3) in [0, 1] and labels (h, w), small; after `write`."""
         height, width = (-(-side // self.thumb) for side in self.picture.size)
         picture, labels = np.zeros((height, width, 3)), np.zeros((height, width), np.int64)
-        for top, left, part, classes in self.shown:
+        for top, left, part, classes in self.tiles:
             box = (slice(top, top + part.shape[0]), slice(left, left + part.shape[1]))
             picture[box], labels[box] = part, classes
         return picture, labels

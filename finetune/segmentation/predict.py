@@ -35,7 +35,7 @@ class SegmentationPredictor(Predictor):
             scaled = to_test_size(image, self.config.img_size)[None]
             logits = windows.logits(self.model, to_model(scaled, self.device, self.preprocessing))
             labels = resize(logits, (image.shape[1], image.shape[2])).argmax(1)[0].cpu().numpy()
-            if drawing.wanted:
+            if drawing.enabled:
                 picture = displayed(image, self.preprocessing).permute(1, 2, 0).numpy() / 255
                 draw_overlays(drawing.path, [(picture, None, labels)], self.classes)
             file = drawing.path.with_name(f"{drawing.path.stem}_labels.png")
@@ -55,7 +55,7 @@ class SegmentationPredictor(Predictor):
         huge = HugeMap(picture, self.preprocessing, self.config.img_size)
         file = drawing.path.with_name(f"{drawing.path.stem}_labels.tif")
         counts = huge.write(file, self._values(), segment)
-        if drawing.wanted:
+        if drawing.enabled:
             small, labels = huge.thumbnail()
             draw_overlays(drawing.path, [(small, None, labels)], self.classes)
         return {"labels": file.name, "shares": self._shares(counts)}

@@ -33,10 +33,10 @@ def check_shape(name: str, shape: tuple[int, ...], expected: tuple[int | None, .
     """Raise ValueError unless the shape matches; None stands for any size."""
     if shape == expected:
         return
-    got = tuple(shape)
-    if len(got) != len(expected) or any(w is not None and g != w for g, w in zip(got, expected, strict=True)):
+    actual = tuple(shape)
+    if len(actual) != len(expected) or any(w is not None and g != w for g, w in zip(actual, expected, strict=True)):
         sizes = ", ".join("any" if w is None else str(w) for w in expected) + ("," if len(expected) == 1 else "")
-        raise ValueError(f"{name} has shape {got}, wanted ({sizes})")
+        raise ValueError(f"{name} has shape {actual}, wanted ({sizes})")
 
 
 def check_same_device(anchor: Tensor, **tensors: Tensor | None) -> None:

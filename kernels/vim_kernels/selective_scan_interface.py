@@ -48,13 +48,13 @@ def selective_scan_fn(
         raise ValueError(f"B has {B.shape[1]} groups and C {C.shape[1]}, wanted one number that divides {channels}")
     parts = []
     for group in range(groups):
-        own = slice(group * channels // groups, (group + 1) * channels // groups)
+        part = slice(group * channels // groups, (group + 1) * channels // groups)
         b, c = (t[:, group % t.shape[1]].mT.contiguous() for t in (B, C))
-        x, step = _channels_last(u[:, own]), _channels_last(delta[:, own])
-        gate = None if z is None else _channels_last(z[:, own])
-        skip, bias = (None if t is None else t[own] for t in (D, delta_bias))
+        x, step = _channels_last(u[:, part]), _channels_last(delta[:, part])
+        gate = None if z is None else _channels_last(z[:, part])
+        skip, bias = (None if t is None else t[part] for t in (D, delta_bias))
         options: dict[str, Any] = {"dt_softplus": delta_softplus, "cu_seqlens": cu_seqlens}
-        parts.append(selective_scan(x, step, A[own], b, c, skip, gate, bias, **options, return_final_state=True))
+        parts.append(selective_scan(x, step, A[part], b, c, skip, gate, bias, **options, return_final_state=True))
     out = torch.cat([y for y, _ in parts], dim=2).mT if groups > 1 else parts[0][0].mT
     if not return_last_state:
         return out
@@ -107,11 +107,11 @@ def mamba_inner_fn(
     x, z = xz.chunk(2, dim=1)
     u = causal_conv1d(_channels_last(x), conv1d_weight.squeeze(1), conv1d_bias, "silu", cu_seqlens=cu_seqlens)
     rank, states = delta_proj_weight.shape[1], A.shape[1]
-    low, own_B, own_C = F.linear(u, x_proj_weight).split([rank, states, states], dim=-1)
+    low, projected_B, projected_C = F.linear(u, x_proj_weight).split([rank, states, states], dim=-1)
     if B is None:
-        B = (own_B if B_proj_bias is None else own_B + B_proj_bias.to(own_B.dtype)).mT
+        B = (projected_B if B_proj_bias is None else projected_B + B_proj_bias.to(projected_B.dtype)).mT
     if C is None:
-        C = (own_C if C_proj_bias is None else own_C + C_proj_bias.to(own_C.dtype)).mT
+        C = (projected_C if C_proj_bias is None else projected_C + C_proj_bias.to(projected_C.dtype)).mT
     delta = F.linear(low, delta_proj_weight).mT
     y = selective_scan_fn(u.mT, delta, A, B, C, D, z, delta_bias, delta_softplus, cu_seqlens=cu_seqlens)
     assert isinstance(y, Tensor)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from vim_backbone.files import write_atomically
-from vim_backbone.preprocessing import Preprocessing, shown, to_pixels
+from vim_backbone.preprocessing import Preprocessing, as_rgb, to_pixels
 
 SIDE = 256
 """Longer side of a picture that is drawn, in pixels."""
@@ -25,7 +25,7 @@ Look = Callable[[int], Tensor]
 
 def thumbnail(image: Tensor, preprocessing: Preprocessing) -> Tensor:
     """The model's input (1, c, h, w) -> (3, h, w) in [0, 1], at most SIDE."""
-    pixels = shown(to_pixels(image.cpu(), preprocessing))
+    pixels = as_rgb(to_pixels(image.cpu(), preprocessing))
     scale = min(1.0, SIDE / max(pixels.shape[-2:]))
     size = [max(1, round(side * scale)) for side in pixels.shape[-2:]]
     return F.interpolate(pixels, size, mode="bilinear", antialias=True)[0].clamp(0, 1)
@@ -55,8 +55,8 @@ def nearest_neighbours(features: Tensor, rows: list[int], count: int = NEIGHBOUR
     unit = F.normalize(features.double(), dim=1)
     cosines = unit[rows] @ unit.T
     cosines[torch.arange(len(rows)), rows] = -torch.inf
-    found = cosines.topk(min(count, len(features) - 1), dim=1)
-    return found.values, found.indices
+    nearest = cosines.topk(min(count, len(features) - 1), dim=1)
+    return nearest.values, nearest.indices
 
 
 def draw_components(path: Path, pictures: list[Tensor], maps: list[Tensor], names: list[str]) -> None:
@@ -71,14 +71,16 @@ def draw_components(path: Path, pictures: list[Tensor], maps: list[Tensor], name
 
 
 def draw_neighbours(
-    path: Path, samples: list[int], cosines: Tensor, found: Tensor, look: Look, name: Callable[[int], str]
+    path: Path, samples: list[int], cosines: Tensor, nearest: Tensor, look: Look, name: Callable[[int], str]
 ) -> None:
     """Each sample, and beside it the pictures whose features are most like its; all by their index in the source."""
-    figure = Figure(figsize=(CELL * (1 + found.shape[1]), (CELL + 0.25) * len(samples)), layout="constrained")
-    axes = figure.subplots(len(samples), 1 + found.shape[1], squeeze=False)
+    figure = Figure(figsize=(CELL * (1 + nearest.shape[1]), (CELL + 0.25) * len(samples)), layout="constrained")
+    axes = figure.subplots(len(samples), 1 + nearest.shape[1], squeeze=False)
     for row, sample in enumerate(samples):
         _show(axes[row, 0], look(sample), name(sample))
-        for place, (cosine, index) in enumerate(zip(cosines[row].tolist(), found[row].tolist(), strict=True), start=1):
+        for place, (cosine, index) in enumerate(
+            zip(cosines[row].tolist(), nearest[row].tolist(), strict=True), start=1
+        ):
             _show(axes[row, place], look(index), f"{cosine:.3f}  {name(index)[-NAME + 7 :]}")
     figure.suptitle("Samples, and the pictures whose pooled features are most like theirs (cosine)")
     _save(figure, path)

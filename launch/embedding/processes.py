@@ -28,12 +28,12 @@ class Processes:
             if not dist.is_initialized():
                 dist.init_process_group("gloo", timeout=PATIENCE)
 
-    def device(self, asked: str) -> str:
+    def device(self, device: str) -> str:
         """The GPU of this process, where one is asked for."""
-        if asked == "cuda" and self.share.processes > 1:
-            asked = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-            torch.cuda.set_device(asked)
-        return asked
+        if device == "cuda" and self.share.processes > 1:
+            device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+            torch.cuda.set_device(device)
+        return device
 
     def on_first(self, work: Callable[[], Result]) -> Result:
         """The result of `work`, done by the first process alone, or its UserError, on all processes."""

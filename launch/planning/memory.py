@@ -121,7 +121,7 @@ class Share:
     sent: float
 
     @property
-    def held(self) -> float:
+    def total(self) -> float:
         """All of them, as at the end of the backward pass."""
         return self.parameters + self.gradients + self.optimizer
 

@@ -19,7 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from launch.run.accelerator import SilentError
 from launch.run.config import field_types
-from launch.run.hints import meant
+from launch.run.hints import suggestion
 from launch.run.signals import Stopped, kill_children
 from launch.run.yaml_files import read_yaml
 from vim_backbone.errors import UserError, escaped
@@ -180,11 +180,11 @@ def _one_line(message: str, config_class: type) -> str:
     inside = re.search(r"Group '([\w.]+)' does not accept (?:option|nested key) '([\w.\-]+)'", text)
     if unknown or inside:
         name = unknown[1] if unknown else ".".join(inside.groups()) if inside else ""
-        return f"no such field: {name}; {meant(name, types)} (--help explains all)"
+        return f"no such field: {name}; {suggestion(name, types)} (--help explains all)"
     if stray := re.search(r"unrecognized arguments: ([^-].*)$", text):
         return f"{stray[1]!r} belongs to no field: fields are given as --field VALUE, {_source(types)}"
     if group := re.search(r'(?:Parser key|field) "([\w.]+)":.*?Unable to load config [\'"](.*?)[\'"]', text):
-        return f"{group[1]} is {group[2][:QUOTED]!r}: it is a group of fields; {meant(group[1], types)}"
+        return f"{group[1]} is {group[2][:QUOTED]!r}: it is a group of fields; {suggestion(group[1], types)}"
     wrong = re.search(r'Parser key "([\w.]+)":.*(?:Got|Given) value: (.*)$', text)
     if wrong and wrong[1] in types:
         must = types[wrong[1]]

@@ -58,8 +58,8 @@ class RunConfig:
         require(self.seed >= 0, "seed", self.seed, "it cannot be negative")
         require(self.keep_every >= 0, "keep_every", self.keep_every, "it cannot be negative")
         for tracker in (name for name in self.trackers if name != "all"):
-            known = tracker in LOGGER_TYPE_TO_CLASS
-            require(known, "trackers", tracker, f"there is no such tracker, {nearest(tracker, LOGGER_TYPE_TO_CLASS)}")
+            builtin = tracker in LOGGER_TYPE_TO_CLASS
+            require(builtin, "trackers", tracker, f"there is no such tracker, {nearest(tracker, LOGGER_TYPE_TO_CLASS)}")
             installed = tracker in [str(available) for available in get_available_trackers()]
             require(installed, "trackers", tracker, f"it is not installed: pip install {tracker.replace('_', '-')}")
         for name in ("hang_seconds", "start_seconds"):

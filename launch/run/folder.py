@@ -125,13 +125,13 @@ def make_folder(folder: Path, kind: str, mark: str, overwrite: bool) -> None:
         UserError: something is there, or it cannot be deleted.
     """
     prepare_folder(folder, kind, mark, resume=False)
-    held = sorted(path for path in folder.iterdir() if path.name != LOCK)
+    entries = sorted(path for path in folder.iterdir() if path.name != LOCK)
     whole = os.path.lexists(folder / mark) or checkpoints(folder / CHECKPOINTS)
     if whole and not overwrite:
         raise UserError(f"{folder} holds a {kind} already: add --resume to go on, --overwrite to replace it, or --name")
     try:
         # checkpoints first, so that none is gone on from; the mark last, so that the folder is known for what it is
-        for path in sorted(held, key=lambda path: (path.name == mark, path.name != CHECKPOINTS)):
+        for path in sorted(entries, key=lambda path: (path.name == mark, path.name != CHECKPOINTS)):
             (remove if ASIDE.fullmatch(path.name) else discard)(path)
     except OSError as error:
         raise UserError(f"cannot delete {error.filename}: {error.strerror}; choose another --name") from error

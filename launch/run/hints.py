@@ -51,7 +51,7 @@ SYNONYMS = {
 }  # fmt: skip
 
 
-def meant(wrong: str, types: Iterable[str]) -> str:
+def suggestion(wrong: str, types: Iterable[str]) -> str:
     """A hint that ends an error line about a field that is not among `types`."""
     names = sorted(types)
     plain = wrong.replace("-", "_").lower()

@@ -25,14 +25,14 @@ STALE = 30.0
 LEASE = 150.0
 """Seconds that a file server may keep the lock of a host that died (NFS: 90 by default)."""
 
-_held: set[int] = set()
+_handles: set[int] = set()
 
 
 def _leave_to_parent() -> None:
     """A lock of `flock` lasts while any process has the file open: processes that are forked have it not."""
-    for handle in _held:
+    for handle in _handles:
         os.close(handle)
-    _held.clear()
+    _handles.clear()
 
 
 os.register_at_fork(after_in_child=_leave_to_parent)
@@ -91,7 +91,7 @@ class FolderLock:
         self._thread.join()
         with contextlib.suppress(OSError):
             self.path.unlink(missing_ok=True)
-        _held.discard(self._handle)
+        _handles.discard(self._handle)
         os.close(self._handle)
         self._handle = None
 
@@ -112,7 +112,7 @@ class FolderLock:
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {explain(error)}") from error
         self._handle = handle
-        _held.add(handle)
+        _handles.add(handle)
         self._done.clear()
         self._thread = threading.Thread(target=self._beat, args=(handle,), daemon=True, name="folder-lock")
         self._thread.start()
@@ -157,11 +157,11 @@ def _holder(handle: int) -> dict[str, Any] | None:
     """Who holds the lock by what the file says, None where it says nothing or is a copy of another folder's."""
     try:
         holder = json.loads(os.pread(handle, 4096, 0))
-        known = {key: kind(holder[key]) for key, kind in
+        record = {key: kind(holder[key]) for key, kind in
                  (("host", str), ("boot", str), ("pid", int), ("began", float), ("inode", int))}  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return known if known["inode"] == os.fstat(handle).st_ino else None
+    return record if record["inode"] == os.fstat(handle).st_ino else None
 
 
 def _is_alive(holder: dict[str, Any]) -> bool:

@@ -129,7 +129,7 @@ def rotate(newest: Path, keep: int, keep_every: int) -> None:
         if keep_every and _number(path) % keep_every == 0:
             continue
         try:
-            stays = whole < keep and damage(path, known=True) is None
+            stays = whole < keep and damage(path, cached=True) is None
         except UserError:
             continue
         if stays:
@@ -182,7 +182,7 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     return None, damaged
 
 
-def damage(path: Path, known: bool = False) -> str | None:
+def damage(path: Path, cached: bool = False) -> str | None:
     """What is wrong with a checkpoint, None where every file has the size and sha256 that were written down.
 
     Args:
@@ -204,9 +204,9 @@ def damage(path: Path, known: bool = False) -> str | None:
                 return f"{MANIFEST} names {name!r}, which is no file's name"
             if not (path / name).is_file():
                 return f"{name} is missing"
-            if (found := (path / name).stat().st_size) != size:
-                return f"{name} has {found} bytes, {size} were written"
-            if _identity(path / name, known)["sha256"] != digest:
+            if (actual := (path / name).stat().st_size) != size:
+                return f"{name} has {actual} bytes, {size} were written"
+            if _identity(path / name, cached)["sha256"] != digest:
                 return f"{name} has another sha256 than was written"
     except PermissionError as error:
         raise UserError(
@@ -298,10 +298,10 @@ _sums: dict[tuple[int, ...], str] = {}
 """sha256 of files that this process has read, by device, inode, size and time of the last change."""
 
 
-def _identity(path: Path, known: bool = False) -> dict[str, Any]:
+def _identity(path: Path, cached: bool = False) -> dict[str, Any]:
     with open(path, "rb") as file:
         status = os.fstat(file.fileno())
         key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-        if not known or key not in _sums:
+        if not cached or key not in _sums:
             _sums[key] = hashlib.file_digest(file, "sha256").hexdigest()
     return {"sha256": _sums[key], "bytes": status.st_size}

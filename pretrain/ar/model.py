@@ -25,7 +25,7 @@ class Prediction(NamedTuple):
 
     pixels: Images
     """(b, c, h, w), or a list: with each patch's true mean and deviation put back; 0 where none was predicted."""
-    known: Tensor
+    predicted_at: Tensor
     """(l,) bool, row by row: which patches were predicted."""
 
 
@@ -104,8 +104,8 @@ class NextCluster(nn.Module):
         positions = self._positions(images)[:, order]
         predicted = []
         for stream, targets, direction in zip(streams, (ahead, back), self.decoder_direction, strict=True):
-            seen = self.decoder_near(stream)[:, targets.near] + self.decoder_whole(stream)[:, targets.whole]
-            predicted.append(self.decoder_pred(self.decoder_layers(seen + positions[:, targets.patches] + direction)))
+            hidden = self.decoder_near(stream)[:, targets.near] + self.decoder_whole(stream)[:, targets.whole]
+            predicted.append(self.decoder_pred(self.decoder_layers(hidden + positions[:, targets.patches] + direction)))
         return predicted
 
     @torch.no_grad()
@@ -114,15 +114,15 @@ class NextCluster(nn.Module):
         side = self.encoder.config.patch_size
         patches = patchify(images, side)
         _, mean, deviation = normalise(patches)
-        made = []
+        predictions = []
         for predicted, targets in zip(self.predict(images, order, ahead, back), (ahead, back), strict=True):
             where = order[targets.patches]
             pixels = torch.zeros_like(patches)
             pixels[:, where] = (predicted.float() * deviation[:, where] + mean[:, where]).to(pixels.dtype)
-            known = torch.zeros(len(order), dtype=torch.bool, device=order.device)
-            known[where] = True
-            made.append(Prediction(self._pictures(pixels, images), known))
-        return made
+            predicted_at = torch.zeros(len(order), dtype=torch.bool, device=order.device)
+            predicted_at[where] = True
+            predictions.append(Prediction(self._pictures(pixels, images), predicted_at))
+        return predictions
 
     def _pictures(self, patches: Tensor, like: Images) -> Images:
         """The inverse of `patchify` for pictures of these shapes."""

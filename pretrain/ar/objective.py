@@ -18,7 +18,7 @@ from pretrain.patches import without_hidden
 from pretrain.strips import draw_strips
 from vim_backbone import VimConfig, VisionMamba
 from vim_backbone.memory import Recompute
-from vim_backbone.preprocessing import RGB, Preprocessing, shown, to_pixels
+from vim_backbone.preprocessing import RGB, Preprocessing, as_rgb, to_pixels
 from vim_backbone.vim import Images
 
 COLUMNS = ("input", "predicted from before it", "predicted from after it")
@@ -93,18 +93,18 @@ class AR:
         """Input, and what each direction predicted. For all processes."""
         device = images.device if isinstance(images, Tensor) else images[0].device
         config = self.encoder(model).config
-        made: list[Prediction] = model(images, *self.inputs(extras, device).arguments, rebuild=True)
+        predictions: list[Prediction] = model(images, *self.inputs(extras, device).arguments, rebuild=True)
 
         def draw(title: str, path: Path) -> None:
             strips = []
             lengths = [len(extra) for extra in extras]
-            known = [each.known.expand(len(images), -1) for each in made]
+            predicted_at = [each.predicted_at.expand(len(images), -1) for each in predictions]
             if not isinstance(images, Tensor):
-                known = [each.known.split(lengths) for each in made]
+                predicted_at = [each.predicted_at.split(lengths) for each in predictions]
             for number, image in enumerate(images):
-                panes = [shown(to_pixels(image, preprocessing))]
-                for each, there in zip(made, known, strict=True):
-                    pixels = shown(to_pixels(each.pixels[number], preprocessing))
+                panes = [as_rgb(to_pixels(image, preprocessing))]
+                for each, there in zip(predictions, predicted_at, strict=True):
+                    pixels = as_rgb(to_pixels(each.pixels[number], preprocessing))
                     panes.append(without_hidden(pixels, ~there[number], config.patch_size))
                 strips.append(torch.stack(panes).permute(0, 2, 3, 1).float().cpu().numpy())
             draw_strips(strips, COLUMNS, f"{title}; predicted patches have their true mean and contrast", path)

@@ -25,7 +25,7 @@ class Comparison(NamedTuple):
 
     predicted: Tensor
     """(b, m, d)"""
-    wanted: Tensor
+    target: Tensor
     """(b, m, d), the teacher's features, normalised."""
 
 
@@ -39,7 +39,7 @@ class Distillation(nn.Module):
         require_apart(encoder.config)
         self.encoder = encoder
         self.teacher = teacher
-        self.decoder_pred = nn.Linear(encoder.config.d_model, teacher.known.width)
+        self.decoder_pred = nn.Linear(encoder.config.d_model, teacher.description.width)
         nn.init.xavier_uniform_(self.decoder_pred.weight)
         nn.init.zeros_(self.decoder_pred.bias)
 
@@ -54,8 +54,8 @@ class Distillation(nn.Module):
         """
         features = self.teacher.features(images, self.encoder.config)  # before the encoder's activations are there
         del hidden
-        seen = encode_visible(self.encoder, images, visible, lengths)[1]
-        compared = Comparison(self.decoder_pred(seen).float(), select(features, visible))
+        visible_patches = encode_visible(self.encoder, images, visible, lengths)[1]
+        compared = Comparison(self.decoder_pred(visible_patches).float(), select(features, visible))
         return compared if compare else loss_of(compared, self.teacher.settings.loss, lengths)
 
     def no_weight_decay(self) -> set[str]:
@@ -67,7 +67,7 @@ class MaskedDistillation(MaskedModel):
     """As MAE, with the teacher's features of the hidden patches in place of their pixels (MVP, arXiv 2203.05175)."""
 
     def __init__(self, encoder: VisionMamba, decoder: DecoderConfig, teacher: Teacher) -> None:
-        super().__init__(encoder, decoder, teacher.known.width)
+        super().__init__(encoder, decoder, teacher.description.width)
         self.teacher = teacher
 
     def forward(
@@ -80,7 +80,7 @@ class MaskedDistillation(MaskedModel):
         counts = None
         if lengths is not None:
             every = self.encoder.lengths(images) or []
-            counts = [patches - seen for patches, seen in zip(every, lengths, strict=True)]
+            counts = [patches - count for patches, count in zip(every, lengths, strict=True)]
         return compared if compare else loss_of(compared, self.teacher.settings.loss, counts)
 
 

@@ -17,7 +17,7 @@ from pretrain.patches import without_hidden
 from pretrain.strips import by_patch, draw_strips
 from vim_backbone import VimConfig, VisionMamba
 from vim_backbone.memory import Recompute
-from vim_backbone.preprocessing import RGB, Preprocessing, shown, to_pixels
+from vim_backbone.preprocessing import RGB, Preprocessing, as_rgb, to_pixels
 from vim_backbone.vim import Images
 
 COLUMNS = ("input", "what the encoder saw", "agreement with the teacher")
@@ -42,9 +42,9 @@ class Distill(MaskedObjective):
     @property
     def summary(self) -> str:
         """Teacher, share and kind of the masks."""
-        seen = "" if self.distill.at == "whole" else f", {self.mask.ratio:.0%} of them hidden ({self.mask.kind})"
+        masks = "" if self.distill.at == "whole" else f", {self.mask.ratio:.0%} of them hidden ({self.mask.kind})"
         where = {"whole": "of all patches", "visible": "of the visible patches", "hidden": "of the hidden patches"}
-        return f"features of {self.distill.teacher} {where[self.distill.at]}{seen}"
+        return f"features of {self.distill.teacher} {where[self.distill.at]}{masks}"
 
     @property
     def idle(self) -> dict[str, str]:
@@ -102,7 +102,7 @@ class Distill(MaskedObjective):
         def draw(title: str, path: Path) -> None:
             strips = []
             for image, extra, where, values in zip(images, extras, there, pieces, strict=True):
-                original = shown(to_pixels(image, preprocessing)).cpu()
+                original = as_rgb(to_pixels(image, preprocessing)).cpu()
                 every = torch.full(extra.shape, 0.35).masked_scatter(where.cpu(), values.clamp(min=0))
                 patches = every.unflatten(0, config.grid(*image.shape[-2:]))
                 agreement = by_patch(patches, config.patch_size).expand_as(original)
@@ -127,10 +127,10 @@ class Distill(MaskedObjective):
         if self.distill.at == "hidden":
             stacks += (Stack(self.decoder.blocks(architecture), patches + special, recompute),)
             ends, compared = ends + FLOAT * 2 * patches * self.decoder.width, hidden
-        kept = FLOAT * (patches + 2 * compared) + (itemsize if itemsize < FLOAT else 0) * compared
+        comparison = FLOAT * (patches + 2 * compared) + (itemsize if itemsize < FLOAT else 0) * compared
         return Work(
             stacks=stacks,
-            ends=ends + kept * teacher.width,
+            ends=ends + comparison * teacher.width,
             frozen=FLOAT * teacher.parameters,
             # of a ViT's block: stream, its sum and norm in float32, and twice the four widths between its two products
             frozen_forward=patches * teacher.width * (3 * FLOAT + 8 * itemsize),

@@ -80,12 +80,12 @@ class Teacher:
                     f"distill.teacher is {settings.teacher!r}: it takes bands {other.bands or 'RGB'} of {other.scale}, "
                     f"and the pictures are {preprocessing.bands or 'RGB'} of {preprocessing.scale}; take another"
                 )
-        self.known = describe(settings.teacher)
+        self.description = describe(settings.teacher)
         """What is known of it."""
         self._model: nn.Module | None = None
         mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (preprocessing.mean, preprocessing.std))
-        own_mean, own_std = (torch.tensor(v).view(-1, 1, 1) for v in (self.known.mean, self.known.std))
-        self._scale, self._shift = std / own_std, (mean - own_mean) / own_std
+        its_mean, its_std = (torch.tensor(v).view(-1, 1, 1) for v in (self.description.mean, self.description.std))
+        self._scale, self._shift = std / its_std, (mean - its_mean) / its_std
 
     @untraced
     @torch.no_grad()
@@ -103,7 +103,7 @@ class Teacher:
             return torch.cat([self.features(image[None], config) for image in images], dim=1)
         grid = config.grid(*images.shape[-2:])
         model = self._on(images.device)
-        size = tuple(side * self.known.stride for side in grid)
+        size = tuple(side * self.description.stride for side in grid)
         pixels = images.float()
         if size != tuple(images.shape[-2:]):
             pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True)
@@ -188,12 +188,12 @@ def check_teacher(settings: DistillConfig, config: VimConfig) -> None:
     else:
         remedy = "its weights may have to be fetched; set distill.pretrained to true, or give local-dir:FOLDER"
         require(settings.pretrained, "distill.teacher", name, remedy)
-    known = describe(name)
+    teacher = describe(name)
     remedy = "a teacher has features of all bands together; set model.channels to mixed"
     require(config.channels == "mixed", "model.channels", config.channels, remedy)
-    if known.in_chans != config.in_chans:
+    if teacher.in_chans != config.in_chans:
         raise UserError(
-            f"distill.teacher is {name!r}: it takes {known.in_chans} bands, and the pictures have {config.in_chans}"
+            f"distill.teacher is {name!r}: it takes {teacher.in_chans} bands, and the pictures have {config.in_chans}"
         )
     check_grid(name, config.grid(*config.img_size))
 
@@ -201,20 +201,22 @@ def check_teacher(settings: DistillConfig, config: VimConfig) -> None:
 @lru_cache(maxsize=64)
 def check_grid(name: str, grid: Sequence[int]) -> None:
     """Raise UserError where a teacher does not make a grid of so many rows and columns."""
-    known = describe(name)
-    size = tuple(side * known.stride for side in grid)
-    if isinstance(known.model, VisionMamba):  # its kernels do not run without weights
-        made = known.model.config.grid(*size)
+    teacher = describe(name)
+    size = tuple(side * teacher.stride for side in grid)
+    if isinstance(teacher.model, VisionMamba):  # its kernels do not run without weights
+        its_grid = teacher.model.config.grid(*size)
     else:
         try:
-            made = tuple(last_features(known.model, torch.empty(1, known.in_chans, *size, device="meta")).shape[-2:])
+            its_grid = tuple(
+                last_features(teacher.model, torch.empty(1, teacher.in_chans, *size, device="meta")).shape[-2:]
+            )
         except Exception as error:  # of timm: anything, mostly assertions on sizes
             raise UserError(
                 f"distill.teacher is {name!r}: it does not take pictures of {size[0]} x {size[1]} pixels, which have "
                 f"as many of its patches as the encoder has, {grid[0]} x {grid[1]} ({first_line(error)}); take another"
             ) from error
-    if made != tuple(grid):
+    if its_grid != tuple(grid):
         raise UserError(
-            f"distill.teacher is {name!r}: it has {made[0]} x {made[1]} patches where the encoder has {grid[0]} x "
-            f"{grid[1]}; take another"
+            f"distill.teacher is {name!r}: it has {its_grid[0]} x {its_grid[1]} patches where the encoder has "
+            f"{grid[0]} x {grid[1]}; take another"
         )

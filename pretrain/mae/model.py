@@ -86,7 +86,7 @@ class MaskedAutoencoder(MaskedModel):
         errors = (predicted.float() - target).square()
         if lengths is None:
             return errors.mean()
-        counts = [patches - seen for patches, seen in zip(self.encoder.lengths(images) or [], lengths, strict=True)]
+        counts = [patches - count for patches, count in zip(self.encoder.lengths(images) or [], lengths, strict=True)]
         return torch.stack([picture.mean() for picture in errors.split(counts, dim=1)]).mean()
 
     @torch.no_grad()
@@ -130,9 +130,9 @@ class MaskedAutoencoder(MaskedModel):
         if self.gap_aware:
             raise UserError("mae.gap_aware does not work on pictures over several processes: set it to false")
         patches = select(embed_rows(self.encoder, images, rows), visible)
-        seen_here = rows.stretch(patches.shape[1], images.device)
-        special, seen = map(self.decoder_embed, encode_stretch(self.encoder, patches, seen_here))
-        tokens = self.placed(seen, visible, self.positions_of(images, rows))
+        visible_stretch = rows.stretch(patches.shape[1], images.device)
+        special, encoded = map(self.decoder_embed, encode_stretch(self.encoder, patches, visible_stretch))
+        tokens = self.placed(encoded, visible, self.positions_of(images, rows))
         here = rows.stretch(tokens.shape[1], images.device)
         layout = StretchLayout(self.layout, here)
         h = layout.join(special.to(tokens.dtype), tokens)
@@ -140,5 +140,5 @@ class MaskedAutoencoder(MaskedModel):
         decoded = layout.split(self.decoder_norm(h, residual)[0])[1]
         target, _, _ = normalise(select(self._patchify(images), hidden))
         errors = (self.decoder_pred(select(decoded, hidden)).float() - target).square()
-        count = sum(here.lengths) - sum(seen_here.lengths)
+        count = sum(here.lengths) - sum(visible_stretch.lengths)
         return errors.mean(-1).sum() / (len(images) * count)

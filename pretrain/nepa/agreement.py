@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pretrain.strips import by_patch
 from vim_backbone import VimConfig
-from vim_backbone.preprocessing import Preprocessing, shown, to_pixels
+from vim_backbone.preprocessing import Preprocessing, as_rgb, to_pixels
 from vim_backbone.vim import Images
 
 COLUMNS = ("input", "predicted from before it", "predicted from after it")
@@ -26,7 +26,7 @@ def agreement_strips(
     strips = []
     for image, (ahead, back) in zip(images, agreements, strict=True):
         tokens = config.tokens_a_patch(len(image))
-        panes = [shown(to_pixels(image, preprocessing))]
+        panes = [as_rgb(to_pixels(image, preprocessing))]
         for cosines, nothing in ((ahead, (tokens, 0)), (back, (0, tokens))):
             values = F.pad(cosines[0].clamp(min=0), nothing, value=0.35).unflatten(0, (-1, tokens)).mean(1)
             patches = values.unflatten(0, config.grid(*image.shape[-2:]))

@@ -34,10 +34,10 @@ class NextEmbedding(nn.Module):
         Args:
             images: (b, c, h, w), or a list of pictures (c, h, w).
         """
-        found = self.agreements(images)
+        agreements = self.agreements(images)
         if agree:
-            return found
-        return -torch.stack([torch.cat(both, dim=1).mean() for both in found]).mean()
+            return agreements
+        return -torch.stack([torch.cat(both, dim=1).mean() for both in agreements]).mean()
 
     def agreements(self, images: Images) -> list[tuple[Tensor, Tensor]]:
         """Cosines of a batch, or of each picture of a list, (b, l - t) twice.

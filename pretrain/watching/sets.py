@@ -57,21 +57,21 @@ def hold_out(source: Source, share: float, seed: int) -> tuple[Source, ImageSour
         raise UserError(f"eval.share is {share}: a stream's pictures cannot be held out, set data.streaming false")
     parts = source.parts if isinstance(source, MixedPictures) else [source]
     chosen = [_is_held_out(part.source if isinstance(part, TitledPictures) else part, share, seed) for part in parts]
-    for part, held in zip(parts, chosen, strict=True):
-        if held.all():
+    for part, mask in zip(parts, chosen, strict=True):
+        if mask.all():
             title = f" of {part.title}" if isinstance(part, TitledPictures) else ""
-            raise UserError(f"eval.share is {share}: it holds out all {len(held)} pictures{title}, lower it")
+            raise UserError(f"eval.share is {share}: it holds out all {len(mask)} pictures{title}, lower it")
     everywhere = np.concatenate(chosen)
     if not everywhere.any():
         raise UserError(
             f"eval.share is {share}: it holds out none of {len(everywhere)} pictures, raise it or leave it out"
         )
-    kept = [Picked(part, np.flatnonzero(~held)) for part, held in zip(parts, chosen, strict=True)]
+    rest = [Picked(part, np.flatnonzero(~mask)) for part, mask in zip(parts, chosen, strict=True)]
     held_out = Picked(source, np.flatnonzero(everywhere))
     if isinstance(source, MixedPictures):
-        titled = [TitledPictures(Picked(p.source, k.indices), p.title) for p, k in zip(source.parts, kept, strict=True)]
+        titled = [TitledPictures(Picked(p.source, k.indices), p.title) for p, k in zip(source.parts, rest, strict=True)]
         return MixedPictures(titled, source.weights), held_out
-    return kept[0], held_out
+    return rest[0], held_out
 
 
 def require_same_held_out(state: TrainState, held_out: ImageSource | None) -> None:

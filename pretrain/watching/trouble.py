@@ -39,7 +39,7 @@ class Troubles:
         """Lines on what begins with this row; `bad_steps`: among the last 100."""
         if "loss" in row:
             self.rows.append(row)
-            found = {
+            troubles = {
                 "waiting": self.waiting(),
                 "clipped": self.clipped(),
                 "flat": self.flat(),
@@ -47,10 +47,10 @@ class Troubles:
             }
         else:
             self.evaluations.append(row)
-            found = {"collapse": self.collapse(), "overfitting": self.overfitting()}
-        lines = [line for name, line in found.items() if line and name not in self.begun]
-        self.begun -= found.keys()
-        self.begun |= {name for name, line in found.items() if line}
+            troubles = {"collapse": self.collapse(), "overfitting": self.overfitting()}
+        lines = [line for name, line in troubles.items() if line and name not in self.begun]
+        self.begun -= troubles.keys()
+        self.begun |= {name for name, line in troubles.items() if line}
         return lines
 
     def latest(self, column: str, count: int) -> list[float]:

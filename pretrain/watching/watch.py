@@ -59,7 +59,7 @@ class Watch:
 
     def evaluate(self, stage: Stage) -> None:
         """Evaluate at the size of a stage; write a row, and say it. For all processes."""
-        start, step, known = time.perf_counter(), self.training.state.step, self.evaluator.bad
+        start, step, before = time.perf_counter(), self.training.state.step, self.evaluator.bad
         with self.training.evaluating() as model:
             measured = self.evaluator.measure(model, self.view.sized(stage.img_size), stage.plan.micro_batch)
         end = time.perf_counter()
@@ -69,7 +69,7 @@ class Watch:
         self.log.metrics(step, row)
         values = "  ".join(f"{name} {value:.4g}" for name, value in measured.items())
         self.log.say(f"step {step}: {values}  (evaluated in {seconds:.1f} s)")
-        if (bad := self.evaluator.bad) and bad.keys() != known.keys():
+        if (bad := self.evaluator.bad) and bad.keys() != before.keys():
             name, why = next(iter(sorted(bad.items())))
             self.log.say(f"{len(bad)} pictures cannot be evaluated and are not counted, such as {name}: {why}")
         if share > EVALUATION and 0 < step < self.training.total_steps and not self._long:

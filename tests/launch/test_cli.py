@@ -12,7 +12,7 @@ from finetune.registry import TASKS
 from finetune.sweeping.config import SweepConfig
 from launch.run.cli import parse, run
 from launch.run.config import differences, field_types, write_config
-from launch.run.hints import SYNONYMS, meant
+from launch.run.hints import SYNONYMS, suggestion
 from launch.run.signals import Stopped
 from pretrain.config import PretrainConfig
 from tests.launch.real import ROOT, environment
@@ -130,7 +130,7 @@ def test_every_synonym_leads_to_its_field():
         assert having, name
         for fields in having:
             if name in fields:
-                assert all(f"'{name}'" in meant(other, fields) for other in others if other not in fields), name
+                assert all(f"'{name}'" in suggestion(other, fields) for other in others if other not in fields), name
 
 
 @pytest.mark.parametrize(("in_file", "given"), [("steps", "epochs"), ("epochs", "steps")])

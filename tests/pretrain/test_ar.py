@@ -80,7 +80,7 @@ def test_a_patch_that_is_known_is_rebuilt_where_it_was():
     net, images, numbers = model(), pictures(), number_clusters(GRID, 2)
     made = net.rebuild(images, *plan(numbers)[:3])
     for prediction, missing in zip(made, (numbers == 0, numbers == 5), strict=True):
-        assert torch.equal(~prediction.known, missing)
+        assert torch.equal(~prediction.predicted_at, missing)
         means = [
             each.unfold(2, 8, 8).unfold(3, 8, 8).mean(dim=(1, 4, 5)).flatten(1) for each in (prediction.pixels, images)
         ]

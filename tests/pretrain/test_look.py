@@ -50,21 +50,21 @@ def test_views_and_masks_are_those_of_the_first_batch(picture_folder, tmp_path, 
     argv = [f"--data.sizes={sizes}", f"--data.streaming={streaming}"]
     config, view, opened = configured(source, *argv)
     batch = next(iter(build_loader(opened, view, config.seed, [Stage(range(1), view.img_size, BatchPlan(8, 1, 1, 0))])))
-    drawn = surveyed(source, *argv).drawn
-    assert len(drawn) == 8
-    for each, image, extra, name in zip(drawn, batch.images, batch.extras, batch.names, strict=True):
+    on_page = surveyed(source, *argv).on_page
+    assert len(on_page) == 8
+    for each, image, extra, name in zip(on_page, batch.images, batch.extras, batch.names, strict=True):
         assert name.endswith(each.name)
         read = to_pixels(to_model(image, torch.device("cpu")))
         assert torch.equal(each.pixels, read)
         assert torch.equal(each.cuts[0].extra, extra)
         assert tuple(image.shape[1:]) == each.cuts[0].size
-    assert {len(each.cuts) for each in drawn} == {1 if streaming == "true" else EPOCHS}
+    assert {len(each.cuts) for each in on_page} == {1 if streaming == "true" else EPOCHS}
 
 
 def test_the_crops_drawn_are_those_of_the_epochs(picture_folder):
     config, view, opened = configured(picture_folder, "--data.flip=false")
     names = [opened.name(index) for index in range(len(opened))]
-    each = surveyed(picture_folder, "--data.flip=false").drawn[0]
+    each = surveyed(picture_folder, "--data.flip=false").on_page[0]
     sample = Views(opened, view, config.seed)[2, names.index(each.name)]
     with opened.open(names.index(each.name)) as picture:
         assert torch.equal(view.read(picture, each.cuts[2]), sample.image)
@@ -94,13 +94,13 @@ def test_sizes_kinds_values_and_bad_pictures_are_named(picture_folder):
     assert "b.tif" in first
     assert "4 bands of uint16" in first
     assert second.startswith("broken.png: ")
-    assert [bool(each.problem) for each in seen.drawn] == [False, False, True, True]
+    assert [bool(each.problem) for each in seen.on_page] == [False, False, True, True]
 
 
 def test_bands_are_drawn_as_the_model_has_them(scenes):  # noqa: F811
     seen = surveyed(scenes, f"--data.statistics={made(scenes)}", "--data.bands=[3,1]")
     assert not seen.bad
-    each = seen.drawn[0]
+    each = seen.on_page[0]
     assert each.pixels.shape == (2, 32, 32)
     assert each.whole.shape[0] == 3
     assert 0.2 < each.pixels.mean() < 0.8
@@ -145,7 +145,7 @@ def test_pictures_too_large_to_be_read_whole_are_drawn_as_frames(tmp_path):
     tifffile.imwrite(folder / "a.tif", np.full((1500, 3000), 7, np.uint16), tile=(64, 64))
     argv = ["--data.max_megapixels=0.5", "--data.crop_megapixels=0.05", "--data.range=type"]
     seen = surveyed(folder, *argv)
-    (each,) = seen.drawn
+    (each,) = seen.on_page
     assert each.whole is None
     assert each.problem == ""
     assert (each.values == 7).all()

@@ -26,7 +26,7 @@ from tests.launch.real import run as run_command
 from tests.pretrain.test_train import config, weights
 from tests.rows import read_metrics
 from vim_backbone import UserError, from_pretrained
-from vim_backbone.embedding.features import Wanted, compute
+from vim_backbone.embedding.features import Selection, compute
 from vim_backbone.preprocessing import RGB, to_model
 
 MEASURED = ("held_out_loss", "rank_me", "knn", "linear")
@@ -278,7 +278,7 @@ def test_features_of_patches_are_those_of_the_published_backbone(tmp_path, chann
     images = [torch.randn(3, 16, 32, generator=generator(k)) for k in range(2)] + [torch.randn(3, 32, 8)]
     with torch.no_grad():
         got = patch_features(encoder, images)
-    for ours, theirs in zip(got, compute(encoder, images, Wanted(("patches",))), strict=True):
+    for ours, theirs in zip(got, compute(encoder, images, Selection(("patches",))), strict=True):
         torch.testing.assert_close(ours, theirs["patches"], rtol=1e-4, atol=1e-5)
     assert "forward" not in vars(encoder)
 

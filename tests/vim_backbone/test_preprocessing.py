@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vim_backbone import UserError, VimConfig, VisionMamba
-from vim_backbone.preprocessing import RGB, Preprocessing, read_preprocessing, shown, to_model, to_pixels
+from vim_backbone.preprocessing import RGB, Preprocessing, as_rgb, read_preprocessing, to_model, to_pixels
 
 
 def test_normalisation_is_undone():
@@ -111,8 +111,8 @@ def test_files_of_older_versions_are_of_rgb(tmp_path):
 
 
 def test_what_is_shown_of_bands():
-    assert shown(torch.zeros(5, 4, 4)).shape == (3, 4, 4)
-    assert shown(torch.rand(2, 1, 4, 4)).shape == (2, 3, 4, 4)
+    assert as_rgb(torch.zeros(5, 4, 4)).shape == (3, 4, 4)
+    assert as_rgb(torch.rand(2, 1, 4, 4)).shape == (2, 3, 4, 4)
 
 
 def test_arrays_of_another_byte_order_and_with_nan():

@@ -16,7 +16,7 @@ KINDS = ("pooled", "class", "patches")
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Selection:
     """The features to keep."""
 
     kinds: tuple[str, ...] = ("pooled",)
@@ -25,7 +25,7 @@ class Wanted:
     """Blocks, counted from 0, whose stream is kept: its mean over the patches (d,), with "patches" its patches too."""
 
     @classmethod
-    def of(cls, model: VisionMamba, kinds: Sequence[str], layers: Sequence[int]) -> "Wanted":
+    def of(cls, model: VisionMamba, kinds: Sequence[str], layers: Sequence[int]) -> "Selection":
         """Checked against the model; layers may be counted from the end. Raises UserError for what it has not."""
         for kind in kinds:
             if kind not in KINDS:
@@ -52,28 +52,28 @@ class Wanted:
 
 
 @torch.inference_mode()
-def compute(model: VisionMamba, images: list[Tensor], wanted: Wanted) -> list[dict[str, Tensor]]:
+def compute(model: VisionMamba, images: list[Tensor], selection: Selection) -> list[dict[str, Tensor]]:
     """Pictures (c, h, w) of any sizes, packed into one row -> what is wanted of each by name, and always "pooled".
 
     Maps are (rows, columns, d), all float32 on CPU.
     """
-    if wanted.layers:
-        tokens, streams = model.forward_intermediates(images, wanted.layers, output_fmt="NLC")
+    if selection.layers:
+        tokens, streams = model.forward_intermediates(images, selection.layers, output_fmt="NLC")
     else:
         tokens, streams = model.forward_features(images), []
     pooled = model.forward_head(tokens, pre_logits=True).float().cpu()  # once for all: each copy waits for a GPU
-    made = []
+    rows = []
     for number, image in enumerate(images):
         grid = model.config.grid(*image.shape[-2:])
         features = {"pooled": pooled[number]}
-        if "class" in wanted.kinds:
+        if "class" in selection.kinds:
             features["class"] = tokens[number][0]
-        if "patches" in wanted.kinds:
+        if "patches" in selection.kinds:
             # where channels are tokens, a place has the mean over them, as in `forward_intermediates`
             features["patches"] = tokens[number][model.num_prefix_tokens :].unflatten(0, (*grid, -1)).mean(2)
-        for layer, stream in zip(wanted.layers, streams, strict=True):
+        for layer, stream in zip(selection.layers, streams, strict=True):
             features[f"layer_{layer}"] = stream[number].mean(0)
-            if wanted.maps:
+            if selection.maps:
                 features[f"layer_{layer}_patches"] = stream[number].unflatten(0, grid)
-        made.append({name: feature.float().cpu() for name, feature in features.items()})
-    return made
+        rows.append({name: feature.float().cpu() for name, feature in features.items()})
+    return rows

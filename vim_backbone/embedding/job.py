@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from vim_backbone.embedding.features import KINDS, Wanted
+from vim_backbone.embedding.features import KINDS, Selection
 from vim_backbone.embedding.outputs import WRITERS, check_output
 from vim_backbone.embedding.parts import Parts
 from vim_backbone.embedding.work import ALL, Pictures, Progress, Share, embed_share
@@ -68,7 +68,7 @@ class Job(NamedTuple):
     folder: Path
     model: VisionMamba
     transform: Transform
-    wanted: Wanted
+    selection: Selection
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> "Job":
@@ -81,9 +81,9 @@ class Job(NamedTuple):
             read_preprocessing(folder), model.config, size=size, max_megapixels=arguments.max_megapixels
         )
         model = model.to(device_of(arguments.device))
-        wanted = Wanted.of(model, arguments.features, arguments.layers)
-        check_output(arguments.out, wanted, size is not None)
-        return cls(arguments, folder, model, transform, wanted)
+        selection = Selection.of(model, arguments.features, arguments.layers)
+        check_output(arguments.out, selection, size is not None)
+        return cls(arguments, folder, model, transform, selection)
 
     def settings(self, pictures: Pictures, **more: object) -> dict[str, object]:
         """What the features depend on, and `more`: a command that goes on must have the same."""
@@ -94,7 +94,7 @@ class Job(NamedTuple):
             names.update(pictures.name(index).encode() + b"\0")
         return {
             "weights": weights, "preprocessing": self.transform.preprocessing.to_dict(), "pictures": names.hexdigest(),
-            "features": self.wanted.kinds, "layers": self.wanted.layers, "size": self.transform.size,
+            "features": self.selection.kinds, "layers": self.selection.layers, "size": self.transform.size,
             "max_megapixels": self.transform.max_megapixels, "precision": self.arguments.precision,
         } | more  # fmt: skip
 
@@ -116,7 +116,7 @@ class Job(NamedTuple):
         try:
             with torch.autocast(self.model.pos_embed.device.type, torch.bfloat16, enabled=bf16):
                 embed_share(
-                    self.model, pictures, self.wanted, parts, batch_size=self.arguments.batch_size, threads=threads,
+                    self.model, pictures, self.selection, parts, batch_size=self.arguments.batch_size, threads=threads,
                     name_bad=name_bad, report=report, share=share,
                 )  # fmt: skip
         except torch.OutOfMemoryError as error:
@@ -131,4 +131,4 @@ class Job(NamedTuple):
         if bad:
             say(f"{len(bad)} of {len(pictures)} pictures cannot be used, they have no row")
         out: Path = self.arguments.out
-        WRITERS[out.suffix](out, parts, self.wanted, pictures.name)
+        WRITERS[out.suffix](out, parts, self.selection, pictures.name)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vim_backbone.embedding.features import Wanted
+from vim_backbone.embedding.features import Selection
 from vim_backbone.embedding.parts import Parts
 from vim_backbone.errors import UserError
 from vim_backbone.files import write_atomically, write_tensors, write_text
@@ -18,20 +18,20 @@ Named = Callable[[int], str]
 """Index of a picture -> its name."""
 
 
-def check_output(out: Path, wanted: Wanted, fixed: bool) -> None:
+def check_output(out: Path, selection: Selection, fixed: bool) -> None:
     """Raise UserError, before work starts, for a file that cannot hold what is wanted."""
     if out.suffix not in WRITERS:
         raise UserError(f"{out} ends in {out.suffix!r}: it must end in {', '.join(WRITERS)}")
     if out.suffix == ".parquet" and find_spec("pyarrow") is None:
         raise UserError(f"{out}: parquet is written by pyarrow: pip install pyarrow, or take .npy or .safetensors")
-    several = wanted.vectors + wanted.maps
+    several = selection.vectors + selection.maps
     if out.suffix == ".npy" and len(several) != 1:
         raise UserError(f"{out} holds one array, wanted are {', '.join(several)}: take .parquet or .safetensors")
-    if out.suffix == ".npy" and wanted.maps and not fixed:
+    if out.suffix == ".npy" and selection.maps and not fixed:
         raise UserError(f"{out} holds one array, patches of native sizes differ: set --size, or take .parquet")
 
 
-def write_parquet(out: Path, parts: Parts, wanted: Wanted, name: Named) -> None:
+def write_parquet(out: Path, parts: Parts, selection: Selection, name: Named) -> None:
     """A row a picture: `name`, `index`, a list of d floats for each vector; rows, columns and flat lists of patches."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -41,18 +41,20 @@ def write_parquet(out: Path, parts: Parts, wanted: Wanted, name: Named) -> None:
             "name": [name(index) for index in tensors["index"].tolist()],
             "index": tensors["index"].numpy(),
         }
-        for each in wanted.vectors:
+        for each in selection.vectors:
             columns[each] = pa.FixedSizeListArray.from_arrays(tensors[each].flatten().numpy(), tensors[each].shape[1])
-        if wanted.maps:
+        if selection.maps:
             columns |= {"rows": tensors["grid"][:, 0].numpy(), "columns": tensors["grid"][:, 1].numpy()}
             ends = tensors["grid"].prod(1).cumsum(0).numpy()
-            for each in wanted.maps:
+            for each in selection.maps:
                 starts = np.concatenate([[0], ends]) * tensors[each].shape[1]
                 columns[each] = pa.LargeListArray.from_arrays(starts, tensors[each].flatten().numpy())
         return pa.table(columns)
 
     def write(aside: Path) -> None:
-        tables = (table(tensors) for tensors, _ in parts.read(wanted.vectors + wanted.maps) if len(tensors["index"]))
+        tables = (
+            table(tensors) for tensors, _ in parts.read(selection.vectors + selection.maps) if len(tensors["index"])
+        )
         first = next(tables)
         with pq.ParquetWriter(aside, first.schema) as writer:
             writer.write_table(first)
@@ -62,13 +64,13 @@ def write_parquet(out: Path, parts: Parts, wanted: Wanted, name: Named) -> None:
     write_atomically(out, write)
 
 
-def write_npy(out: Path, parts: Parts, wanted: Wanted, name: Named) -> None:
+def write_npy(out: Path, parts: Parts, selection: Selection, name: Named) -> None:
     """An array (pictures, d), or of patches (pictures, rows, columns, d); the names are in `OUT.names.txt`."""
-    (feature,) = wanted.vectors + wanted.maps
+    (feature,) = selection.vectors + selection.maps
     arrays, indices = [], []
     for tensors, _ in parts.read([feature]):
         if len(tensors["index"]):
-            shape = (-1, *tensors["grid"][0].tolist()) if wanted.maps else (-1,)
+            shape = (-1, *tensors["grid"][0].tolist()) if selection.maps else (-1,)
             arrays.append(tensors[feature].unflatten(0, shape).numpy())
             indices += tensors["index"].tolist()
 
@@ -80,13 +82,13 @@ def write_npy(out: Path, parts: Parts, wanted: Wanted, name: Named) -> None:
     write_atomically(out, write)
 
 
-def write_safetensors(out: Path, parts: Parts, wanted: Wanted, name: Named) -> None:
+def write_safetensors(out: Path, parts: Parts, selection: Selection, name: Named) -> None:
     """A tensor (pictures, d) for each vector; of patches (all patches, d), rows, columns in `grid` (pictures, 2).
 
     The names are in `OUT.names.txt`.
     """
     gathered: dict[str, list[Tensor]] = {}
-    for tensors, _ in parts.read(wanted.vectors + wanted.maps):
+    for tensors, _ in parts.read(selection.vectors + selection.maps):
         if len(tensors["index"]):
             for each, tensor in tensors.items():
                 gathered.setdefault(each, []).append(tensor)

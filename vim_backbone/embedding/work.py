@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from vim_backbone.embedding.features import Wanted, compute
+from vim_backbone.embedding.features import Selection, compute
 from vim_backbone.embedding.parts import Parts
 from vim_backbone.images import reason
 from vim_backbone.vim import VisionMamba
@@ -55,7 +55,7 @@ class Progress(NamedTuple):
 def embed_share(
     model: VisionMamba,
     pictures: Pictures,
-    wanted: Wanted,
+    selection: Selection,
     parts: Parts,
     *,
     batch_size: int,
@@ -86,7 +86,7 @@ def embed_share(
 
     with closing(read_ahead(pictures, every, threads)) as read:
         for part in missing:
-            features, more = embed_part(model, watched(islice(read, len(parts.indices(part)))), wanted, batch_size)
+            features, more = embed_part(model, watched(islice(read, len(parts.indices(part)))), selection, batch_size)
             parts.write(part, features, more)
             for index, why in more.items():
                 name_bad(f"cannot use {pictures.name(index)}: {why}")
@@ -117,7 +117,7 @@ def read_ahead(pictures: Pictures, indices: Iterable[int], threads: int) -> Gene
 
 
 def embed_part(
-    model: VisionMamba, pictures: Iterable[Read], wanted: Wanted, batch_size: int
+    model: VisionMamba, pictures: Iterable[Read], selection: Selection, batch_size: int
 ) -> tuple[dict[int, dict[str, Tensor]], dict[int, str]]:
     """The features of pictures by index, and why others are bad."""
     features: dict[int, dict[str, Tensor]] = {}
@@ -128,7 +128,7 @@ def embed_part(
         if batch:
             device = model.pos_embed.device
             images = [image[0].to(device, non_blocking=True) for image in batch.values()]
-            features.update(zip(batch, compute(model, images, wanted), strict=True))
+            features.update(zip(batch, compute(model, images, selection), strict=True))
             batch.clear()
 
     patches = 0

@@ -35,13 +35,13 @@ def _four_taps(d, channel, first, last, step):
     """Four taps, Vim's number, of tokens with all of them inside: the weights stay in registers, three times faster."""
     bias = load(d.bias, channel)
     far, middle = load(d.weight, channel), load(d.weight, d.channels + channel)
-    near, own = load(d.weight, 2 * d.channels + channel), load(d.weight, 3 * d.channels + channel)
+    near, last_tap = load(d.weight, 2 * d.channels + channel), load(d.weight, 3 * d.channels + channel)
     back, size = step * d.x_stride, 2 if d.bf16 else 4
     for token in range(first, last):
         at = token * d.x_stride + channel
         prefetch(d.x + size * (at + LANES))  # of the next block: rows lie far apart, no CPU guesses them
         prefetch(d.out + size * (token * d.out_stride + channel + LANES))
-        value = fma(own, load_as(d.x, at, d.bf16), bias)
+        value = fma(last_tap, load_as(d.x, at, d.bf16), bias)
         value = fma(near, load_as(d.x, at - back, d.bf16), value)
         value = fma(middle, load_as(d.x, at - 2 * back, d.bf16), value)
         _activate(d, token, channel, fma(far, load_as(d.x, at - 3 * back, d.bf16), value))

@@ -122,16 +122,16 @@ def _walk_back(
         by_drive, by_decay = splat(np.float32(0)), splat(np.float32(0))
         for n in range(states):
             at = LANES * (states * k + n)
-            own = LANES * n
-            grad = fma(splat_at(d.C, row + n), dy, load(adjoint, own))
+            offset = LANES * n
+            grad = fma(splat_at(d.C, row + n), dy, load(adjoint, offset))
             store(dC, at, fma(dy, load(history, at + LANES * states), load(dC, at)))
             store(dB, at, fma(grad, drive, load(dB, at)))
             by_drive = fma(grad, splat_at(d.B, row + n), by_drive)
             grad = grad * load(decays, at)
-            store(adjoint, own, grad)
+            store(adjoint, offset, grad)
             by_exponent = grad * load(history, at)
-            by_decay = fma(by_exponent, load(d.decay, channel * states + own), by_decay)
-            store(dA, own, fma(by_exponent, dt, load(dA, own)))
+            by_decay = fma(by_exponent, load(d.decay, channel * states + offset), by_decay)
+            store(dA, offset, fma(by_exponent, dt, load(dA, offset)))
         ddt = fma(by_decay, ln2, by_drive * u) * load(slopes, LANES * k)
         store(g.du, token * d.channels + channel, fma(by_drive, dt, dy * skip))
         store(g.ddt, token * d.channels + channel, ddt)

@@ -65,8 +65,8 @@ def _int_const(value: int) -> ir.Constant:
 
 
 def _declare(builder: ir.IRBuilder, name: str, result: ir.Type, arguments: Sequence[ir.Type]):
-    known = builder.module.globals.get(name)
-    return known or ir.Function(builder.module, ir.FunctionType(result, arguments), name)
+    declared = builder.module.globals.get(name)
+    return declared or ir.Function(builder.module, ir.FunctionType(result, arguments), name)
 
 
 class Target:

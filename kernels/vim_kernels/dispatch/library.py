@@ -46,14 +46,14 @@ class Op:
         values, self.backward_layout = leaves(kind), Layout(kind)
         self.end = self.outputs + len(values)  # of the arguments, among the flat values of the backward
         self.with_gradient = [i for i, value in enumerate(values) if value.has_gradient]
-        all_given = all(values[i].kind is Tensor for i in self.with_gradient)  # a tuple takes 8 us less than a list
+        all_tensors = all(values[i].kind is Tensor for i in self.with_gradient)  # a tuple takes 8 us less than a list
         backward = _custom_op(
             f"{spec.name}_backward",
             self.run_backward,
             [*incoming, *values, *saved, backend],
-            tuple[(Tensor,) * len(self.with_gradient)] if all_given else list[Tensor],
+            tuple[(Tensor,) * len(self.with_gradient)] if all_tensors else list[Tensor],
         )
-        self.results = tuple if all_given else list
+        self.results = tuple if all_tensors else list
         backward.register_fake(self._empty_gradients)
         self.forward = getattr(torch.ops.vim_kernels, spec.name).default
         self.backward = getattr(torch.ops.vim_kernels, f"{spec.name}_backward").default

@@ -42,7 +42,7 @@ def pooled_scan_backward(arguments: PooledScan, dout: Tensor, saved: list[Tensor
     x, z = xz.float().chunk(2, dim=-1)
     x, cu_seqlens, dout = _in_order(x, lines), lines.cu_seqlens(), dout.float()
     # the forward again, then backwards from the gate
-    total, kept = torch.zeros_like(x), []
+    total, parts = torch.zeros_like(x), []
     for reverse, weights in enumerate((forward, backward)):
         u = convolve(x, weights, bool(reverse), cu_seqlens)
         pooled = _pool(u, lines)
@@ -50,7 +50,7 @@ def pooled_scan_backward(arguments: PooledScan, dout: Tensor, saved: list[Tensor
         A = -torch.exp(weights.A_log.float())
         y, _ = scan_tiles(pooled, F.softplus(raw), A, B, C, bool(reverse), lines.cu_lines, None, None)
         total += _spread(y, lines, x).addcmul_(weights.D.float(), u)
-        kept.append((u, pooled, low, B, C, raw, A))
+        parts.append((u, pooled, low, B, C, raw, A))
     total, dnorm = _back_in_place(total / 2, lines), None
     dtotal, normed = dout * F.silu(z), total
     if norm is not None:
@@ -65,9 +65,9 @@ def pooled_scan_backward(arguments: PooledScan, dout: Tensor, saved: list[Tensor
         dtotal = rstd * (dtotal - dtotal.mean(-1, keepdim=True) - unit * along)
     dz = dout * normed * silu_slope(z)
     dsum = _in_order(dtotal / 2, lines)
-    dy = x.new_zeros(lines.total, x.shape[-1]).index_add_(0, lines.line_of, dsum.flatten(0, 1)).view(kept[0][1].shape)
+    dy = x.new_zeros(lines.total, x.shape[-1]).index_add_(0, lines.line_of, dsum.flatten(0, 1)).view(parts[0][1].shape)
     dx, dweights = torch.zeros_like(x), []
-    for reverse, (weights, (u, pooled, low, B, C, raw, A)) in enumerate(zip((forward, backward), kept, strict=True)):
+    for reverse, (weights, (u, pooled, low, B, C, raw, A)) in enumerate(zip((forward, backward), parts, strict=True)):
         _, dpooled, dstep, dA, dB, dC, _ = scan_gradients(
             dy, None, pooled, F.softplus(raw), A, B, C, bool(reverse), lines.cu_lines, saved[reverse]
         )

@@ -178,16 +178,16 @@ def chunk_table_kernel(
     start = tl.load(cu_seqlens_ptr)
     for sequence in range(0, sequences):
         stop = tl.load(cu_seqlens_ptr + sequence + 1)
-        own = tl.cdiv(stop - start, chunk_size)
-        inside = (chunk >= before) & (chunk < before + own)
+        pieces = tl.cdiv(stop - start, chunk_size)
+        inside = (chunk >= before) & (chunk < before + pieces)
         offset = (chunk - before) * chunk_size
         row = tl.where(inside, start + offset, row)
         count = tl.where(inside, tl.minimum(stop - start - offset, chunk_size), count)
         slot = tl.where(inside, start // INTERVAL + sequence + offset // INTERVAL, slot)
         if tl.program_id(0) == 0:
             tl.store(sequence_ptr + sequence * 2, before)
-            tl.store(sequence_ptr + sequence * 2 + 1, own)
-        before += own
+            tl.store(sequence_ptr + sequence * 2 + 1, pieces)
+        before += pieces
         start = stop
     ok = chunk < chunks
     tl.store(table_ptr + chunk * 3, row, mask=ok)

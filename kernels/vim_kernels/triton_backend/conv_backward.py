@@ -17,35 +17,35 @@ from vim_kernels.triton_backend.elementary import LOG2E, reciprocal
 
 @triton.jit
 def _conv_backward_row(
-    x, own, dx, dtaps, taps, bias, g,
+    x, sequences, dx, dtaps, taps, bias, g,
     AT: tl.constexpr, SIGN: tl.constexpr, MASKED: tl.constexpr, SILU: tl.constexpr, WIDTH: tl.constexpr,
     STEPS: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """(dx, dtaps) with what the gradient g of row AT adds to them; rows count as those of x, from WIDTH - 1 before."""
-    met = ()
+    inputs = ()
     for k in tl.static_range(WIDTH):
         x_k = x[AT - SIGN * k].to(tl.float32)
         if MASKED:
-            x_k = tl.where((own[AT - SIGN * k] == own[AT])[:, None], x_k, 0.0)
-        met = met + (x_k,)
+            x_k = tl.where((sequences[AT - SIGN * k] == sequences[AT])[:, None], x_k, 0.0)
+        inputs = inputs + (x_k,)
     if SILU:
         v = bias
         for k in tl.static_range(WIDTH):
-            v = tl.fma(met[k], taps[k], v)
+            v = tl.fma(inputs[k], taps[k], v)
         gate = reciprocal(1.0 + tl.exp2(v * -LOG2E), HARDWARE)
         g = g * gate * (1.0 + v * (1.0 - gate))
     if (AT >= WIDTH - 1) and (AT < STEPS + WIDTH - 1):
         sums = ()
         for k in tl.static_range(WIDTH):
-            sums = sums + (tl.fma(g, met[k], dtaps[k]),)
+            sums = sums + (tl.fma(g, inputs[k], dtaps[k]),)
         dtaps = sums + (dtaps[WIDTH] + g,)
     sums = ()
     for i in tl.static_range(STEPS):
         if (SIGN * (AT - WIDTH + 1 - i) >= 0) and (SIGN * (AT - WIDTH + 1 - i) < WIDTH):
-            seen = g
+            masked_g = g
             if MASKED:
-                seen = tl.where((own[i + WIDTH - 1] == own[AT])[:, None], g, 0.0)
-            sums = sums + (tl.fma(seen, taps[SIGN * (AT - WIDTH + 1 - i)], dx[i]),)
+                masked_g = tl.where((sequences[i + WIDTH - 1] == sequences[AT])[:, None], g, 0.0)
+            sums = sums + (tl.fma(masked_g, taps[SIGN * (AT - WIDTH + 1 - i)], dx[i]),)
         else:
             sums = sums + (dx[i],)
     return sums, dtaps
@@ -53,7 +53,7 @@ def _conv_backward_row(
 
 @triton.jit
 def _conv_backward_direction(
-    x, own, dx, dtaps, taps, bias, du_ptr, first, ok, rows, channels,
+    x, sequences, dx, dtaps, taps, bias, du_ptr, first, ok, rows, channels,
     SIGN: tl.constexpr, MASKED: tl.constexpr, SILU: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr,
     HARDWARE: tl.constexpr,
 ):  # fmt: skip
@@ -67,7 +67,7 @@ def _conv_backward_direction(
         behind = (j if SIGN == 1 else j - (WIDTH - 1)) * channels
         g = tl.load(du_ptr + behind, mask=inside[:, None] & ok, other=0.0)
         dx, dtaps = _conv_backward_row(
-            x, own, dx, dtaps, taps, bias, g.to(tl.float32),
+            x, sequences, dx, dtaps, taps, bias, g.to(tl.float32),
             j + WIDTH - 1 if SIGN == 1 else j, SIGN, MASKED, SILU, WIDTH, STEPS, HARDWARE,
         )  # fmt: skip
     return dx, dtaps
@@ -88,23 +88,23 @@ def _conv_backward_tile(
     du_ptr += first.to(tl.int64)[:, None] * channels + d
     dx_ptr += first.to(tl.int64)[:, None] * dx_stride + d
     x = ()
-    own = ()
+    sequences = ()
     dx = ()
     for i in tl.static_range(STEPS + 2 * (WIDTH - 1)):
         row = first + (i - (WIDTH - 1))
         inside = (row >= 0) & (row < rows)
         x = x + (tl.load(x_ptr + (i - (WIDTH - 1)) * x_stride, mask=inside[:, None] & ok, other=0.0),)
         if MASKED:
-            own = own + (segment(row, rows, segment_ptr, length, PACKED),)
+            sequences = sequences + (segment(row, rows, segment_ptr, length, PACKED),)
     for _ in tl.static_range(STEPS):
         dx = dx + (tl.zeros([first.shape[0], d.shape[1]], tl.float32),)
     dx, dtaps0 = _conv_backward_direction(
-        x, own, dx, dtaps0, taps0, bias0, du_ptr, first, ok, rows, channels,
+        x, sequences, dx, dtaps0, taps0, bias0, du_ptr, first, ok, rows, channels,
         SIGN, MASKED, SILU, WIDTH, STEPS, HARDWARE,
     )  # fmt: skip
     if DIRECTIONS == 2:
         dx, dtaps1 = _conv_backward_direction(
-            x, own, dx, dtaps1, taps1, bias1, du_ptr + u_direction, first, ok, rows, channels,
+            x, sequences, dx, dtaps1, taps1, bias1, du_ptr + u_direction, first, ok, rows, channels,
             -SIGN, MASKED, SILU, WIDTH, STEPS, HARDWARE,
         )  # fmt: skip
     for i in tl.static_range(STEPS):

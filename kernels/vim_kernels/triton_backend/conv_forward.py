@@ -32,13 +32,13 @@ def conv_forward_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ok = d < channels
-    own = segment(row, rows, segment_ptr, length, PACKED)
+    sequence = segment(row, rows, segment_ptr, length, PACKED)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     if HAS_BIAS:
         total += tl.load(bias_ptr + d, mask=ok, other=0.0).to(tl.float32)[None, :]
     for k in tl.static_range(WIDTH):
         source = row - SIGN * k
-        here = (own >= 0) & (segment(source, rows, segment_ptr, length, PACKED) == own)
+        here = (sequence >= 0) & (segment(source, rows, segment_ptr, length, PACKED) == sequence)
         x = tl.load(
             x_ptr + source.to(tl.int64)[:, None] * x_stride + d[None, :], mask=here[:, None] & ok[None, :], other=0.0
         )
@@ -60,7 +60,7 @@ def _convolve_tile(
     Every row is read once for all the rows and taps that it meets.
     """
     x = ()
-    own = ()
+    sequences = ()
     for i in tl.static_range(STEPS + 2 * (WIDTH - 1)):
         row = first + (i - (WIDTH - 1))
         inside = (row >= 0) & (row < rows)
@@ -68,7 +68,7 @@ def _convolve_tile(
             tl.load(x_ptr + row.to(tl.int64)[:, None] * x_stride + d[None, :], mask=inside[:, None] & ok, other=0.0),
         )
         if MASKED:
-            own = own + (segment(row, rows, segment_ptr, length, PACKED),)
+            sequences = sequences + (segment(row, rows, segment_ptr, length, PACKED),)
     for i in tl.static_range(STEPS):
         row = first + i
         at = row.to(tl.int64)[:, None] * channels + d[None, :]
@@ -76,11 +76,11 @@ def _convolve_tile(
         for direction in tl.static_range(2):
             v = taps[direction * (WIDTH + 1) + WIDTH]
             for k in tl.static_range(WIDTH):
-                met = x[i + WIDTH - 1 + (2 * direction - 1) * k].to(tl.float32)
+                x_k = x[i + WIDTH - 1 + (2 * direction - 1) * k].to(tl.float32)
                 if MASKED:
-                    same = own[i + WIDTH - 1 + (2 * direction - 1) * k] == own[i + WIDTH - 1]
-                    met = tl.where(same[:, None], met, 0.0)
-                v = tl.fma(met, taps[direction * (WIDTH + 1) + WIDTH - 1 - k], v)
+                    same = sequences[i + WIDTH - 1 + (2 * direction - 1) * k] == sequences[i + WIDTH - 1]
+                    x_k = tl.where(same[:, None], x_k, 0.0)
+                v = tl.fma(x_k, taps[direction * (WIDTH + 1) + WIDTH - 1 - k], v)
             u = v * reciprocal(1.0 + tl.exp2(v * -LOG2E), HARDWARE)
             tl.store(u_ptr + direction * u_direction + at, u.to(u_ptr.dtype.element_ty), mask=here)
 

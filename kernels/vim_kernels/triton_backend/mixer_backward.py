@@ -158,23 +158,23 @@ def mixer_gradients_kernel(
     chunks, 2, d) of D and dt, taps (q, programs, w + 1, d), the bias last, or behind it D where SKIP_WITH_TAPS. PARTS
     of them are loaded at a time, each lane keeps a sum of its own, and the lanes are summed at last.
     """
-    wanted = tl.program_id(1)
+    number = tl.program_id(1)
     direction = tl.program_id(2)
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = d < channels
     # the wanted numbers in this order: x_proj (r low rank, n B, n C), dt_proj r, A_log n, D, dt_bias, taps w, bias
-    dt_proj = wanted - (RANK + 2 * N)
+    dt_proj = number - (RANK + 2 * N)
     state = dt_proj - RANK
     skip = state - N
     tap = skip - 2
     source_ptr = dprojections_ptr
     parts = projection_programs
     height = 2 * STATES + 2 * RANK_BLOCK
-    index = 2 * STATES + wanted
-    if wanted >= RANK:
-        index = wanted - RANK
-    if wanted >= RANK + N:
-        index = wanted - RANK - N + STATES
+    index = 2 * STATES + number
+    if number >= RANK:
+        index = number - RANK
+    if number >= RANK + N:
+        index = number - RANK - N + STATES
     if dt_proj >= 0:
         index = 2 * STATES + RANK_BLOCK + dt_proj
     if state >= 0:
@@ -205,7 +205,7 @@ def mixer_gradients_kernel(
     total = tl.sum(sums, axis=0)
     if dt_proj < 0:
         x_proj_ptr = x_proj0_ptr if direction == 0 else x_proj1_ptr
-        tl.store(x_proj_ptr + wanted * channels + d, total.to(x_proj_ptr.dtype.element_ty), mask=ok)
+        tl.store(x_proj_ptr + number * channels + d, total.to(x_proj_ptr.dtype.element_ty), mask=ok)
     elif state < 0:
         dt_proj_ptr = dt_proj0_ptr if direction == 0 else dt_proj1_ptr
         tl.store(dt_proj_ptr + d * RANK + dt_proj, total.to(dt_proj_ptr.dtype.element_ty), mask=ok)

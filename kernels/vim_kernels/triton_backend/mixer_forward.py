@@ -109,8 +109,8 @@ def projections_forward_kernel(
         low = tl.dot(u, rank_weight.to(DOT), low, input_precision=PRECISION)
     tl.store(bc_ptr + direction * bc_direction + row * (2 * STATES) + pair[None, :], bc, mask=here)
     if STORE_LOW:
-        kept = low_ptr + direction * low_direction + row * RANK_BLOCK + rank[None, :]
-        tl.store(kept, low.to(low_ptr.dtype.element_ty), mask=here)
+        low_at = low_ptr + direction * low_direction + row * RANK_BLOCK + rank[None, :]
+        tl.store(low_at, low.to(low_ptr.dtype.element_ty), mask=here)
     low = low.to(DOT)
     if GAPS:
         gap = tl.load(gaps_ptr + direction * rows + row, mask=here, other=1.0)

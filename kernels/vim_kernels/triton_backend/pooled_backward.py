@@ -47,7 +47,7 @@ def pooled_output_backward_kernel(
     in order, so that the sums are the same in every run.
     """
     lane = tl.zeros([LINES, 1], tl.int32) + tl.arange(0, BLOCK)[None, :]
-    kept = dsum_ptr.dtype.element_ty
+    dtype = dsum_ptr.dtype.element_ty
     for group in range(tl.program_id(1), tl.cdiv(lines, LINES), tl.num_programs(1)):
         line = group * LINES + tl.arange(0, LINES)
         start, stop, first, last = line_bounds(
@@ -68,11 +68,11 @@ def pooled_output_backward_kernel(
                     d = block + lane
                     ok = d < channels
                     common = of_line(taps_ptr, skip0_ptr, skip1_ptr, y_ptr, line, lines, d, ok, channels, WIDTH)
-                    met = rows_of(
+                    tokens = rows_of(
                         xz_ptr, xz_stride, at - (WIDTH - 1), first, last, d, ok, order_ptr, ORDERED,
                         STEPS + 2 * (WIDTH - 1),
                     )  # fmt: skip
-                    sums = summed(floats(met), common, WIDTH, STEPS, HARDWARE)
+                    sums = summed(floats(tokens), common, WIDTH, STEPS, HARDWARE)
                     weight = tl.load(norm_weight_ptr + d, mask=ok, other=0.0).to(tl.float32)
                     bias = tl.load(norm_bias_ptr + d, mask=ok, other=0.0).to(tl.float32)
                     new_along = ()
@@ -97,9 +97,9 @@ def pooled_output_backward_kernel(
                         new_along = new_along + (along[i] + dnormed * unit,)
                         new_across = new_across + (across[i] + dnormed,)
                         to_dxz = dxz_ptr + row * (2 * channels) + d
-                        tl.store(to_dxz + channels, dz.to(kept), mask=here)
-                        tl.store(to_dxz, unit.to(kept), mask=here)
-                        tl.store(dsum_ptr + row * channels + d, dnormed.to(kept), mask=here)
+                        tl.store(to_dxz + channels, dz.to(dtype), mask=here)
+                        tl.store(to_dxz, unit.to(dtype), mask=here)
+                        tl.store(dsum_ptr + row * channels + d, dnormed.to(dtype), mask=here)
                     along = new_along
                     across = new_across
                     lane_of = (tl.program_id(1) * LINES + tl.arange(0, LINES))[:, None]
@@ -124,7 +124,7 @@ def pooled_output_backward_kernel(
                         unit = tl.load(dxz_ptr + row * (2 * channels) + d, mask=here, other=0.0).to(tl.float32)
                         g = tl.load(dsum_ptr + row * channels + d, mask=here, other=0.0).to(tl.float32)
                         g = tl.where(here, 0.5 * scale * (g - means[i] - unit * slopes[i]), 0.0)
-                        tl.store(dsum_ptr + row * channels + d, g.to(kept), mask=here)
+                        tl.store(dsum_ptr + row * channels + d, g.to(dtype), mask=here)
                         total += g
                     _add(to_dy + d, total, (line < lines)[:, None] & ok)
         else:
@@ -155,8 +155,8 @@ def pooled_output_backward_kernel(
                     gate = fast_sigmoid(z, HARDWARE)
                     dz = dout * sums[i] * gate * (1.0 + z * (1.0 - gate))
                     g = 0.5 * dout * z * gate
-                    tl.store(dxz_ptr + row * (2 * channels) + channels + d, dz.to(kept), mask=here)
-                    tl.store(dsum_ptr + row * channels + d, g.to(kept), mask=here)
+                    tl.store(dxz_ptr + row * (2 * channels) + channels + d, dz.to(dtype), mask=here)
+                    tl.store(dsum_ptr + row * channels + d, g.to(dtype), mask=here)
                     total += g
             tl.store(to_dy + d, total, mask=(line < lines)[:, None] & ok)
 
@@ -309,10 +309,10 @@ def pooled_convolution_backward_kernel(
         ds = (nothing,) + floats(
             rows_of(dsum_ptr, channels, start - (WIDTH - 1), first, last, d, ok, order_ptr, ORDERED, WIDTH - 1)
         )
-        met_x = rows_of(x_ptr, x_stride, start, first, last, d, ok, order_ptr, ORDERED, WIDTH - 1)
-        met_ds = rows_of(dsum_ptr, channels, start, first, last, d, ok, order_ptr, ORDERED, WIDTH - 1)
-        met0 = _of_lines(dpooled_ptr, line_of_ptr, weights_ptr, start, first, last, d, ok, channels, WIDTH - 1)
-        met1 = _of_lines(
+        edge_x = rows_of(x_ptr, x_stride, start, first, last, d, ok, order_ptr, ORDERED, WIDTH - 1)
+        edge_ds = rows_of(dsum_ptr, channels, start, first, last, d, ok, order_ptr, ORDERED, WIDTH - 1)
+        edge0 = _of_lines(dpooled_ptr, line_of_ptr, weights_ptr, start, first, last, d, ok, channels, WIDTH - 1)
+        edge1 = _of_lines(
             dpooled1_ptr, line_of_ptr, weights_ptr, start - (WIDTH - 1), first, last, d, ok, channels, WIDTH - 1
         )
         at = start + (WIDTH - 1)
@@ -320,7 +320,7 @@ def pooled_convolution_backward_kernel(
         ahead_ds = rows_of(dsum_ptr, channels, at, first, last, d, ok, order_ptr, ORDERED, WIDTH)
         for i in tl.static_range(WIDTH - 1):
             x, ds, g0, g1, sums0, sums1 = _position(
-                x, ds, g0, g1, sums0, sums1, taps0, taps1, skip0, skip1, met_x[i], met_ds[i], met0[i], met1[i],
+                x, ds, g0, g1, sums0, sums1, taps0, taps1, skip0, skip1, edge_x[i], edge_ds[i], edge0[i], edge1[i],
                 True, False, WIDTH, HARDWARE,
             )  # fmt: skip
         for step in range(WIDTH - 1, STEPS, WIDTH):
@@ -343,15 +343,15 @@ def pooled_convolution_backward_kernel(
                 dx = dx + (_dx(g0, g1, taps0, taps1, WIDTH),)
             _store(dx, dx_ptr, dx_stride, at - (WIDTH - 1), last, d, ok, order_ptr, ORDERED)
         at = start + STEPS
-        met0 = _of_lines(dpooled_ptr, line_of_ptr, weights_ptr, at, first, last, d, ok, channels, WIDTH - 1)
-        met1 = _of_lines(
+        edge0 = _of_lines(dpooled_ptr, line_of_ptr, weights_ptr, at, first, last, d, ok, channels, WIDTH - 1)
+        edge1 = _of_lines(
             dpooled1_ptr, line_of_ptr, weights_ptr, at - (WIDTH - 1), first, last, d, ok, channels, WIDTH - 1
         )
         dx = ()
         for i in tl.static_range(WIDTH - 1):
             x, ds, g0, g1, sums0, sums1 = _position(
-                x, ds, g0, g1, sums0, sums1, taps0, taps1, skip0, skip1, ahead_x[i], ahead_ds[i], met0[i],
-                met1[i], False, True, WIDTH, HARDWARE,
+                x, ds, g0, g1, sums0, sums1, taps0, taps1, skip0, skip1, ahead_x[i], ahead_ds[i], edge0[i],
+                edge1[i], False, True, WIDTH, HARDWARE,
             )  # fmt: skip
             dx = dx + (_dx(g0, g1, taps0, taps1, WIDTH),)
         _store(dx, dx_ptr, dx_stride, at - (WIDTH - 1), last, d, ok, order_ptr, ORDERED)

@@ -88,8 +88,8 @@ def convolved(x, taps, WIDTH: tl.constexpr, STEPS: tl.constexpr, HARDWARE: tl.co
         for i in tl.static_range(STEPS):
             v = taps[direction * (WIDTH + 1) + WIDTH]
             for k in tl.static_range(WIDTH):
-                met = x[i + WIDTH - 1 + (2 * direction - 1) * k]
-                v = tl.fma(met, taps[direction * (WIDTH + 1) + WIDTH - 1 - k], v)
+                x_k = x[i + WIDTH - 1 + (2 * direction - 1) * k]
+                v = tl.fma(x_k, taps[direction * (WIDTH + 1) + WIDTH - 1 - k], v)
             u = u + (v * reciprocal(1.0 + tl.exp2(v * -LOG2E), HARDWARE),)
     return u
 
@@ -178,7 +178,7 @@ def pooled_output_kernel(
     )
     last = tl.minimum(last, stop + (WIDTH - 1))
     lane = tl.zeros([LINES, 1], tl.int32) + tl.arange(0, BLOCK)[None, :]
-    kept = out_ptr.dtype.element_ty
+    dtype = out_ptr.dtype.element_ty
     if not NORM:
         d = tl.program_id(0) * BLOCK + lane
         ok = d < channels
@@ -200,17 +200,17 @@ def pooled_output_kernel(
                 d = block + lane
                 ok = d < channels
                 common = of_line(taps_ptr, skip0_ptr, skip1_ptr, y_ptr, line, lines, d, ok, channels, WIDTH)
-                met = rows_of(
+                tokens = rows_of(
                     xz_ptr, xz_stride, at - (WIDTH - 1), first, last, d, ok, order_ptr, ORDERED, STEPS + 2 * (WIDTH - 1)
                 )
-                sums = summed(floats(met), common, WIDTH, STEPS, HARDWARE)
+                sums = summed(floats(tokens), common, WIDTH, STEPS, HARDWARE)
                 blocks += 1.0
                 new_means = ()
                 new_squares = ()
                 for i in tl.static_range(STEPS):
                     to_row = row_of(at + i, at + i < stop, order_ptr, ORDERED)[:, None]
                     here = (at + i < stop)[:, None] & ok
-                    tl.store(out_ptr + to_row * channels + d, sums[i].to(kept), mask=here)
+                    tl.store(out_ptr + to_row * channels + d, sums[i].to(dtype), mask=here)
                     off = sums[i] - means[i]
                     mean = tl.where(ok, means[i] + off / blocks, means[i])
                     new_means = new_means + (mean,)
@@ -242,7 +242,7 @@ def pooled_output_kernel(
                     s = tl.load(out_ptr + row * channels + d, mask=here, other=0.0).to(tl.float32)
                     z = tl.load(xz_ptr + row * xz_stride + channels + d, mask=here, other=0.0).to(tl.float32)
                     s = tl.fma((s - centres[i][:, None]) * scales[i][:, None], weight, bias)
-                    tl.store(out_ptr + row * channels + d, (s * z * fast_sigmoid(z, HARDWARE)).to(kept), mask=here)
+                    tl.store(out_ptr + row * channels + d, (s * z * fast_sigmoid(z, HARDWARE)).to(dtype), mask=here)
         else:
             new = floats(ahead)
             # all loads before the first store, which could be to where they are from
@@ -254,4 +254,4 @@ def pooled_output_kernel(
                 row = row_of(at + i, at + i < stop, order_ptr, ORDERED)[:, None]
                 here = (at + i < stop)[:, None] & ok
                 z = gates[i].to(tl.float32)
-                tl.store(out_ptr + row * channels + d, (sums[i] * z * fast_sigmoid(z, HARDWARE)).to(kept), mask=here)
+                tl.store(out_ptr + row * channels + d, (sums[i] * z * fast_sigmoid(z, HARDWARE)).to(dtype), mask=here)
