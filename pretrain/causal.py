@@ -5,13 +5,9 @@ what the other made, so that nothing comes back from the patches that are to be 
 comes next, the backward one what came before.
 """
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
 from launch.planning.memory import Stack
-from pretrain.objective import Inputs
 from vim_backbone import VimConfig, VisionMamba
 from vim_backbone.errors import UserError, require
 from vim_backbone.memory import Recompute
@@ -30,16 +26,6 @@ def check_causal(architecture: VimConfig, objective: str) -> None:
     rows, columns = architecture.grid(*architecture.img_size)
     size = list(architecture.img_size)
     require(rows * columns > 1, "model.img_size", size, f"objective {objective} needs two patches at least")
-
-
-def draw_nothing(grid: tuple[int, int]) -> Tensor:
-    """A mask (l,) bool that hides no patch."""
-    return torch.zeros(grid[0] * grid[1], dtype=torch.bool)
-
-
-def inputs_of_all(extras: Tensor | Sequence[Tensor], tokens: Sequence[int] | None) -> Inputs:
-    """No arguments, and the tokens of all patches of views to which `draw_nothing` was added."""
-    return Inputs((), sum(len(extra) * count for extra, count in zip(extras, tokens or [1] * len(extras), strict=True)))
 
 
 def apart(encoder: VisionMamba, images: Images, order: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from launch.data.loading import to_device
 from pretrain.masking import MaskConfig, draw_mask
-from pretrain.objective import Inputs, keep_from_decay
+from pretrain.objective import Inputs, Objective, keep_from_decay
 from pretrain.patches import without_hidden
 from vim_backbone import VimConfig, VisionMamba
 from vim_backbone.block import Block, RMSNorm, run_blocks
@@ -113,16 +113,11 @@ def require_apart(config: VimConfig) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedObjective:
-    """What is alike in objectives that hide patches from the encoder; see `pretrain.objective.Objective`."""
+class MaskedObjective(Objective):
+    """What is alike in objectives that hide patches from the encoder."""
 
     mask: MaskConfig = field(default_factory=MaskConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
-
-    @property
-    def idle(self) -> dict[str, str]:
-        """None."""
-        return {}
 
     def draw(self, grid: tuple[int, int], rng: torch.Generator) -> Tensor:
         """A mask (l,) bool, True = hidden."""

@@ -32,16 +32,17 @@ class Objective(Protocol):
     """What is learned from unlabelled pictures.
 
     Its model's `forward(images, *arguments)` gives the loss: under ZeRO-3 a model has its parameters inside `forward`
-    alone. Images are (b, c, h, w) normalised, or a list of (c, h, w) where their sizes differ.
+    alone. Images are (b, c, h, w) normalised, or a list of (c, h, w) where their sizes differ. What has a
+    definition here has that of an objective that takes every encoder, lets it see all patches, and draws nothing.
     """
 
     title: ClassVar[str]
     """Name of the method, as a sentence begins: "Masked autoencoding"."""
-    picture_folder: ClassVar[str]
+    picture_folder: ClassVar[str] = "predictions"
     """Folder of the run that takes what `show` draws."""
-    architecture_fields: ClassVar[tuple[str, ...]]
+    architecture_fields: ClassVar[tuple[str, ...]] = ()
     """Prefixes of the config's fields that a resumed run cannot change, beside "model."."""
-    cost_fields: ClassVar[dict[str, str]]
+    cost_fields: ClassVar[dict[str, str]] = {}
     """Fields of the config that change what a step costs, with an explanation: options of the planner."""
 
     @property
@@ -52,11 +53,10 @@ class Objective(Protocol):
     @property
     def idle(self) -> dict[str, str]:
         """Groups of its settings that do nothing as it is set, and where that is so."""
-        ...
+        return {}
 
     def check(self, architecture: VimConfig) -> None:
         """Raise UserError for an architecture that the objective cannot train, naming the field."""
-        ...
 
     def prepare(self, architecture: VimConfig, preprocessing: Preprocessing, *, native: bool) -> None:
         """Fetch and try what it needs, before a run has a folder. Raises UserError. For the main process.
@@ -65,22 +65,23 @@ class Objective(Protocol):
             preprocessing: of the pictures.
             native: views have sizes of their own.
         """
-        ...
 
     def draw(self, grid: tuple[int, int], rng: torch.Generator) -> Tensor:
         """What is added to a view of so many rows and columns of patches, with an entry for each patch, such as its
-        mask; drawn while it is read.
+        mask (l,) bool, True = hidden; drawn while it is read.
         """
-        ...
+        del rng
+        return torch.zeros(grid[0] * grid[1], dtype=torch.bool)
 
     def visible(self, pixels: Tensor, extra: Tensor, patch_size: int) -> Tensor:
         """A view (3, h, w) in [0, 1] as the encoder gets it, to look at; `extra` is what `draw` added to it."""
-        ...
+        del extra, patch_size
+        return pixels
 
     @property
     def visible_share(self) -> float:
         """Share of the patches that the encoder sees, which a pooled scan has to know."""
-        ...
+        return 1.0
 
     def build(self, encoder: VisionMamba, preprocessing: Preprocessing = RGB) -> nn.Module:
         """The model, for pictures to which this was done.
@@ -91,7 +92,8 @@ class Objective(Protocol):
 
     def encoder(self, model: nn.Module) -> VisionMamba:
         """The encoder inside the model, which is what is published."""
-        ...
+        assert isinstance(model.encoder, VisionMamba)
+        return model.encoder
 
     def inputs(
         self, extras: Tensor | Sequence[Tensor], device: torch.device, tokens: Sequence[int] | None = None
@@ -100,7 +102,9 @@ class Objective(Protocol):
 
         `tokens`: how many a patch has in each view; None for one.
         """
-        ...
+        del device
+        counts = tokens or [1] * len(extras)
+        return Inputs((), sum(len(extra) * count for extra, count in zip(extras, counts, strict=True)))
 
     def show(
         self, model: nn.Module, images: Images, extras: Tensor | Sequence[Tensor], preprocessing: Preprocessing

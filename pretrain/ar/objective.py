@@ -13,7 +13,7 @@ from launch.planning.memory import FLOAT, Work
 from pretrain.ar.clusters import ARConfig, Plan, Targets, number_clusters, packed_plan, plan
 from pretrain.ar.model import NextCluster, Prediction, check_ar
 from pretrain.causal import encoder_stack
-from pretrain.objective import Inputs
+from pretrain.objective import Inputs, Objective
 from pretrain.patches import without_hidden
 from pretrain.strips import draw_strips
 from vim_backbone import VimConfig, VisionMamba
@@ -25,19 +25,17 @@ COLUMNS = ("input", "predicted from before it", "predicted from after it")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AR:
-    """Autoregression by clusters of patches (arXiv 2406.07537, 2410.00871); see `pretrain.objective.Objective`."""
+class AR(Objective):
+    """Autoregression by clusters of patches (arXiv 2406.07537, 2410.00871)."""
 
     ar: ARConfig = field(default_factory=ARConfig)
 
     title: ClassVar[str] = "Autoregression"
-    picture_folder: ClassVar[str] = "predictions"
     architecture_fields: ClassVar[tuple[str, ...]] = ("ar.",)
     cost_fields: ClassVar[dict[str, str]] = {
         "ar.width": "channels of the decoder, which works patch by patch",
         "ar.depth": "its blocks",
     }
-    idle: ClassVar[dict[str, str]] = {}
 
     @property
     def summary(self) -> str:
@@ -51,33 +49,15 @@ class AR:
         """Full scans of two patches or more, with all bands in one token."""
         check_ar(architecture)
 
-    def prepare(self, architecture: VimConfig, preprocessing: Preprocessing, *, native: bool) -> None:
-        """Nothing."""
-
     def draw(self, grid: tuple[int, int], rng: torch.Generator) -> Tensor:
         """The cluster (l,) of each patch; nothing is random."""
         del rng
         return number_clusters(grid, self.ar.cluster)
 
-    def visible(self, pixels: Tensor, extra: Tensor, patch_size: int) -> Tensor:
-        """All of it."""
-        del extra, patch_size
-        return pixels
-
-    @property
-    def visible_share(self) -> float:
-        """All."""
-        return 1.0
-
     def build(self, encoder: VisionMamba, preprocessing: Preprocessing = RGB) -> NextCluster:
         """The encoder with a decoder."""
         del preprocessing
         return NextCluster(encoder, self.ar)
-
-    def encoder(self, model: nn.Module) -> VisionMamba:
-        """The encoder inside the model."""
-        assert isinstance(model, NextCluster)
-        return model.encoder
 
     def inputs(
         self, extras: Tensor | Sequence[Tensor], device: torch.device, tokens: Sequence[int] | None = None

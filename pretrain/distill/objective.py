@@ -13,6 +13,7 @@ from launch.planning.memory import FLOAT, Stack, Work
 from pretrain.distill.model import Comparison, Distillation, MaskedDistillation
 from pretrain.distill.teacher import DistillConfig, Teacher, check_grid, check_teacher, describe, read
 from pretrain.masked import COST_FIELDS, MaskedObjective
+from pretrain.objective import Objective
 from pretrain.patches import without_hidden
 from pretrain.strips import by_patch, draw_strips
 from vim_backbone import VimConfig, VisionMamba
@@ -25,12 +26,11 @@ COLUMNS = ("input", "what the encoder saw", "agreement with the teacher")
 
 @dataclass(frozen=True, kw_only=True)
 class Distill(MaskedObjective):
-    """Distillation of a frozen teacher's features; see `pretrain.objective.Objective`."""
+    """Distillation of a frozen teacher's features."""
 
     distill: DistillConfig = field(default_factory=DistillConfig)
 
     title: ClassVar[str] = "Distillation"
-    picture_folder: ClassVar[str] = "predictions"
     architecture_fields: ClassVar[tuple[str, ...]] = ("decoder.", "distill.")
     cost_fields: ClassVar[dict[str, str]] = {
         "distill.teacher": "model of timm whose features are learned",
@@ -71,9 +71,7 @@ class Distill(MaskedObjective):
 
     def draw(self, grid: tuple[int, int], rng: torch.Generator) -> Tensor:
         """A mask (l,) bool, True = hidden."""
-        if self.distill.at == "whole":
-            return torch.zeros(grid[0] * grid[1], dtype=torch.bool)
-        return super().draw(grid, rng)
+        return Objective.draw(self, grid, rng) if self.distill.at == "whole" else super().draw(grid, rng)
 
     def build(self, encoder: VisionMamba, preprocessing: Preprocessing = RGB) -> Distillation | MaskedDistillation:
         """The encoder with the loss, and a decoder where it learns what it does not see."""
@@ -81,11 +79,6 @@ class Distill(MaskedObjective):
         if self.distill.at == "hidden":
             return MaskedDistillation(encoder, self.decoder, teacher)
         return Distillation(encoder, teacher)
-
-    def encoder(self, model: nn.Module) -> VisionMamba:
-        """The encoder inside the model."""
-        assert isinstance(model, Distillation | MaskedDistillation)
-        return model.encoder
 
     def show(
         self, model: nn.Module, images: Images, extras: Tensor | Sequence[Tensor], preprocessing: Preprocessing

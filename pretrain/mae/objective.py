@@ -22,7 +22,7 @@ from vim_backbone.vim import Images
 
 @dataclass(frozen=True, kw_only=True)
 class MAE(MaskedObjective):
-    """Masked autoencoding (arXiv 2111.06377); see `pretrain.objective.Objective`."""
+    """Masked autoencoding (arXiv 2111.06377)."""
 
     mae: MAEConfig = field(default_factory=MAEConfig)
 
@@ -42,18 +42,10 @@ class MAE(MaskedObjective):
         remedy = "lines of a pooled scan have no gaps, hidden patches count in their means; set model.scan to full"
         require(not (self.mae.gap_aware and architecture.scan == "pooled"), "mae.gap_aware", True, remedy)
 
-    def prepare(self, architecture: VimConfig, preprocessing: Preprocessing, *, native: bool) -> None:
-        """Nothing."""
-
     def build(self, encoder: VisionMamba, preprocessing: Preprocessing = RGB) -> MaskedAutoencoder:
         """The autoencoder around an encoder."""
         del preprocessing
         return MaskedAutoencoder(encoder, self.decoder, self.mae)
-
-    def encoder(self, model: nn.Module) -> VisionMamba:
-        """The encoder inside the autoencoder."""
-        assert isinstance(model, MaskedAutoencoder)
-        return model.encoder
 
     def show(
         self, model: nn.Module, images: Images, extras: Tensor | Sequence[Tensor], preprocessing: Preprocessing

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from launch.planning.memory import FLOAT, Work
-from pretrain.causal import check_causal, draw_nothing, encoder_stack, inputs_of_all
+from pretrain.causal import check_causal, encoder_stack
 from pretrain.nepa.agreement import COLUMNS, agreement_strips
 from pretrain.nepa.model import NextEmbedding
-from pretrain.objective import Inputs
+from pretrain.objective import Objective
 from pretrain.strips import draw_strips
 from vim_backbone import VimConfig, VisionMamba
 from vim_backbone.memory import Recompute
@@ -21,14 +21,10 @@ from vim_backbone.vim import Images
 
 
 @dataclass(frozen=True, kw_only=True)
-class NEPA:
-    """Next embedding prediction (arXiv 2512.16922); see `pretrain.objective.Objective`."""
+class NEPA(Objective):
+    """Next embedding prediction (arXiv 2512.16922)."""
 
     title: ClassVar[str] = "Next embedding prediction"
-    picture_folder: ClassVar[str] = "predictions"
-    architecture_fields: ClassVar[tuple[str, ...]] = ()
-    cost_fields: ClassVar[dict[str, str]] = {}
-    idle: ClassVar[dict[str, str]] = {}
 
     @property
     def summary(self) -> str:
@@ -39,40 +35,10 @@ class NEPA:
         """Full scans alone, of two patches or more."""
         check_causal(architecture, "nepa")
 
-    def prepare(self, architecture: VimConfig, preprocessing: Preprocessing, *, native: bool) -> None:
-        """Nothing."""
-
-    def draw(self, grid: tuple[int, int], rng: torch.Generator) -> Tensor:
-        """A mask (l,) bool that hides nothing."""
-        del rng
-        return draw_nothing(grid)
-
-    def visible(self, pixels: Tensor, extra: Tensor, patch_size: int) -> Tensor:
-        """All of it."""
-        del extra, patch_size
-        return pixels
-
-    @property
-    def visible_share(self) -> float:
-        """All."""
-        return 1.0
-
     def build(self, encoder: VisionMamba, preprocessing: Preprocessing = RGB) -> NextEmbedding:
         """The encoder with the loss."""
         del preprocessing
         return NextEmbedding(encoder)
-
-    def encoder(self, model: nn.Module) -> VisionMamba:
-        """The encoder inside the model."""
-        assert isinstance(model, NextEmbedding)
-        return model.encoder
-
-    def inputs(
-        self, extras: Tensor | Sequence[Tensor], device: torch.device, tokens: Sequence[int] | None = None
-    ) -> Inputs:
-        """No arguments."""
-        del device
-        return inputs_of_all(extras, tokens)
 
     def show(
         self, model: nn.Module, images: Images, extras: Tensor | Sequence[Tensor], preprocessing: Preprocessing
