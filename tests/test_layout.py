@@ -5,6 +5,7 @@ import importlib.metadata
 import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -87,10 +88,9 @@ def test_files_stay_readable():
             assert ast.get_docstring(ast.parse(text)), f"{path} does not say what it is for"
 
 
-def trees() -> Iterator[tuple[Path, ast.Module]]:
-    for folder in FOLDERS.values():
-        for path in folder.rglob("*.py"):
-            yield path, ast.parse(path.read_text())
+@cache
+def trees() -> list[tuple[Path, ast.Module]]:
+    return [(path, ast.parse(path.read_text())) for folder in FOLDERS.values() for path in folder.rglob("*.py")]
 
 
 def test_finetuning_needs_nothing_of_pretraining():
@@ -139,6 +139,6 @@ def stored(scope: ast.AST) -> Iterator[str]:
 
 
 def test_bindings_have_the_fields_words():
-    """Participles such as `found`, `told` and `wanted` say little of what a value is; 203 at the start, held_out apart."""
+    """Participles such as `found`, `told` and `wanted` say little of a value; 203 at the start, held_out apart."""
     names = [name for _, tree in trees() for name in bindings(tree)]
     assert len([name for name in names if PARTICIPLE.search(name.lower())]) < 40

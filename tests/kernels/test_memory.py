@@ -1,7 +1,7 @@
 """Inference takes little memory: what is live at the peak of a forward pass, in bytes a token, and that it stays right.
 
 Bytes are counted with the kernels left out, which allocate nothing (on a GPU with them). The budgets are those that
-docs/kernels.md derives for Vim-Ti in bfloat16.
+docs/kernels-memory.md derives for Vim-Ti in bfloat16.
 """
 
 import pytest
