@@ -177,9 +177,13 @@ class Task(ABC, Generic[ConfigT]):
     def evaluate(self, model: nn.Module, accelerator: Accelerator) -> EvaluationResult:
         """Evaluate the model on the validation data. For all processes."""
 
-    @abstractmethod
     def description(self) -> dict[str, Any]:
-        """What the predictor needs, as plain data; `classes`, `backbone` and `preprocessing` among it."""
+        """What the predictor needs, as plain data; a task adds its own."""
+        return {
+            "classes": self.classes,
+            "backbone": self.pretrained.config.to_dict(),
+            "preprocessing": self.pretrained.preprocessing.to_dict(),
+        }
 
     @property
     def evaluates_only(self) -> bool:

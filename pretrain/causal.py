@@ -8,8 +8,9 @@ comes next, the backward one what came before.
 from torch import Tensor
 
 from launch.planning.memory import Stack
+from pretrain.objective import require_no_overlap
 from vim_backbone import VimConfig, VisionMamba
-from vim_backbone.errors import UserError, require
+from vim_backbone.errors import require
 from vim_backbone.memory import Recompute
 from vim_backbone.vim import Images
 
@@ -18,11 +19,7 @@ def check_causal(architecture: VimConfig, objective: str) -> None:
     """Raise UserError for an encoder that lets a patch see what comes after it, or has nothing that does."""
     remedy = f"objective {objective} predicts patches, and the mean of a line holds later ones; set model.scan to full"
     require(architecture.scan == "full", "model.scan", architecture.scan, remedy)
-    if architecture.stride != architecture.patch_size:
-        raise UserError(
-            f"stride {architecture.stride} differs from patch_size {architecture.patch_size}: patches that overlap "
-            "show what is to be predicted; pretrain with stride = patch_size"
-        )
+    require_no_overlap(architecture, "show what is to be predicted")
     rows, columns = architecture.grid(*architecture.img_size)
     size = list(architecture.img_size)
     require(rows * columns > 1, "model.img_size", size, f"objective {objective} needs two patches at least")

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from launch.data.loading import to_device
 from pretrain.masking import MaskConfig, draw_mask
-from pretrain.objective import Inputs, Objective, keep_from_decay
+from pretrain.objective import Inputs, Objective, keep_from_decay, require_no_overlap
 from pretrain.patches import without_hidden
 from vim_backbone import VimConfig, VisionMamba
 from vim_backbone.block import Block, RMSNorm, run_blocks
-from vim_backbone.errors import UserError, require
+from vim_backbone.errors import require
 from vim_backbone.gaps import scan_gaps
 from vim_backbone.mixer import ScanMetadata
 from vim_backbone.packing import layout_of
@@ -103,15 +103,6 @@ def encode_visible(
     return encoder.encode(select(patches, visible), lengths, encoder.lines(images, visible), gaps=gaps)
 
 
-def require_apart(config: VimConfig) -> None:
-    """Raise UserError where patches overlap."""
-    if config.stride != config.patch_size:
-        raise UserError(
-            f"stride {config.stride} differs from patch_size {config.patch_size}: patches that overlap would show "
-            "hidden pixels; pretrain with stride = patch_size"
-        )
-
-
 @dataclass(frozen=True, kw_only=True)
 class MaskedObjective(Objective):
     """What is alike in objectives that hide patches from the encoder."""
@@ -156,7 +147,7 @@ class MaskedModel(nn.Module):
     def __init__(self, encoder: VisionMamba, decoder: DecoderConfig, outputs: int, gap_aware: bool = False) -> None:
         super().__init__()
         config = encoder.config
-        require_apart(config)
+        require_no_overlap(config, "would show hidden pixels")
         self.gap_aware = gap_aware
         self.encoder = encoder
         self.patch_size = config.patch_size

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from launch.planning.memory import Work
 from vim_backbone import VimConfig, VisionMamba
+from vim_backbone.errors import UserError
 from vim_backbone.memory import Recompute
 from vim_backbone.preprocessing import RGB, Preprocessing
 from vim_backbone.vim import Images
@@ -26,6 +27,15 @@ class Inputs(NamedTuple):
 def keep_from_decay(encoder: VisionMamba) -> set[str]:
     """Names of the encoder's parameters that decay would harm, in a model that has it as `encoder`."""
     return {f"encoder.{name}" for name in encoder.no_weight_decay()}
+
+
+def require_no_overlap(config: VimConfig, show: str) -> None:
+    """Raise UserError where patches overlap, which would show the encoder what it is not to see."""
+    if config.stride != config.patch_size:
+        raise UserError(
+            f"stride {config.stride} differs from patch_size {config.patch_size}: patches that overlap {show}; "
+            "pretrain with stride = patch_size"
+        )
 
 
 class Objective(Protocol):

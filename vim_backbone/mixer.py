@@ -90,7 +90,9 @@ class Mixer(nn.Module):
         elif apart:
             y = self._apart(xz, forward, backward, cu_seqlens)
         elif lines is not None:
-            norm, eps = (None, 0.0) if self.scan_norm is None else (_norm_weights(self.scan_norm), self.scan_norm.eps)
+            norm, eps = None, 0.0
+            if self.scan_norm is not None:
+                norm, eps = NormWeights(self.scan_norm.weight, self.scan_norm.bias), self.scan_norm.eps
             y = pooled_scan(xz, forward, backward, lines, norm=norm, eps=eps, recompute=recompute)
         elif self.scan_norm is None:
             keeps_xz = torch.is_grad_enabled() or hooked(self.in_proj)
@@ -174,10 +176,6 @@ class Mixer(nn.Module):
             u, dt, A, B, C, weights.D, None, weights.dt_bias, dt_softplus=True, reverse=reverse, cu_seqlens=cu_seqlens
         )
         return (y if self.scan_norm is None else self.scan_norm(y)) * F.silu(z)
-
-
-def _norm_weights(norm: nn.LayerNorm) -> NormWeights:
-    return NormWeights(norm.weight, norm.bias)
 
 
 def _weights(conv: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: Tensor, D: Tensor) -> ScanWeights:

@@ -96,9 +96,4 @@ class ClassificationTask(Task[ClassificationConfig]):
 
     def description(self) -> dict[str, Any]:
         """Classes, architecture, and how pictures are cut."""
-        return {
-            "classes": self.classes,
-            "backbone": self.pretrained.config.to_dict(),
-            "preprocessing": self.pretrained.preprocessing.to_dict(),
-            "crop_pct": self.config.augment.crop_pct,
-        }
+        return super().description() | {"crop_pct": self.config.augment.crop_pct}

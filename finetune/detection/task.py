@@ -74,11 +74,6 @@ class DetectionTask(Task[DetectionConfig]):
 
     def description(self) -> dict[str, Any]:
         """Classes, architecture, heads."""
-        return {
-            "classes": self.classes,
-            "category_ids": [category["id"] for category in self.split.categories],
-            "backbone": self.pretrained.config.to_dict(),
-            "preprocessing": self.pretrained.preprocessing.to_dict(),
-            "head": asdict(self.config.head),
-            "test": asdict(self.config.test),
-        }
+        ids = {"category_ids": [category["id"] for category in self.split.categories]}
+        rest = {"head": asdict(self.config.head), "test": asdict(self.config.test)}
+        return {"classes": self.classes} | ids | super().description() | rest

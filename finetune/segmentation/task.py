@@ -65,10 +65,7 @@ class SegmentationTask(Task[SegmentationConfig]):
 
     def description(self) -> dict[str, Any]:
         """Classes, architecture, and how pictures are segmented."""
-        return {
-            "classes": self.classes,
-            "backbone": self.pretrained.config.to_dict(),
-            "preprocessing": self.pretrained.preprocessing.to_dict(),
+        return super().description() | {
             "head": asdict(self.config.head),
             "test": asdict(self.config.test),
             "zero_is_ignored": self.config.data.zero_is_ignored,

@@ -183,10 +183,10 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def damage(path: Path, cached: bool = False) -> str | None:
-    """What is wrong with a checkpoint, None where every file has the size and sha256 that were written down.
+    """Verify a checkpoint: what is wrong with it, None where every file has the size and sha256 that were written.
 
     Args:
-        known: of a file that this process has summed up and that was not touched since, the sum is not taken again.
+        cached: of a file that this process has summed up and that was not touched since, the sum is not taken again.
 
     Raises:
         UserError: permission is missing.

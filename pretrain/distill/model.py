@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.distill.teacher import Teacher
-from pretrain.masked import DecoderConfig, MaskedModel, encode_visible, require_apart, select
-from pretrain.objective import keep_from_decay
+from pretrain.masked import DecoderConfig, MaskedModel, encode_visible, select
+from pretrain.objective import keep_from_decay, require_no_overlap
 from vim_backbone import VisionMamba
 from vim_backbone.vim import Images
 
@@ -36,7 +36,7 @@ class Distillation(nn.Module):
 
     def __init__(self, encoder: VisionMamba, teacher: Teacher) -> None:
         super().__init__()
-        require_apart(encoder.config)
+        require_no_overlap(encoder.config, "would show hidden pixels")
         self.encoder = encoder
         self.teacher = teacher
         self.decoder_pred = nn.Linear(encoder.config.d_model, teacher.description.width)
