@@ -10,7 +10,7 @@ from finetune.classification.evaluate import Counts, write_tables
 from finetune.pixels import on_device
 from finetune.task import EvaluationResult, Samples, Task
 from launch.embedding.probes import linear_probe, nearest_neighbours
-from launch.run.accelerator import autocast
+from launch.run.accelerator import autocast, gather_in_order
 from vim_backbone import UserError
 
 
@@ -57,12 +57,5 @@ def extract(
         features.append(pooled.float())
         labels.append(batch.targets.to(device))
         numbers.append(torch.where(torch.tensor(batch.counted), torch.tensor(batch.numbers), -1).to(device))
-    shares = [torch.cat(parts) for parts in (numbers, features, labels)]
-    number, feature, label = (
-        accelerator.gather(accelerator.pad_across_processes(share, pad_index=-1)) for share in shares
-    )
-    assert isinstance(number, Tensor)
-    assert isinstance(feature, Tensor)
-    assert isinstance(label, Tensor)
-    order = number.argsort()[(number < 0).sum() :]
-    return feature[order], label[order], bad
+    _, feature, label = gather_in_order(accelerator, *(torch.cat(parts) for parts in (numbers, features, labels)))
+    return feature, label, bad

@@ -18,7 +18,7 @@ from accelerate.utils import (
     ProjectConfiguration,
     broadcast_object_list,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from launch.run.config import RunConfig
 from launch.state.sharding import shape_of, zero_stage
@@ -177,6 +177,13 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     `Accelerator.autocast` does nothing under DeepSpeed, which is told of the precision by `configure_zero` alone.
     """
     return torch.autocast(device.type, torch.bfloat16, precision == "bf16")
+
+
+def gather_in_order(accelerator: Accelerator, numbers: Tensor, *values: Tensor) -> list[Tensor]:
+    """Numbers of samples (n,) of all processes, rising, and their values; without those whose number is negative."""
+    shares: Any = [accelerator.gather(accelerator.pad_across_processes(s, pad_index=-1)) for s in (numbers, *values)]
+    order = shares[0].argsort()[(shares[0] < 0).sum() :]
+    return [share[order] for share in shares]
 
 
 def fit_buffers(accelerator: Accelerator, model: nn.Module, unit: type[nn.Module]) -> None:

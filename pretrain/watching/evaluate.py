@@ -20,7 +20,7 @@ from launch.data.pictures import Box
 from launch.data.reading import read_pixels
 from launch.data.sources import ImageSource
 from launch.embedding.probes import linear_probe, nearest_neighbours
-from launch.run.accelerator import autocast
+from launch.run.accelerator import autocast, gather_in_order
 from launch.run.randomness import generator
 from pretrain.config import PretrainConfig
 from pretrain.data import View
@@ -191,14 +191,9 @@ class Evaluator:
 
     def _in_order(self, numbers: list[int], features: Tensor) -> tuple[Tensor, Tensor]:
         """Numbers (n,) of the pictures of all processes, rising, and their features (n, d)."""
-        shares = torch.tensor(numbers, dtype=torch.long, device=features.device), features
-        number, feature = (
-            self.accelerator.gather(self.accelerator.pad_across_processes(share, pad_index=-1)) for share in shares
-        )
-        assert isinstance(number, Tensor)
-        assert isinstance(feature, Tensor)
-        order = number.argsort()[(number < 0).sum() :]
-        return number[order], feature[order]
+        number = torch.tensor(numbers, dtype=torch.long, device=features.device)
+        number, feature = gather_in_order(self.accelerator, number, features)
+        return number, feature
 
 
 def usable(features: Tensor) -> bool:
