@@ -9,7 +9,7 @@ from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
 
 from vim_backbone import VimConfig
-from vim_backbone.hand_over import Given, take
+from vim_backbone.hand_over import Handed, take
 from vim_backbone.mixer import ScanMetadata
 
 HEAD_WIDTH = 64
@@ -28,7 +28,7 @@ class ViTBlock(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(
-        self, h: Given[Tensor], residual: Given[Tensor | None], metadata: ScanMetadata
+        self, h: Handed[Tensor], residual: Handed[Tensor | None], metadata: ScanMetadata
     ) -> tuple[Tensor, Tensor | None]:
         """(batch, length, d_model) -> the same: a ViT block adds to the stream by itself, and knows no lines or gaps.
 

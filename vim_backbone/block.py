@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vim_backbone.config import VimConfig
 from vim_backbone.errors import require
-from vim_backbone.hand_over import Given, hand_over, take
+from vim_backbone.hand_over import Handed, hand_over, take
 from vim_backbone.lines import GridLines
 from vim_backbone.memory import Recompute
 from vim_backbone.mixer import AGAIN, PLAIN, Mixer, ScanMetadata
@@ -43,7 +43,7 @@ class Block(nn.Module):
         init_mixer(self.mixer, config.depth)
 
     def forward(
-        self, h: Given[Tensor], residual: Given[Tensor | None], metadata: ScanMetadata = PLAIN
+        self, h: Handed[Tensor], residual: Handed[Tensor | None], metadata: ScanMetadata = PLAIN
     ) -> tuple[Tensor, Tensor]:
         """(batch, length, d_model) twice -> output of the mixer, residual stream."""
         h, residual = take(h), take(residual)
@@ -58,7 +58,7 @@ class Block(nn.Module):
 
 
 def run_blocks(
-    blocks: Iterable[nn.Module], tokens: Given[Tensor], metadata: ScanMetadata = PLAIN, lines: GridLines | None = None
+    blocks: Iterable[nn.Module], tokens: Handed[Tensor], metadata: ScanMetadata = PLAIN, lines: GridLines | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Tokens (batch, length, d_model) through a stack of blocks -> output of the last mixer, residual stream.
 
@@ -68,9 +68,9 @@ def run_blocks(
     h: Tensor = take(tokens)
     residual: Tensor | None = None
     for index, block in enumerate(blocks):
-        given: tuple[Given[Tensor], Given[Tensor | None]] = hand_over(h, block), hand_over(residual, block)
+        handed: tuple[Handed[Tensor], Handed[Tensor | None]] = hand_over(h, block), hand_over(residual, block)
         del h, residual
-        h, residual = block(*given, of_blocks[index % len(of_blocks)])
+        h, residual = block(*handed, of_blocks[index % len(of_blocks)])
     return h, residual
 
 

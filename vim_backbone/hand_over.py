@@ -11,18 +11,18 @@ import torch
 from torch import nn
 
 T = TypeVar("T")
-Given = T | list[T]
+Handed = T | list[T]
 """A value, or a list from which it is taken."""
 
 
-def hand_over(value: T, module: nn.Module) -> Given[T]:
+def hand_over(value: T, module: nn.Module) -> Handed[T]:
     """To be passed to `module` in place of `value`, of which the caller keeps nothing."""
     return value if torch.is_grad_enabled() or hooked(module) else [value]
 
 
-def take(given: Given[T]) -> T:
+def take(handed: Handed[T]) -> T:
     """What was passed."""
-    return cast(T, given.pop() if isinstance(given, list) else given)
+    return cast(T, handed.pop() if isinstance(handed, list) else handed)
 
 
 def hooked(module: nn.Module) -> bool:

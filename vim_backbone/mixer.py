@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vim_backbone.config import VimConfig
-from vim_backbone.hand_over import Given, hooked, take
+from vim_backbone.hand_over import Handed, hooked, take
 from vim_backbone.memory import Recompute
 from vim_backbone.stretch import OneWay, Stretch, scan_stretch
 from vim_kernels import (
@@ -73,7 +73,7 @@ class Mixer(nn.Module):
         self.recompute: Recompute = "inputs"
         self.slice_tokens: int | None = None
 
-    def forward(self, h: Given[Tensor], metadata: ScanMetadata = PLAIN) -> Tensor:
+    def forward(self, h: Handed[Tensor], metadata: ScanMetadata = PLAIN) -> Tensor:
         """(batch, length, d_model) -> the same."""
         cu_seqlens, lines, apart, gaps, stretch = metadata
         assert gaps is None or not (apart or lines or stretch)

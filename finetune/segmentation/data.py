@@ -271,15 +271,12 @@ class PhotometricDistort(v2.RandomPhotometricDistort):
         return super().make_params(flat_inputs) | {"channel_permutation": None}
 
 
-class TrainCrops:
-    """Training crops: rescaled, cropped so that no class fills it, mirrored, distorted."""
+class PairSamples:
+    """Pictures with their maps as samples."""
 
-    def __init__(self, pairs: Pairs, size: tuple[int, int], crop: CropConfig) -> None:
+    def __init__(self, pairs: Pairs, size: tuple[int, int]) -> None:
         self.pairs = pairs
         self.size = size
-        self.crop = crop
-        colours = pairs.preprocessing.bands is None
-        self.distort = PhotometricDistort() if crop.photometric and colours else None
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -287,6 +284,16 @@ class TrainCrops:
     def name(self, index: int) -> str:
         """File name of the picture."""
         return self.pairs.name(index)
+
+
+class TrainCrops(PairSamples):
+    """Training crops: rescaled, cropped so that no class fills it, mirrored, distorted."""
+
+    def __init__(self, pairs: Pairs, size: tuple[int, int], crop: CropConfig) -> None:
+        super().__init__(pairs, size)
+        self.crop = crop
+        colours = pairs.preprocessing.bands is None
+        self.distort = PhotometricDistort() if crop.photometric and colours else None
 
     def draw(self, index: int) -> tuple[Tensor, Tensor]:
         """(c, h, w) uint8 or float32, and (h, w) uint8."""
@@ -332,19 +339,8 @@ class TrainCrops:
         return images, torch.stack([labels for _, labels in samples])
 
 
-class WholePictures:
+class WholePictures(PairSamples):
     """Pictures for evaluation, scaled to cover the training crops; maps as they are."""
-
-    def __init__(self, pairs: Pairs, size: tuple[int, int]) -> None:
-        self.pairs = pairs
-        self.size = size
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def name(self, index: int) -> str:
-        """File name of the picture."""
-        return self.pairs.name(index)
 
     def draw(self, index: int) -> tuple[Tensor, Tensor]:
         """(c, h, w) uint8 or float32, and (H, W) uint8."""

@@ -122,8 +122,8 @@ def first_split(source: str, names: list[str]) -> str | None:
         places = {name: source.replace("{split}", name) for name in names}
         return next((name for name, place in places.items() if is_url(place) or _glob(Path(place).expanduser())), None)
     data = data_set_of(source, names[0])
-    known = [] if data is None else split_names(data)
-    return next((name for name in names if name in (known or names[:1])), None)
+    available = [] if data is None else split_names(data)
+    return next((name for name in names if name in (available or names[:1])), None)
 
 
 def split_names(data: DataSet) -> list[str]:
@@ -157,8 +157,8 @@ def image_column(data: Any, title: str, column: str | None) -> str:
     features = data.features or {}
     column = column or next((key for key, feature in features.items() if is_image(feature)), None)
     if column is None or (features and not holds_pictures(features.get(column))):
-        got = "has no image column" if column is None else f"has no pictures in column {column}"
-        raise UserError(f"{title} {got}: set data.column, one of {sorted(features)}")
+        problem = "has no image column" if column is None else f"has no pictures in column {column}"
+        raise UserError(f"{title} {problem}: set data.column, one of {sorted(features)}")
     return column
 
 
@@ -187,8 +187,8 @@ def column_of(
     if column is not None and column not in features:
         hint = nearest(column, features)
         raise UserError(f"{title} has no column {column!r} of type {kind}: set data.{field}; {hint}")
-    got = f"{column!r} is none" if column else f"none of {sorted(features)} is one"
-    raise UserError(f"{title} needs a column of type {kind}, {got}: set data.{field}{more}")
+    problem = f"{column!r} is none" if column else f"none of {sorted(features)} is one"
+    raise UserError(f"{title} needs a column of type {kind}, {problem}: set data.{field}{more}")
 
 
 def is_image(feature: Any) -> bool:

@@ -183,8 +183,8 @@ def read_data_set(data: LabelledSource, place: DataSet, classes: list[str] | Non
         labels, names = list(loaded[label]), list(features[label].names)
         wrong = next((i for i, value in enumerate(labels) if value is None or not 0 <= value < len(names)), None)
         if wrong is not None:
-            got = f"{place.title} {place.split} row {wrong} has label {labels[wrong]}"
-            raise UserError(f"{got}: it must be 0 .. {len(names) - 1}")
+            where = f"{place.title} {place.split} row {wrong} has label {labels[wrong]}"
+            raise UserError(f"{where}: it must be 0 .. {len(names) - 1}")
         if classes not in (None, names):
             both = f"{(classes or [])[:5]} to train on, {names[:5]} to evaluate on"
             raise UserError(f"the splits of {data.source} have other classes: {both}")

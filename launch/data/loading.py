@@ -51,13 +51,13 @@ def workers_of_stream(workers: int | None, processes: int, state: TrainState) ->
     machine. What is taken is noted in the state, which a checkpoint keeps.
     """
     before = state.extra.get(STREAM)
-    taken = before["workers"] if workers is None and before else number_of_workers(workers)
-    state.extra[STREAM] = now = {"processes": processes, "workers": taken}
+    number = before["workers"] if workers is None and before else number_of_workers(workers)
+    state.extra[STREAM] = now = {"processes": processes, "workers": number}
     if not state.step or before == now:
-        return taken, []
-    known = f"{before['processes']} x {before['workers']}" if before else "an unknown number of"
-    return taken, [
-        f"the stream was read by {known} processes and is by {processes} x {taken} now: it does not go on exactly, "
+        return number, []
+    earlier = f"{before['processes']} x {before['workers']}" if before else "an unknown number of"
+    return number, [
+        f"the stream was read by {earlier} processes and is by {processes} x {number} now: it does not go on exactly, "
         "rows of this pass may come again or not at all"
     ]
 
@@ -116,7 +116,7 @@ def enduring(loader_from: Callable[[int], Iterable[Item]], start: int, say: Call
     Raises:
         UserError: data-loading processes die again and again.
     """
-    lost = 0
+    deaths = 0
     while True:
         try:
             batches = iter(loader_from(start))
@@ -126,7 +126,7 @@ def enduring(loader_from: Callable[[int], Iterable[Item]], start: int, say: Call
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             for batch in batches:
                 yield batch
-                start, lost = start + 1, 0
+                start, deaths = start + 1, 0
             return
         except UserError as error:  # from another process it comes with that one's traceback
             # frames would hold the loader until this process ends, which would then wait for the loader's processes
@@ -136,11 +136,11 @@ def enduring(loader_from: Callable[[int], Iterable[Item]], start: int, say: Call
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            lost += 1
+            deaths += 1
             cause = " ".join(str(error).split())[:200]
-            if lost > RESTARTS:
+            if deaths > RESTARTS:
                 raise UserError(
-                    f"data-loading processes died {lost} times at batch {start} ({cause}): is memory short? "
+                    f"data-loading processes died {deaths} times at batch {start} ({cause}): is memory short? "
                     "lower data.workers"
                 ) from error
             say(f"a data-loading process was lost, its batches are read again: {cause}")

@@ -65,7 +65,7 @@ class Turns:
     def at(self, position: int) -> tuple[int, int]:
         """Number of the source that sample `position` is of, and how many samples that has had before."""
         now, then = self.before(position), self.before(position + 1)
-        number = next(number for number, taken in enumerate(now) if then[number] > taken)
+        number = next(number for number, count in enumerate(now) if then[number] > count)
         return number, now[number]
 
 
@@ -96,8 +96,8 @@ class Passes:
 
     def _turn(self, position: int) -> tuple[int, int, int]:
         """Number of the source, pass over it, and place in the pass."""
-        number, taken = self.turns.at(position)
-        return number, *divmod(taken, self.counts[number])
+        number, turn = self.turns.at(position)
+        return number, *divmod(turn, self.counts[number])
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):

@@ -125,9 +125,9 @@ def cells_at(files: Sequence[RowFile], order: np.ndarray) -> Iterator[Any]:
     for row, part in zip(rows.tolist(), part_of.tolist(), strict=True):
         if row not in pending:
             number, group = parts[part]
-            wanted = rows[by_part[slice(*np.searchsorted(sorted_parts, (part, part + 1)))]]
+            chosen = rows[by_part[slice(*np.searchsorted(sorted_parts, (part, part + 1)))]]
             first = ends[part] - files[number].groups[group]
-            taken = files[number].read(group).take(pa.array(wanted - first))
-            whole: Any = taken.combine_chunks() if isinstance(taken, pa.ChunkedArray) else taken
-            pending |= zip(wanted.tolist(), datasets.Image().cast_storage(whole).to_pylist(), strict=True)
+            column = files[number].read(group).take(pa.array(chosen - first))
+            whole: Any = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+            pending |= zip(chosen.tolist(), datasets.Image().cast_storage(whole).to_pylist(), strict=True)
         yield pending.pop(row)

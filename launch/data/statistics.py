@@ -48,30 +48,30 @@ class Statistics:
         """Read what `write` wrote. Raises UserError for a file that is missing, or is another one."""
         data = read_json(path)
         try:
-            made = cls(**data)
-            if made.bands is not None and not all(type(band) is int and band >= 0 for band in made.bands):
-                raise ValueError(f"bands are {made.bands}, no numbers of bands")
-            if made.nodata not in (None, "nan") and not isinstance(made.nodata, int | float):
-                raise ValueError(f"nodata is {made.nodata!r}, no number")
-            channels = len(made.mean)
-            per_band: list[Any] = [made.deviation, made.minimum, made.maximum, *made.percentiles]
-            numbers = [made.mean, *per_band]
-            if made.sets is not None and not all(type(band) is int for each in made.sets for band in each):
-                raise ValueError(f"sets are {made.sets}, no numbers of bands")
-            if made.sets is not None and made.bands is None:
+            stats = cls(**data)
+            if stats.bands is not None and not all(type(band) is int and band >= 0 for band in stats.bands):
+                raise ValueError(f"bands are {stats.bands}, no numbers of bands")
+            if stats.nodata not in (None, "nan") and not isinstance(stats.nodata, int | float):
+                raise ValueError(f"nodata is {stats.nodata!r}, no number")
+            channels = len(stats.mean)
+            per_band: list[Any] = [stats.deviation, stats.minimum, stats.maximum, *stats.percentiles]
+            numbers = [stats.mean, *per_band]
+            if stats.sets is not None and not all(type(band) is int for each in stats.sets for band in each):
+                raise ValueError(f"sets are {stats.sets}, no numbers of bands")
+            if stats.sets is not None and stats.bands is None:
                 raise ValueError("it has sets, and no bands")
             wrong = (
                 any(len(values) != channels for values in numbers) or not np.isfinite(np.array(numbers, float)).all()
             )
-            if wrong or len(made.percentiles) != 2 or channels != (3 if made.bands is None else len(made.bands)):
+            if wrong or len(stats.percentiles) != 2 or channels != (3 if stats.bands is None else len(stats.bands)):
                 raise ValueError("the numbers of values differ, or some are no numbers")
-            low, high = made.percentiles
-            if min(made.deviation) < 0 or any(above < below for below, above in zip(low, high, strict=True)):
+            low, high = stats.percentiles
+            if min(stats.deviation) < 0 or any(above < below for below, above in zip(low, high, strict=True)):
                 raise ValueError("a deviation is negative, or percentiles are in the wrong order")
-            number_type(made.dtype)
+            number_type(stats.dtype)
         except (TypeError, ValueError) as error:
             raise UserError(f"data.statistics {path} was not written by {COMMAND}: {error}") from error
-        return made
+        return stats
 
 
 def preprocessing_of(
@@ -164,10 +164,10 @@ def channels_of_bands(folder: Path, preprocessing: Preprocessing) -> list[int]:
 
     Raises UserError for a band that the backbone does not know.
     """
-    known, wanted = (each.bands or tuple(range(each.in_chans)) for each in (read_preprocessing(folder), preprocessing))
-    if strange := [band for band in wanted if band not in known]:
+    before, bands = (each.bands or tuple(range(each.in_chans)) for each in (read_preprocessing(folder), preprocessing))
+    if strange := [band for band in bands if band not in before]:
         raise UserError(
-            f"data.statistics has band {strange[0]}: {folder} was pretrained on the bands {list(known)}; say which of "
+            f"data.statistics has band {strange[0]}: {folder} was pretrained on the bands {list(before)}; say which of "
             "them your files hold, with --sets of python -m pretrain.bands"
         )
-    return [known.index(band) for band in wanted]
+    return [before.index(band) for band in bands]
