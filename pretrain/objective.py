@@ -42,8 +42,9 @@ class Objective(Protocol):
     """What is learned from unlabelled pictures.
 
     Its model's `forward(images, *arguments)` gives the loss: under ZeRO-3 a model has its parameters inside `forward`
-    alone. Images are (b, c, h, w) normalised, or a list of (c, h, w) where their sizes differ. What has a
-    definition here has that of an objective that takes every encoder, lets it see all patches, and draws nothing.
+    alone. It has the backbone as `encoder`, and `no_weight_decay()`, which names those of `keep_from_decay` at least.
+    Images are (b, c, h, w) normalised, or a list of (c, h, w) where their sizes differ. What has a definition here has
+    that of an objective that takes every encoder, lets it see all patches, and draws nothing.
     """
 
     title: ClassVar[str]

@@ -142,3 +142,30 @@ def test_bindings_have_the_fields_words():
     """Participles such as `found`, `told` and `wanted` say little of a value; 203 at the start, held_out apart."""
     names = [name for _, tree in trees() for name in bindings(tree)]
     assert len([name for name in names if PARTICIPLE.search(name.lower())]) < 40
+
+
+@pytest.mark.parametrize(
+    ("words", "path", "definition"),
+    [
+        ("the training loop", "pretrain/train.py", "train"),
+        ("their losses", "pretrain/mae/model.py", "forward"),
+        (
+            "kernels beside them",
+            "kernels/vim_kernels/triton_backend/tiled_scan_backward.py",
+            "tiled_scan_backward_kernel",
+        ),
+        ("kernels beside them", "kernels/vim_kernels/cpu_backend/scan_backward.py", "scan_backward"),
+        ("verifies", "launch/state/checkpoint.py", "damage"),
+    ],
+)
+def test_a_stranger_finds_it_by_the_map(words, path, definition):
+    """The row of README's map with these words names the file, which has the definition."""
+    (row,) = (
+        line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `") and words in line
+    )
+    folder, name = path.rsplit("/", 1)
+    assert name in row
+    assert re.search(rf"\b{folder.rsplit('/', 1)[-1]}/", row)
+    assert definition in {
+        node.name for node in ast.walk(dict(trees())[ROOT / path]) if isinstance(node, ast.FunctionDef)
+    }
