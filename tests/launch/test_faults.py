@@ -27,8 +27,9 @@ MEASURED = logging.getLogger(__name__)
 FAULTY = Path(__file__).parent / "faulty.py"
 OPTIONS = ("--steps=6", "--checkpoint_every=2")
 RESTARTS = ("--max_restarts=2",)
-SOON = 90.0
-"""Seconds in which a run on GPUs ends that something has happened to: it starts, works and is ended."""
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=TWO_GPUS)]
 
 
 def on(*cases):
@@ -82,9 +83,9 @@ def test_a_lost_data_loading_process_costs_nothing(tmp_path):
     assert losses(tmp_path / "runs/run") == whole
 
 
-@pytest.mark.parametrize(("device", "strategy"), on(("zero3",), ("ddp",)))
-def test_preemption_saves_and_the_next_command_goes_on(device, strategy, tmp_path):
-    process = start(tmp_path, strategy, "--steps=4000", device=device)
+@pytest.mark.parametrize("device", DEVICES)
+def test_preemption_saves_and_the_next_command_goes_on(device, tmp_path):
+    process = start(tmp_path, "zero3", "--steps=4000", device=device)
     wait_for(lambda: rows_written(tmp_path / "runs/run") >= 2, "two steps", process)
     os.kill(process.pid, signal.SIGTERM)
     code, printed = finish(process)
@@ -135,14 +136,13 @@ def test_a_hanging_process_is_named(device, fault, tmp_path):
 @pytest.mark.parametrize(("device", "strategy"), on(("ddp",), ("zero2",)))
 def test_out_of_memory_on_one_process_ends_all_with_a_line(device, strategy, tmp_path):
     """The other one waits in a collective for what will not come; nothing but the line ends it."""
-    begun = time.monotonic()
     code, printed = finish(faulty(tmp_path, strategy, "oom@3:1", device=device))
     assert code != 0, printed[-3000:]
     (line,) = [line for line in printed.splitlines() if line.startswith("error:")]
     assert line.startswith("error: out of memory on process 1 (")
     assert "lower batch_size" in line
     assert [path.name for path in checkpoints(tmp_path / "runs/run/checkpoints")] == ["step-00000002"]
-    assert device == "cpu" or time.monotonic() - begun < SOON
+    assert "SIGKILL" not in printed  # as the launcher does with what does not end
 
 
 @pytest.mark.gpus(2)
