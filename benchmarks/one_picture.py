@@ -260,8 +260,10 @@ def forward_rows(options: argparse.Namespace, late: Callable[[], bool]) -> Itera
                 row["times row"] = ""
             before[name] = row
             yield row
-    if options.kernels and "row" in before:
-        print_kernels(lambda: nets["row"].run(before["row"]["pixels"]), options.device)
+    for name in ("row", "ranks") if options.kernels else ():
+        if name in before:
+            print(f"\nkernels of {name}")
+            print_kernels(functools.partial(nets[name].run, before[name]["pixels"]), options.device)
 
 
 def expected_seconds(last: dict[str, Any], tokens: int, power: float) -> float:
@@ -275,11 +277,11 @@ def slope(last: dict[str, Any], row: dict[str, Any]) -> float:
 
 
 def print_kernels(run: Callable[[], object], device: str) -> None:
-    """Where the time goes, by groups of kernels."""
+    """Where the time goes, by groups of kernels, of the first process. For all processes."""
     on_gpu = device == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiled:
         timed(run, device)
-    events = profiled.key_averages()
+    events = profiled.key_averages() if not dist.is_initialized() or dist.get_rank() == 0 else []
     for row in grouped(
         [(e.key, (e.self_device_time_total if on_gpu else e.self_cpu_time_total) / 1e3, e.count) for e in events]
     ):
