@@ -93,10 +93,10 @@ def attempt(options: argparse.Namespace, received: list[int]) -> int:
         while not group.wait(1):
             if received:
                 return 128 + received[0]
-        resources: dict[str, Any] = {"num_cpus": options.cpus, "num_gpus": options.gpus}
-        kind: Any = ray.remote(max_concurrency=2, **resources)(Host)
+        kind: Any = ray.remote(Host)
+        sizes = {"num_cpus": options.cpus, "num_gpus": options.gpus, "max_concurrency": 2}
         places = [PlacementGroupSchedulingStrategy(group, rank) for rank in range(options.hosts)]
-        hosts = [kind.options(scheduling_strategy=place).remote() for place in places]
+        hosts = [kind.options(**sizes, scheduling_strategy=place).remote() for place in places]
         ip, port = ray.get(hosts[0].address.remote())
         running = {each.run.remote(command(options, rank, ip, port)): rank for rank, each in enumerate(hosts)}
         return wait_for(running, hosts, received)
