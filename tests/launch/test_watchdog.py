@@ -113,20 +113,28 @@ with stop_requests() as stop, watchdog.Watchdog(accelerator, 1000.0, 1000.0, Non
 """
 
 
-def waiting_in_c(folder, does):
-    """Two processes, of which the second `does` something, and the first waits for it where it hears of nothing."""
-    environ = environment(PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'kernels'}")
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environ}
-    argv = [sys.executable, "-c", IN_C, str(folder)]
-    both = [subprocess.Popen([*argv, str(rank), does if rank else "waits"], **pipes) for rank in range(2)]
+@pytest.fixture
+def waiting_in_c(tmp_path):
+    """Two processes, of which the second does something, and the first waits for it where it hears of nothing."""
+    both = []
+
+    def begin(does):
+        environ = environment(PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'kernels'}")
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environ}
+        argv = [sys.executable, "-c", IN_C, str(tmp_path)]
+        both.extend(subprocess.Popen([*argv, str(rank), does if rank else "waits"], **pipes) for rank in range(2))
+        for each in both:
+            assert each.stdout.readline() == "ready\n"
+        return both
+
+    yield begin
     for each in both:
-        assert each.stdout is not None
-        assert each.stdout.readline() == "ready\n"
-    return both
+        each.kill()
+        each.communicate()
 
 
-def test_who_waits_for_a_lost_process_ends_when_it_is_told_to_stop(tmp_path):
-    first, second = waiting_in_c(tmp_path, "waits")
+def test_who_waits_for_a_lost_process_ends_when_it_is_told_to_stop(waiting_in_c):
+    first, second = waiting_in_c("waits")
     time.sleep(3)  # signs of life of both
     second.kill()
     first.terminate()
@@ -134,21 +142,17 @@ def test_who_waits_for_a_lost_process_ends_when_it_is_told_to_stop(tmp_path):
     assert first.returncode == LOST
     assert "error: process 1 of the run was lost, and process 0 was told to stop; --resume goes on" in err
     assert out == "last act\n"
-    second.communicate()
 
 
-def test_who_waits_goes_on_while_the_other_lives(tmp_path):
-    both = waiting_in_c(tmp_path, "waits")
+def test_who_waits_goes_on_while_the_other_lives(waiting_in_c):
+    both = waiting_in_c("waits")
     both[0].terminate()
     with pytest.raises(subprocess.TimeoutExpired):
         both[0].wait(10)  # five times as long as another one may be silent
-    for each in both:
-        each.kill()
-        each.communicate()
 
 
-def test_all_end_where_one_cannot_go_on(tmp_path):
-    first, second = waiting_in_c(tmp_path, "tells")
+def test_all_end_where_one_cannot_go_on(waiting_in_c):
+    first, second = waiting_in_c("tells")
     assert second.communicate(timeout=LIMIT)[0] == "error: no more\n"
     out, err = first.communicate(timeout=LIMIT)
     assert (first.returncode, second.returncode) == (USER_ERROR, USER_ERROR)
