@@ -21,7 +21,7 @@ from launch.run.folder import CHECKPOINTS, run_folder
 from launch.run.metrics import RunLog, Throughput, peak_memory_gb
 from launch.run.optim import build_optimizer, learning_rate
 from launch.run.randomness import seed_of
-from launch.run.training import Training, start_training
+from launch.run.training import SMALLER, Training, start_training
 from launch.state.checkpoint import TrainState, checkpoints
 from launch.state.sharding import fill, shape_of, zero_stage
 from pretrain.config import PretrainConfig
@@ -219,7 +219,7 @@ def recompute_level(config: PretrainConfig, accelerator: Accelerator, pictures: 
 def what_fits(config: PretrainConfig, accelerator: Accelerator, level: Recompute) -> str:
     """What to change where the memory does not suffice, in words."""
     if accelerator.device.type != "cuda":
-        return "lower batch_size, or raise accumulation"
+        return SMALLER
     total = torch.cuda.get_device_properties(accelerator.device).total_memory
     free, _ = torch.cuda.mem_get_info(accelerator.device)
     memory = min(total, free + torch.cuda.memory_reserved(accelerator.device))  # others may have the rest

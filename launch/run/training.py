@@ -38,6 +38,8 @@ from vim_backbone.errors import UserError, first_line
 from vim_backbone.files import append_lines, json_line
 
 BAD_STEPS = "bad_steps.jsonl"
+SMALLER = "lower batch_size, raise accumulation, or set model.recompute to products"
+"""What helps where nobody has counted what fits."""
 
 
 @contextmanager
@@ -53,7 +55,7 @@ def start_training(
     micro_batch: int,
     clip_grad: float = 0.0,
     ema_decay: float | None = None,
-    remedy: Callable[[], str] = lambda: "lower batch_size",
+    remedy: Callable[[], str] = lambda: SMALLER,
 ) -> Iterator["Training"]:
     """Build model and optimizer for the strategy, fill them from the checkpoint, and watch the run inside the block.
 
