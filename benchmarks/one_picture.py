@@ -18,7 +18,8 @@ that of the logarithms of ms and tokens, from the row before: 1 is linear, 2 is 
 slope of its net, would take longer than `--cap`.
 
 Under torchrun `--ranks` measures one sequence over all processes (vim_backbone/stretch.py), each with as many rows of
-patches, beside the row that each process takes by itself: ms of the slowest, GB of the first.
+patches, beside the row that each process takes by itself: ms of the slowest, GB of the first. A process that is out of
+memory amid their exchange ends all, with the rows before it written.
 
 `--train` takes masked training steps (forward, backward, AdamW) in place of forward passes, full and pooled, at the
 levels of `model.recompute` in `--levels`; what does not fit in the memory says so. `--check` compares rows of so many
@@ -31,6 +32,7 @@ import functools
 import gc
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -158,8 +160,12 @@ class Net:
         grid, rank, processes = self.model.config.grid(size, size), dist.get_rank(), dist.get_world_size()
         rows = [rows_of(grid, each, processes) for each in range(processes)]
         stretch = Stretch(tuple(len(own) * grid[1] for own in rows), rank)
-        tokens = [embed_by_window(self.model, grid, self.read, self.window, rows[rank])]
-        return encode_stretch(self.model, tokens.pop(), stretch)[1]
+        try:
+            tokens = [embed_by_window(self.model, grid, self.read, self.window, rows[rank])]
+            return encode_stretch(self.model, tokens.pop(), stretch)[1]
+        except torch.OutOfMemoryError:  # the others wait for it, at a place that no exchange with them would meet
+            print(f"ranks at {size} px: out of memory on process {rank}, which ends all", file=sys.stderr, flush=True)
+            os._exit(1)
 
     def read(self, window: Window) -> Tensor:
         """The same pixels for every window."""
@@ -168,16 +174,26 @@ class Net:
 
 
 def timed(run: Callable[[], object], device: str) -> float:
-    """Seconds of one run, where there are several processes of the slowest."""
+    """Seconds of one run, where there are several processes of the slowest.
+
+    Raises torch.OutOfMemoryError on all processes where one is out of memory.
+    """
     if dist.is_initialized():
         dist.barrier()
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
-    run()
+    failure: torch.OutOfMemoryError | None = None
+    try:
+        run()
+    except torch.OutOfMemoryError as error:
+        failure = torch.OutOfMemoryError(str(error))  # without what holds the memory
     if device == "cuda":
         torch.cuda.synchronize()
-    return slowest(time.perf_counter() - start, device)
+    seconds = slowest(math.inf if failure else time.perf_counter() - start, device)
+    if seconds == math.inf:
+        raise failure or torch.OutOfMemoryError("on another process")
+    return seconds
 
 
 def slowest(seconds: float, device: str) -> float:
@@ -232,18 +248,22 @@ def forward_rows(options: argparse.Namespace, late: Callable[[], bool]) -> Itera
             try:
                 row |= measure(functools.partial(net.run, size), options)
             except torch.OutOfMemoryError:
-                print(f"{name} at {size} px: out of memory", flush=True)
+                if not dist.is_initialized() or dist.get_rank() == 0:
+                    print(f"{name} at {size} px: out of memory", flush=True)
                 continue
             row["M tokens/s"] = _rounded(tokens / row["ms"] / 1e3)
             row["slope"] = _rounded(slope(last, row)) if last else ""
             if name == "ranks":
-                row["times row"] = _rounded(before["row"]["ms"] / row["ms"]) if "row" in before else ""
+                alone = before.get("row", {"pixels": 0})
+                row["times row"] = _rounded(alone["ms"] / row["ms"]) if alone["pixels"] == size else ""
             elif options.ranks:
                 row["times row"] = ""
             before[name] = row
             yield row
-    if options.kernels and "row" in before:
-        print_kernels(lambda: nets["row"].run(before["row"]["pixels"]), options.device)
+    for name in ("row", "ranks") if options.kernels else ():
+        if name in before:
+            print(f"\nkernels of {name}")
+            print_kernels(functools.partial(nets[name].run, before[name]["pixels"]), options.device)
 
 
 def expected_seconds(last: dict[str, Any], tokens: int, power: float) -> float:
@@ -257,11 +277,11 @@ def slope(last: dict[str, Any], row: dict[str, Any]) -> float:
 
 
 def print_kernels(run: Callable[[], object], device: str) -> None:
-    """Where the time goes, by groups of kernels."""
+    """Where the time goes, by groups of kernels, of the first process. For all processes."""
     on_gpu = device == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiled:
         timed(run, device)
-    events = profiled.key_averages()
+    events = profiled.key_averages() if not dist.is_initialized() or dist.get_rank() == 0 else []
     for row in grouped(
         [(e.key, (e.self_device_time_total if on_gpu else e.self_cpu_time_total) / 1e3, e.count) for e in events]
     ):

@@ -9,7 +9,8 @@ numbers too, and what stands behind `--` are settings of pretrain/main.py, as in
 Each row is a run of the product. Memory of a CPU process is counted in tensors and allocations, so that it is exact on
 a busy machine, and of a GPU in what PyTorch's allocator gave out; seconds are medians and shown as ratios too. The
 theory is launch/planning/memory.py. `--batch-size` is that of one process: more of them do more. `--profile` writes
-where the Python of a step spends its time, into `--out`, and `--checkpoints` what one costs.
+where the Python of a step spends its time, into `--out`, and `--checkpoints` what one costs. The longest step is one
+with a checkpoint where the settings ask for some, as `--checkpoint_every 8 --async_checkpoints false`.
 """
 
 import argparse
@@ -60,7 +61,9 @@ def parse_options() -> argparse.Namespace:
         "--zero", type=json.loads, metavar="JSON", help="more settings of DeepSpeed's zero_optimization"
     )
     parser.add_argument("--profile", action="store_true", help="write profile-STRATEGY-PROCESSES.txt into --out")
-    parser.add_argument("--checkpoints", action="store_true", help="also what one costs")
+    parser.add_argument(
+        "--checkpoints", type=int, nargs="?", const=5, metavar="TIMES", help="also what one costs, the median of 5"
+    )
     parser.add_argument("--seconds", type=float, default=600.0, help="end a run that takes longer, and go on")
     parser.add_argument("--out", type=Path, help="folder for scaling.csv, and for profiles")
     parser.add_argument("settings", nargs="*", help="of pretrain/main.py, behind --")
@@ -127,8 +130,8 @@ def strategies(where: Path, options: argparse.Namespace) -> list[dict[str, Any]]
     backend = "triton" if options.device == "cuda" else "cpu"
     model = planned_footprints(architecture, config.method, [work], dtype, backend=backend)[0]
     print(f"{model.parameters / 1e6:.2f} M parameters, batch {options.batch_size} of each process")
-    names = ("strategy", "processes", "s / step", "times the first", "pictures / s", "efficiency", "waiting", "held MB",
-             "theory", "peak MB", "plan.py", "sent MB", "start s")  # fmt: skip
+    names = ("strategy", "processes", "s / step", "longest s", "times the first", "pictures / s", "efficiency",
+             "waiting", "held MB", "theory", "peak MB", "plan.py", "sent MB", "start s")  # fmt: skip
     print(f"| {' | '.join(names)} |\n{'|---' * len(names)}|", flush=True)
     rows: list[dict[str, Any]] = []
     for processes in options.processes:
@@ -144,7 +147,7 @@ def strategies(where: Path, options: argparse.Namespace) -> list[dict[str, Any]]
             first = rows[0] if rows else {"seconds": measured["step_seconds"], "processes": processes}
             rows.append({
                 "strategy": share.strategy, "processes": processes, "seconds": measured["step_seconds"],
-                "relative": measured["step_seconds"] / first["seconds"],
+                "longest": measured["longest_seconds"], "relative": measured["step_seconds"] / first["seconds"],
                 "pictures": options.batch_size * processes / measured["step_seconds"],
                 "efficiency": first["seconds"] / measured["step_seconds"] if first["processes"] == 1 else "",
                 "waiting": measured["waiting"], "held": measured["held"] / 1e6, "theory": held / 1e6,
@@ -174,7 +177,7 @@ def checkpoint_costs(where: Path, step_seconds: float, options: argparse.Namespa
     state.optimizer.step()
     parts: dict[str, list[float]] = {"copy": [], "write": [], "verify": [], "load": []}
     size = 0.0
-    for number in range(5):
+    for number in range(options.checkpoints):
         times = [time.perf_counter()]
         copied = snapshot(state)
         times.append(time.perf_counter())

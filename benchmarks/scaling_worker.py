@@ -102,7 +102,8 @@ def read(self):
 
 
 def publish(run):
-    measured["step_seconds"] = median(b - a for a, b in itertools.pairwise(times))
+    steps = [b - a for a, b in itertools.pairwise(times)]
+    measured["step_seconds"], measured["longest_seconds"] = median(steps), max(steps)
     measured["waiting"] = median(waits[-2:])
     path = run.config.folder / f"process-{RANK}.json"
     path.write_text(json.dumps(measured))

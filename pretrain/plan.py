@@ -230,6 +230,37 @@ def fitting_level(
     return LEVELS[-1]
 
 
+def remedy(config: PretrainConfig, *, memory: float, processes: int, stage: int, level: Recompute) -> str:
+    """What to change where a process of this run was out of memory, in words that name the fields.
+
+    Args:
+        memory: bytes of each device, of which a tenth is left free.
+        stage: of ZeRO; 0 for none.
+        level: what of a block is made again in the run.
+    """
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    objective = config.method
+    largest = max(config.by_stage(), key=lambda each: each.batch_size * math.prod(each.architecture().img_size))
+    architecture = largest.architecture()
+    works: dict[Recompute, Work] = {each: objective.work(architecture, dtype.itemsize, each) for each in LEVELS}
+    models = dict(zip(works, planned_footprints(architecture, objective, works.values(), dtype), strict=True))
+    share = shares(models[level], processes)[stage]
+    pictures = max(1, largest.batch_size // processes)
+    now = max(1, pictures // config.accumulation)
+    needed = peak(models[level], share, now)
+    text = f"a forward pass of {now} pictures with model.recompute {level} is planned to take {needed / 1e9:.3g} GB"
+    found, batch = fastest(models, share, 0.9 * memory, pictures, works[level].stacks[0].tokens)
+    if needed <= 0.9 * memory:
+        return f"{text}, which should fit into {memory / 1e9:.3g} GB: see what else is on the GPU, or lower batch_size"
+    text += f" of {memory / 1e9:.3g} GB"
+    if batch == 0:
+        return f"{text}, and no batch fits: launch with launch/accelerate/zero3.yaml, or lower model.img_size"
+    return (
+        f"{text}; what fits is --model.recompute {found} --accumulation {pictures // batch} ({batch} pictures), "
+        "or a lower batch_size"
+    )
+
+
 def micro_batch(model: Footprint, share: Share, memory: float, pictures: int, common: int | None = None) -> int:
     """The largest divisor of the pictures of a process and step that fits into memory; 0 for none.
 

@@ -21,7 +21,7 @@ from launch.run.folder import CHECKPOINTS, run_folder
 from launch.run.metrics import RunLog, Throughput, peak_memory_gb
 from launch.run.optim import build_optimizer, learning_rate
 from launch.run.randomness import seed_of
-from launch.run.training import Training, start_training
+from launch.run.training import SMALLER, Training, start_training
 from launch.state.checkpoint import TrainState, checkpoints
 from launch.state.sharding import fill, shape_of, zero_stage
 from pretrain.config import PretrainConfig
@@ -29,7 +29,7 @@ from pretrain.data import Batch, DataConfig, View, Views, build_loader, collate
 from pretrain.initial import initial_weights
 from pretrain.objective import Objective
 from pretrain.packs import STARTS, Packs, PackSampler
-from pretrain.plan import fitting_level
+from pretrain.plan import fitting_level, remedy
 from pretrain.report import REPORT, write_report
 from pretrain.stages import Stage, pixels_of, stage_at
 from pretrain.watching.evaluate import patch_features
@@ -106,6 +106,7 @@ def pretrain(config: PretrainConfig) -> Path:
             micro_batch=max(stage.plan.micro_batch for stage in stages),
             clip_grad=config.optim.clip_grad,
             ema_decay=config.ema_decay,
+            remedy=partial(what_fits, config, accelerator, level),
         ) as training:
             initial.clear()  # they are in the model; under ZeRO-3 no process is to hold all of it
             first = training.state.step
@@ -213,6 +214,18 @@ def recompute_level(config: PretrainConfig, accelerator: Accelerator, pictures: 
     memory = torch.cuda.get_device_properties(accelerator.device).total_memory
     processes, stage = accelerator.num_processes, zero_stage(accelerator)
     return fitting_level(config, memory=memory, processes=processes, stage=stage, pictures=pictures)
+
+
+def what_fits(config: PretrainConfig, accelerator: Accelerator, level: Recompute) -> str:
+    """What to change where the memory does not suffice, in words."""
+    if accelerator.device.type != "cuda":
+        return SMALLER
+    total = torch.cuda.get_device_properties(accelerator.device).total_memory
+    free, _ = torch.cuda.mem_get_info(accelerator.device)
+    memory = min(total, free + torch.cuda.memory_reserved(accelerator.device))  # others may have the rest
+    return remedy(
+        config, memory=memory, processes=accelerator.num_processes, stage=zero_stage(accelerator), level=level
+    )
 
 
 def build_model(config: PretrainConfig, initial: Mapping[str, Tensor] | None = None) -> nn.Module:

@@ -34,7 +34,14 @@ LARGEST = (
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first: started last, one of them would run alone while the other processes have nothing."""
+    """The longest files first: started last, one of them would run alone while the other processes have nothing.
+
+    What needs GPUs is skipped where there are fewer.
+    """
+    for item in items:
+        marker = item.get_closest_marker("gpus")
+        if marker is not None and torch.cuda.device_count() < marker.args[0]:
+            item.add_marker(pytest.mark.skip(reason=f"needs {marker.args[0]} GPUs"))
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     places = {name: place for place, name in enumerate(LARGEST)}
     items.sort(key=lambda item: (item.path not in slow, places.get(item.path.name, len(LARGEST))))

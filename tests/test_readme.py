@@ -17,6 +17,7 @@ import torch
 from tests.band_files import write_scenes
 from tests.launch.preloaded import Popen
 from tests.launch.real import environment
+from tests.launch.slurm import submit
 from tests.teachers import write_teacher
 from tests.vim_backbone import official
 from tests.waiting import LIMIT
@@ -55,6 +56,14 @@ def assert_runs(line, where):
     words = shlex.split(line)
     settings = dict(word.split("=", 1) for word in itertools.takewhile(lambda word: "=" in word, words))
     program, *argv = words[len(settings) :]
+    if program == "sbatch":
+        while not argv[0].endswith(".sbatch"):
+            argv = argv[1:]
+        assert argv[0] == "launch/slurm/pretrain.sbatch"
+        job = submit(where, *argv[1:])
+        _, err = job.communicate(timeout=LIMIT)
+        assert job.returncode == 0, f"{line}\n{err}"
+        return
     modules = {"python": [], "accelerate": ["-m", "accelerate.commands.accelerate_cli"]}
     process = Popen([sys.executable, *modules[program], *argv], where, environment(**settings))
     _, err = process.communicate(LIMIT)
@@ -93,6 +102,9 @@ def test_all_other_commands(place, picture_folder):
             or {"finetune", "geotiffs", "scenes"} & words_of(line)
         ):
             continue
+        if "sbatch" in words_of(line):
+            line = re.sub(r" --(steps|accumulation) \d+", "", line)
+            line += f" {SMALL} --model.img_size=32 --model.patch_size=8 --accumulation=1 --steps=1"
         if "pretrain/main.py" in line and "--help" not in line:
             line = re.sub(r" --steps \d+", "", line.replace("--model.img_size 224", "--model.img_size 32"))
             line = line.replace("--eval.share 0.02", "--eval.share 0.3")  # of ten pictures

@@ -86,11 +86,11 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int
         if isinstance(error, SilentError) or os.environ.get("RANK", "0") != "0":
             time.sleep(SILENT_SECONDS)  # the launcher ends all when one ends, the one that prints among them
         if not isinstance(error, SilentError):
-            _print_error(f"error: {error}")
+            print_error(f"error: {error}")
         return 2
     except Stopped as stopped:
         if not stopped.quiet:
-            _print_error(str(stopped))
+            print_error(str(stopped))
         return 128 + stopped.signal
     except KeyboardInterrupt:
         kill_children()
@@ -99,7 +99,7 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int
         line = _known_fault(error)
         if line is None or "--debug" in argv:
             raise
-        _print_error(f"error: {line}")
+        print_error(f"error: {line}")
         sys.stderr.flush()
         os._exit(1)  # what is left of the process group would wait for the lost process
     return 0
@@ -197,7 +197,8 @@ def _source(types: dict[str, str]) -> str:
     return "pictures as --data.source FOLDER" if "data.source" in types else "--help lists all"
 
 
-def _print_error(line: str) -> None:
+def print_error(line: str) -> None:
+    """Print a line for the user, and leave it to torchrun's table."""
     line = escaped(line)
     with contextlib.suppress(OSError):  # the terminal was closed
         print(line, file=sys.stderr, flush=True)  # noqa: T201 - command line

@@ -64,7 +64,11 @@ class RunLog:
         if value is not None:
             with suppress(OSError):  # the reason may be the disk itself
                 self._note(f"ended: {first_line(value) or type(value).__name__}")
-        self.accelerator.end_training()
+        if value is None or self.accelerator.num_processes == 1:
+            self.accelerator.end_training()
+            return
+        for tracker in self.accelerator.trackers:  # to take the group apart would wait for what the others never send
+            tracker.finish()
 
     def say(self, line: str) -> None:
         """Print one line above the progress bar, on the main process, and note it in the run's log.

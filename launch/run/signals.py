@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -32,6 +32,8 @@ class StopRequest:
 
     received: int | None = None
     _since = 0.0
+    _arrived = False
+    _pipe: int | None = None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Note the signal; a second Ctrl-C ends the process at once.
@@ -43,6 +45,31 @@ class StopRequest:
             self.received, self._since = number, time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self._since > SAME_REQUEST_SECONDS:
             raise KeyboardInterrupt
+
+    def arrived(self) -> bool:
+        """Whether a signal has come, be it one that Python has not noted yet.
+
+        It does so in the main thread alone, which may wait for a GPU that waits for another process. For one thread.
+        """
+        if self._pipe is not None:
+            with suppress(BlockingIOError):
+                self._arrived |= any(number in STOPPING for number in os.read(self._pipe, 4096))
+        return self._arrived or self.received is not None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Have Python write down the numbers of signals as they come."""
+        self._pipe, end = os.pipe()
+        for each in (self._pipe, end):
+            os.set_blocking(each, False)
+        before = signal.set_wakeup_fd(end, warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            pipe, self._pipe = self._pipe, None
+            os.close(pipe)
+            os.close(end)
 
 
 @contextmanager
@@ -59,7 +86,8 @@ def stop_requests() -> Iterator[StopRequest]:
     before = {number: signal.signal(number, request) for number in STOPPING if not (nohup and number == signal.SIGHUP)}
     stop_with_launcher()
     try:
-        yield request
+        with request.listening():
+            yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -12,6 +12,7 @@ A caller's loop:
 """
 
 import signal
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -23,6 +24,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from launch.run.accelerator import SilentError, configure_zero, fit_buffers, on_main
+from launch.run.cli import print_error
 from launch.run.config import RunConfig
 from launch.run.folder import CHECKPOINTS
 from launch.run.guard import Guard, take_only
@@ -32,10 +34,12 @@ from launch.run.watchdog import Watchdog
 from launch.state.checkpoint import Checkpoint, TrainState, snapshot
 from launch.state.sharding import WeightAverage, build_sharded, whole_tensors, zero_stage
 from launch.state.writer import CheckpointWriter
-from vim_backbone.errors import UserError
+from vim_backbone.errors import UserError, first_line
 from vim_backbone.files import append_lines, json_line
 
 BAD_STEPS = "bad_steps.jsonl"
+SMALLER = "lower batch_size, raise accumulation, or set model.recompute to products"
+"""What helps where nobody has counted what fits."""
 
 
 @contextmanager
@@ -51,6 +55,7 @@ def start_training(
     micro_batch: int,
     clip_grad: float = 0.0,
     ema_decay: float | None = None,
+    remedy: Callable[[], str] = lambda: SMALLER,
 ) -> Iterator["Training"]:
     """Build model and optimizer for the strategy, fill them from the checkpoint, and watch the run inside the block.
 
@@ -64,10 +69,16 @@ def start_training(
         micro_batch: samples of one forward pass of one process.
         clip_grad: largest gradient norm; 0 does not clip.
         ema_decay: averages the weights with this factor.
+        remedy: what the user can do where the memory of a GPU does not suffice; asked for where it does not.
+
+    Raises UserError where a process is out of memory; the others of the run then end too.
     """
     saved = on_main(accelerator, lambda: Checkpoint(checkpoint)) if checkpoint is not None else None
-    watchdog = Watchdog(accelerator, config.hang_seconds, config.start_seconds)
-    with stop_requests() as stop, watchdog:
+    with (
+        stop_requests() as stop,
+        Watchdog(accelerator, config.hang_seconds, config.start_seconds, config.folder, stop) as watchdog,
+        ended_out_of_memory(watchdog, remedy, config.debug),
+    ):
         configure_zero(accelerator, config.precision, micro_batch, clip_grad)
         model = build_sharded(accelerator, build, unit)
         if zero_stage(accelerator) != 3:
@@ -75,6 +86,33 @@ def start_training(
         ema = WeightAverage(model, ema_decay) if ema_decay else None
         state = TrainState(model, optimizer_of(model), ema)
         yield Training(config, accelerator, total_steps, saved, state, unit, clip_grad, stop, watchdog)
+
+
+@contextmanager
+def ended_out_of_memory(watchdog: Watchdog, remedy: Callable[[], str], debug: bool = False) -> Iterator[None]:
+    """Turn the end of a GPU's memory inside the block into a line, and end all processes of the run.
+
+    Raises UserError where there is one process. One of several ends here: what unwinds would wait for the others.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        who = f" on process {watchdog.rank}" if watchdog.world > 1 else ""
+        line = f"out of memory{who} ({first_line(error)[:120]}): {remedy()}; --resume auto goes on"
+        if watchdog.world == 1:
+            raise UserError(line) from error
+        print_error(f"error: {line}")
+        if debug:
+            traceback.print_exception(error)
+        watchdog.end_all()
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Of PyTorch, or of a library of CUDA that it calls."""
+    signs = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 
 class _Step(NamedTuple):
@@ -117,6 +155,7 @@ class Training:
         asynchronous = config.async_checkpoints
         self._writer = CheckpointWriter(folder, config.keep_checkpoints, config.keep_every, asynchronous)
         self._stop, self._watchdog = stop, watchdog
+        watchdog.last_act = self._writer.wait
         self._clip_grad = clip_grad
         self._losses: list[Tensor] = []
         self._unsettled: _Step | None = None

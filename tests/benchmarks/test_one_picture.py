@@ -10,6 +10,7 @@ import torch
 from benchmarks import one_picture
 from benchmarks.long_rows import long_mixer, packed_row_errors, random_weights
 from tests.kernels.oracle import mixer_core
+from tests.launch.real import ROOT, TWO_GPUS, begin, environment, finish, free_port
 from vim_kernels import ScanWeights
 
 
@@ -67,3 +68,35 @@ def test_training_has_a_row_for_each_scan(run):
 
 def test_what_would_take_too_long_is_known_before():
     assert one_picture.expected_seconds({"ms": 500.0, "tokens": 100}, 400, 2.0) == pytest.approx(8.0)
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=TWO_GPUS)]
+
+
+def ranks_without_memory(device, where, net):
+    """Exit code, what was printed and the rows of two processes, of which one has too little memory at 96 pixels."""
+    argv = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}",
+            "-m", "tests.benchmarks.ranks", "--ranks", "--device", device, "--depth", "1", "--each", "0",
+            "--sizes", "64", "96", "--out", str(where)]  # fmt: skip
+    env = environment(device, PYTHONPATH=f"{ROOT}:{ROOT / 'kernels'}", OUT_OF_MEMORY=f"{net}:1")
+    code, printed = finish(begin(argv, ROOT, env, device))
+    rows = list(csv.DictReader((where / "one_picture.csv").open()))
+    return code, printed, [(row["net"], row["pixels"]) for row in rows]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_row_too_large_for_one_process_is_left_out_by_all(device, tmp_path):
+    code, printed, rows = ranks_without_memory(device, tmp_path, "row")
+    assert code == 0, printed[-3000:]
+    assert "row at 96 px: out of memory" in printed
+    assert rows == [("row", "64"), ("ranks", "64"), ("ranks", "96")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_stretch_too_large_for_one_process_ends_all(device, tmp_path):
+    code, printed, rows = ranks_without_memory(device, tmp_path, "ranks")
+    assert code != 0
+    assert "ranks at 96 px: out of memory on process 1" in printed
+    assert rows == [("row", "64"), ("ranks", "64"), ("row", "96")]

@@ -1,7 +1,8 @@
 """pretrain/main.py with faults planted: FAULTS is `kind@step:rank`, comma-separated. Run by the tests of faults.
 
 kinds: nan (the loss), spike (the loss times 100), hang, wait (until the run's folder has a file `go`), stop (SIGSTOP),
-loader (kill -9 of a data-loading process), kill (kill -9 of itself, once in the life of the run).
+loader (kill -9 of a data-loading process), kill (kill -9 of itself, once in the life of the run), oom (out of memory in
+the backward pass, while other processes send gradients).
 IDS names a file that takes the samples of each step.
 """
 
@@ -14,6 +15,8 @@ import time
 from pathlib import Path
 
 sys.path[:1] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "kernels")]
+
+import torch
 
 from launch.run.cli import leave, run
 from pretrain import main, train
@@ -36,6 +39,7 @@ def checked(run, batch):
         os.kill(children[0].pid, signal.SIGKILL)
         time.sleep(0.5)
     while due("wait", step) and not (run.config.folder / "go").exists():
+        (run.config.folder / "waits").touch()
         time.sleep(0.05)
     if due("hang", step):
         time.sleep(1000)
@@ -50,6 +54,10 @@ def checked(run, batch):
 
 def backward(self, loss):
     step = self.state.step + 1
+    if due("oom", step):
+        if not loss.is_cuda:
+            raise torch.OutOfMemoryError("planted")
+        torch.empty(2**45, device=loss.device)
     if due("spike", step):
         loss = loss * 100
     return original_backward(self, loss * float("nan") if due("nan", step) else loss)

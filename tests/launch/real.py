@@ -1,4 +1,4 @@
-"""Starts real runs in processes of their own, as a user does, on two CPU processes with gloo."""
+"""Starts real runs in processes of their own, as a user does: two on CPU, with gloo, or on two GPUs, with NCCL."""
 
 import os
 import shutil
@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from tests.launch.preloaded import Popen
 from tests.rows import read_metrics
@@ -19,6 +21,7 @@ SMALL = ["--model.img_size=32", "--model.depth=2", "--decoder.width=32", "--deco
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch")
 PROGRAMS = Path(sys.executable).parent
+TWO_GPUS = pytest.mark.gpus(2)
 NO_COMPILER = shutil.which(os.environ.get("CXX", "c++")) is None
 
 
@@ -28,11 +31,22 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def environment(**more: str) -> dict[str, str]:
+def environment(device: str = "cpu", **more: str) -> dict[str, str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHONPATH", "ACCELERATE", "TORCHELASTIC"))}
     path = f"{PROGRAMS}:{os.environ['PATH']}"  # as after `source .venv/bin/activate`
+    if device == "cuda":
+        return clean | {"OMP_NUM_THREADS": "1", "PATH": path} | more
     waits = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": f"{LIMIT:.0f}"}
-    return clean | waits | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": path} | more
+    no_gpu = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return clean | waits | no_gpu | {"OMP_NUM_THREADS": "1", "PATH": path} | more
+
+
+def begin(argv: list[str], where: Path, env: dict[str, str], device: str = "cpu") -> Popen | subprocess.Popen[str]:
+    if device == "cpu":
+        return Popen(argv, where, env)
+    # a fork of a process that has looked for GPUs may use none
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(argv, cwd=where, env=env, text=True, start_new_session=True, **pipes)
 
 
 def command(strategy: str, *argv: str, script: Path | None = None, launcher: tuple[str, ...] = ()) -> list[str]:
@@ -45,14 +59,16 @@ def command(strategy: str, *argv: str, script: Path | None = None, launcher: tup
     return [*launch, *run]
 
 
-def extra(strategy: str) -> dict[str, str]:
-    return {"ACCELERATE_USE_CPU": "true"} if strategy == "ddp" else {}
+def extra(strategy: str, device: str = "cpu") -> dict[str, str]:
+    return {"ACCELERATE_USE_CPU": "true"} if (strategy, device) == ("ddp", "cpu") else {}
 
 
-def start(where: Path, strategy: str, *argv: str, env: dict[str, str] | None = None, **options) -> Popen:
+def start(
+    where: Path, strategy: str, *argv: str, env: dict[str, str] | None = None, device: str = "cpu", **options
+) -> Popen | subprocess.Popen[str]:
     where.mkdir(parents=True, exist_ok=True)
-    environ = environment(**(extra(strategy) | (env or {})))
-    return Popen(command(strategy, *argv, **options), where, environ)
+    environ = environment(device, **(extra(strategy, device) | (env or {})))
+    return begin(command(strategy, *argv, **options), where, environ, device)
 
 
 def finish(process: subprocess.Popen | Popen) -> tuple[int, str]:

@@ -1,6 +1,8 @@
 """A run's steps on one process: accumulated, clipped, averaged, bad ones passed over, resumed in one act."""
 
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from launch.run.accelerator import build_accelerator
 from launch.run.config import RunConfig
 from launch.run.folder import open_run
 from launch.run.guard import GuardConfig
-from launch.run.training import start_training
+from launch.run.training import ended_out_of_memory, start_training
 from vim_backbone import UserError
 
 
@@ -130,3 +132,24 @@ def test_a_resumed_run_is_the_same(tmp_path, late):
     weights, rest, _ = train(tmp_path, "other", ema_decay=0.9, checkpoint=middle, late=late)
     assert rest == norms[2:]
     assert all(torch.equal(weights[name], whole[name]) for name in whole)
+
+
+ALONE: Any = SimpleNamespace(world=1, rank=0)  # a watchdog
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"),
+     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+     RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")],
+)  # fmt: skip
+def test_out_of_memory_is_a_line_with_what_to_do(error):
+    words = r"^out of memory \(.*\): do this; --resume auto goes on$"
+    with pytest.raises(UserError, match=words) as caught, ended_out_of_memory(ALONE, lambda: "do this"):
+        raise error
+    assert "\n" not in str(caught.value)
+
+
+def test_another_error_is_none_of_memory():
+    with pytest.raises(RuntimeError, match="mat1 and mat2"), ended_out_of_memory(ALONE, lambda: "do this"):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from launch.run.watchdog import HUNG, RunningTime, Watchdog
+from launch.run.watchdog import HUNG, LOST, USER_ERROR, RunningTime, Watchdog
 from tests.launch.real import ROOT, environment
 from tests.waiting import LIMIT, patience, wait_for
 
@@ -90,3 +90,70 @@ def test_a_suspended_run_goes_on_when_it_wakes(pause, code):
     process.send_signal(signal.SIGCONT)
     assert process.wait(LIMIT) == code
     assert process.stdout.read().endswith("done\n") == (code == 0)
+
+
+IN_C = """
+import hashlib, os, signal, sys, threading, time
+from types import SimpleNamespace
+import torch.distributed as dist
+from launch.run import watchdog
+from launch.run.signals import stop_requests
+folder, rank = sys.argv[1], int(sys.argv[2])
+watchdog.LOST_SECONDS = 2.0
+dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+accelerator = SimpleNamespace(process_index=rank, num_processes=2)
+with stop_requests() as stop, watchdog.Watchdog(accelerator, 1000.0, 1000.0, None, stop) as dog:
+    print("ready", flush=True)
+    if sys.argv[3] == "tells":
+        time.sleep(3)
+        print("error: no more", flush=True)
+        dog.end_all()
+    dog.last_act = lambda: print("last act", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # as a wait for a GPU, and no handler of Python's runs meanwhile
+"""
+
+
+@pytest.fixture
+def waiting_in_c(tmp_path):
+    """Two processes, of which the second does something, and the first waits for it where it hears of nothing."""
+    both = []
+
+    def begin(does):
+        environ = environment(PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'kernels'}")
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environ}
+        argv = [sys.executable, "-c", IN_C, str(tmp_path)]
+        both.extend(subprocess.Popen([*argv, str(rank), does if rank else "waits"], **pipes) for rank in range(2))
+        for each in both:
+            assert each.stdout.readline() == "ready\n"
+        return both
+
+    yield begin
+    for each in both:
+        each.kill()
+        each.communicate()
+
+
+def test_who_waits_for_a_lost_process_ends_when_it_is_told_to_stop(waiting_in_c):
+    first, second = waiting_in_c("waits")
+    time.sleep(3)  # signs of life of both
+    second.kill()
+    first.terminate()
+    out, err = first.communicate(timeout=LIMIT)
+    assert first.returncode == LOST
+    assert "error: process 1 of the run was lost, and process 0 was told to stop; --resume goes on" in err
+    assert out == "last act\n"
+
+
+def test_who_waits_goes_on_while_the_other_lives(waiting_in_c):
+    both = waiting_in_c("waits")
+    both[0].terminate()
+    with pytest.raises(subprocess.TimeoutExpired):
+        both[0].wait(10)  # five times as long as another one may be silent
+
+
+def test_all_end_where_one_cannot_go_on(waiting_in_c):
+    first, second = waiting_in_c("tells")
+    assert second.communicate(timeout=LIMIT)[0] == "error: no more\n"
+    out, err = first.communicate(timeout=LIMIT)
+    assert (first.returncode, second.returncode) == (USER_ERROR, USER_ERROR)
+    assert (out, err) == ("last act\n", "")

@@ -1,5 +1,6 @@
 """The planner against what real steps allocate, and the command that it prints."""
 
+import re
 import shlex
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from pretrain.config import ModelConfig, PretrainConfig
 from pretrain.mae.objective import MAE
 from pretrain.masked import DecoderConfig, split_patches
 from pretrain.masking import MaskConfig
-from pretrain.plan import fastest, fitting_level, main, planned_footprints
+from pretrain.plan import fastest, fitting_level, main, planned_footprints, remedy
 from pretrain.train import build_model, recompute_level
 from vim_backbone import UserError, named_config
 from vim_backbone.memory import LEVELS
@@ -130,6 +131,22 @@ def test_a_run_takes_the_fastest_level_that_fits_its_gpu(monkeypatch):
     assert recompute_level(config, on_gpu, 16) == "states"  # pyright: ignore[reportArgumentType]
     on_gpu.device = torch.device("cpu")
     assert recompute_level(config, on_gpu, 16) == "inputs"  # pyright: ignore[reportArgumentType]
+
+
+def test_what_a_run_out_of_memory_can_change_is_named():
+    """Its remedy is what the planner takes for the same memory, and fits by its own count."""
+    model = ModelConfig(name="vim_large", img_size=224, patch_size=None, depth=None)
+    config = PretrainConfig(model=model, precision="bf16", batch_size=4096, accumulation=2)
+    sizes = {"processes": 2, "stage": 2, "level": "none"}
+    line = remedy(config, memory=80e9, **sizes)
+    found = re.search(r"pass of 1024 pictures with model.recompute none .* what fits is --model.recompute (\w+) "
+                      r"--accumulation (\d+) \((\d+) pictures\), or a lower batch_size$", line)  # fmt: skip
+    assert found is not None, line
+    level, passes, pictures = found[1], int(found[2]), int(found[3])
+    assert passes * pictures * 2 == 4096
+    assert fitting_level(config, memory=80e9, processes=2, stage=2, pictures=pictures) == level
+    assert "should fit into 8e+03 GB" in remedy(config, memory=8e12, **sizes)
+    assert "no batch fits: launch with launch/accelerate/zero3.yaml" in remedy(config, memory=1e9, **sizes)
 
 
 def test_half_the_visible_patches_save_nothing_in_the_decoder():

@@ -1,4 +1,7 @@
-"""What a process of test_stretch does: `python -m tests.vim_backbone.stretches FOLDER RANK PROCESSES`: errors.json."""
+"""What a process of test_stretch does: writes errors.json.
+
+`python -m tests.vim_backbone.stretches FOLDER RANK PROCESSES DTYPE`; bfloat16 is that of the products, by autocast.
+"""
 
 import json
 import sys
@@ -156,7 +159,7 @@ def worst_ddp(group: Any, rank: int, device: str) -> float:
     return max(relative(model.get_parameter(name).grad, gradient) for name, gradient in expected.items())
 
 
-def main(folder: str, rank: int, world: int) -> None:
+def main(folder: str, rank: int, world: int, dtype: torch.dtype) -> None:
     """All cases with two processes, then with four; with two in all, on GPUs where each has one."""
     torch.set_num_threads(1)
     on_gpus = world == 2 and torch.cuda.device_count() >= 2
@@ -169,6 +172,8 @@ def main(folder: str, rank: int, world: int) -> None:
     if world == 4:
         groups = {2: [dist.new_group([0, 1]), dist.new_group([2, 3])][rank // 2], 4: dist.group.WORLD}
     errors: dict[str, float] = {}
+    torch.set_autocast_enabled(device[:4], dtype == torch.bfloat16)
+    torch.set_autocast_dtype(device[:4], torch.bfloat16)
     for processes, group in groups.items():
         for name in CASES:
             for level in LEVELS if name == next(iter(CASES)) else ("inputs",):
@@ -190,4 +195,4 @@ def main(folder: str, rank: int, world: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:4]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), getattr(torch, sys.argv[4]))

@@ -1,0 +1,149 @@
+"""Starts a run on several hosts of a Ray cluster: on each `python -m launch`, as launch/slurm/pretrain.sbatch does.
+
+    python launch/ray/on_hosts.py --hosts 4 --gpus 8 launch/accelerate/ddp.yaml pretrain/main.py --data.source PICTURES
+
+Checkout, `.venv`, pictures and runs lie at the same paths on a disk that all hosts share. `--resume auto` is added.
+Where a host is lost or the run fails, all is started again, on the hosts that there are then. Ctrl-C and SIGTERM save
+and end.
+"""
+
+import argparse
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util import get_node_ip_address
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+ROOT = Path(__file__).resolve().parents[2]
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+GRACE = 300
+"""Seconds that processes have to save and end, once they were told to."""
+LOST = 1
+"""Exit code that stands for a host that is gone."""
+
+
+class Host:
+    """One host of the run, as an actor: it runs the launcher."""
+
+    def __init__(self) -> None:
+        self.launcher: subprocess.Popen[bytes] | None = None
+
+    def address(self) -> tuple[str, int]:
+        """Of this host, for the others, with a free port."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return get_node_ip_address(), probe.getsockname()[1]
+
+    def run(self, command: list[str]) -> int:
+        """The launcher's exit code."""
+        libc = ctypes.CDLL(None)
+        env = os.environ | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(GRACE)}
+        set_parent_death_signal = 1  # nothing goes on where Ray ends this actor
+
+        def die_with_actor() -> None:
+            libc.prctl(set_parent_death_signal, signal.SIGTERM)
+
+        self.launcher = subprocess.Popen(command, cwd=ROOT, env=env, preexec_fn=die_with_actor)
+        return self.launcher.wait()
+
+    def stop(self, number: int) -> None:
+        """Send the launcher a signal."""
+        if self.launcher is not None:
+            self.launcher.send_signal(number)
+
+
+def parse_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hosts", type=int, required=True)
+    parser.add_argument("--gpus", type=int, default=8, help="of a host, a process each; 0: one process on its CPU")
+    parser.add_argument("--cpus", type=float, default=1, help="of a host that Ray is to keep free for the run")
+    parser.add_argument("--restarts", type=int, default=3, help="how often a run that failed is started again")
+    parser.add_argument("--address", default="auto", help="of the cluster")
+    parser.add_argument("strategy", help="a file of launch/accelerate")
+    parser.add_argument("program", help="pretrain/main.py")
+    parser.add_argument("fields", nargs=argparse.REMAINDER)
+    return parser.parse_args()
+
+
+def command(options: argparse.Namespace, rank: int, ip: str, port: int) -> list[str]:
+    """What the host of this rank runs."""
+    return [
+        sys.executable, "-m", "launch", "--config_file", options.strategy, "--num_machines", str(options.hosts),
+        "--machine_rank", str(rank), "--num_processes", str(options.hosts * max(1, options.gpus)),
+        "--main_process_ip", ip, "--main_process_port", str(port), options.program, *options.fields,
+        "--resume", "auto",
+    ]  # fmt: skip
+
+
+def attempt(options: argparse.Namespace, received: list[int]) -> int:
+    """Run once, on hosts that are waited for; the first exit code that is not 0, else 0."""
+    group = placement_group([{"CPU": options.cpus, "GPU": options.gpus}] * options.hosts, strategy="STRICT_SPREAD")
+    try:
+        while not group.wait(1):
+            if received:
+                return 128 + received[0]
+        kind: Any = ray.remote(Host)
+        sizes = {"num_cpus": options.cpus, "num_gpus": options.gpus, "max_concurrency": 2}
+        places = [PlacementGroupSchedulingStrategy(group, rank) for rank in range(options.hosts)]
+        hosts = [kind.options(**sizes, scheduling_strategy=place).remote() for place in places]
+        ip, port = ray.get(hosts[0].address.remote())
+        running = {each.run.remote(command(options, rank, ip, port)): rank for rank, each in enumerate(hosts)}
+        return wait_for(running, hosts, received)
+    except RayError:  # a host was lost before all had begun
+        return LOST
+    finally:
+        remove_placement_group(group)
+
+
+def wait_for(running: dict[Any, int], hosts: list[Any], received: list[int]) -> int:
+    """The first exit code that is not 0, when all hosts have ended, or are ended because one has failed."""
+    code, told = 0, None
+    while running:
+        for done in ray.wait(list(running), timeout=1)[0]:
+            rank = running.pop(done)
+            try:
+                ended = ray.get(done)
+            except RayError:
+                ended = LOST
+                print(f"host {rank} of the run was lost", file=sys.stderr, flush=True)  # noqa: T201
+            code = code or ended
+        if told is None and (received or code):
+            told = time.monotonic()
+            for rank in running.values():
+                hosts[rank].stop.remote(signal.SIGTERM)
+        if told is not None and time.monotonic() - told > GRACE + 60:
+            break  # what is left ends with its actor
+    return code
+
+
+def main() -> int:
+    """Start, and start again; the exit code."""
+    options = parse_options()
+    received: list[int] = []
+    for number in STOPPING:
+        signal.signal(number, lambda got, _: received.append(got))
+    paths = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
+    ray.init(options.address, runtime_env={"env_vars": {"PYTHONPATH": paths}})
+    code = 0
+    for left in range(options.restarts, -1, -1):
+        code = attempt(options, received)
+        if code == 0 or received:
+            break
+        text = f"the run ended with {code}; {f'starting again, {left} more times' if left else 'giving up'}"
+        print(text, file=sys.stderr, flush=True)  # noqa: T201
+    return 128 + received[0] if received and code else code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
