@@ -32,10 +32,10 @@ def groups(rows: list[Row]) -> dict[tuple[Any, ...], list[Row]]:
     return found
 
 
-def spread(rows: list[Row], name: str) -> tuple[float, float]:
-    """Mean and standard deviation of a score."""
+def spread(rows: list[Row], name: str) -> str:
+    """Mean and standard deviation of a score; of one seed the score alone."""
     values = [row[name] for row in rows]
-    return mean(values), stdev(values) if len(values) > 1 else 0.0
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def print_table(rows: list[Row]) -> None:
@@ -46,7 +46,7 @@ def print_table(rows: list[Row]) -> None:
     names = scores_in(rows)
     print("| " + " | ".join([*KEY, "seeds", *names, "seconds"]) + " |\n" + "|---" * (len(KEY) + len(names) + 2) + "|")
     for key, same in groups(rows).items():
-        cells = ["{:.3f} ± {:.3f}".format(*spread(same, name)) for name in names]
+        cells = [spread(same, name) for name in names]
         seconds = mean(row["seconds"] for row in same)
         print("| " + " | ".join([*map(str, key), str(len(same)), *cells, f"{seconds:.0f}"]) + " |")
 
@@ -78,7 +78,7 @@ def bars(axis: Axes, found: dict[tuple[Any, ...], list[Row]], name: str) -> None
         place -= 1.6 if before not in (None, (label, size)) else 1.0
         before = (label, size)
         places.append(place)
-        axis.barh(place, spread(same, name)[0], color=NETS[net], alpha=STARTS[start])
+        axis.barh(place, mean(row[name] for row in same), color=NETS[net], alpha=STARTS[start])
         axis.plot([row[name] for row in same], [place] * len(same), "o", color="black", markersize=2.5)
     axis.set_yticks(places, [f"{key[1]} px {key[2]}, {key[3]} {key[0]}".strip() for key in found], fontsize=8)
     axis.set_title(name, fontsize=10)

@@ -10,6 +10,7 @@ time, and measured one after the other. `--out DIR` adds finetune_step.csv.
 
 import argparse
 import itertools
+import math
 import resource
 import subprocess
 import sys
@@ -209,9 +210,11 @@ def main() -> None:
             values: list[Any] = [task, size, kind, net]
             if found:
                 seconds, megabytes, millions = found
-                first = base.setdefault((task, size, kind), found)
-                values += [round(millions, 1), float(f"{options.batch / seconds:.3g}"), round(seconds / first[0], 2),
-                           round(megabytes), round(megabytes / first[1], 2)]  # fmt: skip
+                if net == "vim":
+                    base[task, size, kind] = found
+                vim = base.get((task, size, kind), [math.nan, math.nan])
+                values += [round(millions, 1), float(f"{options.batch / seconds:.3g}"), round(seconds / vim[0], 2),
+                           round(megabytes), round(megabytes / vim[1], 2)]  # fmt: skip
             values += ["failed"] * (len(columns) - len(values))
             rows.append(dict(zip(columns, values, strict=True)))
             print("| " + " | ".join(map(str, values)) + " |", flush=True)

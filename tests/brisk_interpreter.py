@@ -18,6 +18,10 @@ def brisk_interpreter():
         return
     from triton.runtime import interpreter
 
+    options = interpreter.interpreter_builder.options
+    if not (hasattr(interpreter, "_patch_lang") and hasattr(options, "sanitize_overflow")):
+        yield  # another Triton, at its own pace
+        return
     patch_language = interpreter._patch_lang
     patched = {}
 

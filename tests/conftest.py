@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -25,10 +26,11 @@ hypothesis.settings.load_profile("anywhere")
 
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 
-
+TESTS = Path(__file__).parent
 LARGEST = (
-    "test_sweep.py", "test_triton_aot.py", "test_readme.py", "test_sweep_driver.py", "test_strategies.py",
-    "test_train.py", "test_export.py", "test_kills.py",
+    "finetune/test_sweep.py", "kernels/test_triton_aot.py", "test_readme.py", "finetune/test_sweep_driver.py",
+    "launch/test_strategies.py", "launch/test_faults.py", "pretrain/test_train.py", "vim_backbone/test_export.py",
+    "benchmarks/test_kills.py",
 )  # fmt: skip
 """Files of a minute and more of a core, the longest first."""
 
@@ -44,7 +46,9 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=f"needs {marker.args[0]} GPUs"))
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     places = {name: place for place, name in enumerate(LARGEST)}
-    items.sort(key=lambda item: (item.path not in slow, places.get(item.path.name, len(LARGEST))))
+    items.sort(
+        key=lambda item: (item.path not in slow, places.get(item.path.relative_to(TESTS).as_posix(), len(LARGEST)))
+    )
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from vim_kernels.dispatch.contract import OPS
+
 ROOT = Path(__file__).parents[1]
 LAYERS = ["vim_kernels", "vim_backbone", "launch", "pretrain", "finetune"]
 FOLDERS = {name: ROOT / ("kernels/vim_kernels" if name == "vim_kernels" else name) for name in LAYERS}
@@ -45,7 +47,6 @@ def test_imports_run_one_way(layer):
         assert late_imports(path.read_text()) == [], path
 
 
-OPS = ("selective_scan", "bidirectional_scan", "pooled_scan", "causal_conv1d", "add_rms_norm")
 ROOMS = ["state", "run", "data", "planning", "embedding"]
 """Of launch; each may import those before it."""
 
@@ -150,12 +151,16 @@ def test_bindings_have_the_fields_words():
         ("the training loop", "pretrain/train.py", "train"),
         ("their losses", "pretrain/mae/model.py", "forward"),
         (
-            "kernels beside them",
+            "the scan's backward kernels",
             "kernels/vim_kernels/triton_backend/tiled_scan_backward.py",
             "tiled_scan_backward_kernel",
         ),
-        ("kernels beside them", "kernels/vim_kernels/cpu_backend/scan_backward.py", "scan_backward"),
-        ("verifies", "launch/state/checkpoint.py", "damage"),
+        (
+            "the scan's backward kernels",
+            "kernels/vim_kernels/triton_backend/scan_backward.py",
+            "scan_backward_kernel",
+        ),
+        ("verifies", "launch/state/checkpoint.py", "verify"),
     ],
 )
 def test_a_stranger_finds_it_by_the_map(words, path, definition):

@@ -57,8 +57,10 @@ def assert_runs(line, where):
     settings = dict(word.split("=", 1) for word in itertools.takewhile(lambda word: "=" in word, words))
     program, *argv = words[len(settings) :]
     if program == "sbatch":
+        assert (ROOT / settings.get("STRATEGY", "launch/accelerate/zero2.yaml")).exists()
         while not argv[0].endswith(".sbatch"):
-            argv = argv[1:]
+            assert argv[0] in ("--nodes", "--time"), f"is {argv[0]} an option of sbatch?"
+            argv = argv[2:]
         assert argv[0] == "launch/slurm/pretrain.sbatch"
         job = submit(where, *argv[1:])
         _, err = job.communicate(timeout=LIMIT)

@@ -30,6 +30,8 @@ GRACE = 300
 """Seconds that processes have to save and end, once they were told to."""
 LOST = 1
 """Exit code that stands for a host that is gone."""
+USER_ERROR = 2
+"""Exit code of a run that has printed an error: it would end so again."""
 
 
 class Host:
@@ -73,7 +75,11 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("strategy", help="a file of launch/accelerate")
     parser.add_argument("program", help="pretrain/main.py")
     parser.add_argument("fields", nargs=argparse.REMAINDER)
-    return parser.parse_args()
+    options = parser.parse_args()
+    for path in (options.strategy, options.program):
+        if not (ROOT / path).is_file():
+            parser.error(f"there is no file {path} in {ROOT}")
+    return options
 
 
 def command(options: argparse.Namespace, rank: int, ip: str, port: int) -> list[str]:
@@ -86,10 +92,17 @@ def command(options: argparse.Namespace, rank: int, ip: str, port: int) -> list[
     ]  # fmt: skip
 
 
+def say(line: str) -> None:
+    """Print a line for the user."""
+    print(line, file=sys.stderr, flush=True)  # noqa: T201
+
+
 def attempt(options: argparse.Namespace, received: list[int]) -> int:
     """Run once, on hosts that are waited for; the first exit code that is not 0, else 0."""
     group = placement_group([{"CPU": options.cpus, "GPU": options.gpus}] * options.hosts, strategy="STRICT_SPREAD")
     try:
+        if not group.wait(1):
+            say(f"waiting for {options.hosts} hosts, each with {options.gpus} GPUs and {options.cpus:g} cores free")
         while not group.wait(1):
             if received:
                 return 128 + received[0]
@@ -116,7 +129,7 @@ def wait_for(running: dict[Any, int], hosts: list[Any], received: list[int]) -> 
                 ended = ray.get(done)
             except RayError:
                 ended = LOST
-                print(f"host {rank} of the run was lost", file=sys.stderr, flush=True)  # noqa: T201
+                say(f"host {rank} of the run was lost")
             code = code or ended
         if told is None and (received or code):
             told = time.monotonic()
@@ -140,8 +153,10 @@ def main() -> int:
         code = attempt(options, received)
         if code == 0 or received:
             break
-        text = f"the run ended with {code}; {f'starting again, {left} more times' if left else 'giving up'}"
-        print(text, file=sys.stderr, flush=True)  # noqa: T201
+        again = left > 0 and code != USER_ERROR
+        say(f"the run ended with {code}; {f'starting again, {left} more times' if again else 'giving up'}")
+        if not again:
+            break
     return 128 + received[0] if received and code else code
 
 

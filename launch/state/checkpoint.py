@@ -129,7 +129,7 @@ def rotate(newest: Path, keep: int, keep_every: int) -> None:
         if keep_every and _number(path) % keep_every == 0:
             continue
         try:
-            stays = whole < keep and damage(path, cached=True) is None
+            stays = whole < keep and verify(path, cached=True) is None
         except UserError:
             continue
         if stays:
@@ -162,7 +162,7 @@ def tidy(folder: Path) -> None:
         if (name := HIDDEN.fullmatch(path.name)) is None:
             continue
         final = folder / name[1]
-        if name[2] == "deleted" and not final.exists() and damage(path) is None:
+        if name[2] == "deleted" and not final.exists() and verify(path) is None:
             os.replace(path, final)
         else:
             remove(path)
@@ -175,14 +175,14 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     """
     damaged = []
     for path in reversed(checkpoints(folder)):
-        wrong = damage(path)
+        wrong = verify(path)
         if wrong is None:
             return path, damaged
         damaged.append(f"{path} is damaged ({wrong})")
     return None, damaged
 
 
-def damage(path: Path, cached: bool = False) -> str | None:
+def verify(path: Path, cached: bool = False) -> str | None:
     """Verify a checkpoint: what is wrong with it, None where every file has the size and sha256 that were written.
 
     Args:

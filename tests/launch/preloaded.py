@@ -24,8 +24,8 @@ LAUNCHERS = (
 )
 MODULES = [
     *LAUNCHERS, "accelerate.commands.config", "accelerate.commands.estimate", "datasets", "deepspeed",
-    "finetune.main", "pretrain.main", "pretrain.plan", "tests.launch.warm", "torch.distributed.run",
-    "torch.utils.tensorboard",
+    "finetune.main", "pretrain.main", "pretrain.plan", "torch.distributed.run", "torch.utils.tensorboard",
+    "tests.launch.warm",
 ]  # fmt: skip
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(MODULES)

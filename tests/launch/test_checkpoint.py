@@ -17,10 +17,10 @@ from launch.state.checkpoint import (
     Checkpoint,
     TrainState,
     checkpoints,
-    damage,
     newest_valid,
     snapshot,
     tidy,
+    verify,
     write_snapshot,
 )
 from vim_backbone import UserError
@@ -187,10 +187,10 @@ def test_a_manifest_names_every_file(tmp_path, name):
     folder = save_checkpoint(state(), tmp_path, keep=1)
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({n: entry for n, entry in manifest.items() if n != name}))
-    assert damage(folder) == f"manifest.json names no {name}"
+    assert verify(folder) == f"manifest.json names no {name}"
     outside = manifest | {"../step-00000002/state.json": manifest["state.json"]}
     (folder / "manifest.json").write_text(json.dumps(outside))
-    assert "which is no file's name" in str(damage(folder))
+    assert "which is no file's name" in str(verify(folder))
 
 
 def test_a_file_in_place_of_a_checkpoint_is_damage_and_is_replaced(tmp_path):

@@ -47,3 +47,18 @@ def test_a_host_starts_a_process_each_and_a_failed_run_starts_again(tmp_path):
     assert "from step 2" in printed
     assert [row["step"] for row in read_metrics(tmp_path / "runs/run/metrics.jsonl")] == [1, 2, 3, 4]
     assert (tmp_path / "runs/run/backbone").is_dir()
+
+
+def test_a_file_that_is_not_there_is_named_before_anything_starts(tmp_path):
+    argv = [str(ROOT / "launch/ray/on_hosts.py"), "--hosts=2", "launch/accelerate/dpp.yaml", "pretrain/main.py"]
+    done = subprocess.run(
+        [sys.executable, *argv],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "there is no file launch/accelerate/dpp.yaml in" in done.stderr
