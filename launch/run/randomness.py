@@ -29,7 +29,7 @@ def generator(*key: int) -> torch.Generator:
 def seeded(*key: int) -> Iterator[None]:
     """Run the block with the generators of Python, NumPy and PyTorch (CPU) seeded from the key, then put them back.
 
-    For library code, such as augmentations, that draws from the global generators. It costs some 30 us a sample.
+    For library code, such as augmentations, that draws from the global generators.
     """
     seed = seed_of(*key)
     python, numpy = random.getstate(), _GLOBAL.get_bit_generator()
