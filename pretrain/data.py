@@ -293,7 +293,7 @@ class Views(Dataset[Sample]):
 class StreamedViews(IterableDataset["Batch | None"]):
     """Batches of a stream. Exact on resume with the same numbers of processes and workers: what was used is skipped.
 
-    `skip` batches are passed over without decoding and come out as None; pictures of `known_bad` count for nothing,
+    `skip` batches are passed over without decoding and come out as None; pictures of `already_bad` count for nothing,
     as they did when they were first met.
     """
 
@@ -366,7 +366,7 @@ def build_loader(
     On a stream, the batches already used come first, as None.
 
     Args:
-        known_bad: names of the pictures that an earlier part of the run found to be bad.
+        already_bad: names of the pictures that an earlier part of the run found to be bad.
         sampler: which pictures of an indexed source each batch has; those of `StageSampler` when None.
     """
     loader = partial(loader_of, seed=seed, workers=view.data.workers, ahead=4)

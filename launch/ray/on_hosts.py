@@ -113,7 +113,8 @@ def attempt(options: argparse.Namespace, received: list[int]) -> int:
         ip, port = ray.get(hosts[0].address.remote())
         running = {each.run.remote(command(options, rank, ip, port)): rank for rank, each in enumerate(hosts)}
         return wait_for(running, hosts, received)
-    except RayError:  # a host was lost before all had begun
+    except RayError as error:
+        say(f"a host was lost before all had begun: {str(error).strip().splitlines()[-1]}")
         return LOST
     finally:
         remove_placement_group(group)
@@ -136,7 +137,7 @@ def wait_for(running: dict[Any, int], hosts: list[Any], received: list[int]) -> 
             for rank in running.values():
                 hosts[rank].stop.remote(signal.SIGTERM)
         if told is not None and time.monotonic() - told > GRACE + 60:
-            break  # what is left ends with its actor
+            return code or LOST  # what is left ends with its actor
     return code
 
 
@@ -144,10 +145,14 @@ def main() -> int:
     """Start, and start again; the exit code."""
     options = parse_options()
     received: list[int] = []
-    for number in STOPPING:
-        signal.signal(number, lambda got, _: received.append(got))
     paths = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
-    ray.init(options.address, runtime_env={"env_vars": {"PYTHONPATH": paths}})
+    try:
+        ray.init(options.address, runtime_env={"env_vars": {"PYTHONPATH": paths}})
+    except ConnectionError as error:
+        say(f"error: no Ray cluster at {options.address}: {str(error).splitlines()[0]}")
+        return USER_ERROR
+    for number in STOPPING:  # after Ray, which sets its own
+        signal.signal(number, lambda got, _: received.append(got))
     code = 0
     for left in range(options.restarts, -1, -1):
         code = attempt(options, received)

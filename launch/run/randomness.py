@@ -29,6 +29,8 @@ def generator(*key: int) -> torch.Generator:
 def seeded(*key: int) -> Iterator[None]:
     """Run the block with the generators of Python, NumPy and PyTorch (CPU) seeded from the key, then put them back.
 
+    A second normal deviate that NumPy had kept from before is dropped. For one thread.
+
     For library code, such as augmentations, that draws from the global generators.
     """
     seed = seed_of(*key)
@@ -36,14 +38,14 @@ def seeded(*key: int) -> Iterator[None]:
     # another one for NumPy's functions to draw from: to copy the state of theirs and back takes 100 us
     spare = _SPARE.pop() if _SPARE else np.random.MT19937(0)
     np.random.RandomState(spare).seed(seed % 2**32)
-    _GLOBAL.set_bit_generator(spare)
-    with torch.random.fork_rng(devices=[]):
-        random.seed(seed)
-        # torch.manual_seed would also note the call, with a formatted traceback, for a GPU that is not in use yet: 1 ms
-        torch.default_generator.manual_seed(seed)
-        try:
+    try:
+        _GLOBAL.set_bit_generator(spare)
+        with torch.random.fork_rng(devices=[]):
+            random.seed(seed)
+            # torch.manual_seed would also format a traceback, for a GPU that is not in use yet: 1 ms
+            torch.default_generator.manual_seed(seed)
             yield
-        finally:
-            random.setstate(python)
-            _GLOBAL.set_bit_generator(numpy)
-            _SPARE.append(spare)
+    finally:
+        random.setstate(python)
+        _GLOBAL.set_bit_generator(numpy)
+        _SPARE.append(spare)

@@ -51,9 +51,10 @@ class StopRequest:
 
         It does so in the main thread alone, which may wait for a GPU that waits for another process. For one thread.
         """
-        if self._pipe is not None:
-            with suppress(BlockingIOError):
-                self._arrived |= any(number in STOPPING for number in os.read(self._pipe, 4096))
+        pipe = self._pipe
+        if pipe is not None:
+            with suppress(OSError):  # nothing there, or closed meanwhile
+                self._arrived |= any(number in STOPPING for number in os.read(pipe, 4096))
         return self._arrived or self.received is not None
 
     @contextmanager

@@ -100,7 +100,11 @@ def ended_out_of_memory(watchdog: Watchdog, remedy: Callable[[], str], debug: bo
         if not is_out_of_memory(error):
             raise
         who = f" on process {watchdog.rank}" if watchdog.world > 1 else ""
-        line = f"out of memory{who} ({first_line(error)[:120]}): {remedy()}; --resume auto goes on"
+        try:
+            advice = remedy()
+        except Exception:  # it asks the GPU, which may answer nothing now; the others are told in any case
+            advice = SMALLER
+        line = f"out of memory{who} ({first_line(error)[:120]}): {advice}; --resume auto goes on"
         if watchdog.world == 1:
             raise UserError(line) from error
         print_error(f"error: {line}")
@@ -111,7 +115,7 @@ def ended_out_of_memory(watchdog: Watchdog, remedy: Callable[[], str], debug: bo
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Of PyTorch, or of a library of CUDA that it calls."""
-    signs = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+    signs = ("out of memory", "STATUS_ALLOC_FAILED", "can't allocate memory")
     return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 

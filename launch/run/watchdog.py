@@ -133,7 +133,7 @@ class Watchdog:
         while True:
             try:
                 self._store.set(str(self.rank), json.dumps(self._beat | {"seen": time.time()}))
-                if self._store.check([ENDED]) and int(self._store.get(ENDED)) != self.rank:
+                if self._store.check([ENDED]) and int(self._store.get(ENDED)) != self.rank and not self._done.is_set():
                     self._leave(USER_ERROR)
                 stopped = self._has_been_stopped()
                 if stopped or time.time() - self._read > self._pause:
@@ -142,8 +142,8 @@ class Watchdog:
                     self._beats = {int(key): json.loads(self._store.get(key)) for key in present}
                     self._read = time.time()
             except RuntimeError:  # the main host is gone or the link is cut: the beats grow stale, and `_end` says so
-                stopped = self._has_been_stopped()
-            if stopped:
+                stopped = self._has_been_stopped() and time.time() - self._read < LOST_SECONDS
+            if stopped and not self._done.is_set():
                 self._look_for_lost()
             if self._done.wait(min(self._pause, TICK)):
                 break
@@ -167,7 +167,8 @@ class Watchdog:
         if self.rank == min(self._beats.keys() - lost, default=self.rank):
             names = ", ".join(map(str, lost))
             line = f"error: process {names} of the run was lost, and process {self.rank} was told to stop"
-            print(f"{line}; --resume goes on from the newest checkpoint", file=sys.stderr, flush=True)  # noqa: T201
+            with suppress(OSError):  # a terminal that was closed
+                print(f"{line}; --resume goes on from the newest checkpoint", file=sys.stderr, flush=True)  # noqa: T201
         self._leave(LOST)
 
     def _end(self, beat: dict[str, Any]) -> None:
@@ -182,7 +183,8 @@ class Watchdog:
             line += f"; {behind(self._beats, self.world, self.rank, stale)}"
         if self._folder is not None and (record := record_collectives(self._folder, self.rank)):
             line += f"; its last collectives are in {record}"
-        print(line + "; --resume goes on from the newest checkpoint", file=sys.stderr, flush=True)  # noqa: T201
+        with suppress(OSError):  # a terminal that was closed
+            print(line + "; --resume goes on from the newest checkpoint", file=sys.stderr, flush=True)  # noqa: T201
         leave_at_once(HUNG)
 
 

@@ -27,9 +27,12 @@ class CheckpointWriter:
 
     def wait(self) -> None:
         """Until nothing is being written. Raises UserError where it could not be."""
-        writing, self._writing = self._writing, None
+        writing = self._writing
         if writing is not None:
-            writing.result()
+            try:
+                writing.result()
+            finally:  # not before: a second thread may wait too
+                self._writing = None
 
     def failure(self) -> str | None:
         """Why the last write failed, None while it goes on or when it went well."""
