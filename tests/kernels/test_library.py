@@ -187,6 +187,7 @@ def test_an_op_that_did_not_save_can_still_be_differentiated(backend):
 def test_compiled_graphs_on_disk_are_of_this_version_of_the_ops(tmp_path):
     package = Path(vim_kernels.__file__).parent
     assert fingerprint(package) in torch.compiler.config.cache_key_tag
+    assert torch.backends.cpu.get_cpu_capability() in torch.compiler.config.cache_key_tag
     copy = shutil.copytree(package, tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
     assert fingerprint(copy) == fingerprint(package)
     contract = copy / "dispatch" / "contract.py"

@@ -207,7 +207,9 @@ def _tag_compiled_graphs() -> None:
     """
     config = getattr(torch.compiler, "config", None)
     if hasattr(config, "cache_key_tag"):
-        config.cache_key_tag += f" vim_kernels {fingerprint(Path(__file__).parents[1])}"  # pyright: ignore[reportOptionalMemberAccess]
+        # a graph kept for wider vectors, compiled for narrower ones, leaves out half of each tensor
+        made_for = f"{fingerprint(Path(__file__).parents[1])} {torch.backends.cpu.get_cpu_capability()}"
+        config.cache_key_tag += f" vim_kernels {made_for}"  # pyright: ignore[reportOptionalMemberAccess]
 
 
 _tag_compiled_graphs()
