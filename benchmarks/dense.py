@@ -33,8 +33,9 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from benchmarks.dense_page import NETS, STARTS, draw, print_table
+from benchmarks.dense_page import STARTS, draw, print_table
 from benchmarks.learning import end_readers, silent
+from benchmarks.learning_recipes import NETS
 from benchmarks.machine import clock, versions, write_csv
 from benchmarks.vit import blocks_of
 from finetune.config import FinetuneConfig

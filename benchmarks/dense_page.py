@@ -7,8 +7,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-NETS = {"vim": "tab:blue", "pooled": "tab:green", "vit": "tab:orange"}
-"""Vim by its full and its pooled scan, and a ViT of half the blocks; each with its colour."""
+from benchmarks.learning_recipes import NETS
+
 STARTS = {"scratch": 0.35, "own": 1.0, "tinyimagenet": 0.65}
 """Fresh weights, pretrained on the task's own pictures, or on Tiny ImageNet; each with the strength of its colour."""
 KEY = ("label", "size", "net", "start")
