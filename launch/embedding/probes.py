@@ -35,14 +35,17 @@ def linear_probe(
     mean, deviation = bank.mean(0), bank.std(0) + 1e-6
     bank, queries = (bank - mean) / deviation, (queries - mean) / deviation
     held_out = torch.arange(len(bank), device=bank.device) % HELD_OUT == 0
+    start = None
     if len(penalties) > 1:
-        hits: list[tuple[int, float]] = []
-        start = None  # from the largest penalty down, each solution where the next search begins
+        most, chosen, solution = -1, penalties[0], None
+        last = None  # from the largest penalty down, each solution where the next search begins
         for penalty in sorted(penalties, reverse=True):
-            start = weight, bias = logistic_regression(bank[~held_out], labels[~held_out], classes, penalty, start)
-            hits.append((int(((bank[held_out] @ weight.T + bias).argmax(1) == labels[held_out]).sum()), penalty))
-        penalties = [max(hits)[1]]
-    weight, bias = logistic_regression(bank, labels, classes, penalties[0])
+            last = weight, bias = logistic_regression(bank[~held_out], labels[~held_out], classes, penalty, last)
+            hits = int(((bank[held_out] @ weight.T + bias).argmax(1) == labels[held_out]).sum())
+            if hits > most:  # of penalties that do as well, the largest
+                most, chosen, solution = hits, penalty, last
+        penalties, start = [chosen], solution
+    weight, bias = logistic_regression(bank, labels, classes, penalties[0], start)
     return queries @ weight.T + bias, penalties[0]
 
 
