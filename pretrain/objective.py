@@ -87,7 +87,8 @@ class Objective(Protocol):
 
     def draw_batch(self, grid: tuple[int, int], seeds: np.ndarray) -> Tensor:
         """As `draw`, of a batch of views (b, l) and a seed (b,) uint64 of each, where pictures are decoded before."""
-        return torch.stack([self.draw(grid, torch.Generator().manual_seed(int(seed))) for seed in seeds])
+        rng = torch.Generator()
+        return torch.stack([self.draw(grid, rng.manual_seed(int(seed))) for seed in seeds])
 
     def visible(self, pixels: Tensor, extra: Tensor, patch_size: int) -> Tensor:
         """A view (3, h, w) in [0, 1] as the encoder gets it, to look at; `extra` is what `draw` added to it."""
