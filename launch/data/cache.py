@@ -186,7 +186,7 @@ def limit_of(device: torch.device) -> float:
 
 def free_memory(limit: float, device: torch.device) -> None:
     """Forget the oldest pictures on a device, until the rest takes no more than `limit` bytes."""
-    sizes = {key: pixels.nbytes for key, (pixels, _) in _MEMORY.items() if pixels.device == device}
+    sizes = {key: pixels.nbytes for key, (pixels, _) in _MEMORY.items() if key[-1] == device}
     for key in list(sizes):
         if sum(sizes.values()) > limit:
             del _MEMORY[key], sizes[key]
