@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from launch.data.batch_views import resized_parts
+from launch.data.batch_views import filter_matrices, resized_parts
 from launch.data.crops import NUMBERS, centred_box, random_crop, random_crops
 from launch.run.randomness import hashes, uniforms
 
@@ -51,6 +51,8 @@ def test_a_picture_has_the_same_values_in_every_batch():
     for i in range(0, 50, 7):
         one = slice(i, i + 1)
         assert torch.equal(resized_parts(pictures[one], boxes[one], (40, 24), mirror[one], beyond=True), whole[one])
+    weights = filter_matrices(boxes[:, 0].double(), boxes[:, 2].double(), 47, 24, beyond=True) * 2**14
+    assert torch.equal(weights, weights.round())  # so that sums of products with bytes are exact, in any order
     plain = resized_parts(pictures, boxes, (40, 24), beyond=True)
     assert torch.equal(whole[::2], plain[::2].flip(-1))
     assert torch.equal(whole[1::2], plain[1::2])
