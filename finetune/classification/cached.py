@@ -11,6 +11,7 @@ from finetune.classification.config import AugmentConfig
 from finetune.task import BatchedSamples, LabelledBatch
 from launch.data.cache import DecodedPictures, crop_numbers
 from launch.data.crops import NUMBERS, random_crops
+from launch.data.loading import to_device
 from vim_backbone.preprocessing import Preprocessing, to_model
 
 
@@ -43,7 +44,7 @@ class CachedSamples(BatchedSamples):
         if numbers is None:
             return LabelledBatch(None, None, [], bad, [], [])
         pixels = self._middle(numbers) if self.centre else self._crops(numbers, seed, items)
-        targets = self.labels[torch.tensor(numbers, device=self.labels.device)]
+        targets = self.labels[to_device(torch.tensor(numbers), self.labels.device)]
         counted = [number == item[1] and all(item[2:]) for number, item in zip(numbers, items, strict=True)]
         names = [self.name(number) for number in numbers]
         return LabelledBatch(to_model(pixels, pixels.device, self.preprocessing), targets, names, bad, numbers, counted)
