@@ -41,6 +41,7 @@ from finetune.detection.config import JitterConfig
 from finetune.detection.data import CocoSplit, TrainPictures
 from finetune.segmentation.config import CropConfig, SegmentationData
 from finetune.segmentation.data import Pairs, TrainCrops
+from launch.data.crops import random_crop
 from launch.data.folders import ImageFiles
 from launch.data.images import open_picture
 from launch.data.labelled import Labelled
@@ -48,7 +49,7 @@ from launch.data.loading import loader_of, number_of_workers
 from launch.data.order import BatchPlan, StepSampler
 from launch.data.resize import Resizer
 from launch.run.randomness import generator
-from pretrain.data import DataConfig, View, build_loader, random_crop
+from pretrain.data import DataConfig, View, build_loader
 from pretrain.mae.objective import MAE
 from pretrain.stages import Stage
 from vim_backbone.preprocessing import RGB

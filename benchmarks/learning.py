@@ -68,6 +68,7 @@ SAME_FOR_ALL = (
     "pretrain_with",
     "tune_with",
     "teacher",
+    "cache",
 )
 """Options that all cases of a name in a folder must share."""
 
@@ -106,6 +107,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--publish", action="store_true", help=text)
     parser.add_argument("--processes", type=int, default=1, help="cases that run at the same time")
     parser.add_argument("--workers", type=int, default=0, help="processes that read pictures, for each of them")
+    text = "decode the pictures once in each process and cut views on the device; --workers are for decoding"
+    parser.add_argument("--cache", action="store_true", help=text)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--work", type=Path, default=Path("runs/learning"), help="folder for data and runs")
@@ -151,13 +154,16 @@ class Case:
         self.work = options.work / name
         self.data = options.folder or self.work / "digits"
         self.quiet = [*QUIET, f"--data.workers={options.workers}", f"--precision={options.precision}",
-                      f"--out={self.work}", f"--seed={seed}"]  # fmt: skip
+                      f"--out={self.work}", f"--seed={seed}", *["--data.cache=device"] * options.cache]  # fmt: skip
         self.halves = 2 if net == "vit" else 1
         self.rows: list[dict[str, Any]] = []
 
     def begin(self) -> None:
         """Make the folder, or read what was done in it. Raises SystemExit where that had other settings."""
         settings = {name: getattr(self.options, name) for name in SAME_FOR_ALL if name not in self.without()}
+        settings = {
+            name: value for name, value in settings.items() if value is not False
+        }  # folders of before have none
         settings = json.loads(json.dumps(settings, default=str))
         self.work.mkdir(parents=True, exist_ok=True)
         path = self.work / SETTINGS

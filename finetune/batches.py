@@ -1,13 +1,13 @@
 """Labelled samples to batches: for training in the order of pretraining, for evaluation each sample exactly once."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, cast
 
 from accelerate import Accelerator
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from finetune.task import LabelledBatch, Samples
+from finetune.task import BatchedSamples, LabelledBatch, Samples
 from launch.data.bad_pictures import first_usable
 from launch.data.loading import loader_of
 from launch.data.order import BatchPlan, StepSampler
@@ -68,15 +68,20 @@ class Collate:
 
 
 def training_batches(
-    samples: Samples, seed: int, plan: BatchPlan, start_batch: int, total_steps: int, workers: int | None
+    samples: Samples | BatchedSamples,
+    seed: int,
+    plan: BatchPlan,
+    start_batch: int,
+    total_steps: int,
+    workers: int | None,
 ) -> Iterator[LabelledBatch]:
     """Batches of this process, each for one forward pass, from number `start_batch` on."""
     sampler = StepSampler(len(samples), seed, plan, start_batch, total_steps)
-    return iter(_loader(samples, seed, workers, batch_sampler=sampler))
+    return iter(_batches(samples, seed, workers, sampler))
 
 
 def evaluation_batches(
-    samples: Samples, accelerator: Accelerator, batch_size: int, workers: int | None
+    samples: Samples | BatchedSamples, accelerator: Accelerator, batch_size: int, workers: int | None
 ) -> Iterator[LabelledBatch]:
     """The share of this process of all samples, each sample counted on one process alone.
 
@@ -88,14 +93,16 @@ def evaluation_batches(
     items = [(0, index, True) for index in range(rank, total, world)] or [(0, 0, False)]
     batched = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
     batched += [[(0, items[0][1], False)]] * (batches - len(batched))
-    for batch in _loader(samples, 0, workers, batch_sampler=batched):
+    for batch in _batches(samples, 0, workers, batched):
         if batch.images is None:
             raise UserError(f"validation data cannot be read: {batch.bad[0][0]} ({batch.bad[0][1]}) and others")
         yield batch
 
 
-def _loader(samples: Samples, seed: int, workers: int | None, **options: Any) -> DataLoader[LabelledBatch]:
-    return cast(
-        "DataLoader[LabelledBatch]",
-        loader_of(KeyedSamples(samples, seed), Collate(samples), seed, workers, 2, **options),
-    )
+def _batches(
+    samples: Samples | BatchedSamples, seed: int, workers: int | None, sampler: Iterable[list[Any]]
+) -> Iterable[LabelledBatch]:
+    if isinstance(samples, BatchedSamples):
+        return (samples.batch(seed, items) for items in sampler)
+    keyed, collate = KeyedSamples(samples, seed), Collate(samples)
+    return cast("Iterable[LabelledBatch]", loader_of(keyed, collate, seed, workers, 2, batch_sampler=sampler))

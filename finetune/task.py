@@ -45,6 +45,22 @@ class Samples(Named, Protocol):
         ...
 
 
+class BatchedSamples(ABC):
+    """Labelled pictures by index that make whole batches, in the training process and on its device."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """What to call sample `index` in messages."""
+
+    @abstractmethod
+    def batch(self, seed: int, items: Sequence[tuple[int, ...]]) -> "LabelledBatch":
+        """Samples (epoch, index), or (epoch, index, counted), their randomness keyed by (seed, epoch, index)."""
+
+
 class LabelledBatch(NamedTuple):
     """Samples of one forward pass."""
 
@@ -152,8 +168,8 @@ class Task(ABC, Generic[ConfigT]):
     predictor: ClassVar[type[Predictor]]
 
     config: ConfigT
-    train: Samples
-    val: Samples
+    train: Samples | BatchedSamples
+    val: Samples | BatchedSamples
     classes: list[str]
     pretrained: Pretrained
     notes: list[str]
@@ -162,6 +178,9 @@ class Task(ABC, Generic[ConfigT]):
     @abstractmethod
     def __init__(self, config: ConfigT) -> None:
         """Open the data and read the backbone. Raises UserError where something cannot be used."""
+
+    def prepare(self, device: torch.device) -> None:
+        """Bring to a process's device what stays there, before a run has a folder. Raises UserError."""
 
     @abstractmethod
     def new_model(self) -> TaskModel:

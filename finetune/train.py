@@ -77,6 +77,7 @@ def finetune(task: Task[FinetuneConfig], observe: Observer | None = None) -> Pat
     accelerator = build_accelerator(config, config.accumulation)
     plan = plan_batches(accelerator, config.batch_size, config.accumulation)
     total_steps = 0 if task.evaluates_only else config.total_steps(len(task.train))
+    task.prepare(accelerator.device)
     with run_folder(accelerator, config, FIXED_ON_RESUME, total_steps) as start:
         bad = BadPictures(config.folder / "bad_pictures.txt", len(task.train), max_share=0.5)
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from launch.data.bad_pictures import MAX_TRIES, first_usable
+from launch.data.cache import Cache
+from launch.data.crops import random_crop
 from launch.data.data_sets import open_cell
 from launch.data.loading import loader_of
 from launch.data.pictures import Box, Picture
@@ -60,6 +62,9 @@ class DataConfig:
     workers: int | None = None
     """Processes that read and decode pictures, for each training process; 0 reads in the training process. null: its
     share of the cores but one, 2 to 16."""
+    cache: Cache = "none"
+    """device: pictures of one size, of up to 128 px a side, are decoded once and stay on the device as bytes; the views
+    of a batch are drawn and cut there, all at once and otherwise than by readers."""
     max_bad_share: float = 0.5
     """Share of the pictures that may be unreadable or too large before the run fails."""
     max_megapixels: float = 200.0
@@ -87,7 +92,15 @@ class DataConfig:
         require(0.0 <= self.max_bad_share <= 1.0, "data.max_bad_share", self.max_bad_share, "it must lie in [0, 1]")
         require(self.max_megapixels > 0, "data.max_megapixels", self.max_megapixels, "it must be positive")
         require((self.crop_megapixels or 1) > 0, "data.crop_megapixels", self.crop_megapixels, "it must be positive")
-        _ = self.preprocessing
+        sets = self.preprocessing.channel_sets
+        for wrong, remedy in (
+            (self.streaming, "a stream is not kept; set data.streaming false"),
+            (self.sizes == "native", "its views have one size; set data.sizes fixed"),
+            (sets is not None, "its pictures have the same bands; set data.cache none"),
+            (self.crop_megapixels is not None, "its pictures are small; leave data.crop_megapixels out"),
+            (self.resize != "pillow", "it has a resizer of its own; leave data.resize out"),
+        ):
+            require(not (self.cache == "device" and wrong), "data.cache", self.cache, remedy)
 
     def open(self) -> Source:
         """The pictures. Raises UserError where a source is not there, or cannot be mixed with the others."""
@@ -238,29 +251,6 @@ def native_size(crop: tuple[float, float], img_size: tuple[int, int], grid: tupl
     if rows * columns == 1:
         rows, columns = (2, 1) if crop[0] > crop[1] else (1, 2)
     return rows * side, columns * side
-
-
-def random_crop(width: int, height: int, min_scale: float, rng: torch.Generator, most: float = np.inf) -> Box:
-    """Box (left, upper, right, lower) of RandomResizedCrop: area in [min_scale, 1], aspect in [3/4, 4/3], log-uniform.
-
-    Of a picture of more than `most` pixels the area is a share of these. Falls back to the largest centred box of a
-    legal aspect after ten misses, as torchvision does.
-    """
-    low, high = np.log(3 / 4), np.log(4 / 3)
-    for _ in range(10):
-        u = torch.rand(4, generator=rng).tolist()
-        area = min(width * height, most) * (min_scale + (1 - min_scale) * u[0])
-        aspect = np.exp(low + (high - low) * u[1])
-        w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
-        if 0 < w <= width and 0 < h <= height:
-            left, upper = int(u[2] * (width - w + 1)), int(u[3] * (height - h + 1))
-            return left, upper, left + w, upper + h
-    aspect = min(max(width / height, 3 / 4), 4 / 3)
-    w, h = min(width, round(height * aspect) or 1), min(height, round(width / aspect) or 1)
-    shrink = min(1.0, (most / (w * h)) ** 0.5)
-    w, h = max(1, int(w * shrink)), max(1, int(h * shrink))
-    left, upper = (width - w) // 2, (height - h) // 2
-    return left, upper, left + w, upper + h
 
 
 class Views(Dataset[Sample]):

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from launch.data.loading import to_device
-from pretrain.masking import MaskConfig, draw_mask
+from pretrain.masking import MaskConfig, draw_mask, draw_masks
 from pretrain.objective import Inputs, Objective, keep_from_decay, require_no_overlap
 from pretrain.patches import without_hidden
 from vim_backbone import VimConfig, VisionMamba
@@ -113,6 +114,10 @@ class MaskedObjective(Objective):
     def draw(self, grid: tuple[int, int], rng: torch.Generator) -> Tensor:
         """A mask (l,) bool, True = hidden."""
         return draw_mask(grid, self.mask, rng)
+
+    def draw_batch(self, grid: tuple[int, int], seeds: np.ndarray) -> Tensor:
+        """Masks (b, l), all at once."""
+        return draw_masks(grid, self.mask, seeds)
 
     def visible(self, pixels: Tensor, extra: Tensor, patch_size: int) -> Tensor:
         """Hidden patches in grey."""

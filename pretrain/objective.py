@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -83,6 +84,11 @@ class Objective(Protocol):
         """
         del rng
         return torch.zeros(grid[0] * grid[1], dtype=torch.bool)
+
+    def draw_batch(self, grid: tuple[int, int], seeds: np.ndarray) -> Tensor:
+        """As `draw`, of a batch of views (b, l) and a seed (b,) uint64 of each, where pictures are decoded before."""
+        rng = torch.Generator()
+        return torch.stack([self.draw(grid, rng.manual_seed(int(seed))) for seed in seeds])
 
     def visible(self, pixels: Tensor, extra: Tensor, patch_size: int) -> Tensor:
         """A view (3, h, w) in [0, 1] as the encoder gets it, to look at; `extra` is what `draw` added to it."""

@@ -24,6 +24,7 @@ from launch.run.randomness import seed_of
 from launch.run.training import SMALLER, Training, start_training
 from launch.state.checkpoint import TrainState, checkpoints
 from launch.state.sharding import fill, shape_of, zero_stage
+from pretrain.cached import cached_batches, decode_once
 from pretrain.config import PretrainConfig
 from pretrain.data import Batch, DataConfig, View, Views, build_loader, collate
 from pretrain.initial import initial_weights
@@ -90,6 +91,7 @@ def pretrain(config: PretrainConfig) -> Path:
     on_main(accelerator, lambda: objective.prepare(architecture, data.preprocessing, native=native))
     fixed = ("objective", "model.", "data.bands", "data.statistics", "eval.share", *objective.architecture_fields)
     fixed += ("seed",) if held_out else ()  # what was held out before would be trained on
+    cache = decode_once(source, data, accelerator.device)
     initial, taken_up = weights_to_start_from(config, architecture)
     with run_folder(accelerator, config, fixed, total_steps) as start:
         bad = BadPictures(config.folder / "bad_pictures.txt", pictures, data.max_bad_share)
@@ -118,6 +120,8 @@ def pretrain(config: PretrainConfig) -> Path:
             packs = packs_of(config, source, view, stages, training.state)
 
             def batches_from(number: int) -> Iterator[Batch]:
+                if cache is not None:
+                    return cached_batches(cache, view, objective.draw_batch, config.seed, stages, number)
                 sampler = PackSampler(packs, number) if packs is not None else None
                 loader = build_loader(source, view, config.seed, stages, number, bad.known, sampler)
                 return (batch for batch in loader if batch is not None)

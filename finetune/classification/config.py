@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from finetune.config import FinetuneConfig, LabelledData
+from launch.data.cache import Cache
 from launch.data.labelled import LabelledSource
 from vim_backbone.errors import require
 
@@ -11,6 +12,11 @@ from vim_backbone.errors import require
 @dataclass(frozen=True, kw_only=True)
 class ClassificationData(LabelledSource, LabelledData):
     """Pictures with one class each."""
+
+    cache: Cache = "none"
+    """device: pictures of one size, of up to 128 px a side, are decoded once and stay on the device as bytes; the crops
+    of a batch are drawn and cut there, all at once and otherwise than by readers. Without auto_augment, color_jitter
+    and erasing."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,3 +86,14 @@ class ClassificationConfig(FinetuneConfig):
     data: ClassificationData
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        augment = self.augment
+        if self.data.cache == "device" and self.mode == "train":
+            for left_out, names in (
+                (augment.auto_augment is None, "augment.auto_augment null"),
+                (augment.auto_augment is not None or augment.color_jitter == 0, "augment.color_jitter 0"),
+                (augment.erasing == 0, "augment.erasing 0"),
+            ):
+                require(left_out, "data.cache", "device", f"it does not do all augmentation; set {names}")

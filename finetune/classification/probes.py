@@ -8,7 +8,7 @@ from finetune.batches import evaluation_batches
 from finetune.classification.config import ClassificationConfig
 from finetune.classification.evaluate import Counts, write_tables
 from finetune.pixels import on_device
-from finetune.task import EvaluationResult, Samples, Task
+from finetune.task import BatchedSamples, EvaluationResult, Samples, Task
 from launch.embedding.probes import linear_probe, nearest_neighbours
 from launch.run.accelerator import autocast, gather_in_order
 from vim_backbone import UserError
@@ -39,7 +39,7 @@ def probe(task: Task[ClassificationConfig], model: nn.Module, accelerator: Accel
 
 
 def extract(
-    samples: Samples,
+    samples: Samples | BatchedSamples,
     model: nn.Module,
     accelerator: Accelerator,
     batch_size: int,

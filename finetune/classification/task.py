@@ -8,6 +8,7 @@ from timm.data.mixup import Mixup
 from torch import Tensor, nn
 
 from finetune.backbone import read_backbone, read_preprocessing_of
+from finetune.classification.cached import CachedSamples
 from finetune.classification.config import ClassificationConfig
 from finetune.classification.data import ClassSamples
 from finetune.classification.evaluate import METRICS, evaluate
@@ -16,11 +17,13 @@ from finetune.classification.predict import ClassificationPredictor
 from finetune.classification.probes import probe
 from finetune.classification.transforms import evaluation_transform, training_transform
 from finetune.pixels import on_device
-from finetune.task import EvaluationResult, LabelledBatch, Task
+from finetune.task import BatchedSamples, EvaluationResult, LabelledBatch, Samples, Task
+from launch.data.cache import decoded
 from launch.data.first_look import look_at_first
 from launch.data.labelled import missing_classes, open_labelled
 from launch.run.randomness import seeded
 from vim_backbone import UserError
+from vim_backbone.errors import require
 from vim_backbone.folder import read_config
 from vim_backbone.hub import find_backbone
 
@@ -68,6 +71,24 @@ class ClassificationTask(Task[ClassificationConfig]):
             self.mixup = Mixup(
                 augment.mixup, augment.cutmix, label_smoothing=augment.smoothing, num_classes=num_classes
             )
+
+    def prepare(self, device: torch.device) -> None:
+        """Decode the pictures and keep them there, where `data.cache` asks for it."""
+        if self.config.data.cache == "none":
+            return
+        self.val = self._kept(self.val, device, centre=True)
+        if self.config.mode != "evaluate":
+            self.train = self._kept(self.train, device, centre=self.config.mode != "train")
+
+    def _kept(self, samples: Samples | BatchedSamples, device: torch.device, *, centre: bool) -> CachedSamples:
+        assert isinstance(samples, ClassSamples)
+        data, preprocessing = self.config.data, self.pretrained.preprocessing
+        size = self.pretrained.config.img_size
+        require(size[0] == size[1], "model.img_size", list(size), "data.cache device is for squares; set it none")
+        sets = preprocessing.channel_sets
+        require(sets is None, "data.cache", data.cache, "its pictures have the same bands; set data.cache none")
+        pictures = decoded(samples.data.source, preprocessing, data.max_megapixels, data.workers, device)
+        return CachedSamples(pictures, samples.data.labels, size[0], self.config.augment, preprocessing, centre=centre)
 
     def new_model(self) -> Classifier:
         """The classifier with fresh weights."""

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch.utils.data import Sampler
@@ -78,7 +79,7 @@ class Passes:
         self.firsts = [sum(counts[:number]) for number in range(len(counts))]
         self.turns = Turns(weights)
         self.seed = seed
-        self.orders = [(-1, torch.empty(0, dtype=torch.int64))] * len(counts)
+        self.orders = [(-1, np.empty(0, np.int64))] * len(counts)
         """Pass that each source is in, and its order."""
 
     def __getitem__(self, position: int) -> tuple[int, int]:
@@ -86,7 +87,7 @@ class Passes:
         number, epoch, place = self._turn(position)
         if epoch != self.orders[number][0]:
             key = (self.seed, epoch, *([number] if number else []))  # the first keeps the order that it has alone
-            self.orders[number] = epoch, torch.randperm(self.counts[number], generator=generator(*key))
+            self.orders[number] = epoch, torch.randperm(self.counts[number], generator=generator(*key)).numpy()
         return epoch, self.firsts[number] + int(self.orders[number][1][place])
 
     def in_order(self, position: int) -> tuple[int, int]:
@@ -96,6 +97,8 @@ class Passes:
 
     def _turn(self, position: int) -> tuple[int, int, int]:
         """Number of the source, pass over it, and place in the pass."""
+        if len(self.counts) == 1:  # as below, without the fractions: a tenth of the time
+            return 0, *divmod(position, self.counts[0])
         number, turn = self.turns.at(position)
         return number, *divmod(turn, self.counts[number])
 

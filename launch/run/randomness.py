@@ -49,3 +49,36 @@ def seeded(*key: int) -> Iterator[None]:
         random.setstate(python)
         _GLOBAL.set_bit_generator(numpy)
         _SPARE.append(spare)
+
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+"""Step of splitmix64's counter."""
+
+
+def hashes(*key: int | np.ndarray) -> np.ndarray:
+    """Of many keys at once, whose numbers are whole, or arrays (b,) of whole ones: a 64-bit hash of each, (b,) uint64.
+
+    Depends on every number and on their order, and is not `seed_of` of them.
+    """
+    parts = (np.uint64(part % 2**64) if isinstance(part, int) else part.astype(np.uint64) for part in key)
+    columns = np.broadcast_arrays(*map(np.atleast_1d, parts))
+    state = np.zeros(columns[0].shape, np.uint64)
+    for column in columns:
+        state = _mixed((state ^ column) + GOLDEN)
+    return state
+
+
+def uniforms(seeds: np.ndarray, count: int) -> np.ndarray:
+    """Numbers in [0, 1), 24 bits each: of every seed (b,) uint64 the first `count` of splitmix64, (b, count) float32.
+
+    Number k of a seed is a function of both alone (Steele, Lea and Flood, Fast splittable pseudorandom number
+    generators, OOPSLA 2014), so that all are drawn at once.
+    """
+    counter = seeds[:, None] + np.arange(1, count + 1, dtype=np.uint64) * GOLDEN
+    return (_mixed(counter) >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
+
+
+def _mixed(z: np.ndarray) -> np.ndarray:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -72,6 +73,11 @@ class Distill(MaskedObjective):
     def draw(self, grid: tuple[int, int], rng: torch.Generator) -> Tensor:
         """A mask (l,) bool, True = hidden."""
         return Objective.draw(self, grid, rng) if self.distill.at == "whole" else super().draw(grid, rng)
+
+    def draw_batch(self, grid: tuple[int, int], seeds: np.ndarray) -> Tensor:
+        """Masks (b, l)."""
+        whole = self.distill.at == "whole"
+        return Objective.draw_batch(self, grid, seeds) if whole else super().draw_batch(grid, seeds)
 
     def build(self, encoder: VisionMamba, preprocessing: Preprocessing = RGB) -> Distillation | MaskedDistillation:
         """The encoder with the loss, and a decoder where it learns what it does not see."""

@@ -9,6 +9,7 @@ import pytest
 import tifffile
 import torch
 
+from launch.data.crops import random_crop
 from launch.data.reading import open_file, read_pixels
 from launch.data.sources import open_source
 from launch.data.statistics import Statistics, preprocessing_of
@@ -16,7 +17,7 @@ from launch.run.cli import parse
 from launch.run.randomness import generator
 from pretrain.bands import gather, main
 from pretrain.config import PretrainConfig
-from pretrain.data import DataConfig, random_crop
+from pretrain.data import DataConfig
 from pretrain.train import pretrain
 from tests.pretrain.test_train import SMALL
 from tests.rows import read_metrics

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from launch.data.bad_pictures import BadPictures
+from launch.data.crops import random_crop
 from launch.data.order import BatchPlan
 from launch.data.pictures import PillowPicture
 from launch.data.reading import open_bytes
 from launch.data.sources import open_source
 from launch.run.randomness import generator
-from pretrain.data import DataConfig, View, Views, build_loader, native_size, random_crop
+from pretrain.data import DataConfig, View, Views, build_loader, native_size
 from pretrain.mae.objective import MAE
 from pretrain.masking import MaskConfig
 from pretrain.stages import Stage
