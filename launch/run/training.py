@@ -24,8 +24,8 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from launch.run.accelerator import SilentError, configure_zero, fit_buffers, on_main
-from launch.run.cli import print_error
 from launch.run.config import RunConfig
+from launch.run.errors import print_error
 from launch.run.folder import CHECKPOINTS
 from launch.run.guard import Guard, take_only
 from launch.run.optim import set_learning_rate

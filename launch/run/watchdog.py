@@ -6,7 +6,6 @@ It also ends a process whose others are gone, or cannot go on: on GPUs it would 
 import json
 import math
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
+from launch.run.errors import print_error
 from launch.run.signals import Stopped, StopRequest, kill_children
 
 HUNG = 75
@@ -167,8 +167,7 @@ class Watchdog:
         if self.rank == min(self._beats.keys() - lost, default=self.rank):
             names = ", ".join(map(str, lost))
             line = f"error: process {names} of the run was lost, and process {self.rank} was told to stop"
-            with suppress(OSError):  # a terminal that was closed
-                print(f"{line}; --resume goes on from the newest checkpoint", file=sys.stderr, flush=True)  # noqa: T201
+            print_error(f"{line}; --resume goes on from the newest checkpoint")
         self._leave(LOST)
 
     def _end(self, beat: dict[str, Any]) -> None:
@@ -183,8 +182,7 @@ class Watchdog:
             line += f"; {behind(self._beats, self.world, self.rank, stale)}"
         if self._folder is not None and (record := record_collectives(self._folder, self.rank)):
             line += f"; its last collectives are in {record}"
-        with suppress(OSError):  # a terminal that was closed
-            print(line + "; --resume goes on from the newest checkpoint", file=sys.stderr, flush=True)  # noqa: T201
+        print_error(f"{line}; --resume goes on from the newest checkpoint")
         leave_at_once(HUNG)
 
 

@@ -1,5 +1,6 @@
 """When the watchdog ends a process: by one limit while the run starts, by another from its second step on."""
 
+import json
 import os
 import signal
 import subprocess
@@ -119,7 +120,8 @@ def waiting_in_c(tmp_path):
     both = []
 
     def begin(does, silence=2.0):
-        environ = environment(PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'kernels'}")
+        paths = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
+        environ = environment(PYTHONPATH=paths, TORCHELASTIC_ERROR_FILE=str(tmp_path / "table.json"))
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environ}
         argv = [sys.executable, "-c", IN_C, str(tmp_path)]
         words = [[str(rank), does if rank else "waits", str(silence)] for rank in range(2)]
@@ -134,7 +136,7 @@ def waiting_in_c(tmp_path):
         each.communicate()
 
 
-def test_who_waits_for_a_lost_process_ends_when_it_is_told_to_stop(waiting_in_c):
+def test_who_waits_for_a_lost_process_ends_when_it_is_told_to_stop(waiting_in_c, tmp_path):
     first, second = waiting_in_c("waits")
     time.sleep(3)  # signs of life of both
     second.kill()
@@ -142,6 +144,7 @@ def test_who_waits_for_a_lost_process_ends_when_it_is_told_to_stop(waiting_in_c)
     out, err = first.communicate(timeout=LIMIT)
     assert first.returncode == LOST
     assert "error: process 1 of the run was lost, and process 0 was told to stop; --resume goes on" in err
+    assert json.loads((tmp_path / "table.json").read_text())["message"]["message"] in err.splitlines()  # torchrun's
     assert out == "last act\n"
 
 
