@@ -108,8 +108,10 @@ if rank:  # a host whose clock is wrong by an hour
     right, time.time = time.time, lambda: right() - 3600
 with stop_requests() as stop, watchdog.Watchdog(accelerator, 1000.0, 1000.0, None, stop) as dog:
     print("ready", flush=True)
-    if sys.argv[3] == "tells":
+    if sys.argv[3].startswith("tells"):
         time.sleep(3)
+        if sys.argv[3] == "tells too":
+            dist.barrier()  # sooner than either could hear of the other
         dog.end_all("error: no more")
     dog.last_act = lambda: print("last act", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # as a wait for a GPU, and no handler of Python's runs meanwhile
@@ -168,7 +170,7 @@ def test_all_end_where_one_cannot_go_on(waiting_in_c):
 
 
 def test_there_is_one_line_where_several_cannot_go_on(waiting_in_c):
-    both = waiting_in_c("tells", first="tells")
+    both = waiting_in_c("tells too", first="tells too")
     printed = [each.communicate(timeout=LIMIT)[1] for each in both]
     assert [each.returncode for each in both] == [USER_ERROR, USER_ERROR]
     assert sorted(printed) == ["", "error: no more\n"]
