@@ -1,12 +1,13 @@
 """The table and the plot of `benchmarks.dense`."""
 
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from benchmarks.learning_page import over_seeds
 from benchmarks.learning_recipes import NETS
 
 STARTS = {"scratch": 0.35, "own": 1.0, "tinyimagenet": 0.65}
@@ -34,8 +35,8 @@ def groups(rows: list[Row]) -> dict[tuple[Any, ...], list[Row]]:
 
 def spread(rows: list[Row], name: str) -> str:
     """Mean and standard deviation of a score; of one seed the score alone."""
-    values = [row[name] for row in rows]
-    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+    centre, deviation = over_seeds([row[name] for row in rows])
+    return f"{centre:.3f}" + ("" if deviation is None else f" ± {deviation:.3f}")
 
 
 def print_table(rows: list[Row]) -> None:

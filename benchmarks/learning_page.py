@@ -20,6 +20,11 @@ def name_of(entry: dict[str, Any]) -> str:
     return " ".join(filter(None, (entry["net"], entry["objective"], entry["label"])))
 
 
+def over_seeds(scores: list[float]) -> tuple[float, float | None]:
+    """Mean and standard deviation, None of one score."""
+    return mean(scores), stdev(scores) if len(scores) > 1 else None
+
+
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean and standard deviation over the seeds (None of one), of every score, and the minutes that it cost."""
     scores_of: dict[tuple[Any, ...], list[float]] = {}
@@ -30,7 +35,8 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         minutes_of.setdefault(key, []).append(row["pretraining_minutes"] + row["minutes"])
     return [
         dict(zip(KEY, key, strict=True))
-        | {"mean": mean(scores), "deviation": stdev(scores) if len(scores) > 1 else None, "seeds": len(scores)}
+        | dict(zip(("mean", "deviation"), over_seeds(scores), strict=True))
+        | {"seeds": len(scores)}
         | {"minutes": mean(minutes_of[key])}
         for key, scores in scores_of.items()
     ]

@@ -1,5 +1,6 @@
 """What an objective of pretraining is; `pretrain/mae/` is one, `pretrain/config.py` names all."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -44,8 +45,8 @@ class Objective(Protocol):
 
     Its model's `forward(images, *arguments)` gives the loss: under ZeRO-3 a model has its parameters inside `forward`
     alone. It has the backbone as `encoder`, and `no_weight_decay()`, which names those of `keep_from_decay` at least.
-    Images are (b, c, h, w) normalised, or a list of (c, h, w) where their sizes differ. What has a definition here has
-    that of an objective that takes every encoder, lets it see all patches, and draws nothing.
+    Images are (b, c, h, w) normalised, or a list of (c, h, w) where their sizes differ. What is not abstract has the
+    definition of an objective that takes every encoder, lets it see all patches, and draws nothing.
     """
 
     title: ClassVar[str]
@@ -58,6 +59,7 @@ class Objective(Protocol):
     """Fields of the config that change what a step costs, with an explanation: options of the planner."""
 
     @property
+    @abstractmethod
     def summary(self) -> str:
         """Its settings in a few words, for the model card."""
         ...
@@ -100,6 +102,7 @@ class Objective(Protocol):
         """Share of the patches that the encoder sees, which a pooled scan has to know."""
         return 1.0
 
+    @abstractmethod
     def build(self, encoder: VisionMamba, preprocessing: Preprocessing = RGB) -> nn.Module:
         """The model, for pictures to which this was done.
 
@@ -123,6 +126,7 @@ class Objective(Protocol):
         counts = tokens or [1] * len(extras)
         return Inputs((), sum(len(extra) * count for extra, count in zip(extras, counts, strict=True)))
 
+    @abstractmethod
     def show(
         self, model: nn.Module, images: Images, extras: Tensor | Sequence[Tensor], preprocessing: Preprocessing
     ) -> Callable[[str, Path], None]:
@@ -132,6 +136,7 @@ class Objective(Protocol):
         """
         ...
 
+    @abstractmethod
     def work(self, architecture: VimConfig, itemsize: int, recompute: Recompute) -> Work:
         """What one picture of the architecture's size costs.
 

@@ -240,7 +240,9 @@ def remedy(config: PretrainConfig, *, memory: float, processes: int, stage: int,
     """
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     objective = config.method
-    largest = max(config.by_stage(), key=lambda each: each.batch_size * math.prod(each.architecture().img_size))
+    stages = config.by_stage()
+    largest = max(stages, key=lambda each: each.batch_size * math.prod(each.architecture().img_size))
+    common = math.gcd(*(each.batch_size // processes for each in stages))
     architecture = largest.architecture()
     works: dict[Recompute, Work] = {each: objective.work(architecture, dtype.itemsize, each) for each in LEVELS}
     models = dict(zip(works, planned_footprints(architecture, objective, works.values(), dtype), strict=True))
@@ -249,10 +251,12 @@ def remedy(config: PretrainConfig, *, memory: float, processes: int, stage: int,
     now = max(1, pictures // config.accumulation)
     needed = peak(models[level], share, now)
     text = f"a forward pass of {now} pictures with model.recompute {level} is planned to take {needed / 1e9:.3g} GB"
-    found, batch = fastest(models, share, 0.9 * memory, pictures, works[level].stacks[0].tokens)
+    found, batch = fastest(models, share, 0.9 * memory, pictures, works[level].stacks[0].tokens, common)
     if needed <= 0.9 * memory:
         return f"{text}, which should fit into {memory / 1e9:.3g} GB: see what else is on the GPU, or lower batch_size"
     text += f" of {memory / 1e9:.3g} GB"
+    if batch == 0 and fitting(models[found], share, 0.9 * memory):
+        return f"{text}, and no accumulation that divides the batches of all stages fits: lower their batch_size"
     if batch == 0:
         return f"{text}, and no batch fits: launch with launch/accelerate/zero3.yaml, or lower model.img_size"
     return (

@@ -19,6 +19,7 @@ from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
 from tests.brisk_interpreter import brisk_interpreter  # noqa: F401 - a fixture
+from tests.waiting import LIMIT
 
 # no test depends on how fast the machine is, or on the day; more examples than CI's (FUZZ=n) are drawn anew each time
 hypothesis.settings.register_profile("anywhere", deadline=None, derandomize="FUZZ" not in os.environ)
@@ -38,10 +39,13 @@ LARGEST = (
 def pytest_collection_modifyitems(items):
     """The longest files first: started last, one of them would run alone while the other processes have nothing.
 
-    What needs GPUs is skipped where there are fewer.
+    What needs GPUs is skipped where there are fewer. Its limit is above that of the several runs that it starts, on the
+    command line too (`--timeout`): each is ended by its own, with what it printed.
     """
     for item in items:
         marker = item.get_closest_marker("gpus")
+        if marker is not None:
+            item.add_marker(pytest.mark.timeout(4 * LIMIT))
         if marker is not None and torch.cuda.device_count() < marker.args[0]:
             item.add_marker(pytest.mark.skip(reason=f"needs {marker.args[0]} GPUs"))
     slow = {item.path for item in items if item.get_closest_marker("slow")}

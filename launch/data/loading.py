@@ -102,6 +102,7 @@ def leave_signals_to_the_trainer(worker: int) -> None:
     del worker
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
+    signal.set_wakeup_fd(-1)  # it is a copy of the trainer's, who would take the worker's signals for its own
     die_with_parent(signal.SIGKILL)  # a worker that is stopped does not see by itself that its parent is gone
 
 

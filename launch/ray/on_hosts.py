@@ -9,15 +9,21 @@ and end.
 
 import argparse
 import ctypes
+import fcntl
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import RayError
 from ray.util import get_node_ip_address
@@ -37,8 +43,12 @@ USER_ERROR = 2
 class Host:
     """One host of the run, as an actor: it runs the launcher."""
 
-    def __init__(self) -> None:
-        self.launcher: subprocess.Popen[bytes] | None = None
+    def __init__(self, run: str) -> None:
+        """`run`: a name that all attempts at it share."""
+        self._run = run
+        self._launcher: subprocess.Popen[bytes] | None = None
+        self._stopped: int | None = None
+        self._changing = threading.Lock()
 
     def address(self) -> tuple[str, int]:
         """Of this host, for the others, with a free port."""
@@ -46,8 +56,15 @@ class Host:
             probe.bind(("", 0))
             return get_node_ip_address(), probe.getsockname()[1]
 
+    def lock(self) -> Path:
+        """What the run's launcher holds on this host."""
+        return Path(tempfile.gettempdir()) / f"on_hosts-{self._run}-{ray.get_runtime_context().get_node_id()}.lock"
+
     def run(self, command: list[str]) -> int:
-        """The launcher's exit code."""
+        """The launcher's exit code, or what stands for the signal that came before there was one.
+
+        An earlier attempt's launcher on this host is waited for: it may be saving, its actor lost.
+        """
         libc = ctypes.CDLL(None)
         env = os.environ | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(GRACE)}
         set_parent_death_signal = 1  # nothing goes on where Ray ends this actor
@@ -55,13 +72,27 @@ class Host:
         def die_with_actor() -> None:
             libc.prctl(set_parent_death_signal, signal.SIGTERM)
 
-        self.launcher = subprocess.Popen(command, cwd=ROOT, env=env, preexec_fn=die_with_actor)
-        return self.launcher.wait()
+        with self.lock().open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with self._changing:
+                if self._stopped is not None:
+                    return 128 + self._stopped
+                self._launcher = subprocess.Popen(
+                    command, cwd=ROOT, env=env, preexec_fn=die_with_actor, pass_fds=(lock.fileno(),)
+                )
+        return self._launcher.wait()
 
     def stop(self, number: int) -> None:
-        """Send the launcher a signal."""
-        if self.launcher is not None:
-            self.launcher.send_signal(number)
+        """Send the launcher a signal, now or instead of its start; SIGKILL is for all that it has started."""
+        with self._changing:
+            self._stopped = number
+        if self._launcher is None or self._launcher.poll() is not None:
+            return
+        if number == signal.SIGKILL:
+            with suppress(psutil.NoSuchProcess):
+                for child in psutil.Process(self._launcher.pid).children(recursive=True):
+                    child.kill()
+        self._launcher.send_signal(number)
 
 
 def parse_options() -> argparse.Namespace:
@@ -97,8 +128,8 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)  # noqa: T201
 
 
-def attempt(options: argparse.Namespace, received: list[int]) -> int:
-    """Run once, on hosts that are waited for; the first exit code that is not 0, else 0."""
+def attempt(options: argparse.Namespace, run: str, received: list[int]) -> int:
+    """Run once, on hosts that are waited for; the first exit code that is not 0, else 0. `run` as `Host` takes it."""
     group = placement_group([{"CPU": options.cpus, "GPU": options.gpus}] * options.hosts, strategy="STRICT_SPREAD")
     try:
         if not group.wait(1):
@@ -109,7 +140,7 @@ def attempt(options: argparse.Namespace, received: list[int]) -> int:
         kind: Any = ray.remote(Host)
         sizes = {"num_cpus": options.cpus, "num_gpus": options.gpus, "max_concurrency": 2}
         places = [PlacementGroupSchedulingStrategy(group, rank) for rank in range(options.hosts)]
-        hosts = [kind.options(**sizes, scheduling_strategy=place).remote() for place in places]
+        hosts = [kind.options(**sizes, scheduling_strategy=place).remote(run) for place in places]
         ip, port = ray.get(hosts[0].address.remote())
         running = {each.run.remote(command(options, rank, ip, port)): rank for rank, each in enumerate(hosts)}
         return wait_for(running, hosts, received)
@@ -122,7 +153,7 @@ def attempt(options: argparse.Namespace, received: list[int]) -> int:
 
 def wait_for(running: dict[Any, int], hosts: list[Any], received: list[int]) -> int:
     """The first exit code that is not 0, when all hosts have ended, or are ended because one has failed."""
-    code, told = 0, None
+    code, told, killed = 0, None, False
     while running:
         for done in ray.wait(list(running), timeout=1)[0]:
             rank = running.pop(done)
@@ -134,11 +165,20 @@ def wait_for(running: dict[Any, int], hosts: list[Any], received: list[int]) -> 
             code = code or ended
         if told is None and (received or code):
             told = time.monotonic()
-            for rank in running.values():
-                hosts[rank].stop.remote(signal.SIGTERM)
-        if told is not None and time.monotonic() - told > GRACE + 60:
-            return code or LOST  # what is left ends with its actor
+            tell(running, hosts, signal.SIGTERM)
+        waited = 0.0 if told is None else time.monotonic() - told
+        if waited > GRACE + 60 and not killed:
+            killed = True
+            tell(running, hosts, signal.SIGKILL)
+        if waited > GRACE + 120:
+            return code or LOST  # what is left is out of reach
     return code
+
+
+def tell(running: dict[Any, int], hosts: list[Any], number: int) -> None:
+    """Send the launchers that are left a signal."""
+    for rank in running.values():
+        hosts[rank].stop.remote(number)
 
 
 def main() -> int:
@@ -153,9 +193,9 @@ def main() -> int:
         return USER_ERROR
     for number in STOPPING:  # after Ray, which sets its own
         signal.signal(number, lambda got, _: received.append(got))
-    code = 0
+    code, run = 0, uuid.uuid4().hex
     for left in range(options.restarts, -1, -1):
-        code = attempt(options, received)
+        code = attempt(options, run, received)
         if code == 0 or received:
             break
         again = left > 0 and code != USER_ERROR

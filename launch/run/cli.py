@@ -1,9 +1,7 @@
 """The command line: a typed config from a YAML file and overrides, and errors as one line with exit code 2."""
 
-import contextlib
 import errno
 import itertools
-import json
 import os
 import re
 import signal
@@ -19,10 +17,11 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from launch.run.accelerator import SilentError
 from launch.run.config import field_types
+from launch.run.errors import print_error
 from launch.run.hints import suggestion
 from launch.run.signals import Stopped, kill_children
 from launch.run.yaml_files import read_yaml
-from vim_backbone.errors import UserError, escaped
+from vim_backbone.errors import UserError
 from vim_backbone.files import explain
 
 Config = TypeVar("Config")
@@ -195,13 +194,3 @@ def _one_line(message: str, config_class: type) -> str:
 
 def _source(types: dict[str, str]) -> str:
     return "pictures as --data.source FOLDER" if "data.source" in types else "--help lists all"
-
-
-def print_error(line: str) -> None:
-    """Print a line for the user, and leave it to torchrun's table."""
-    line = escaped(line)
-    with contextlib.suppress(OSError):  # the terminal was closed
-        print(line, file=sys.stderr, flush=True)  # noqa: T201 - command line
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun ends its own table with
-        message = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
-        Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")

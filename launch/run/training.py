@@ -24,7 +24,6 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from launch.run.accelerator import SilentError, configure_zero, fit_buffers, on_main
-from launch.run.cli import print_error
 from launch.run.config import RunConfig
 from launch.run.folder import CHECKPOINTS
 from launch.run.guard import Guard, take_only
@@ -107,10 +106,9 @@ def ended_out_of_memory(watchdog: Watchdog, remedy: Callable[[], str], debug: bo
         line = f"out of memory{who} ({first_line(error)[:120]}): {advice}; --resume auto goes on"
         if watchdog.world == 1:
             raise UserError(line) from error
-        print_error(f"error: {line}")
         if debug:
             traceback.print_exception(error)
-        watchdog.end_all()
+        watchdog.end_all(f"error: {line}")
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -4,9 +4,7 @@ It also ends a process whose others are gone, or cannot go on: on GPUs it would 
 """
 
 import json
-import math
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +16,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
+from launch.run.errors import print_error
 from launch.run.signals import Stopped, StopRequest, kill_children
 
 HUNG = 75
@@ -37,7 +36,67 @@ FLIGHT_RECORDER = "flight_recorder"
 """Folder of a run for PyTorch's records of collectives, read by `torchfrtrace --prefix rank_ FOLDER`."""
 DUMP_SECONDS = 15.0
 ENDED = "ended"
-"""Key in the store: a process cannot go on."""
+"""Key in the store: how many processes cannot go on."""
+
+
+class Signs:
+    """Signs of life of all processes of a run: what each is doing, and for how long it has been silent.
+
+    A sign is a number that its process raises, and silence is counted by the clock of who reads: hosts' clocks differ.
+    All methods raise RuntimeError where the store cannot be reached.
+    """
+
+    def __init__(self, store: Any, rank: int, world: int, period: float) -> None:
+        """`period`: seconds between calls of `give`, by which time in suspension is known."""
+        self._store, self._rank = store, rank
+        self._keys = [str(rank) for rank in range(world)]
+        self._number = 0
+        self._moved: dict[int, float] = {}
+        self._clock = RunningTime(period)
+        self.beats: dict[int, dict[str, Any]] = {}
+        """Of each process that has been heard of."""
+
+    def give(self, beat: dict[str, Any], last: bool = False) -> None:
+        """Tell the others what this process does; after the `last` sign it may be silent."""
+        self._clock.tick()
+        self._number += 1
+        self._store.set(str(self._rank), json.dumps(beat | {"sign": None if last else self._number}))
+
+    def read(self) -> None:
+        """Hear of the others: two questions to the store, however many they are, once each has given a sign."""
+        store, keys = self._store, self._keys
+        present = keys if store.check(keys) else [key for key in keys if store.check([key])]
+        beats = {int(key): json.loads(value) for key, value in zip(present, store.multi_get(present), strict=True)}
+        now = self._clock.read()
+        for rank, beat in beats.items():
+            if rank not in self.beats or beat["sign"] != self.beats[rank]["sign"]:
+                self._moved[rank] = now
+        self.beats = beats
+
+    def silence(self, rank: int) -> float:
+        """Seconds for which a process that has been heard of has given no sign."""
+        return 0.0 if self.beats[rank]["sign"] is None else self._clock.read() - self._moved[rank]
+
+    def silent(self, seconds: float) -> list[int]:
+        """Other processes that have been silent for longer."""
+        return sorted(rank for rank in self.beats if rank != self._rank and self.silence(rank) > seconds)
+
+    def behind(self, stale: float) -> str:
+        """Who holds a run up, in words: processes silent for `stale` seconds, else those that got the least far."""
+        beats = self.beats
+        if missing := [key for key in self._keys if int(key) not in beats]:
+            return ", ".join(f"process {rank} has never been heard of" for rank in missing)
+        if silent := self.silent(stale):
+            return ", ".join(f"process {rank} has not been heard of for {self.silence(rank):.0f} s" for rank in silent)
+        first = min((beat["step"], beat["stage"]) for beat in beats.values())
+        slow = sorted(rank for rank, beat in beats.items() if (beat["step"], beat["stage"]) == first)
+        if slow == [self._rank] or len(slow) == len(beats):
+            return "no other process is behind it"
+        return ", ".join(
+            f"process {rank} is at step {beats[rank]['step'] + 1}, {beats[rank]['doing']}"
+            for rank in slow
+            if rank != self._rank
+        )
 
 
 class Watchdog:
@@ -67,22 +126,23 @@ class Watchdog:
         self._beat: dict[str, Any] = {"step": -1, "stage": 0, "doing": "starting", "since": 0.0}
         self._done = threading.Event()
         self._finished = False
-        self._store: Any = None
-        self._beats: dict[int, dict[str, Any]] = {}
-        self._read = time.time()
+        self._period = min(self._pause, TICK)
+        self._read = 0.0
         self.last_act: Callable[[], object] = lambda: None
         """What must be done before this process ends for the sake of others."""
         self._folder, self._stop = folder, stop or StopRequest()
         self._stopped: float | None = None
+        self._has_said_why = False
         if self.world > 1:
             self._store = dist.distributed_c10d.PrefixStore("watchdog", dist.distributed_c10d._get_default_store())
+            self._signs = Signs(self._store, self.rank, self.world, self._period)
         # apart, because the store blocks for minutes where the link to the main host is cut
         self._teller = threading.Thread(target=self._tell, daemon=True, name="watchdog-store")
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 
     def __enter__(self) -> "Watchdog":
         self._thread.start()
-        if self._store is not None:
+        if self.world > 1:
             self._teller.start()
         return self
 
@@ -90,7 +150,7 @@ class Watchdog:
         self._finished = exception[0] in (None, Stopped)
         self._done.set()
         self._thread.join()
-        if self._store is not None:
+        if self.world > 1:
             self._teller.join(self._pause)
 
     def beat(self, step: int, stage: int, doing: str) -> None:
@@ -117,11 +177,14 @@ class Watchdog:
         started = self._first_step is not None and beat["step"] > self._first_step
         return ("hang_seconds", self.seconds) if started else ("start_seconds", self.start_seconds)
 
-    def end_all(self) -> NoReturn:
-        """End all processes of the run, which cannot go on; this one has printed why."""
+    def end_all(self, line: str) -> NoReturn:
+        """End all processes of the run, which cannot go on, with this line; of several that call, with the first's."""
+        self._has_said_why, first = True, True
         with suppress(RuntimeError):
-            self._store.set(ENDED, str(self.rank))
-            time.sleep(2 * TICK)  # they would say that this process is lost
+            first = self._store.add(ENDED, 1) == 1
+        if first:
+            print_error(line)
+        time.sleep(2 * TICK)  # the others would say that this process is lost, and it may be the store's
         self._leave(USER_ERROR)
 
     def _leave(self, code: int) -> NoReturn:
@@ -131,44 +194,37 @@ class Watchdog:
 
     def _tell(self) -> None:
         while True:
-            try:
-                self._store.set(str(self.rank), json.dumps(self._beat | {"seen": time.time()}))
-                if self._store.check([ENDED]) and int(self._store.get(ENDED)) != self.rank and not self._done.is_set():
+            with suppress(RuntimeError):  # the main host is gone or the link is cut: `_end` says so
+                self._signs.give(self._beat)
+                if self._store.check([ENDED]) and not self._has_said_why and not self._done.is_set():
                     self._leave(USER_ERROR)
-                stopped = self._has_been_stopped()
-                if stopped or time.time() - self._read > self._pause:
-                    keys = [str(rank) for rank in range(self.world)]
-                    present = [key for key in keys if self._store.check([key])]
-                    self._beats = {int(key): json.loads(self._store.get(key)) for key in present}
-                    self._read = time.time()
-            except RuntimeError:  # the main host is gone or the link is cut: the beats grow stale, and `_end` says so
-                stopped = self._has_been_stopped() and time.time() - self._read < LOST_SECONDS
-            if stopped and not self._done.is_set():
-                self._look_for_lost()
-            if self._done.wait(min(self._pause, TICK)):
+                stopped_for = self._stopped_for()
+                if stopped_for is not None or self._clock.read() - self._read > self._pause:
+                    self._signs.read()
+                    self._read = self._clock.read()
+                # all others have had the time for a sign of life since
+                if stopped_for is not None and stopped_for > LOST_SECONDS and not self._done.is_set():
+                    self._look_for_lost()
+            if self._done.wait(self._period):
                 break
         if self._finished:  # silent from now on, and not lost
             with suppress(RuntimeError):
-                self._store.set(str(self.rank), json.dumps(self._beat | {"seen": math.inf}))
+                self._signs.give(self._beat, last=True)
 
-    def _has_been_stopped(self) -> bool:
-        """Whether a signal came long enough ago for all others to have given a sign of life since."""
+    def _stopped_for(self) -> float | None:
+        """Seconds since a signal came."""
         if self._stopped is None and self._stop.arrived():
-            self._stopped = time.time()
-        return self._stopped is not None and time.time() - self._stopped > LOST_SECONDS
+            self._stopped = time.monotonic()
+        return None if self._stopped is None else time.monotonic() - self._stopped
 
     def _look_for_lost(self) -> None:
         """End this process where another one is lost: what it waits for will not come."""
-        now = time.time()
-        others = [(rank, beat) for rank, beat in sorted(self._beats.items()) if rank != self.rank]
-        lost = [rank for rank, beat in others if now - beat["seen"] > LOST_SECONDS]
-        if not lost:
+        if not (lost := self._signs.silent(LOST_SECONDS)):
             return
-        if self.rank == min(self._beats.keys() - lost, default=self.rank):
+        if self.rank == min(self._signs.beats.keys() - lost, default=self.rank):
             names = ", ".join(map(str, lost))
             line = f"error: process {names} of the run was lost, and process {self.rank} was told to stop"
-            with suppress(OSError):  # a terminal that was closed
-                print(f"{line}; --resume goes on from the newest checkpoint", file=sys.stderr, flush=True)  # noqa: T201
+            print_error(f"{line}; --resume goes on from the newest checkpoint")
         self._leave(LOST)
 
     def _end(self, beat: dict[str, Any]) -> None:
@@ -177,14 +233,14 @@ class Watchdog:
         line = f"error: step {beat['step'] + 1} hangs: for {waited:.0f} s ({field} is {limit:g}) "
         line += f"process {self.rank} has been {beat['doing']}"
         stale = 3 * self._pause
-        if self._store is not None and time.time() - self._read > stale:
-            line += f"; the main process's host has not been reached for {time.time() - self._read:.0f} s"
-        elif self._store is not None:
-            line += f"; {behind(self._beats, self.world, self.rank, stale)}"
+        unreached = self._clock.read() - self._read
+        if self.world > 1 and unreached > stale:
+            line += f"; the main process's host has not been reached for {unreached:.0f} s"
+        elif self.world > 1:
+            line += f"; {self._signs.behind(stale)}"
         if self._folder is not None and (record := record_collectives(self._folder, self.rank)):
             line += f"; its last collectives are in {record}"
-        with suppress(OSError):  # a terminal that was closed
-            print(line + "; --resume goes on from the newest checkpoint", file=sys.stderr, flush=True)  # noqa: T201
+        print_error(f"{line}; --resume goes on from the newest checkpoint")
         leave_at_once(HUNG)
 
 
@@ -242,22 +298,3 @@ class RunningTime:
     def tick(self) -> None:
         """To be called every `period` seconds, in one thread."""
         self._at = self.read(), time.monotonic()
-
-
-def behind(beats: dict[int, dict[str, Any]], world: int, me: int, stale: float) -> str:
-    """Who holds a run up, in words: processes that went silent, else those that got the least far."""
-    now = time.time()
-    if missing := sorted(set(range(world)) - beats.keys()):
-        return ", ".join(f"process {rank} has never been heard of" for rank in missing)
-    silent = sorted(rank for rank, beat in beats.items() if now - beat["seen"] > stale)
-    if silent:
-        return ", ".join(
-            f"process {rank} has not been heard of for {now - beats[rank]['seen']:.0f} s" for rank in silent
-        )
-    first = min((beat["step"], beat["stage"]) for beat in beats.values())
-    slow = sorted(rank for rank, beat in beats.items() if (beat["step"], beat["stage"]) == first)
-    if slow == [me] or len(slow) == len(beats):
-        return "no other process is behind it"
-    return ", ".join(
-        f"process {rank} is at step {beats[rank]['step'] + 1}, {beats[rank]['doing']}" for rank in slow if rank != me
-    )

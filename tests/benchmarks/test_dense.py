@@ -73,3 +73,9 @@ def test_the_plot_has_a_bar_for_each_group_of_seeds(monkeypatch, tmp_path):
     assert [bar.get_width() for bar in saved[0].axes[0].patches] == pytest.approx([0.6, 0.6, 0.7, 0.7])
     names = [text.get_text() for text in saved[0].axes[0].get_yticklabels()]
     assert names == ["100 px vim, own", "100 px vim, scratch", "200 px vim, own", "200 px vim, scratch"]
+
+
+def test_a_score_has_the_deviation_of_its_seeds():
+    scores = [{"mIoU": 0.1}, {"mIoU": 0.3}]
+    assert dense_page.spread(scores, "mIoU") == "0.200 ± 0.141"  # 0.1 * 2 ** 0.5
+    assert dense_page.spread(scores[:1], "mIoU") == "0.100"

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -10,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests import waiting
 from tests.launch.preloaded import Popen
 from tests.rows import read_metrics
-from tests.waiting import LIMIT
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "launch/accelerate"
@@ -36,7 +35,7 @@ def environment(device: str = "cpu", **more: str) -> dict[str, str]:
     path = f"{PROGRAMS}:{os.environ['PATH']}"  # as after `source .venv/bin/activate`
     if device == "cuda":
         return clean | {"OMP_NUM_THREADS": "1", "PATH": path} | more
-    waits = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": f"{LIMIT:.0f}"}
+    waits = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": f"{waiting.LIMIT:.0f}"}
     no_gpu = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     return clean | waits | no_gpu | {"OMP_NUM_THREADS": "1", "PATH": path} | more
 
@@ -72,12 +71,14 @@ def start(
 
 
 def finish(process: subprocess.Popen | Popen) -> tuple[int, str]:
-    """Exit code and all that was printed; nothing of it is left running."""
+    """Exit code and all that was printed; one that does not end fails with that. Nothing of it is left running."""
     try:
-        out, err = process.communicate(timeout=LIMIT)
+        out, err = process.communicate(timeout=waiting.LIMIT)
+    except subprocess.TimeoutExpired:
+        raise AssertionError(f"it did not end within {waiting.LIMIT:g} s\n{waiting.kill(process)}") from None
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            waiting.kill(process)
     return process.returncode, out + err
 
 

@@ -17,8 +17,11 @@ tell "$(cat srun.pid)\"""",
 }
 
 
-def submit(where: Path, *argv: str) -> subprocess.Popen:
-    """Run the script with these arguments, by DDP on two processes, in a folder that looks like the checkout."""
+def submit(where: Path, *argv: str, **settings: str) -> subprocess.Popen:
+    """Run the script with these arguments, by DDP on two processes, in a folder that looks like the checkout.
+
+    `settings`: variables that are given ahead of `sbatch`.
+    """
     tools = where / "tools"
     tools.mkdir(exist_ok=True)
     for name, body in TOOLS.items():
@@ -26,6 +29,7 @@ def submit(where: Path, *argv: str) -> subprocess.Popen:
         (tools / name).chmod(stat.S_IRWXU)
     path = f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     env = environment(PATH=path, SLURM_JOB_ID="42", SLURM_JOB_NODELIST="here", SLURM_NNODES="1", GPUS="2",
-                      STRATEGY=str(CONFIGS / "ddp.yaml"), PORT=str(free_port()), ACCELERATE_USE_CPU="true")  # fmt: skip
+                      PORT=str(free_port()), ACCELERATE_USE_CPU="true",
+                      **{"STRATEGY": str(CONFIGS / "ddp.yaml")} | settings)  # fmt: skip
     script = ["bash", str(ROOT / "launch/slurm/pretrain.sbatch"), *argv]
     return subprocess.Popen(script, cwd=where, env=env, stderr=subprocess.PIPE, text=True)

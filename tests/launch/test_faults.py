@@ -133,13 +133,13 @@ def test_a_hanging_process_is_named(device, fault, tmp_path):
         assert state != "completed"
 
 
-@pytest.mark.parametrize(("device", "strategy"), on(("ddp",), ("zero2",)))
-def test_out_of_memory_on_one_process_ends_all_with_a_line(device, strategy, tmp_path):
-    """The other one waits in a collective for what will not come; nothing but the line ends it."""
-    code, printed = finish(faulty(tmp_path, strategy, "oom@3:1", device=device))
+@pytest.mark.parametrize(("device", "strategy", "rank"), on(("ddp", 1), ("zero2", 1), ("ddp", -1)))
+def test_out_of_memory_ends_all_processes_with_a_line(device, strategy, rank, tmp_path):
+    """Of one process: the other one waits in a collective for what will not come. Of both: the first one's line."""
+    code, printed = finish(faulty(tmp_path, strategy, f"oom@3:{rank}", device=device))
     assert code != 0, printed[-3000:]
     (line,) = [line for line in printed.splitlines() if line.startswith("error:")]
-    assert line.startswith("error: out of memory on process 1 (")
+    assert re.match(rf"error: out of memory on process {'1' if rank == 1 else '[01]'} \(", line), line
     assert "lower batch_size" in line
     assert [path.name for path in checkpoints(tmp_path / "runs/run/checkpoints")] == ["step-00000002"]
     assert "SIGKILL" not in printed  # as the launcher does with what does not end

@@ -47,6 +47,23 @@ def worker(ready):
     time.sleep(LIMIT)
 
 
+def signalled_worker():
+    leave_signals_to_the_trainer(0)
+    signal.signal(signal.SIGUSR1, lambda number, frame: None)  # as a library that reads pictures may
+    signal.raise_signal(signal.SIGUSR1)
+
+
+def test_a_signal_of_a_worker_is_none_of_the_trainer():
+    with stop_requests() as stop:
+        child = context.Process(target=signalled_worker)
+        child.start()
+        child.join(LIMIT)
+        assert child.exitcode == 0
+        assert not stop.arrived()
+        signal.raise_signal(signal.SIGUSR1)
+        assert stop.arrived()
+
+
 def parent(ready):
     context.Process(target=worker, args=(ready,), daemon=True).start()
     time.sleep(LIMIT)

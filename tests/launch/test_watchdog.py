@@ -1,5 +1,6 @@
 """When the watchdog ends a process: by one limit while the run starts, by another from its second step on."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,8 +9,9 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch.distributed as dist
 
-from launch.run.watchdog import HUNG, LOST, USER_ERROR, RunningTime, Watchdog
+from launch.run.watchdog import HUNG, LOST, USER_ERROR, RunningTime, Signs, Watchdog
 from tests.launch.real import ROOT, environment
 from tests.waiting import LIMIT, patience, wait_for
 
@@ -102,12 +104,15 @@ folder, rank = sys.argv[1], int(sys.argv[2])
 watchdog.LOST_SECONDS = float(sys.argv[4])
 dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
 accelerator = SimpleNamespace(process_index=rank, num_processes=2)
+if rank:  # a host whose clock is wrong by an hour
+    right, time.time = time.time, lambda: right() - 3600
 with stop_requests() as stop, watchdog.Watchdog(accelerator, 1000.0, 1000.0, None, stop) as dog:
     print("ready", flush=True)
-    if sys.argv[3] == "tells":
+    if sys.argv[3].startswith("tells"):
         time.sleep(3)
-        print("error: no more", flush=True)
-        dog.end_all()
+        if sys.argv[3] == "tells too":
+            dist.barrier()  # sooner than either could hear of the other
+        dog.end_all("error: no more")
     dog.last_act = lambda: print("last act", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # as a wait for a GPU, and no handler of Python's runs meanwhile
 """
@@ -118,11 +123,12 @@ def waiting_in_c(tmp_path):
     """Two processes, of which the second does something, and the first waits for it where it hears of nothing."""
     both = []
 
-    def begin(does, silence=2.0):
-        environ = environment(PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'kernels'}")
+    def begin(does, silence=2.0, first="waits"):
+        paths = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
+        environ = environment(PYTHONPATH=paths, TORCHELASTIC_ERROR_FILE=str(tmp_path / "table.json"))
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environ}
         argv = [sys.executable, "-c", IN_C, str(tmp_path)]
-        words = [[str(rank), does if rank else "waits", str(silence)] for rank in range(2)]
+        words = [[str(rank), each, str(silence)] for rank, each in enumerate((first, does))]
         both.extend(subprocess.Popen([*argv, *each], **pipes) for each in words)
         for each in both:
             assert each.stdout.readline() == "ready\n"
@@ -134,7 +140,7 @@ def waiting_in_c(tmp_path):
         each.communicate()
 
 
-def test_who_waits_for_a_lost_process_ends_when_it_is_told_to_stop(waiting_in_c):
+def test_who_waits_for_a_lost_process_ends_when_it_is_told_to_stop(waiting_in_c, tmp_path):
     first, second = waiting_in_c("waits")
     time.sleep(3)  # signs of life of both
     second.kill()
@@ -142,6 +148,7 @@ def test_who_waits_for_a_lost_process_ends_when_it_is_told_to_stop(waiting_in_c)
     out, err = first.communicate(timeout=LIMIT)
     assert first.returncode == LOST
     assert "error: process 1 of the run was lost, and process 0 was told to stop; --resume goes on" in err
+    assert json.loads((tmp_path / "table.json").read_text())["message"]["message"] in err.splitlines()  # torchrun's
     assert out == "last act\n"
 
 
@@ -155,8 +162,83 @@ def test_who_waits_goes_on_while_the_other_lives(waiting_in_c):
 
 def test_all_end_where_one_cannot_go_on(waiting_in_c):
     first, second = waiting_in_c("tells")
-    assert second.communicate(timeout=LIMIT)[0] == "error: no more\n"
+    assert second.communicate(timeout=LIMIT)[1] == "error: no more\n"
     out, err = first.communicate(timeout=LIMIT)
     assert (first.returncode, second.returncode) == (USER_ERROR, USER_ERROR)
     assert out == "last act\n"
     assert "error:" not in err
+
+
+def test_there_is_one_line_where_several_cannot_go_on(waiting_in_c):
+    both = waiting_in_c("tells too", first="tells too")
+    printed = [each.communicate(timeout=LIMIT)[1] for each in both]
+    assert [each.returncode for each in both] == [USER_ERROR, USER_ERROR]
+    assert sorted(printed) == ["", "error: no more\n"]
+
+
+class Counted:
+    """A store that counts the questions."""
+
+    def __init__(self, store):
+        self.store, self.calls = store, []
+
+    def __getattr__(self, name):
+        self.calls.append(name)
+        return getattr(self.store, name)
+
+
+@pytest.fixture
+def signs(monkeypatch):
+    """(number of processes) -> their signs of life, and a clock to set, in seconds."""
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr("time.time", lambda: pytest.fail("clocks of hosts differ"))
+
+    def make(world):
+        store = Counted(dist.HashStore())
+        return [Signs(store, rank, world, period=1.0) for rank in range(world)], now, store
+
+    return make
+
+
+def doing(step):
+    return {"step": step, "stage": 0, "doing": "computing"}
+
+
+def test_silence_is_counted_by_the_clock_of_who_reads(signs):
+    (first, second, third), now, _ = signs(3)
+    second.give(doing(1))
+    third.give(doing(1), last=True)
+    first.give(doing(1))
+    first.read()
+    for _ in range(20):
+        now[0] += 1.0
+        first.give(doing(1))
+        first.read()
+    assert first.silent(19.5) == [1], "the third has said that it would be"
+    assert first.silence(1) == pytest.approx(20.0)
+    second.give(doing(1))
+    first.read()
+    assert first.silent(0.5) == []
+    now[0] += 3600  # in which the reader was suspended
+    assert first.silence(1) == pytest.approx(2.0)
+    assert first.behind(1.5) == "process 1 has not been heard of for 2 s"
+
+
+def test_a_process_that_gave_no_sign_yet_is_named(signs):
+    (first, second, _), _, _ = signs(3)
+    first.give(doing(1))
+    second.give(doing(0))
+    first.read()
+    assert first.beats.keys() == {0, 1}
+    assert first.behind(10.0) == "process 2 has never been heard of"
+
+
+def test_hundreds_are_heard_of_by_two_questions(signs):
+    everyone, _, store = signs(300)
+    for rank, each in enumerate(everyone):
+        each.give(doing(int(rank != 7)))
+    store.calls.clear()
+    everyone[0].read()
+    assert store.calls == ["check", "multi_get"]
+    assert everyone[0].behind(10.0) == "process 7 is at step 1, computing"

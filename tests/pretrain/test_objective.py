@@ -8,6 +8,8 @@ from launch.run.config import field_types
 from launch.run.randomness import generator
 from pretrain.config import OBJECTIVES, PretrainConfig
 from pretrain.distill.teacher import DistillConfig
+from pretrain.nepa.objective import NEPA
+from pretrain.objective import Objective
 from tests.teachers import write_teacher
 from vim_backbone import VimConfig, VisionMamba
 from vim_backbone.block import Block
@@ -75,6 +77,14 @@ def test_what_was_learned_becomes_a_picture(objective, views, tmp_path):
     draw("title", tmp_path / objective.picture_folder / "a.png")
     with Image.open(tmp_path / objective.picture_folder / "a.png") as image:
         assert image.width > 600
+
+
+@pytest.mark.parametrize("name", ["summary", "build", "show", "work"])
+def test_an_objective_that_lacks_a_part_is_not_made(name):
+    """Whatever else it has: the error names the class and the part."""
+    parts = {part: vars(NEPA)[part] for part in ("summary", "build", "show", "work") if part != name}
+    with pytest.raises(TypeError, match=rf"abstract class Toy .*{name}"):
+        type("Toy", (Objective,), parts | {"title": "Toy"})()
 
 
 def test_the_fields_it_names_exist():

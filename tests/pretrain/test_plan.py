@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from pretrain.mae.objective import MAE
 from pretrain.masked import DecoderConfig, split_patches
 from pretrain.masking import MaskConfig
 from pretrain.plan import fastest, fitting_level, main, planned_footprints, remedy
+from pretrain.stages import StageConfig
 from pretrain.train import build_model, recompute_level
 from vim_backbone import UserError, named_config
 from vim_backbone.memory import LEVELS
@@ -147,6 +149,26 @@ def test_what_a_run_out_of_memory_can_change_is_named():
     assert fitting_level(config, memory=80e9, processes=2, stage=2, pictures=pictures) == level
     assert "should fit into 8e+03 GB" in remedy(config, memory=8e12, **sizes)
     assert "no batch fits: launch with launch/accelerate/zero3.yaml" in remedy(config, memory=1e9, **sizes)
+
+
+def test_the_accumulation_that_is_named_divides_the_batches_of_all_stages():
+    """Of 3072 pictures a process the large stage alone would take 6 passes, which 2048 do not divide into."""
+    model = ModelConfig(name="vim_large", img_size=224, patch_size=None, depth=None)
+    sizes = {"memory": 20e9, "processes": 2, "stage": 2, "level": "none"}
+
+    def line(first):
+        stages = [StageConfig(until=0.5, img_size=112, batch_size=first), StageConfig()]
+        config = PretrainConfig(model=model, precision="bf16", batch_size=6144, stages=stages)
+        return config, remedy(config, **sizes)
+
+    alone = remedy(PretrainConfig(model=model, precision="bf16", batch_size=6144), **sizes)
+    assert "--accumulation 6 (512 pictures)" in alone
+    config, words = line(4096)
+    passes = re.search(r"--accumulation (\d+)", words)
+    assert passes is not None, words
+    schedule = replace(config, accumulation=int(passes[1])).schedule(100, 2, 0)
+    assert [stage.plan.micro_batch * int(passes[1]) for stage in schedule] == [2048, 3072]
+    assert "no accumulation that divides the batches of all stages fits" in line(2)[1]
 
 
 def test_half_the_visible_patches_save_nothing_in_the_decoder():
