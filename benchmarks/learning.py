@@ -55,6 +55,8 @@ from vim_backbone.files import append_lines, json_line
 CAUSAL = ["nepa", "ar"]
 QUIET = ["--trackers=[]", "--model.drop_path_rate=0"]
 ROWS, SETTINGS = "rows.jsonl", "settings.json"
+PENALTIES = [1e-5, 1e-3, 1e-1]
+"""Of which the linear probe chooses."""
 MEASURED_STEPS, WARM_STEPS = 60, 20
 """Of `--measure`: how many are run, and how many of them do not count."""
 SAME_FOR_ALL = (
@@ -204,7 +206,7 @@ class Case:
             for step, folder in backbones.items():
                 share = minutes * step / max(1, max(backbones))
                 for mode in STYLES if self.objective != "scratch" else ():
-                    how = (f"--mode={mode}", f"--batch_size={self.recipe.batch}")
+                    how = (f"--mode={mode}", f"--batch_size={self.recipe.batch}", f"--probe.penalties={PENALTIES}")
                     self.note(mode, 0, step, lambda folder=folder, how=how: self.classify(folder, *how), share)
             last = max(backbones)
             for (shots, steps), rate in self.tunings():
@@ -258,7 +260,7 @@ class Case:
         decoder = [f"--decoder.width={width}", f"--decoder.depth={max(1, depth // self.halves)}"]
         own = {"ar": [f"--ar.width={width}", f"--ar.depth={depth}"], "scratch": decoder, "mae": decoder,
                "distill": [*decoder, f"--distill.teacher={self.options.teacher}"]}  # fmt: skip
-        source = self.data / ("train*.parquet" if self.options.folder else "train")
+        source = f"hf:{self.data}" if self.options.folder else self.data / "train"  # the same rows as `classify` opens
         words = [
             *self.quiet, "--resume=auto", f"--data.source={source}", *recipe.pretraining,
             f"--steps={total}", f"--batch_size={recipe.pretraining_batch}", "--optim.clip_grad=1",
