@@ -5,9 +5,10 @@ Ray Tune keeps its own state too, as pickles; nothing reads those.
 
 import math
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import optuna
 from optuna.exceptions import ExperimentalWarning
@@ -31,6 +32,16 @@ EVALUATION = "evaluation-"
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
+class Place(NamedTuple):
+    """A device that a trial ran on."""
+
+    host: str
+    device: str
+    """Such as GPU 0, or CPU."""
+    model: str
+    """Such as NVIDIA H100 80GB HBM3; empty for a CPU."""
+
+
 @dataclass(frozen=True)
 class TrialEvaluation:
     """One evaluation of one trial."""
@@ -41,6 +52,12 @@ class TrialEvaluation:
     metrics: dict[str, float]
     seconds: float
     """Time the trial had trained and evaluated for, since it was last started."""
+    began: float = 0.0
+    """Unix time at which it was last started; not in the records of earlier versions."""
+    ended: float = 0.0
+    """Unix time of this evaluation."""
+    places: tuple[Place, ...] = ()
+    """Of all of its processes."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +159,7 @@ class Ledger:
         score = evaluation.metrics.get(self.metric, math.nan)
         if math.isfinite(score) and evaluation.step not in self._frozen(number).intermediate_values:
             trial.report(score, evaluation.step)
-        row = {"percent": evaluation.percent, "seconds": evaluation.seconds, "metrics": evaluation.metrics}
+        row = {key: value for key, value in vars(evaluation).items() if key != "step"}
         trial.set_user_attr(f"{EVALUATION}{evaluation.step:08d}", row)
 
     def keep(self, number: int, checkpoint: str) -> None:
@@ -180,7 +197,7 @@ class Ledger:
 def _entry(trial: FrozenTrial, space: list[Dimension]) -> Entry:
     attributes = trial.user_attrs
     evaluations = [
-        TrialEvaluation(int(key.removeprefix(EVALUATION)), row["percent"], row["metrics"], row["seconds"])
+        _evaluation(int(key.removeprefix(EVALUATION)), **row)
         for key, row in sorted(attributes.items())
         if key.startswith(EVALUATION)
     ]
@@ -189,6 +206,10 @@ def _entry(trial: FrozenTrial, space: list[Dimension]) -> Entry:
         trial.number, STATES[trial.state], fields, evaluations, attributes.get("checkpoint"),
         bool(attributes.get("stopped")), attributes.get("error"), "fields" in attributes,
     )  # fmt: skip
+
+
+def _evaluation(step: int, places: Iterable[Iterable[str]] = (), **row: Any) -> TrialEvaluation:
+    return TrialEvaluation(step, places=tuple(Place(*place) for place in places), **row)
 
 
 def _drop_half_line(path: Path) -> None:

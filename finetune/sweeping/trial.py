@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import ray.train
+import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 from filelock import FileLock
@@ -20,6 +22,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from finetune.registry import TASKS
+from finetune.sweeping.ledger import Place
 from finetune.train import Evaluation, finetune
 from launch.data.loading import workers_for
 from launch.run.cli import parse
@@ -122,13 +125,16 @@ def _run(spec: TrialSpec, checkpoint: Any, work: Path, report: Reporter) -> None
     # a worker that is used again has the last trial's
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    began, waited = time.monotonic(), 0.0
+    began, started, waited = time.time(), time.monotonic(), 0.0
 
     def observe(evaluation: Evaluation) -> None:
         nonlocal waited
         percent = 100 * evaluation.step / evaluation.total_steps if evaluation.total_steps else 100.0
-        seconds = time.monotonic() - began - waited
-        progress = {"step": evaluation.step, "percent": percent, "seconds": seconds, "metrics": evaluation.metrics}
+        seconds = time.monotonic() - started - waited
+        progress = {
+            "step": evaluation.step, "percent": percent, "seconds": seconds, "metrics": evaluation.metrics,
+            "began": began, "ended": time.time(), "places": places(),
+        }  # fmt: skip
         before = time.monotonic()
         report(evaluation.metrics | progress, work / "run")
         waited += time.monotonic() - before
@@ -144,6 +150,18 @@ def _run(spec: TrialSpec, checkpoint: Any, work: Path, report: Reporter) -> None
         finetune(task(config), observe)
     except UserError as error:  # would fail again: reported, and not tried again
         report({"failed": str(error), "metrics": {}}, None)
+
+
+def places() -> list[Place]:
+    """Devices of all processes of this trial, which must all ask."""
+    host = socket.gethostname()
+    model = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    mine = [Place(host, f"GPU {number}", model) for number in ray.get_gpu_ids()] or [Place(host, "CPU", "")]
+    if not dist.is_initialized():
+        return mine
+    of_processes: list[list[Place]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(of_processes, mine)
+    return [place for of_process in of_processes for place in of_process]
 
 
 def fetch(value: Any) -> Any:

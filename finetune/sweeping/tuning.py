@@ -4,7 +4,7 @@
 
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -106,7 +106,7 @@ class Recorder(tune.Callback):
         number = self.numbers[trial.trial_id]
         if result.get("failed"):
             return
-        evaluation = TrialEvaluation(result["step"], result[TIME], result["metrics"], result["seconds"])
+        evaluation = TrialEvaluation(**{f.name: result[f.name] for f in fields(TrialEvaluation)})
         self.ledger.note(number, evaluation, trial.config["fields"], stopped=bool(result.get("done")))
         if "checkpoint_path" in result:  # Ray Train has stored it
             self.ledger.keep(number, result["checkpoint_path"])

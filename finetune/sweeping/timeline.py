@@ -1,0 +1,124 @@
+"""When each trial of a sweep ran, and where: a bar for each over the devices, from the times that its record has."""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.ticker import MaxNLocator
+
+from finetune.sweeping.config import SweepConfig
+from finetune.sweeping.ledger import Entry, Place
+
+UNITS = {"s": 1, "min": 60, "h": 3600}
+MOST_OF_A_UNIT = 300
+"""Of a unit of time on the axis, before the next larger one takes its place."""
+
+
+class Span(NamedTuple):
+    """A trial on one device, from its start there to its last evaluation."""
+
+    began: float
+    """Unix time."""
+    ended: float
+    place: Place
+    number: int
+    """Of the trial."""
+    evaluations: list[float]
+    """Unix times."""
+    last: bool
+    """Whether the trial ended here, and did not go on after a loss or a resume."""
+
+
+def spans_of(entries: Iterable[Entry]) -> list[Span]:
+    """All that the record has the times of; a trial of several devices or of several starts has more than one."""
+    found = []
+    for entry in entries:
+        starts: dict[float, list[Any]] = {}
+        for row in entry.evaluations:
+            if row.places:
+                starts.setdefault(row.began, []).append(row)
+        for began, rows in starts.items():
+            times = [row.ended for row in rows]
+            last = began == max(starts)
+            found += [Span(began, max(times), place, entry.number, times, last) for place in set(rows[-1].places)]
+    return sorted(found)
+
+
+def lanes_of(spans: list[Span]) -> list[tuple[Place, list[Span]]]:
+    """Spans that do not overlap, in as few lanes of each device as they need; the devices in order."""
+    lanes: dict[Place, list[list[Span]]] = {}
+    for span in spans:
+        of_place = lanes.setdefault(span.place, [])
+        free = next((lane for lane in of_place if lane[-1].ended <= span.began), None)
+        if free is None:
+            of_place.append([span])
+        else:
+            free.append(span)
+    return [(place, lane) for place in sorted(lanes) for lane in lanes[place]]
+
+
+def about(config: SweepConfig, entries: list[Entry]) -> str:
+    """What ran, on what, how many at a time, and for how long, in a line; what the record does not have is left out."""
+    spans = spans_of(entries)
+    states = Counter(e.state for e in entries)
+    line = f"{config.name}: " + ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
+    if not spans:
+        return line
+    places = {span.place for span in spans}
+    models = Counter(place.model or place.device for place in places)
+    line += " on " + " and ".join(f"{count} x {model}" for model, count in models.items())
+    resources = config.resources
+    each = f"{resources.gpus:g} GPU" if resources.gpus else f"{resources.cpus:g} CPU cores"
+    times = f"{resources.workers} x " if resources.workers > 1 else ""
+    seconds = max(span.ended for span in spans) - spans[0].began
+    return f"{line}, {times}{each} a trial; {seconds:.0f} s"
+
+
+def draw_timeline(axes: Any, config: SweepConfig, entries: list[Entry]) -> None:
+    """A row for each device and each trial that it held at a time; bars have the colour of the score.
+
+    A line across a bar is an evaluation; the mark at its end says whether the trial finished, as in the curves.
+    """
+    spans = spans_of(entries)
+    lanes = lanes_of(spans)
+    start, end = spans[0].began, max(span.ended for span in spans)
+    unit = next((u for u, seconds in UNITS.items() if end - start <= MOST_OF_A_UNIT * seconds), "h")
+    lanes = [(place, [_shifted(span, start, UNITS[unit]) for span in lane]) for place, lane in lanes]
+    scores = {e.number: e.score(config.metric) for e in entries}
+    values = [score for score in scores.values() if score is not None]
+    colours = plt.cm.ScalarMappable(
+        plt.Normalize(min(values), max(values)), "viridis" if config.mode == "max" else "viridis_r"
+    )
+    states = {e.number: e.state for e in entries}
+    for y, (_, lane) in enumerate(lanes):
+        for span in lane:
+            score = scores[span.number]
+            colour = colours.to_rgba(score) if score is not None else "lightgray"
+            axes.barh(y, span.ended - span.began, left=span.began, height=0.8, color=colour, edgecolor="white")
+            axes.vlines(span.evaluations[:-1], y - 0.4, y + 0.4, color="white", linewidth=0.7)
+            dark = np.dot(colour[:3], (0.3, 0.6, 0.1)) < 0.5 if score is not None else False
+            ink = "white" if dark else "black"
+            axes.text((span.began + span.ended) / 2, y, str(span.number), ha="center", va="center", color=ink)
+            if span.last:
+                end = "o" if states[span.number] == "finished" else "x"
+                axes.plot(span.ended, y, end, color="black", markersize=5, clip_on=False)
+    hosts = len({place.host for place, _ in lanes})
+    names = [f"{place.host} {place.device}" if hosts > 1 else place.device for place, _ in lanes]
+    axes.set_yticks(range(len(lanes)), [name if name not in names[:y] else "" for y, name in enumerate(names)])
+    for y in range(1, len(lanes)):
+        if names[y] != names[y - 1]:
+            axes.axhline(y - 0.5, color="gray", linewidth=0.5)
+    axes.set(xlabel=f"{unit} since the first trial began", ylim=(len(lanes) - 0.5, -0.5), xlim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+    axes.figure.colorbar(colours, ax=axes, label=config.metric, fraction=0.03, pad=0.02)
+
+
+def _shifted(span: Span, start: float, unit: int) -> Span:
+    def shift(time: float) -> float:
+        return (time - start) / unit
+
+    return span._replace(
+        began=shift(span.began), ended=shift(span.ended), evaluations=[shift(time) for time in span.evaluations]
+    )
