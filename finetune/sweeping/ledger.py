@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import optuna
 from optuna.exceptions import ExperimentalWarning
@@ -17,6 +17,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from finetune.sweeping.places import Place
 from finetune.sweeping.space import Dimension, combinations, decode
 from launch.run.lock import FolderLock
 from launch.run.randomness import seed_of
@@ -30,16 +31,6 @@ STATES = {
 EVALUATION = "evaluation-"
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-
-
-class Place(NamedTuple):
-    """A device that a trial ran on."""
-
-    host: str
-    device: str
-    """Such as GPU 0, or CPU."""
-    model: str
-    """Such as NVIDIA H100 80GB HBM3; empty for a CPU."""
 
 
 @dataclass(frozen=True)

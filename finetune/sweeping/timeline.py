@@ -4,16 +4,19 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
+import matplotlib as mpl
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from finetune.sweeping.config import SweepConfig
-from finetune.sweeping.ledger import Entry, Place
+from finetune.sweeping.ledger import Entry
+from finetune.sweeping.places import Place
 
 UNITS = {"s": 1, "min": 60, "h": 3600}
 MOST_OF_A_UNIT = 300
 """Of a unit of time on the axis, before the next larger one takes its place."""
+LUMINANCE = (0.2126, 0.7152, 0.0722)
+"""Of red, green and blue (ITU-R BT.709)."""
 
 
 class Span(NamedTuple):
@@ -82,28 +85,24 @@ def draw_timeline(axes: Any, config: SweepConfig, entries: list[Entry]) -> None:
     A line across a bar is an evaluation; the mark at its end says whether the trial finished, as in the curves.
     """
     spans = spans_of(entries)
-    lanes = lanes_of(spans)
-    start, end = spans[0].began, max(span.ended for span in spans)
-    unit = next((u for u, seconds in UNITS.items() if end - start <= MOST_OF_A_UNIT * seconds), "h")
-    lanes = [(place, [_shifted(span, start, UNITS[unit]) for span in lane]) for place, lane in lanes]
-    scores = {e.number: e.score(config.metric) for e in entries}
-    values = [score for score in scores.values() if score is not None]
-    colours = plt.cm.ScalarMappable(
-        plt.Normalize(min(values), max(values)), "viridis" if config.mode == "max" else "viridis_r"
-    )
-    states = {e.number: e.state for e in entries}
+    start, stop = spans[0].began, max(span.ended for span in spans)
+    unit = next((u for u, seconds in UNITS.items() if stop - start <= MOST_OF_A_UNIT * seconds), "h")
+    lanes = lanes_of([_since(start, UNITS[unit], span) for span in spans])
+    by_number = {e.number: e for e in entries}
+    scores = [score for e in entries if (score := e.score(config.metric)) is not None]
+    scale = mpl.colors.Normalize(min(scores, default=0), max(scores, default=1))
+    colours = mpl.cm.ScalarMappable(scale, "viridis" if config.mode == "max" else "viridis_r")
     for y, (_, lane) in enumerate(lanes):
         for span in lane:
-            score = scores[span.number]
-            colour = colours.to_rgba(score) if score is not None else "lightgray"
+            entry = by_number[span.number]
+            colour = colours.to_rgba(entry.score(config.metric) or np.nan)
             axes.barh(y, span.ended - span.began, left=span.began, height=0.8, color=colour, edgecolor="white")
             axes.vlines(span.evaluations[:-1], y - 0.4, y + 0.4, color="white", linewidth=0.7)
-            dark = np.dot(colour[:3], (0.3, 0.6, 0.1)) < 0.5 if score is not None else False
-            ink = "white" if dark else "black"
+            ink = "white" if np.dot(colour[:3], LUMINANCE) * colour[3] < 0.5 else "black"
             axes.text((span.began + span.ended) / 2, y, str(span.number), ha="center", va="center", color=ink)
             if span.last:
-                end = "o" if states[span.number] == "finished" else "x"
-                axes.plot(span.ended, y, end, color="black", markersize=5, clip_on=False)
+                mark = "o" if entry.state == "finished" else "x"
+                axes.plot(span.ended, y, mark, color="black", markersize=5, clip_on=False)
     hosts = len({place.host for place, _ in lanes})
     names = [f"{place.host} {place.device}" if hosts > 1 else place.device for place, _ in lanes]
     axes.set_yticks(range(len(lanes)), [name if name not in names[:y] else "" for y, name in enumerate(names)])
@@ -115,10 +114,7 @@ def draw_timeline(axes: Any, config: SweepConfig, entries: list[Entry]) -> None:
     axes.figure.colorbar(colours, ax=axes, label=config.metric, fraction=0.03, pad=0.02)
 
 
-def _shifted(span: Span, start: float, unit: int) -> Span:
-    def shift(time: float) -> float:
-        return (time - start) / unit
-
-    return span._replace(
-        began=shift(span.began), ended=shift(span.ended), evaluations=[shift(time) for time in span.evaluations]
-    )
+def _since(start: float, unit: int, span: Span) -> Span:
+    """The span with its times in units since the start."""
+    began, ended, *evaluations = ((time - start) / unit for time in (span.began, span.ended, *span.evaluations))
+    return span._replace(began=began, ended=ended, evaluations=evaluations)

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import ray.train
-import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 from filelock import FileLock
@@ -22,7 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from finetune.registry import TASKS
-from finetune.sweeping.ledger import Place
+from finetune.sweeping.places import places
 from finetune.train import Evaluation, finetune
 from launch.data.loading import workers_for
 from launch.run.cli import parse
@@ -150,18 +148,6 @@ def _run(spec: TrialSpec, checkpoint: Any, work: Path, report: Reporter) -> None
         finetune(task(config), observe)
     except UserError as error:  # would fail again: reported, and not tried again
         report({"failed": str(error), "metrics": {}}, None)
-
-
-def places() -> list[Place]:
-    """Devices of all processes of this trial, which must all ask."""
-    host = socket.gethostname()
-    model = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    mine = [Place(host, f"GPU {number}", model) for number in ray.get_gpu_ids()] or [Place(host, "CPU", "")]
-    if not dist.is_initialized():
-        return mine
-    of_processes: list[list[Place]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(of_processes, mine)
-    return [place for of_process in of_processes for place in of_process]
 
 
 def fetch(value: Any) -> Any:

@@ -17,11 +17,13 @@ from finetune.classification.config import ClassificationConfig
 from finetune.sweep import main
 from finetune.sweeping import trial
 from finetune.sweeping.config import ResourceConfig, SchedulerConfig, SweepConfig
-from finetune.sweeping.driver import check_storage, open_folder, resolve
+from finetune.sweeping.driver import absolute_paths, check_storage, open_folder, resolve
 from finetune.sweeping.ledger import Ledger, TrialEvaluation
+from finetune.sweeping.places import Place
 from finetune.sweeping.progress import table
 from finetune.sweeping.report import command, draw_best_so_far, draw_curves, importances, write_results
 from finetune.sweeping.space import combinations, read_space
+from finetune.sweeping.timeline import about, draw_timeline, lanes_of, spans_of
 from finetune.sweeping.tuning import build_scheduler, replay
 from tests.launch.real import ROOT
 from vim_backbone.errors import UserError
@@ -209,6 +211,54 @@ def test_importance_finds_the_field_that_matters(tmp_path):
     ledger.close()
 
 
+def ran(ledger, began, ended, *devices):
+    """A trial with two evaluations, at the middle and at the end of its time."""
+    number = ledger.draw("random", 0)
+    places = tuple(Place("here", device, "H100") for device in devices)
+    for step, time in ((2, (began + ended) / 2), (4, ended)):
+        evaluation = TrialEvaluation(step, 25 * step, {"top1": 0.1 * number}, time - began, began, time, places)
+        ledger.note(number, evaluation, ledger.entry(number).fields, False)
+    ledger.finish(number)
+
+
+def test_the_time_line_has_each_trial_once_on_each_of_its_devices(ledger):
+    for began, ended, *devices in (
+        (0, 10, "GPU 1"), (1, 5, "GPU 0"), (2, 9, "GPU 1"), (6, 8, "GPU 0"), (12, 20, "GPU 0", "GPU 1"),
+    ):  # fmt: skip
+        ran(ledger, 1000.0 + began, 1000.0 + ended, *devices)
+    entries = again(ledger).entries()
+    lanes = [(place.device, [span.number for span in lane]) for place, lane in lanes_of(spans_of(entries))]
+    assert lanes == [("GPU 0", [1, 3, 4]), ("GPU 1", [0, 4]), ("GPU 1", [2])]
+
+    figure = Figure()
+    config = sweep_config(resources=ResourceConfig(gpus=0.5), name="n")
+    draw_timeline(figure.subplots(), config, entries)
+    axes = figure.axes[0]
+    bars = sorted((bar.get_y() + 0.4, bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.patches)
+    assert np.allclose(bars, [(0, 1, 5), (0, 6, 8), (0, 12, 20), (1, 0, 10), (1, 12, 20), (2, 2, 9)])
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["GPU 0", "GPU 1", ""]
+    assert about(config, entries) == "n: 5 finished on 2 x H100, 0.5 GPU a trial; 20 s"
+
+
+def test_the_time_line_shows_where_a_trial_went_on(ledger):
+    number = ledger.draw("random", 0)
+    for step, began, host in ((1, 0.0, "a"), (2, 100.0, "b"), (4, 100.0, "b")):
+        place = Place(host, "CPU", "")
+        evaluation = TrialEvaluation(step, 25 * step, {"top1": 0.5}, 1.0, began, began + 10 * step, (place,))
+        ledger.note(number, evaluation, {}, False)
+    spans = spans_of(ledger.entries())
+    assert [(s.place.host, s.began, s.ended, s.evaluations, s.last) for s in spans] == [
+        ("a", 0, 10, [10], False), ("b", 100, 140, [120, 140], True),
+    ]  # fmt: skip
+    assert len(lanes_of(spans)) == 2
+
+
+def test_a_record_without_times_has_no_time_line(ledger):
+    evaluated(ledger, ledger.draw("random", 0), 4, 0.5)
+    assert spans_of(ledger.entries()) == []
+    assert about(sweep_config(name="n"), ledger.entries()) == "n: 1 running"
+
+
 def test_results_csv(ledger, tmp_path):
     evaluated(ledger, ledger.draw("random", 0), 4, 0.5)
     ledger.finish(0)
@@ -309,9 +359,29 @@ def test_what_can_work_is_not_refused():
     assert base == ""
 
 
-def test_resources_that_are_none():
-    with pytest.raises(UserError, match="must take a CPU or a GPU"):
-        ResourceConfig(cpus=0)
+def test_paths_of_trials_are_absolute_patterns_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    here = ["data", "hf:data", "data/{split}*.parquet", "data/x[12].parquet"]
+    config = sweep_config(space={"data.source": {"choice": [*here, "hf:nowhere", "gone/*.parquet", "s3://data"]}})
+    space = read_space(config.space, {"data.source": "text"})
+    assert absolute_paths(config, space) == {
+        "data": f"{tmp_path}/data", "hf:data": f"hf:{tmp_path}/data",
+        "data/{split}*.parquet": f"{tmp_path}/data/{{split}}*.parquet",
+        "data/x[12].parquet": f"{tmp_path}/data/x[12].parquet",
+    }  # fmt: skip
+
+
+def test_resources_that_no_trial_can_have():
+    for spec, line in (
+        ({"cpus": 0}, "must take a CPU or a GPU"),
+        ({"gpus": 2}, "a process uses one GPU: raise resources.workers"),
+        ({"gpus": 0.5, "workers": 2}, "processes of one trial cannot share a GPU"),
+    ):
+        with pytest.raises(UserError, match=line):
+            ResourceConfig(**spec)
+    ResourceConfig(gpus=0.5)
+    ResourceConfig(gpus=1, workers=2)
 
 
 def test_a_folder_is_not_overwritten_or_mixed_up(tmp_path):
