@@ -71,7 +71,7 @@ def draw(config: SweepConfig, ledger: Ledger) -> Path | None:
     if not entries:
         return None
     rows = len(lanes_of(spans_of(entries)))
-    places = [["best", "curves"], ["parallel", "importance"], *([["timeline", "timeline"]] if rows else [])]
+    places: Any = [["best", "curves"], ["parallel", "importance"], *([["timeline", "timeline"]] if rows else [])]
     heights = [3.5, 3.5, *([0.8 + 0.3 * rows] if rows else [])]
     figure, axes = plt.subplot_mosaic(
         places, figsize=(11, sum(heights)), layout="constrained", gridspec_kw={"height_ratios": heights}

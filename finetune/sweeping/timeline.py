@@ -4,8 +4,9 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import matplotlib as mpl
 import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.ticker import MaxNLocator
 
 from finetune.sweeping.config import SweepConfig
@@ -73,7 +74,7 @@ def about(config: SweepConfig, entries: list[Entry]) -> str:
     models = Counter(place.model or place.device for place in places)
     line += " on " + " and ".join(f"{count} x {model}" for model, count in models.items())
     resources = config.resources
-    each = f"{resources.gpus:g} GPU" if resources.gpus else f"{resources.cpus:g} CPU cores"
+    each = f"{resources.gpus:g} GPU" if resources.gpus else f"{resources.cpus:g} CPU"
     times = f"{resources.workers} x " if resources.workers > 1 else ""
     seconds = max(span.ended for span in spans) - spans[0].began
     return f"{line}, {times}{each} a trial; {seconds:.0f} s"
@@ -90,8 +91,8 @@ def draw_timeline(axes: Any, config: SweepConfig, entries: list[Entry]) -> None:
     lanes = lanes_of([_since(start, UNITS[unit], span) for span in spans])
     by_number = {e.number: e for e in entries}
     scores = [score for e in entries if (score := e.score(config.metric)) is not None]
-    scale = mpl.colors.Normalize(min(scores, default=0), max(scores, default=1))
-    colours = mpl.cm.ScalarMappable(scale, "viridis" if config.mode == "max" else "viridis_r")
+    scale = Normalize(min(scores, default=0), max(scores, default=1))
+    colours = ScalarMappable(scale, "viridis" if config.mode == "max" else "viridis_r")
     for y, (_, lane) in enumerate(lanes):
         for span in lane:
             entry = by_number[span.number]
