@@ -1,5 +1,6 @@
 """When each trial of a sweep ran, and where: a bar for each over the devices, from the times that its record has."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ MOST_OF_A_UNIT = 300
 """Of a unit of time on the axis, before the next larger one takes its place."""
 LUMINANCE = (0.2126, 0.7152, 0.0722)
 """Of red, green and blue (ITU-R BT.709)."""
+NO_SCORE = (0.8, 0.8, 0.8, 1.0)
+"""Colour of a trial whose score is no finite number."""
 
 
 class Span(NamedTuple):
@@ -90,19 +93,21 @@ def draw_timeline(axes: Any, config: SweepConfig, entries: list[Entry]) -> None:
     unit = next((u for u, seconds in UNITS.items() if stop - start <= MOST_OF_A_UNIT * seconds), "h")
     lanes = lanes_of([_since(start, UNITS[unit], span) for span in spans])
     by_number = {e.number: e for e in entries}
-    scores = [score for e in entries if (score := e.score(config.metric)) is not None]
-    scale = Normalize(min(scores, default=0), max(scores, default=1))
+    scores = {e.number: e.score(config.metric) for e in entries}
+    finite = [score for score in scores.values() if score is not None and math.isfinite(score)]
+    scale = Normalize(min(finite, default=0), max(finite, default=1))
     colours = ScalarMappable(scale, "viridis" if config.mode == "max" else "viridis_r")
+    shades: dict[int, Any] = dict.fromkeys(scores, NO_SCORE)
+    shades |= {number: colours.to_rgba(np.array(score)) for number, score in scores.items() if score in finite}
     for y, (_, lane) in enumerate(lanes):
         for span in lane:
-            entry = by_number[span.number]
-            colour = colours.to_rgba(entry.score(config.metric) or np.nan)
-            axes.barh(y, span.ended - span.began, left=span.began, height=0.8, color=colour, edgecolor="white")
+            shade = shades[span.number]
+            axes.barh(y, span.ended - span.began, left=span.began, height=0.8, color=shade, edgecolor="white")
             axes.vlines(span.evaluations[:-1], y - 0.4, y + 0.4, color="white", linewidth=0.7)
-            ink = "white" if np.dot(colour[:3], LUMINANCE) * colour[3] < 0.5 else "black"
+            ink = "white" if np.dot(shade[:3], LUMINANCE) < 0.5 else "black"
             axes.text((span.began + span.ended) / 2, y, str(span.number), ha="center", va="center", color=ink)
             if span.last:
-                mark = "o" if entry.state == "finished" else "x"
+                mark = "o" if by_number[span.number].state == "finished" else "x"
                 axes.plot(span.ended, y, mark, color="black", markersize=5, clip_on=False)
     hosts = len({place.host for place, _ in lanes})
     names = [f"{place.host} {place.device}" if hosts > 1 else place.device for place, _ in lanes]
