@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -15,8 +16,8 @@ from rich.console import Console
 
 from finetune.classification.config import ClassificationConfig
 from finetune.sweep import main
-from finetune.sweeping import trial
-from finetune.sweeping.config import ResourceConfig, SchedulerConfig, SweepConfig
+from finetune.sweeping import trial, tuning
+from finetune.sweeping.config import RayConfig, ResourceConfig, SchedulerConfig, SweepConfig
 from finetune.sweeping.driver import absolute_paths, check_storage, open_folder, resolve
 from finetune.sweeping.ledger import Ledger, TrialEvaluation
 from finetune.sweeping.places import Place
@@ -351,6 +352,29 @@ def test_what_cannot_work_is_one_line(spec, line):
     with pytest.raises(UserError, match=line) as raised:
         both(**spec)
     assert "\n" not in str(raised.value)
+
+
+class NoTuner:
+    """In the place of Ray's: keeps what it is asked for."""
+
+    asked: ClassVar[list] = []
+
+    def __init__(self, trainable, tune_config, run_config):
+        self.asked.append(tune_config.max_concurrent_trials)
+
+    def fit(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("spec", "at_a_time"), [({}, 3), ({"concurrent": 2}, 2), ({"ray": RayConfig(autoscaling=True)}, None)]
+)
+def test_ray_is_told_how_many_trials_run_at_a_time(spec, at_a_time, ledger, monkeypatch):
+    """Else it starts one worker after the other."""
+    monkeypatch.setattr(tuning, "slots", lambda resources: 3)
+    monkeypatch.setattr(tuning.tune, "Tuner", NoTuner)
+    tuning.tune_trials(sweep_config(**spec), ledger, "", {}, str(ledger.path.parent), None)
+    assert NoTuner.asked[-1] == at_a_time
 
 
 def test_what_can_work_is_not_refused():
