@@ -20,11 +20,9 @@ from finetune.sweeping import trial, tuning
 from finetune.sweeping.config import RayConfig, ResourceConfig, SchedulerConfig, SweepConfig
 from finetune.sweeping.driver import absolute_paths, check_storage, open_folder, resolve
 from finetune.sweeping.ledger import Ledger, TrialEvaluation
-from finetune.sweeping.places import Place
 from finetune.sweeping.progress import table
 from finetune.sweeping.report import command, draw_best_so_far, draw_curves, importances, write_results
 from finetune.sweeping.space import combinations, read_space
-from finetune.sweeping.timeline import about, draw_timeline, lanes_of, spans_of
 from finetune.sweeping.tuning import build_scheduler, replay
 from tests.launch.real import ROOT
 from vim_backbone.errors import UserError
@@ -210,56 +208,6 @@ def test_importance_finds_the_field_that_matters(tmp_path):
     shares = importances(ledger)
     assert shares["lr"] > 3 * shares["size"]
     ledger.close()
-
-
-def ran(ledger, began, ended, *devices, score=0.5):
-    """A trial with two evaluations, at the middle and at the end of its time."""
-    number = ledger.draw("random", 0)
-    places = tuple(Place("here", device, "H100") for device in devices)
-    for step, time in ((2, (began + ended) / 2), (4, ended)):
-        evaluation = TrialEvaluation(step, 25 * step, {"top1": score}, time - began, began, time, places)
-        ledger.note(number, evaluation, ledger.entry(number).fields, False)
-    ledger.finish(number)
-
-
-def test_the_time_line_has_each_trial_once_on_each_of_its_devices(ledger):
-    for began, ended, *devices in (
-        (0, 10, "GPU 1"), (1, 5, "GPU 0"), (2, 9, "GPU 1"), (6, 8, "GPU 0"), (12, 20, "GPU 0", "GPU 1"),
-    ):  # fmt: skip
-        ran(ledger, 1000.0 + began, 1000.0 + ended, *devices)
-    ran(ledger, 1009.0, 1010.0, "GPU 1", score=math.nan)
-    entries = again(ledger).entries()
-    lanes = [(place.device, [span.number for span in lane]) for place, lane in lanes_of(spans_of(entries))]
-    assert lanes == [("GPU 0", [1, 3, 4]), ("GPU 1", [0, 4]), ("GPU 1", [2, 5])]
-
-    figure = Figure()
-    config = sweep_config(resources=ResourceConfig(gpus=0.5), name="n")
-    draw_timeline(figure.subplots(), config, entries)
-    axes = figure.axes[0]
-    bars = sorted((bar.get_y() + 0.4, bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.patches)
-    assert np.allclose(bars, [(0, 1, 5), (0, 6, 8), (0, 12, 20), (1, 0, 10), (1, 12, 20), (2, 2, 9), (2, 9, 10)])
-    assert [bar.get_facecolor() for bar in axes.patches if bar.get_x() == 9] == [(0.8, 0.8, 0.8, 1)]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["GPU 0", "GPU 1", ""]
-    assert about(config, entries) == "n: 1 failed, 5 finished on 2 x H100, 0.5 GPU a trial; 20 s"
-
-
-def test_the_time_line_shows_where_a_trial_went_on(ledger):
-    number = ledger.draw("random", 0)
-    for step, began, host in ((1, 0.0, "a"), (2, 100.0, "b"), (4, 100.0, "b")):
-        place = Place(host, "CPU", "")
-        evaluation = TrialEvaluation(step, 25 * step, {"top1": 0.5}, 1.0, began, began + 10 * step, (place,))
-        ledger.note(number, evaluation, {}, False)
-    spans = spans_of(ledger.entries())
-    assert [(s.place.host, s.began, s.ended, s.evaluations, s.last) for s in spans] == [
-        ("a", 0, 10, [10], False), ("b", 100, 140, [120, 140], True),
-    ]  # fmt: skip
-    assert len(lanes_of(spans)) == 2
-
-
-def test_a_record_without_times_has_no_time_line(ledger):
-    evaluated(ledger, ledger.draw("random", 0), 4, 0.5)
-    assert spans_of(ledger.entries()) == []
-    assert about(sweep_config(name="n"), ledger.entries()) == "n: 1 running"
 
 
 def test_results_csv(ledger, tmp_path):
