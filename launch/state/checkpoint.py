@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from launch.state.host_copies import finish_copies
 from launch.state.optim_state import restore_state, whole_state
 from launch.state.sharding import WeightAverage, fill, shape_of, whole_tensors
 from vim_backbone.errors import UserError
@@ -65,6 +66,7 @@ def snapshot(state: TrainState, keep: bool = True) -> Snapshot:
     if state.ema is not None:
         with state.ema.in_place():
             files["ema.safetensors"] = whole_tensors(state.model, keep)
+    finish_copies()
     # through JSON, so that nothing in it goes on changing while another thread writes
     extra = json.loads(json.dumps(state.extra))
     return Snapshot(state.step, files, {"format": FORMAT, "step": state.step, "torch": torch.__version__} | extra)

@@ -11,9 +11,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from launch.state.host_copies import host_copy
+
 
 def whole_state(model: nn.Module, optimizer: Any, keep: bool) -> dict[str, Tensor]:
-    """Copies in CPU memory where `keep`, empty elsewhere. For all processes.
+    """`host_copy`s where `keep`, empty elsewhere. For all processes.
 
     `optimizer` is a plain one, or the ZeRO optimizer of DeepSpeed.
     """
@@ -21,7 +23,7 @@ def whole_state(model: nn.Module, optimizer: Any, keep: bool) -> dict[str, Tenso
     if not _is_zero(optimizer):
         for name, p in model.named_parameters():
             for key, value in optimizer.state.get(p, {}).items() if keep else ():
-                tensors[f"{name}/{key}"] = torch.as_tensor(value).detach().to("cpu", copy=True)
+                tensors[f"{name}/{key}"] = host_copy(torch.as_tensor(value))
         return tensors
     from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -38,7 +40,7 @@ def whole_state(model: nn.Module, optimizer: Any, keep: bool) -> dict[str, Tenso
                 whole = safe_get_full_optimizer_state(p, key)
                 assert whole is not None
                 if keep:
-                    tensors[f"{name}/{key}"] = whole.detach().to("cpu", copy=True)
+                    tensors[f"{name}/{key}"] = host_copy(whole)
             elif keep:
                 tensors[f"{name}/{key}"] = torch.as_tensor(value, dtype=torch.float32).clone()  # one count for all
     return tensors

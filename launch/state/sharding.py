@@ -13,6 +13,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from launch.state.host_copies import finish_copies, host_copy
+
 
 def zero_stage(accelerator: Accelerator) -> int:
     """Stage of ZeRO, 0 without DeepSpeed."""
@@ -78,12 +80,14 @@ def build_sharded(accelerator: Accelerator, build: Callable[[], nn.Module], unit
 
 
 def whole_tensors(model: nn.Module, keep: bool) -> dict[str, Tensor]:
-    """The state dict as copies in CPU memory where `keep`, empty elsewhere. For all processes."""
+    """The state dict as `host_copy`s where `keep`, empty elsewhere. For all processes."""
     tensors = {}
     for name, value in model.state_dict(keep_vars=True).items():
         with gathered(value):
             if keep:
-                tensors[name] = value.detach().to("cpu", copy=True)
+                tensors[name] = host_copy(value)
+                if hasattr(value, "ds_id"):
+                    finish_copies()  # ZeRO-3 frees what it collected
     return tensors
 
 
