@@ -74,7 +74,7 @@ class Recipe(NamedTuple):
 
 RECIPES = {
     "lesions": Recipe(
-        "segmentation", "images/training", 2048 / 1360, [512, 1024, 2048], 2, 5e-4,
+        "segmentation", "images/training", 2048 / 1360, [2048, 512, 1024], 2, 5e-4,
         ["--crop.ratio=[0.8,1.25]", "--crop.category_max=1", "--crop.photometric=false", "--test.mode=whole"],
     ),
     "facades": Recipe(
@@ -107,8 +107,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", choices=RECIPES, required=True)
     parser.add_argument("--folder", type=Path, required=True, help="of the data set")
     parser.add_argument("--tinyimagenet", type=Path, help="its parquet files, for --starts tinyimagenet")
-    parser.add_argument("--sizes", type=int, nargs="+", help="widths of the pictures in pixels")
-    parser.add_argument("--nets", nargs="+", choices=NETS, default=["vim", "vit"])
+    parser.add_argument("--sizes", type=int, nargs="+", help="widths of the pictures in pixels, the first ones first")
+    parser.add_argument("--nets", nargs="+", choices=NETS, default=["vim", "vit"], help="the same")
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=["scratch", "own"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=600, help="of fine-tuning")
@@ -244,11 +244,12 @@ def scores_of(evaluation: Path) -> dict[str, float]:
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    """Those that have no row yet; the largest pictures of a seed first."""
+    """Those that have no row yet; the sooner, the further to the front of their lists a size and a net stand."""
     done = {tuple(row[name] for name in Case._fields) for row in read_rows(options.work / ROWS)}
-    sizes = sorted(options.sizes or RECIPES[options.data].sizes, reverse=True)
+    sizes = options.sizes or RECIPES[options.data].sizes
     every = product([options.data], options.seeds, sizes, options.starts, options.nets, [options.label])
-    return [case for case in map(Case._make, every) if case not in done]
+    left = [case for case in map(Case._make, every) if case not in done]
+    return sorted(left, key=lambda case: sizes.index(case.size) + options.nets.index(case.net))
 
 
 def work(todo: Any, options: argparse.Namespace) -> None:

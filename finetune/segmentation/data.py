@@ -73,22 +73,29 @@ class Pairs:
         table[self.data.values or range(first, first + self.classes)] = np.arange(self.classes)
         return table
 
-    def values(self, index: int) -> np.ndarray:
-        """(h, w) uint16: the map as its file has it. Raises BadPictureError where it is none, or has no such class."""
-        raw = read_map(self.maps[index], self.data.max_megapixels)
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(h, w) uint16 or uint8, the map as its file has it, and (h, w) uint8, the class of each pixel, or IGNORED.
+
+        Raises BadPictureError where it is no map, or has a label that no class has.
+        """
+        raw = values = read_map(self.maps[index], self.data.max_megapixels)
         if raw.ndim != 2:
             raise BadPictureError(f"{self.maps[index]} has {raw.shape[-1]} channels: a map has one, of labels")
-        wrong = (raw < 0) | (raw >= len(self.table)) | (raw != np.floor(raw))
-        wrong |= self.table[np.where(wrong, 0, raw).astype(np.uint16)] == WRONG
+        outside = np.False_
+        if raw.dtype not in (np.uint8, np.uint16):
+            outside = (raw < 0) | (raw >= len(self.table)) | (raw != np.floor(raw))
+            values = np.where(outside, 0, raw).astype(np.uint16)
+        labels = self.table[values]
+        wrong = (labels == WRONG) | outside
         if wrong.any():
             first = int(self.data.zero_is_ignored)
             right = self.data.values or f"{first} .. {self.classes + first - 1}"
             raise BadPictureError(f"{self.maps[index]} has label {raw[wrong][0]}: it must be {right}, or ignored")
-        return raw.astype(np.uint16)
+        return values, labels
 
     def labels(self, index: int) -> np.ndarray:
-        """(h, w) uint8: the class of each pixel, or IGNORED. Raises BadPictureError for a label out of range."""
-        return self.table[self.values(index)]
+        """(h, w) uint8: the class of each pixel, or IGNORED. Raises BadPictureError as `read`."""
+        return self.read(index)[1]
 
     def pair(self, index: int) -> tuple[Tensor, np.ndarray]:
         """Picture and labels. Raises BadPictureError also where these differ in size."""
@@ -231,7 +238,7 @@ def _check_labels(pairs: Pairs, split: str, classes: list[str]) -> list[str]:
     counts, read = np.zeros(len(pairs.table), np.int64), 0
     for index in checked(pairs):
         try:
-            counts += np.bincount(pairs.values(index).ravel(), minlength=len(counts))
+            counts += np.bincount(pairs.read(index)[0].ravel(), minlength=len(counts))
             read += 1
         except BadPictureError as error:
             raise UserError(
@@ -317,7 +324,7 @@ class TrainCrops(PairSamples):
             room = [max(0, full - side) for full, side in zip(target.shape, self.size, strict=True)]
             top, left = (int(torch.randint(most + 1, ())) for most in room)
             box = (slice(top, top + height), slice(left, left + width))
-            counts = torch.bincount(target[box][target[box] != IGNORED].long())
+            counts = torch.bincount(target[box].flatten(), minlength=IGNORED)[:IGNORED]
             if counts.count_nonzero() > 1 and counts.max() < self.crop.category_max * counts.sum():
                 break
         return picture[(slice(None), *box)], target[box]

@@ -26,6 +26,8 @@ METRICS = ("mIoU", "mAcc", "aAcc")
 """Scores of an evaluation, as shares of 1."""
 MOST_NAMED = 12
 """Classes that a picture's legend names."""
+WIDEST = 512
+"""Pixels in a row that are drawn of a picture, at most twice as many: a panel is 256 wide."""
 
 
 def confusion_of(predicted: Tensor, target: Tensor, classes: int) -> Tensor:
@@ -132,9 +134,10 @@ def draw_overlays(
     pixels = np.zeros(len(classes), dtype=np.int64)
     for row, (picture, target, predicted) in zip(axes, panels, strict=True):
         maps = [labels for labels in (target, predicted) if labels is not None]
-        for axis, panel in zip(
-            row, [picture, *(overlay(picture, labels, colours, clear) for labels in maps)], strict=True
-        ):
+        step = max(1, picture.shape[1] // WIDEST)
+        seen = picture[::step, ::step]
+        panels_of_row = [seen, *(overlay(seen, labels[::step, ::step], colours, clear) for labels in maps)]
+        for axis, panel in zip(row, panels_of_row, strict=True):
             axis.imshow(panel.clip(0, 1))
             axis.set_axis_off()
         for labels in maps:

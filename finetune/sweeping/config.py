@@ -32,7 +32,7 @@ class ResourceConfig:
     cpus: float = 1.0
     """CPU cores of each of its processes."""
     gpus: float = 0.0
-    """GPUs of each of its processes; 0.5 lets two trials share one."""
+    """GPU of each of its processes; 0.5 lets two trials share one, where a trial is one process."""
     workers: int = 1
     """Training processes; several train as one, by Ray Train and Accelerate."""
 
@@ -41,6 +41,9 @@ class ResourceConfig:
         require(self.gpus >= 0, "resources.gpus", self.gpus, "it cannot be negative")
         require(self.cpus + self.gpus > 0, "resources.cpus", self.cpus, "a trial must take a CPU or a GPU")
         require(self.workers >= 1, "resources.workers", self.workers, "it must be at least 1")
+        require(self.gpus <= 1, "resources.gpus", self.gpus, "a process uses one GPU: raise resources.workers for more")
+        shared = self.workers > 1 and 0 < self.gpus < 1
+        require(not shared, "resources.gpus", self.gpus, "processes of one trial cannot share a GPU (NCCL): set 1")
 
 
 @dataclass(frozen=True, kw_only=True)

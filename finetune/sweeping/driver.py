@@ -5,6 +5,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -163,19 +164,30 @@ def check_values(config: SweepConfig, config_class: type[FinetuneConfig], space:
 
 
 def require_path(name: str, value: Any) -> None:
-    """A local path is there; names of the Hub and URLs are for the trials to find."""
+    """A local path is there, as far as no pattern is in it; names of the Hub and URLs are for the trials to find."""
     elsewhere = isinstance(value, str) and ("://" in value or value.startswith("hf:"))
     on_the_hub = name.endswith("backbone") and str(value).count("/") == 1 and not str(value).startswith((".", "/", "~"))
     unset = name.endswith("data.statistics") and value is None
-    if not unset and not elsewhere and not on_the_hub and not Path(str(value)).expanduser().exists():
+    if not unset and not elsewhere and not on_the_hub and not before_pattern(Path(str(value)).expanduser()).exists():
         raise UserError(f"{name} is {value!r}: there is no such folder")
 
 
+def before_pattern(path: Path) -> Path:
+    """A path up to its first part with a wildcard or {split}."""
+    return Path(*takewhile(lambda part: not set(part) & set("*?[{"), path.parts))
+
+
 def absolute_paths(config: SweepConfig, space: list[Dimension]) -> dict[str, str]:
-    """Folders that are here, as the sweep names them -> absolute, because a trial runs in a folder of its own."""
+    """Paths that are here, as the sweep names them -> absolute, because a trial runs in a folder of its own."""
     values = [config.fields.get(name) for name in PATHS] + [v for d in space if d.field in PATHS for v in d.values]
-    here = {value: Path(value).expanduser() for value in values if isinstance(value, str)}
-    return {value: str(path.resolve()) for value, path in here.items() if path.exists()}
+    found = {}
+    for value in values:
+        if isinstance(value, str):
+            prefix = "hf:" if value.startswith("hf:") else ""
+            path = Path(value.removeprefix(prefix)).expanduser()
+            if before_pattern(path).exists():
+                found[value] = f"{prefix}{path.resolve()}"
+    return found
 
 
 def open_folder(config: SweepConfig) -> None:

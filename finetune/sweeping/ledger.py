@@ -5,6 +5,7 @@ Ray Tune keeps its own state too, as pickles; nothing reads those.
 
 import math
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from finetune.sweeping.places import Place
 from finetune.sweeping.space import Dimension, combinations, decode
 from launch.run.lock import FolderLock
 from launch.run.randomness import seed_of
@@ -41,6 +43,12 @@ class TrialEvaluation:
     metrics: dict[str, float]
     seconds: float
     """Time the trial had trained and evaluated for, since it was last started."""
+    began: float = 0.0
+    """Unix time at which it was last started; not in the records of earlier versions."""
+    ended: float = 0.0
+    """Unix time of this evaluation."""
+    places: tuple[Place, ...] = ()
+    """Of all of its processes."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +150,7 @@ class Ledger:
         score = evaluation.metrics.get(self.metric, math.nan)
         if math.isfinite(score) and evaluation.step not in self._frozen(number).intermediate_values:
             trial.report(score, evaluation.step)
-        row = {"percent": evaluation.percent, "seconds": evaluation.seconds, "metrics": evaluation.metrics}
+        row = {key: value for key, value in vars(evaluation).items() if key != "step"}
         trial.set_user_attr(f"{EVALUATION}{evaluation.step:08d}", row)
 
     def keep(self, number: int, checkpoint: str) -> None:
@@ -180,7 +188,7 @@ class Ledger:
 def _entry(trial: FrozenTrial, space: list[Dimension]) -> Entry:
     attributes = trial.user_attrs
     evaluations = [
-        TrialEvaluation(int(key.removeprefix(EVALUATION)), row["percent"], row["metrics"], row["seconds"])
+        _evaluation(int(key.removeprefix(EVALUATION)), **row)
         for key, row in sorted(attributes.items())
         if key.startswith(EVALUATION)
     ]
@@ -189,6 +197,10 @@ def _entry(trial: FrozenTrial, space: list[Dimension]) -> Entry:
         trial.number, STATES[trial.state], fields, evaluations, attributes.get("checkpoint"),
         bool(attributes.get("stopped")), attributes.get("error"), "fields" in attributes,
     )  # fmt: skip
+
+
+def _evaluation(step: int, places: Iterable[Iterable[str]] = (), **row: Any) -> TrialEvaluation:
+    return TrialEvaluation(step, places=tuple(Place(*place) for place in places), **row)
 
 
 def _drop_half_line(path: Path) -> None:

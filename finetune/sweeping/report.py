@@ -24,6 +24,7 @@ from ray import tune
 from finetune.sweeping.config import SweepConfig
 from finetune.sweeping.ledger import Entry, Ledger
 from finetune.sweeping.progress import score_of, short
+from finetune.sweeping.timeline import about, draw_timeline, lanes_of, spans_of
 from finetune.sweeping.trial import arguments
 from vim_backbone.files import write_json, write_text
 
@@ -65,15 +66,23 @@ def write_results(path: Path, entries: list[Entry], ledger: Ledger) -> None:
 
 
 def draw(config: SweepConfig, ledger: Ledger) -> Path | None:
-    """One picture: best so far, curves of the trials, parallel coordinates, importance of the fields."""
+    """One picture: best so far, curves of the trials, parallel coordinates, importance of the fields, who ran when."""
     entries = [e for e in ledger.entries() if e.evaluations]
     if not entries:
         return None
-    figure, ((best, curves), (parallel, importance)) = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
-    draw_best_so_far(best, config, ledger)
-    draw_curves(curves, config, ledger, entries)
-    draw_parallel(parallel, config, ledger, entries)
-    draw_importance(importance, config, ledger)
+    rows = len(lanes_of(spans_of(entries)))
+    places: Any = [["best", "curves"], ["parallel", "importance"], *([["timeline", "timeline"]] if rows else [])]
+    heights = [3.5, 3.5, *([0.8 + 0.3 * rows] if rows else [])]
+    figure, axes = plt.subplot_mosaic(
+        places, figsize=(11, sum(heights)), layout="constrained", gridspec_kw={"height_ratios": heights}
+    )
+    figure.suptitle(about(config, ledger.entries()), fontsize="medium")
+    draw_best_so_far(axes["best"], config, ledger)
+    draw_curves(axes["curves"], config, ledger, entries)
+    draw_parallel(axes["parallel"], config, ledger, entries)
+    draw_importance(axes["importance"], config, ledger)
+    if rows:
+        draw_timeline(axes["timeline"], config, entries)
     path = config.folder / PICTURE
     figure.savefig(path, dpi=80)
     plt.close(figure)

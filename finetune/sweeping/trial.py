@@ -20,6 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from finetune.registry import TASKS
+from finetune.sweeping.places import places
 from finetune.train import Evaluation, finetune
 from launch.data.loading import workers_for
 from launch.run.cli import parse
@@ -122,13 +123,16 @@ def _run(spec: TrialSpec, checkpoint: Any, work: Path, report: Reporter) -> None
     # a worker that is used again has the last trial's
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    began, waited = time.monotonic(), 0.0
+    began, started, waited = time.time(), time.monotonic(), 0.0
 
     def observe(evaluation: Evaluation) -> None:
         nonlocal waited
         percent = 100 * evaluation.step / evaluation.total_steps if evaluation.total_steps else 100.0
-        seconds = time.monotonic() - began - waited
-        progress = {"step": evaluation.step, "percent": percent, "seconds": seconds, "metrics": evaluation.metrics}
+        seconds = time.monotonic() - started - waited
+        progress = {
+            "step": evaluation.step, "percent": percent, "seconds": seconds, "metrics": evaluation.metrics,
+            "began": began, "ended": time.time(), "places": places(),
+        }  # fmt: skip
         before = time.monotonic()
         report(evaluation.metrics | progress, work / "run")
         waited += time.monotonic() - before

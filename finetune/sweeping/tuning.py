@@ -4,7 +4,7 @@
 
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -106,7 +106,7 @@ class Recorder(tune.Callback):
         number = self.numbers[trial.trial_id]
         if result.get("failed"):
             return
-        evaluation = TrialEvaluation(result["step"], result[TIME], result["metrics"], result["seconds"])
+        evaluation = TrialEvaluation(**{f.name: result[f.name] for f in fields(TrialEvaluation)})
         self.ledger.note(number, evaluation, trial.config["fields"], stopped=bool(result.get("done")))
         if "checkpoint_path" in result:  # Ray Train has stored it
             self.ledger.keep(number, result["checkpoint_path"])
@@ -171,7 +171,8 @@ def tune_trials(
     # a trial of several processes only waits for them, which takes no core, but Ray wants something to be taken
     alone: dict[str, float] = {"cpu": resources.cpus, "gpu": resources.gpus}
     bundle: dict[str, float] = {"memory": 2**20} if several else alone
-    at_a_time = config.concurrent or (slots(resources) if several else None)
+    # not told how many, Ray (2.60) starts one worker after the other, and drops one that starts for one that is free
+    at_a_time = config.concurrent or (None if config.ray.autoscaling and not several else slots(resources))
     tuner = tune.Tuner(
         tune.with_resources(run_trial_on_workers if several else run_trial, bundle),
         tune_config=tune.TuneConfig(

@@ -178,9 +178,9 @@ def read_data_set(data: LabelledSource, place: DataSet, classes: list[str] | Non
     is_label = holds_text if text else holds_classes
     label = column_of(features, place.title, "label_column", data.label_column, "ClassLabel", is_label, NO_CLASSES)
     if text:
-        labels, classes = _classes_of_text(loaded[label], f"column {label!r}", place, classes)
+        labels, classes = _classes_of_text(loaded[label][:], f"column {label!r}", place, classes)
     else:
-        labels, names = list(loaded[label]), list(features[label].names)
+        labels, names = loaded[label][:], list(features[label].names)
         wrong = next((i for i, value in enumerate(labels) if value is None or not 0 <= value < len(names)), None)
         if wrong is not None:
             where = f"{place.title} {place.split} row {wrong} has label {labels[wrong]}"

@@ -82,3 +82,25 @@ def test_sigterm_stops_the_sweep_for_resume(tmp_path, backbone, sample_data):
     assert code == 130
     assert printed.rstrip().endswith("1 of 1 trials are left: the same command with --resume goes on")
     assert entries(config)[0].state == "running"
+
+
+@pytest.mark.gpus(2)
+def test_a_trial_over_two_gpus_has_one_for_each_process(tmp_path, backbone, sample_data):
+    """And its scores are those of the same trial on one GPU; two trials of half a GPU each share one."""
+    scores, places = {}, {}
+    for name, trials, resources in (
+        ("both", 1, {"gpus": 1, "workers": 2}), ("one", 1, {"gpus": 1}), ("half", 4, {"gpus": 0.5}),
+    ):  # fmt: skip
+        config = config_of(
+            tmp_path / name, "classification", backbone, sample_data("classification"), space=SPACE, metric="top1",
+            fields={"steps": STEPS, "evaluate_every": 4}, scheduler={"kind": "none"}, trials=trials,
+            resources=resources,
+        )  # fmt: skip
+        finished(driver(config))
+        trials_of = entries(config)
+        assert [e.state for e in trials_of] == ["finished"] * trials
+        scores[name] = [e.metrics["loss"] for e in trials_of[0].evaluations]
+        places[name] = [[place.device for place in e.evaluations[-1].places] for e in trials_of]
+    assert places["both"] == [["GPU 0", "GPU 1"]]
+    assert scores["both"] == pytest.approx(scores["one"], rel=1e-3)
+    assert {device for (device,) in places["half"]} == {"GPU 0", "GPU 1"}

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 from matplotlib.figure import Figure
@@ -14,9 +15,9 @@ from rich.console import Console
 
 from finetune.classification.config import ClassificationConfig
 from finetune.sweep import main
-from finetune.sweeping import trial
-from finetune.sweeping.config import ResourceConfig, SchedulerConfig, SweepConfig
-from finetune.sweeping.driver import check_storage, open_folder, resolve
+from finetune.sweeping import trial, tuning
+from finetune.sweeping.config import RayConfig, ResourceConfig, SchedulerConfig, SweepConfig
+from finetune.sweeping.driver import absolute_paths, check_storage, open_folder, resolve
 from finetune.sweeping.ledger import Ledger, TrialEvaluation
 from finetune.sweeping.progress import table
 from finetune.sweeping.report import command, draw_best_so_far, draw_curves, importances, write_results
@@ -200,6 +201,29 @@ def both(**spec):
 FIELDS = {"backbone": "OWNER/NAME", "data.source": "hf:NAME"}
 
 
+class NoTuner:
+    """In the place of Ray's: keeps what it is asked for."""
+
+    asked: ClassVar[list] = []
+
+    def __init__(self, trainable, tune_config, run_config):
+        self.asked.append(tune_config.max_concurrent_trials)
+
+    def fit(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("spec", "at_a_time"), [({}, 3), ({"concurrent": 2}, 2), ({"ray": RayConfig(autoscaling=True)}, None)]
+)
+def test_ray_is_told_how_many_trials_run_at_a_time(spec, at_a_time, ledger, monkeypatch):
+    """Else it starts one worker after the other."""
+    monkeypatch.setattr(tuning, "slots", lambda resources: 3)
+    monkeypatch.setattr(tuning.tune, "Tuner", NoTuner)
+    tuning.tune_trials(sweep_config(**spec), ledger, "", {}, str(ledger.path.parent), None)
+    assert NoTuner.asked[-1] == at_a_time
+
+
 def test_what_can_work_is_not_refused():
     config, space, base = both(fields=FIELDS)
     assert [d.field for d in space] == ["optim.base_lr"]
@@ -208,9 +232,29 @@ def test_what_can_work_is_not_refused():
     assert base == ""
 
 
-def test_resources_that_are_none():
-    with pytest.raises(UserError, match="must take a CPU or a GPU"):
-        ResourceConfig(cpus=0)
+def test_paths_of_trials_are_absolute_patterns_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    here = ["data", "hf:data", "data/{split}*.parquet", "data/x[12].parquet"]
+    config = sweep_config(space={"data.source": {"choice": [*here, "hf:nowhere", "gone/*.parquet", "s3://data"]}})
+    space = read_space(config.space, {"data.source": "text"})
+    assert absolute_paths(config, space) == {
+        "data": f"{tmp_path}/data", "hf:data": f"hf:{tmp_path}/data",
+        "data/{split}*.parquet": f"{tmp_path}/data/{{split}}*.parquet",
+        "data/x[12].parquet": f"{tmp_path}/data/x[12].parquet",
+    }  # fmt: skip
+
+
+def test_resources_that_no_trial_can_have():
+    for spec, line in (
+        ({"cpus": 0}, "must take a CPU or a GPU"),
+        ({"gpus": 2}, "a process uses one GPU: raise resources.workers"),
+        ({"gpus": 0.5, "workers": 2}, "processes of one trial cannot share a GPU"),
+    ):
+        with pytest.raises(UserError, match=line):
+            ResourceConfig(**spec)
+    ResourceConfig(gpus=0.5)
+    ResourceConfig(gpus=1, workers=2)
 
 
 def test_a_folder_is_not_overwritten_or_mixed_up(tmp_path):
