@@ -2,6 +2,7 @@
 
 import shutil
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -129,6 +130,15 @@ def test_a_second_run_finds_what_is_decoded(small):
     assert again.pixels is first.pixels
     Image.new("RGB", (32, 24)).save(small / "0.png")
     assert not decode(options(small)).pixels[0].any()
+
+
+def test_a_data_set_that_is_opened_again_is_found(small, tmp_path):
+    cells = [{"bytes": path.read_bytes(), "path": None} for path in sorted(small.iterdir())]
+    rows = datasets.Dataset.from_dict({"image": cells}, features=datasets.Features({"image": datasets.Image()}))
+    rows.to_parquet(tmp_path / "rows.parquet")
+    first = decode(options(tmp_path / "rows.parquet"))
+    assert decode(options(tmp_path / "rows.parquet")).pixels is first.pixels
+    assert torch.equal(first.pixels, decode(options(small)).pixels)
 
 
 def test_memory_is_bounded(small, monkeypatch):
