@@ -23,10 +23,14 @@ BF16 = 0.1
 """Largest error under autocast, whose own rounding it is: 0.055 is the worst seen (CPU, 2026-11-27)."""
 
 
-def errors_of(processes, folder, device="cpu", dtype="float32"):
+INTERPRETED = {"VIM_KERNELS_BACKEND": "triton", "TRITON_INTERPRET": "1"}
+"""The fused scan of a part, without a GPU."""
+
+
+def errors_of(processes, folder, device="cpu", dtype="float32", **variables):
     """Case -> largest error of values and gradients, over their largest value."""
     argv = [sys.executable, "-m", "tests.vim_backbone.stretches", str(folder)]
-    paths = environment(device, PYTHONPATH=f"{ROOT}:{ROOT / 'kernels'}")
+    paths = environment(device, PYTHONPATH=f"{ROOT}:{ROOT / 'kernels'}", **variables)
     own = [[*argv, str(rank), str(processes), dtype] for rank in range(processes)]
     running = [begin(each, ROOT, paths, device) for each in own]
     for process in running:
