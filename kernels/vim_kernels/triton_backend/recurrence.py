@@ -261,9 +261,13 @@ def _entering_states(
         )  # fmt: skip
 
     if part is not None:
-        state = source.new_empty(q, tokens.sequences, n, d, dtype=torch.float32)
-        carry(None, state)
+        state = after
+        if not chunks.one_each:
+            state = source.new_empty(q, tokens.sequences, n, d, dtype=torch.float32)
+            carry(None, state)
         initial = part.entering(state, total.view(q, tokens.sequences, -1, d).sum(2), inputs.rates, reverse)
+        if chunks.one_each:
+            return initial
     carry(initial, final)
     return entering
 
