@@ -16,11 +16,11 @@ def ends_of(x: Tensor, halo: Tensor) -> Tensor:
     return torch.cat([torch.cat([before, x[:, :k]], dim=1), torch.cat([x[:, -k:], behind], dim=1)])
 
 
-def write_ends(whole: Tensor, ends: Tensor, length: int, k: int) -> None:
-    """Of what is made of x, (2, b l, c), the rows that see a halo, from what is made of ends (2, 2 b 2 k, c)."""
-    rows, of_rows = _by_end(whole, ends, length, k)
-    for row, of_row in zip(rows, of_rows, strict=True):
-        row.copy_(of_row)
+def write_ends(whole: list[Tensor], ends: list[Tensor], length: int, k: int) -> None:
+    """Rows that see a halo, of all that is made of x, each (2, b l, c), from what is made of ends, (2, 2 b 2 k, c)."""
+    pairs = [_by_end(*each, length, k) for each in zip(whole, ends, strict=True)]
+    rows, of_rows = ([row for pair in pairs for row in pair[i]] for i in range(2))
+    torch._foreach_copy_(rows, of_rows)  # pyright: ignore[reportPrivateImportUsage] - one call for all
 
 
 def take_ends(du: Tensor, length: int, k: int) -> Tensor:

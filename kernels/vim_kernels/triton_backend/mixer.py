@@ -209,9 +209,8 @@ def inputs_of_ends(x: Tensor, weights: MixerWeights, inputs: MixerInputs, halo: 
         ends = ends_of(x, halo)
         of_ends = MixerInputs.empty(ends, *weights.padded, low=inputs.low is not None)
         mixer_inputs(ends, weights, tokens_of(ends, None), of_ends, None)
-        for whole, of_end in zip(inputs, of_ends, strict=True):
-            if whole is not None and of_end is not None:
-                write_ends(whole, of_end, x.shape[1], k)
+        whole, again = ([t for t in each if t is not None] for each in (inputs, of_ends))
+        write_ends(whole, again, x.shape[1], k)
 
 
 def project(inputs: MixerInputs, weights: MixerWeights, gaps: Tensor | None = None) -> None:
