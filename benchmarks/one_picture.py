@@ -18,8 +18,9 @@ that of the logarithms of ms and tokens, from the row before: 1 is linear, 2 is 
 slope of its net, would take longer than `--cap`.
 
 Under torchrun `--ranks` measures one sequence over all processes (vim_backbone/stretch.py), each with as many rows of
-patches, beside the row that each process takes by itself: ms of the slowest, GB of the first. A process that is out of
-memory amid their exchange ends all, with the rows before it written.
+patches, beside the row that each process takes by itself: ms of the slowest, GB of the first, and as "error" the
+largest difference of patches from those of the row, over their largest value. A process that is out of memory amid
+their exchange ends all, with the rows before it written.
 
 `--train` takes masked training steps (forward, backward, AdamW) in place of forward passes, full and pooled, at the
 levels of `model.recompute` in `--levels`; what does not fit in the memory says so. `--check` compares rows of so many
@@ -121,6 +122,7 @@ class Net:
         self.window = WINDOW[options.device]
         side = self.window * self.model.config.stride
         self.pixels = torch.randn(1, 3, side, side).to(self.model.pos_embed)
+        self.shifted = 0, self.pixels
         self.encode: Callable[..., tuple[Tensor, Tensor]] = self.model.encode
         set_slices(self.model, options.slice if name == "sliced" else None)
         if name == "compiled":
@@ -168,9 +170,12 @@ class Net:
             os._exit(1)
 
     def read(self, window: Window) -> Tensor:
-        """The same pixels for every window."""
+        """What a window holds of a picture that repeats, down and to the right; windows begin a whole side apart."""
         left, top, right, bottom = window.pixels(self.model.config)
-        return self.pixels[:, :, : bottom - top, : right - left]
+        shift = top % self.pixels.shape[2]
+        if shift != self.shifted[0]:  # a process's rows need not begin where a window of the whole picture does
+            self.shifted = shift, self.pixels.roll(-shift, 2)
+        return self.shifted[1][:, :, : bottom - top, : right - left]
 
 
 def timed(run: Callable[[], object], device: str) -> float:
@@ -196,11 +201,11 @@ def timed(run: Callable[[], object], device: str) -> float:
     return seconds
 
 
-def slowest(seconds: float, device: str) -> float:
+def slowest(value: float, device: str) -> float:
     """The largest of all processes, which then decide alike."""
     if not dist.is_initialized():
-        return seconds
-    largest = torch.tensor(seconds, dtype=torch.float64, device=device)
+        return value
+    largest = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return largest.item()
 
@@ -255,15 +260,32 @@ def forward_rows(options: argparse.Namespace, late: Callable[[], bool]) -> Itera
             row["slope"] = _rounded(slope(last, row)) if last else ""
             if name == "ranks":
                 alone = before.get("row", {"pixels": 0})
-                row["times row"] = _rounded(alone["ms"] / row["ms"]) if alone["pixels"] == size else ""
+                both = alone["pixels"] == size
+                row["times row"] = _rounded(alone["ms"] / row["ms"]) if both else ""
+                row["error"] = _rounded(stretch_error(nets, size, options.device)) if both else ""
             elif options.ranks:
-                row["times row"] = ""
+                row["times row"] = row["error"] = ""
             before[name] = row
             yield row
     for name in ("row", "ranks") if options.kernels else ():
         if name in before:
             print(f"\nkernels of {name}")
             print_kernels(functools.partial(nets[name].run, before[name]["pixels"]), options.device)
+
+
+def stretch_error(nets: dict[str, Net], size: int, device: str) -> float:
+    """Largest difference of what all processes make of a picture from what one makes, over its largest value."""
+    clear(device)
+    part = nets["ranks"].run(size)
+    grid = nets["row"].model.config.grid(size, size)
+    rows = rows_of(grid, dist.get_rank(), dist.get_world_size())
+    try:
+        whole = nets["row"].run(size)
+        here = whole[:, rows.start * grid[1] : rows.stop * grid[1]]
+        error = ((part.float() - here).abs().amax() / whole.abs().amax()).item()
+    except torch.OutOfMemoryError:  # the others wait for what it has to say
+        error = math.inf
+    return slowest(error, device)
 
 
 def expected_seconds(last: dict[str, Any], tokens: int, power: float) -> float:

@@ -1,6 +1,7 @@
 """The bidirectional Mamba mixer of a Vim block: projections around the scan op of `vim_kernels`."""
 
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from vim_backbone.config import VimConfig
 from vim_backbone.hand_over import Handed, hooked, take
 from vim_backbone.memory import Recompute
-from vim_backbone.stretch import OneWay, Stretch, scan_stretch
+from vim_backbone.stretch import AGAIN, OneWay, Stretch, scan_stretch
 from vim_kernels import (
     Lines,
     NormWeights,
@@ -20,8 +21,6 @@ from vim_kernels import (
     pooled_scan,
     selective_scan,
 )
-
-AGAIN: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn
 
 
 class ScanMetadata(NamedTuple):
@@ -85,26 +84,22 @@ class Mixer(nn.Module):
         # where all is made again the backward pass follows at once, and convolutions need not run a second time for it
         recompute = "none" if self.recompute == "products" else self.recompute
         forward, backward = self._both_weights()
-        if stretch is not None:
-            y = self._stretch(xz, forward, backward, stretch)
-        elif apart:
+        if apart:
             y = self._apart(xz, forward, backward, cu_seqlens)
         elif lines is not None:
             norm, eps = None, 0.0
             if self.scan_norm is not None:
                 norm, eps = NormWeights(self.scan_norm.weight, self.scan_norm.bias), self.scan_norm.eps
             y = pooled_scan(xz, forward, backward, lines, norm=norm, eps=eps, recompute=recompute)
-        elif self.scan_norm is None:
-            keeps_xz = torch.is_grad_enabled() or hooked(self.in_proj)
-            y = bidirectional_scan(
-                xz, forward, backward, cu_seqlens=cu_seqlens, gaps=gaps, overwrite=not keeps_xz, recompute=recompute
-            )
         else:
-            x, z = xz.chunk(2, dim=-1)
-            y = bidirectional_scan(
-                x, forward, backward, gated=False, cu_seqlens=cu_seqlens, gaps=gaps, recompute=recompute
-            )
-            y = self.scan_norm(y) * F.silu(z)
+            whole = functools.partial(bidirectional_scan, cu_seqlens=cu_seqlens, gaps=gaps)
+            scan = whole if stretch is None else functools.partial(scan_stretch, stretch=stretch)
+            if self.scan_norm is None:
+                keeps_xz = torch.is_grad_enabled() or hooked(self.in_proj)
+                y = scan(xz, forward, backward, overwrite=not keeps_xz, recompute=recompute)
+            else:
+                x, z = xz.chunk(2, dim=-1)
+                y = self.scan_norm(scan(x, forward, backward, gated=False, recompute=recompute)) * F.silu(z)
         return self.out_proj(y)
 
     def _apart(self, xz: Tensor, forward: ScanWeights, backward: ScanWeights, cu_seqlens: Tensor | None) -> Tensor:
@@ -153,17 +148,6 @@ class Mixer(nn.Module):
             _weights(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D),
             _weights(self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b),
         )
-
-    def _stretch(self, xz: Tensor, forward: ScanWeights, backward: ScanWeights, stretch: Stretch) -> Tensor:
-        """Tokens xz (batch, length, 2 d_inner) of a stretch -> (batch, length, d_inner), gated."""
-        x, z = xz.chunk(2, dim=-1)
-        if not torch.is_grad_enabled() and self.scan_norm is None:
-            return scan_stretch(x, z, forward, backward, stretch)
-        if self.recompute in ("inputs", "states") and torch.is_grad_enabled():
-            y = checkpoint(scan_stretch, x, None, forward, backward, stretch, **AGAIN)
-        else:
-            y = scan_stretch(x, None, forward, backward, stretch)
-        return (y if self.scan_norm is None else self.scan_norm(y)) * F.silu(z)
 
     def _one_way(self, xz: Tensor, weights: ScanWeights, reverse: bool, cu_seqlens: Tensor | None) -> Tensor:
         """One direction, gated: (batch, length, 2 d_inner) -> (batch, length, d_inner)."""

@@ -1,15 +1,20 @@
 """One sequence over several processes: each holds a stretch of its tokens; both directions pass from one to the next.
 
 The recurrence is linear in the state: what leaves a stretch is what it makes of nothing, plus what enters times the
-decay over all of it. Two processes need no more than an exchange: the first scans forward while the second scans
-backward, each from the end of the sequence that it holds; they swap the states; each scans the other direction. More
-processes scan first from a zero state in both directions, gather what came out and how far it decays, work out the
-state that enters each, and scan from there.
+decay over all of it. Where the backend takes a part of a sequence (`vim_kernels.takes_parts`), the fused scan of both
+directions asks amid its work for the states that enter: each process gathers what would leave every stretch if nothing
+entered and how far that decays, and works out its own. The scan of a long sequence makes these on its way, so that the
+processes together compute what one would. Adjoint states pass back in the same way.
+
+Other backends run each direction as ops of its own. Two processes swap states: the first scans forward while the second
+scans backward, each from the end of the sequence that it holds; then each scans the other direction. More processes
+scan first from zero in both directions, and again from the states that enter.
 
 The loss of all is the sum of the losses of the processes: gradients of tokens are those of that sum, and the gradient
 of a parameter is the sum of what the processes have. All of them must go backward, since gradients of states pass from
 one to the next as well.
-Shape letters: b batch, l tokens of this stretch, d inner channels, n states, w taps, q = 2 directions, s processes.
+Shape letters: b batch, l tokens of this stretch, d inner channels, n states, w taps, k = w - 1 tokens of a halo, q = 2
+directions, s processes.
 """
 
 from collections.abc import Callable
@@ -21,10 +26,21 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from vim_backbone.errors import UserError
 from vim_backbone.tokens import TokenLayout
-from vim_kernels import ScanWeights, causal_conv1d, selective_scan
+from vim_kernels import (
+    Part,
+    ScanWeights,
+    bidirectional_scan_part,
+    causal_conv1d,
+    selective_scan,
+    takes_parts,
+)
+from vim_kernels.dispatch.contract import Recompute
+
+AGAIN: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn
 
 
 @dataclass(frozen=True)
@@ -71,6 +87,27 @@ class Stretch:
         """The sum over the processes, of one shape in each."""
         return self.gather(tensor).sum(0).to(tensor.dtype)
 
+    def halo(self, x: Tensor, k: int) -> Tensor:
+        """(b, 2 k, d): the k tokens before this stretch of x (b, l, d), and those behind it; 0 where there are none."""
+        if not k:
+            return x[:, :0]
+        edges: Tensor = _Gather.apply(torch.cat([x[:, :k], x[:, -k:]], dim=1), self)  # pyright: ignore[reportAssignmentType]
+        nothing = x.new_zeros(x.shape[0], k, x.shape[2])
+        before = edges[self.rank - 1, :, k:] if self.rank else nothing
+        behind = edges[self.rank + 1, :, :k] if self.rank < self.size - 1 else nothing
+        return torch.cat([before, behind], dim=1)
+
+    def entering(self, state: Tensor, steps: Tensor, rates: Tensor, reverse: bool) -> Tensor:
+        """See `vim_kernels.Part`; without a gradient."""
+        gathered = _gathered(torch.cat([state, steps[:, :, None]], dim=2), self)  # (s, q, b, n + 1, d)
+        entering = torch.zeros_like(state)
+        befores = [range(self.rank), range(self.size - 1, self.rank, -1)]
+        for direction, before in enumerate(befores[::-1] if reverse else befores):
+            for leaving in (gathered[rank, direction] for rank in before):
+                decay = torch.exp2(leaving[:, -1:] * rates[direction])
+                torch.addcmul(leaving[:, :-1], decay, entering[direction], out=entering[direction])
+        return entering
+
 
 class _Gather(torch.autograd.Function):
     """Every process gets what each has; the gradient of what one has is the sum of what all have for it."""
@@ -78,9 +115,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, stretch: Stretch) -> Tensor:
         ctx.stretch = stretch
-        gathered = tensor.new_empty(stretch.size, *tensor.shape)
-        dist.all_gather(list(gathered.unbind(0)), tensor.contiguous(), stretch.group)
-        return gathered
+        return _gathered(tensor, stretch)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -88,6 +123,13 @@ class _Gather(torch.autograd.Function):
         gradient = gradient.contiguous()
         dist.all_reduce(gradient, group=ctx.stretch.group)
         return gradient[ctx.stretch.rank], None
+
+
+def _gathered(tensor: Tensor, stretch: Stretch) -> Tensor:
+    """(s, ...)"""
+    gathered = tensor.new_empty(stretch.size, *tensor.shape)
+    dist.all_gather_into_tensor(gathered.flatten(0, 1), tensor.contiguous(), stretch.group)
+    return gathered
 
 
 class _Together(torch.autograd.Function):
@@ -144,17 +186,42 @@ class StretchLayout:
         return _Together.apply(self.stretch.total(special), torch.cat(patches, dim=1))  # pyright: ignore[reportReturnType]
 
 
-def scan_stretch(x: Tensor, z: Tensor | None, forward: ScanWeights, backward: ScanWeights, stretch: Stretch) -> Tensor:
-    """The mean of both directions of a Vim mixer, times silu(z) where z is given; x, z and the result (b, l, d).
+def scan_stretch(
+    xz: Tensor,
+    forward: ScanWeights,
+    backward: ScanWeights,
+    *,
+    stretch: Stretch,
+    gated: bool = True,
+    overwrite: bool = False,
+    recompute: Recompute = "inputs",
+) -> Tensor:
+    """`vim_kernels.bidirectional_scan` of the whole sequence -> (b, l, d), what is here of it.
 
-    As `vim_kernels.bidirectional_scan` of the whole sequence. Every process of the stretch must call it. With gradients
-    it is cheaper to gate the result: the gate's backward would scan once more.
+    Every process of the stretch must call it. xz (b, l, 2 d), and the rest, as there.
     """
-    halos = _halos(x, forward, stretch)
+    x, z = xz.chunk(2, dim=-1) if gated else (xz, None)
+    if takes_parts(xz, forward, backward):
+        part = Part(stretch.halo(x, forward.conv_weight.shape[1] - 1), stretch.entering)
+        options: dict[str, Any] = {"gated": gated, "overwrite": overwrite, "recompute": recompute}
+        return bidirectional_scan_part(xz, forward, backward, part, **options)
+    if not torch.is_grad_enabled():
+        return _one_by_one(x, z, forward, backward, stretch)
+    # gated here, for the gate's backward would scan once more
+    if recompute in ("inputs", "states"):
+        y: Tensor = checkpoint(_one_by_one, x, None, forward, backward, stretch, **AGAIN)  # pyright: ignore[reportAssignmentType]
+    else:
+        y = _one_by_one(x, None, forward, backward, stretch)
+    return y if z is None else y * F.silu(z)
+
+
+def _one_by_one(x: Tensor, z: Tensor | None, forward: ScanWeights, backward: ScanWeights, stretch: Stretch) -> Tensor:
+    """Each direction as ops of its own; x, z and the result (b, l, d)."""
+    before, behind = stretch.halo(x, forward.conv_weight.shape[1] - 1).chunk(2, dim=1)
 
     def way(reverse: bool) -> OneWay:
         weights = backward if reverse else forward
-        return OneWay(_convolved(x, halos[reverse], weights, reverse), z, weights, reverse)
+        return OneWay(_convolved(x, behind if reverse else before, weights, reverse), z, weights, reverse)
 
     first, second = _swapped(way, stretch) if stretch.size == 2 else _carried(way, stretch)
     return torch.lerp(first, second, 0.5)
@@ -207,24 +274,13 @@ def _carried(way: Callable[[bool], OneWay], stretch: Stretch) -> tuple[Tensor, T
     return results[0], results[1]
 
 
-def _halos(x: Tensor, weights: ScanWeights, stretch: Stretch) -> tuple[Tensor | None, Tensor | None]:
-    """The w - 1 tokens before the stretch and those behind it; None where the sequence begins or ends, or w is 1."""
-    k = weights.conv_weight.shape[1] - 1
-    if not k:
-        return None, None
-    edges = stretch.gather(torch.cat([x[:, :k], x[:, -k:]], dim=1)).to(x.dtype)
-    before = edges[stretch.rank - 1][:, k:] if stretch.rank else None
-    behind = edges[stretch.rank + 1][:, :k] if stretch.rank < stretch.size - 1 else None
-    return before, behind
-
-
-def _convolved(x: Tensor, halo: Tensor | None, weights: ScanWeights, reverse: bool) -> Tensor:
-    """Convolution and SiLU of one direction, whose first tokens in its order see the halo."""
+def _convolved(x: Tensor, halo: Tensor, weights: ScanWeights, reverse: bool) -> Tensor:
+    """Convolution and SiLU of one direction, whose first tokens in its order see the halo (b, k, d)."""
     taps, bias = weights.conv_weight, weights.conv_bias
     u = causal_conv1d(x, taps, bias, reverse=reverse)
-    if halo is None:
-        return u
     k = halo.shape[1]
+    if not k:
+        return u
     near, ends = ([x[:, -k:], halo], slice(-k, None)) if reverse else ([halo, x[:, :k]], slice(None, k))
     at_end = causal_conv1d(torch.cat(near, dim=1), taps, bias, reverse=reverse)
     at_end = at_end[:, :k] if reverse else at_end[:, k:]

@@ -20,18 +20,20 @@ from vim_kernels.checks import (
     check_shape,
 )
 from vim_kernels.dispatch.call import call
-from vim_kernels.dispatch.choice import choose
+from vim_kernels.dispatch.choice import TAKES_PARTS, choose
 from vim_kernels.dispatch.contract import (
     AddRmsNorm,
     BidirectionalScan,
     CausalConv1d,
     Lines,
     NormWeights,
+    Part,
     PooledScan,
     Recompute,
     ScanWeights,
     SelectiveScan,
 )
+from vim_kernels.dispatch.part import call_part
 
 _LEVELS = get_args(Recompute)
 
@@ -164,6 +166,50 @@ def bidirectional_scan(
     keep_inputs = _keeps_inputs(recompute)
     arguments = BidirectionalScan(xz.contiguous(), forward, backward, cu_seqlens, gaps, gated, keep_inputs)
     return _call_mixer(backend, arguments, save=recompute != "states", overwrite=overwrite)
+
+
+def takes_parts(xz: Tensor, forward: ScanWeights, backward: ScanWeights, *, backend: str | None = None) -> bool:
+    """Whether `bidirectional_scan_part` can scan these: on the Triton backend, in any dtype but float64."""
+    tensors = (xz, *forward, *backward)
+    double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return choose(backend, xz.device) in TAKES_PARTS and not double
+
+
+def bidirectional_scan_part(
+    xz: Tensor, forward: ScanWeights, backward: ScanWeights, part: Part, *, gated: bool = True,
+    overwrite: bool = False, recompute: Recompute = "inputs", backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """`bidirectional_scan` of a part of every sequence of a batch, while others scan the rest.
+
+    Args:
+        xz: (batch, length, 2 d_inner), or (batch, length, d_inner) where not `gated`; w - 1 tokens at least.
+        part: the tokens beside it, which get a gradient too, and how to get the state that enters it.
+        forward, backward, gated, overwrite, recompute, backend: as there. With "states" the backward pass asks
+            `part.entering` once more, for the forward scan that it runs again.
+
+    Returns:
+        (batch, length, d_inner), as there.
+
+    Raises:
+        ValueError, TypeError: naming the argument, for a wrong shape, dtype or device, and for a backend that takes no
+            parts: see `takes_parts`.
+    """
+    _check_mixer(gated, xz, forward, backward)
+    b, l, d, near = xz.shape[0], xz.shape[1], forward.D.shape[0], forward.conv_weight.shape[1] - 1
+    check_shape("part.halo", part.halo.shape, (b, 2 * near, d))
+    check_same_device(xz, **{"part.halo": part.halo})
+    if part.halo.dtype != xz.dtype or l < near:
+        raise ValueError(
+            f"part.halo has dtype {part.halo.dtype} and xz {l} tokens: wanted {xz.dtype}, and {near} tokens at least"
+        )
+    name = choose(backend, xz.device)
+    if not takes_parts(xz, forward, backward, backend=name):
+        raise ValueError(
+            f"backend {name!r} takes no part of a sequence in {xz.dtype}; {TAKES_PARTS} in float32 or less"
+        )
+    arguments = BidirectionalScan(xz.contiguous(), forward, backward, None, None, gated, _keeps_inputs(recompute))
+    with torch.autocast(xz.device.type, enabled=False):
+        return call_part(name, arguments, part, save=recompute != "states", overwrite=overwrite)
 
 
 def pooled_scan(

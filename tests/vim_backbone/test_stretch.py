@@ -23,11 +23,16 @@ BF16 = 0.1
 """Largest error under autocast, whose own rounding it is: 0.055 is the worst seen (CPU, 2026-11-27)."""
 
 
-def errors_of(processes, folder, device="cpu", dtype="float32"):
-    """Case -> largest error of values and gradients, over their largest value."""
+INTERPRETED = {"VIM_KERNELS_BACKEND": "triton", "TRITON_INTERPRET": "1"}
+"""The fused scan of a part, without a GPU."""
+
+
+def errors_of(processes, folder, device="cpu", dtype="float32", first=None, **variables):
+    """Case -> largest error of values and gradients, over their largest value; of the FIRST so many cases."""
     argv = [sys.executable, "-m", "tests.vim_backbone.stretches", str(folder)]
-    paths = environment(device, PYTHONPATH=f"{ROOT}:{ROOT / 'kernels'}")
-    own = [[*argv, str(rank), str(processes), dtype] for rank in range(processes)]
+    paths = environment(device, PYTHONPATH=f"{ROOT}:{ROOT / 'kernels'}", **variables)
+    some = [] if first is None else [str(first)]
+    own = [[*argv, str(rank), str(processes), dtype, *some] for rank in range(processes)]
     running = [begin(each, ROOT, paths, device) for each in own]
     for process in running:
         out, err = process.communicate(timeout=LIMIT)
@@ -44,7 +49,17 @@ def test_values_and_gradients_are_those_of_one_process(tmp_path):
     assert max(errors.values()) < 5e-5, errors
 
 
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_the_fused_scan_gives_those_of_one_process(processes, tmp_path):
+    """The Triton backend, in its interpreter: of other cases it is tests/kernels/test_part.py that has the parts."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    errors = errors_of(processes, tmp_path, first=1, **INTERPRETED)
+    assert f"{processes} processes, cpu, class token in the middle, inputs" in errors
+    assert max(errors.values()) < 5e-5, errors
+
+
 @pytest.mark.gpus(2)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 5e-5), ("bfloat16", BF16)])
 def test_values_and_gradients_on_two_gpus(dtype, bound, tmp_path):
     errors = errors_of(2, tmp_path, "cuda", dtype)

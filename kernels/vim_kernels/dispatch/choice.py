@@ -27,6 +27,9 @@ MODULES = ("reference", "export")
 FASTEST_FIRST = {"cuda": ("triton", "reference"), "cpu": ("cpu", "torch")}
 """Device type -> backends to try when the user asked for none."""
 
+TAKES_PARTS = ("triton",)
+"""Backends whose `bidirectional_scan` takes a part of a sequence: `contract.Part`."""
+
 _process_choice: str | None = None
 _context_choice: ContextVar[str | None] = ContextVar("vim_kernels_backend", default=None)
 _warned: set[str] = set()

@@ -17,10 +17,13 @@ given, those of the others may be None; all are contiguous and like the outputs.
 unaliased, in the shape and dtype of their tensors; None where the tensor is None; for a `Constant` anything. What
 `<op>_saved` allocates depends on the shapes of the arguments only, since fake kernels call it too; a forward that does
 not save returns [] in its place. The backward of `add_rms_norm` has the arguments `RmsNorm`.
+
+A backend of `choice.TAKES_PARTS` takes a `Part` of longer sequences too, as the argument `part` of
+`bidirectional_scan_forward`, and in `part_backward(arguments, dy, saved, part) -> gradients of arguments, of the halo`.
 """
 
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import torch
@@ -135,6 +138,20 @@ class BidirectionalScan(NamedTuple):
             return self.xz, None
         x, z = self.xz.chunk(2, dim=-1)
         return x, z
+
+
+class Part(NamedTuple):
+    """What the scan of a part of every sequence of a batch needs of the rest, which others scan at the same time."""
+
+    halo: Tensor
+    """(b, 2 (w - 1), d): x of the tokens before the part, then of those behind it; 0 where the sequence has none."""
+    entering: Callable[[Tensor, Tensor, Tensor, bool], Tensor]
+    """`entering(state, steps, rates, reverse)`: the state (2, b, n, d) that enters the part in either direction.
+
+    All are float32, n may be padded. `state` (2, b, n, d) is what would leave the part if zeros entered; what enters is
+    multiplied on its way by exp2(steps rates), for steps (2, b, d) and rates (2, n, d). Direction 0 runs from the first
+    token to the last, or where `reverse` from the last to the first, as adjoint states do; direction 1 the other way.
+    It is called once by every forward and once by every backward pass."""
 
 
 class PooledScan(NamedTuple):

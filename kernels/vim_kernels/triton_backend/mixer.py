@@ -5,10 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vim_kernels.dispatch.contract import BidirectionalScan, ScanWeights
+from vim_kernels.dispatch.contract import BidirectionalScan, Part, ScanWeights
 from vim_kernels.triton_backend import plan
 from vim_kernels.triton_backend.conv import conv_backward
 from vim_kernels.triton_backend.conv_forward import mixer_conv_forward_kernel
+from vim_kernels.triton_backend.ends import add_ends, ends_of, take_ends, write_ends
 from vim_kernels.triton_backend.launch import cdiv, launch, power_of_two
 from vim_kernels.triton_backend.mixer_backward import (
     mixer_gradients_kernel,
@@ -83,11 +84,12 @@ def bidirectional_scan_saved(arguments: BidirectionalScan) -> list[Tensor]:
 
 
 def bidirectional_scan_forward(
-    arguments: BidirectionalScan, save: bool, overwrite: bool = False
+    arguments: BidirectionalScan, save: bool, overwrite: bool = False, part: Part | None = None
 ) -> tuple[Tensor, list[Tensor]]:
     """Output (b, l, d) in the dtype of x, in its memory if overwrite, and what was saved.
 
-    Without `save` a large batch goes slice by slice: the slices share the memory of what the scan reads.
+    Without `save` a large batch goes slice by slice: the slices share the memory of what the scan reads. A part goes
+    whole, for others wait for what leaves it.
     """
     _, forward, backward, cu_seqlens, gaps, *_ = arguments
     x, z = arguments.halves()
@@ -97,7 +99,7 @@ def bidirectional_scan_forward(
     if x.numel() == 0:
         return out, saved
     laid_out = mixer_weights(x, forward, backward)
-    slices = 1 if save else plan.slices(tokens_of(x, cu_seqlens), x.shape[2], plan.processors(x.device))
+    slices = 1 if save or part else plan.slices(tokens_of(x, cu_seqlens), x.shape[2], plan.processors(x.device))
     zs = [None] * slices if z is None else z.tensor_split(slices)
     all_gaps = [None] * slices if gaps is None else gaps.tensor_split(slices, dim=1)
     parts = zip(x.tensor_split(slices), zs, out.tensor_split(slices), all_gaps, strict=True)
@@ -105,6 +107,8 @@ def bidirectional_scan_forward(
         tokens = tokens_of(x_part, cu_seqlens)
         inputs = MixerInputs(*saved[-4:]) if keeps_inputs else MixerInputs.empty(x_part, *laid_out.padded, low=False)
         mixer_inputs(x_part, laid_out, tokens, inputs, gaps_part)
+        if part is not None:
+            inputs_of_ends(x_part, laid_out, inputs, part.halo)
         scan_forward(
             inputs.scan(laid_out),
             None if z_part is None else flat(z_part),
@@ -115,6 +119,7 @@ def bidirectional_scan_forward(
             ungated=flat(saved[1]) if save and z is not None else None,
             initial=None,
             want_final=False,
+            part=part,
         )
         del inputs  # the next slice's take their memory
     return out, saved
@@ -122,13 +127,20 @@ def bidirectional_scan_forward(
 
 def bidirectional_scan_backward(arguments: BidirectionalScan, dout: Tensor, saved: list[Tensor]) -> BidirectionalScan:
     """See `vim_kernels.dispatch.contract`."""
+    return part_backward(arguments, dout, saved, None)[0]
+
+
+def part_backward(
+    arguments: BidirectionalScan, dout: Tensor, saved: list[Tensor], part: Part | None
+) -> tuple[BidirectionalScan, Tensor | None]:
+    """Gradients of the arguments, and of the halo of a part. See `vim_kernels.dispatch.contract`."""
     _, forward, backward, cu_seqlens, gaps, *_ = arguments
     x, z = arguments.halves()
     b, l, d = x.shape
     dxz = x.new_empty(b, l, d if z is None else 2 * d)
     dx, dz = dxz[..., :d], None if z is None else dxz[..., d:]
     if x.numel() == 0:
-        return arguments._replace(xz=dxz, forward=zeros(forward), backward=zeros(backward))
+        return arguments._replace(xz=dxz, forward=zeros(forward), backward=zeros(backward)), None
     tokens = tokens_of(x, cu_seqlens)
     laid_out = mixer_weights(x, forward, backward)
     if arguments.keep_inputs:
@@ -136,18 +148,28 @@ def bidirectional_scan_backward(arguments: BidirectionalScan, dout: Tensor, save
     else:
         inputs = MixerInputs.empty(x, *laid_out.padded, low=True)
         mixer_inputs(x, laid_out, tokens, inputs, gaps)
+        if part is not None:
+            inputs_of_ends(x, laid_out, inputs, part.halo)
     gate = Gate(0.5)
     if z is not None and dz is not None:
         gate = Gate(0.5, flat(z), flat(saved[1]), flat(dz))
     grads = scan_backward(
         inputs.scan(laid_out, gaps), flat(dout), tokens,
-        gate=gate, states=saved[0], dfinal=None, softplus=True, want_initial=False,
+        gate=gate, states=saved[0], dfinal=None, softplus=True, want_initial=False, part=part,
     )  # fmt: skip
     dprojections = projections_backward(grads, inputs, laid_out)
     taps, biases = (forward.conv_weight, backward.conv_weight), conv_biases(forward, backward)
+    k = 0 if part is None else part.halo.shape[1] // 2
+    du_ends = take_ends(grads.u, l, k) if k else None
     dtaps = conv_backward(grads.u, x, taps, biases, dx, cu_seqlens, reverse=False, silu=True)
+    dhalo = None
+    if part is not None and du_ends is not None:
+        ends = ends_of(x, part.halo)
+        dends = torch.empty_like(ends)
+        of_ends = conv_backward(du_ends, ends, taps, biases, dends, None, reverse=False, silu=True)
+        dtaps, dhalo = torch.cat([dtaps, of_ends], dim=1), add_ends(dx, dends)
     dforward, dbackward = parameter_gradients(forward, backward, dprojections, grads, dtaps, laid_out)
-    return arguments._replace(xz=dxz, forward=dforward, backward=dbackward)
+    return arguments._replace(xz=dxz, forward=dforward, backward=dbackward), dhalo
 
 
 def mixer_weights(x: Tensor, forward: ScanWeights, backward: ScanWeights) -> MixerWeights:
@@ -178,6 +200,17 @@ def mixer_inputs(x: Tensor, weights: MixerWeights, tokens: Tokens, inputs: Mixer
         HARDWARE=plan.target(x.device) == "cuda", num_warps=sizes.warps,
     )  # fmt: skip
     project(inputs, weights, gaps)
+
+
+def inputs_of_ends(x: Tensor, weights: MixerWeights, inputs: MixerInputs, halo: Tensor) -> None:
+    """Of `inputs`, made of x (b, l, d) alone, make again the rows whose convolution sees the halo (b, 2 (w - 1), d)."""
+    k = halo.shape[1] // 2
+    if k:
+        ends = ends_of(x, halo)
+        of_ends = MixerInputs.empty(ends, *weights.padded, low=inputs.low is not None)
+        mixer_inputs(ends, weights, tokens_of(ends, None), of_ends, None)
+        whole, again = ([t for t in each if t is not None] for each in (inputs, of_ends))
+        write_ends(whole, again, x.shape[1], k)
 
 
 def project(inputs: MixerInputs, weights: MixerWeights, gaps: Tensor | None = None) -> None:

@@ -1,7 +1,8 @@
 """Launches the scan kernels: whole sequences at a time, or in chunks where that alone would not fill the chip.
 
 In chunks a scan takes three launches: what every chunk does to a zero state; a scan over the chunks, which gives the
-state that enters each; the scan itself from there. The backward does the same with the adjoint state.
+state that enters each; the scan itself from there. The backward does the same with the adjoint state. A part of longer
+sequences is scanned so too: what enters it is asked for between the first launch and the second.
 """
 
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vim_kernels.dispatch.contract import Part
 from vim_kernels.triton_backend import plan
 from vim_kernels.triton_backend.chunks import carry_kernel, chunk_state_kernel
 from vim_kernels.triton_backend.launch import cdiv, launch
@@ -61,14 +63,18 @@ def scan_forward(
     ungated: Tensor | None,  # (rows, d), the sum before the gate, filled where states and z are given
     initial: Tensor | None,  # (q, sequences, n, d) float32
     want_final: bool,
+    part: Part | None = None,
 ) -> Tensor | None:
-    """Fill `out` with scale times the sum of the directions, gated by silu(z); returns the final states if wanted."""
+    """Fill `out` with scale times the sum of the directions, gated by silu(z); returns the final states if wanted.
+
+    The final states of a `part`, and what is `initial` to it, are not asked for here: `part.entering` has both.
+    """
     q, d, n = inputs.sizes
     chunks = plan.cut(tokens, _forward_chunk(inputs, tokens), out.device)
     final = out.new_empty(q, tokens.sequences, n, d, dtype=torch.float32) if want_final else None
     entering = initial
-    if not chunks.one_each:
-        entering = _entering_states(inputs, inputs.u, tokens, chunks, initial, final)
+    if part is not None or not chunks.one_each:
+        entering = _entering_states(inputs, inputs.u, tokens, chunks, initial, final, part)
     _forward(inputs, z, out, ungated, entering, final if chunks.one_each else None, states, None, tokens, chunks, scale)
     return final
 
@@ -155,6 +161,7 @@ def scan_backward(
     dfinal: Tensor | None,  # (q, sequences, n, d) float32
     softplus: bool,
     want_initial: bool,
+    part: Part | None = None,
 ) -> ScanGradients:
     """Gradients of one scan; that of dt is for the value before softplus where `softplus`."""
     q, d, n = inputs.sizes
@@ -169,8 +176,8 @@ def scan_backward(
     adjoint = dfinal
     if gate != Gate(1.0) and not tiled:
         dy, gate = gate_backward(dy, gate), Gate(1.0)
-    if not chunks.one_each:
-        adjoint = _entering_states(inputs, dy, tokens, chunks, dfinal, initial, gate=gate)
+    if part is not None or not chunks.one_each:
+        adjoint = _entering_states(inputs, dy, tokens, chunks, dfinal, initial, part, gate=gate)
     du, ddt = torch.empty_like(inputs.u), torch.empty_like(inputs.u)
     dbc = dy.new_empty(q, blocks, tokens.rows, 2 * n)
     drates = dy.new_empty(q, chunks.total, n, d, dtype=torch.float32)
@@ -214,10 +221,14 @@ def _entering_states(
     chunks: Chunks,
     initial: Tensor | None,
     final: Tensor | None,
+    part: Part | None,
     *,
     gate: Gate | None = None,
 ) -> Tensor:
-    """(q, chunks, n, d): the state that enters every chunk; with `gate` the adjoint, which enters it from behind."""
+    """(q, chunks, n, d): the state that enters every chunk; with `gate` the adjoint, which enters it from behind.
+
+    Of a `part` the scan over the chunks runs twice, from zero and from what enters: it is small.
+    """
     q, d, n = inputs.sizes
     adjoint = gate is not None
     after = source.new_empty(q, chunks.total, n, d, dtype=torch.float32)
@@ -237,15 +248,27 @@ def _entering_states(
             REVERSE=inputs.reverse, ADJOINT=adjoint, PACKED=tokens.packed,
             N=n, BLOCK=sizes.block, AHEAD=sizes.ahead, num_warps=sizes.warps, num_stages=1,
         )  # fmt: skip
-    launch(carry_kernel, (cdiv(d, plan.CARRY_BLOCK), tokens.sequences, q * n),
-        after, total, inputs.rates, entering,
-        initial if initial is not None else after, final if final is not None else after,
-        chunks.sequence_table if chunks.sequence_table is not None else after, chunks.per_sequence,
-        d, chunks.total * n * d, chunks.total * d,
-        REVERSE=inputs.reverse != adjoint, PACKED=tokens.packed, HAS_INITIAL=initial is not None,
-        STORE_FINAL=final is not None,
-        N=n, BLOCK=plan.CARRY_BLOCK, CHUNKS=plan.CARRY_CHUNKS, num_warps=4, num_stages=1,
-    )  # fmt: skip
+    reverse = inputs.reverse != adjoint
+
+    def carry(initial: Tensor | None, final: Tensor | None) -> None:
+        launch(carry_kernel, (cdiv(d, plan.CARRY_BLOCK), tokens.sequences, q * n),
+            after, total, inputs.rates, entering,
+            initial if initial is not None else after, final if final is not None else after,
+            chunks.sequence_table if chunks.sequence_table is not None else after, chunks.per_sequence,
+            d, chunks.total * n * d, chunks.total * d,
+            REVERSE=reverse, PACKED=tokens.packed, HAS_INITIAL=initial is not None, STORE_FINAL=final is not None,
+            N=n, BLOCK=plan.CARRY_BLOCK, CHUNKS=plan.CARRY_CHUNKS, num_warps=4, num_stages=1,
+        )  # fmt: skip
+
+    if part is not None:
+        state = after
+        if not chunks.one_each:
+            state = source.new_empty(q, tokens.sequences, n, d, dtype=torch.float32)
+            carry(None, state)
+        initial = part.entering(state, total.view(q, tokens.sequences, -1, d).sum(2), inputs.rates, reverse)
+        if chunks.one_each:
+            return initial
+    carry(initial, final)
     return entering
 
 
