@@ -4,9 +4,13 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 from tests.waiting import LIMIT
 
@@ -98,3 +102,18 @@ def test_a_test_that_ends_its_process_ends_the_tests(tmp_path):
     assert done.returncode == 1, done.stdout
     for letter in "ab":
         assert re.search(rf"crashed while running '.*test_{letter}\.py::test_it\[2\]'", done.stdout)
+
+
+@pytest.mark.parametrize("version", ["3.11.0", "3.12.0", "3.13.0", "3.14.0"])
+def test_a_pinned_version_serves_the_first_release_of_each_python(version):
+    """Debian 12 has 3.11.2, and a package may ask for a later one of them."""
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line]
+    pins = [Requirement(line) for line in lines]
+    applies = {"python_full_version": version, "python_version": version.rpartition(".")[0]}
+    pinned = {canonicalize_name(pin.name) for pin in pins if pin.marker is None or pin.marker.evaluate(applies)}
+    needs = {canonicalize_name(each.name): each.metadata.get("Requires-Python") or "" for each in distributions()}
+    alternatives = {canonicalize_name(pin.name) for pin in pins if pin.marker is not None}
+    here = {name: needs[name] for name in pinned - alternatives if name in needs}
+    assert len(here) > 100
+    assert {name: spec for name, spec in here.items() if version not in SpecifierSet(spec)} == {}
+    assert alternatives <= pinned
