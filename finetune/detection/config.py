@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from finetune.config import FinetuneConfig, FinetuneOptim, LabelledData, Places
+from finetune.held import Cache
 from vim_backbone.errors import require
 
 
@@ -30,6 +31,9 @@ class DetectionData(LabelledData):
     """Split to train on; train2017 for COCO."""
     val_split: str = "val"
     """Split to evaluate on; val2017 for COCO."""
+    cache: Cache = "none"
+    """memory: training pictures are decoded once, before the run, and held in the host's memory, where all reading
+    processes share them; for a small set of large pictures."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

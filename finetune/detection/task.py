@@ -54,6 +54,13 @@ class DetectionTask(Task[DetectionConfig]):
         if config.data.one_for_all:
             self.notes.append("the splits are the same file: the scores are of pictures that are trained on")
 
+    def prepare(self, device: torch.device) -> None:
+        """Decode the training pictures and hold them, where `data.cache` asks for it."""
+        del device
+        if self.config.data.cache == "memory" and not self.evaluates_only:
+            assert isinstance(self.train, TrainPictures)
+            self.train.hold(self.config.data.workers)
+
     def new_model(self) -> Detector:
         """The detector with fresh weights."""
         return Detector(self.pretrained.config, self.config.head, len(self.classes))

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from finetune.config import FinetuneConfig, FinetuneOptim, LabelledData, Places
+from finetune.held import Cache
 from vim_backbone.errors import require
 
 
@@ -28,6 +29,9 @@ class SegmentationData(LabelledData):
     """Folder below both, or split of a data set, to train on."""
     val_split: str = "validation"
     """Folder below both, or split of a data set, to evaluate on."""
+    cache: Cache = "none"
+    """memory: training pictures and maps are decoded once, before the run, and held in the host's memory, where all
+    reading processes share them; for a small set of large pictures."""
     num_classes: int | None = None
     """Number of classes; null: as many as objectInfo*.txt (ADE20K) or classes.txt (a name a line) in the source has."""
     zero_is_ignored: bool = True

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from finetune.config import Places, place_of
+from finetune.held import HeldTensors
 from finetune.pixels import fill_of, open_place, read_file, resize_pixels, stacked
 from finetune.segmentation.config import CropConfig, SegmentationData
 from launch.data.data_sets import Cell, Cells, DataSet, HubDataset, column_of, data_set_of, holds_pictures, is_image
@@ -284,9 +285,26 @@ class PairSamples:
     def __init__(self, pairs: Pairs, size: tuple[int, int]) -> None:
         self.pairs = pairs
         self.size = size
+        self._held: HeldTensors | None = None
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    def hold(self) -> None:
+        """Decode all pictures and maps, and hold them in memory. Raises UserError where they do not fit."""
+
+        def read(index: int) -> tuple[Tensor, Tensor]:
+            picture, labels = self.pairs.pair(index)
+            return picture, torch.from_numpy(labels)
+
+        self._held = HeldTensors(read, len(self), self.pairs.data.workers)
+
+    def pair(self, index: int) -> tuple[Tensor, np.ndarray]:
+        """As `Pairs.pair`; neither is to be written to."""
+        if self._held is None:
+            return self.pairs.pair(index)
+        picture, labels = self._held[index]
+        return picture, labels.numpy()
 
     def name(self, index: int) -> str:
         """File name of the picture."""
@@ -304,7 +322,7 @@ class TrainCrops(PairSamples):
 
     def draw(self, index: int) -> tuple[Tensor, Tensor]:
         """(c, h, w) uint8 or float32, and (h, w) uint8."""
-        picture, values = self.pairs.pair(index)
+        picture, values = self.pair(index)
         labels = Image.fromarray(values)
         low, high = self.crop.ratio
         factor = covering(picture.shape[1:], self.size) * (low + (high - low) * torch.rand(()).item())
@@ -351,7 +369,7 @@ class WholePictures(PairSamples):
 
     def draw(self, index: int) -> tuple[Tensor, Tensor]:
         """(c, h, w) uint8 or float32, and (H, W) uint8."""
-        picture, labels = self.pairs.pair(index)
+        picture, labels = self.pair(index)
         return to_test_size(picture, self.size), torch.from_numpy(labels)
 
     def collate(self, samples: list[tuple[Any, Any]]) -> tuple[Any, Any]:

@@ -47,6 +47,13 @@ class SegmentationTask(Task[SegmentationConfig]):
         self.train = TrainCrops(train, size, config.crop)
         self.val = WholePictures(val, size)
 
+    def prepare(self, device: torch.device) -> None:
+        """Decode the training pictures and hold them, where `data.cache` asks for it."""
+        del device
+        if self.config.data.cache == "memory" and not self.evaluates_only:
+            assert isinstance(self.train, TrainCrops)
+            self.train.hold()
+
     def new_model(self) -> Segmenter:
         """The segmenter with fresh weights."""
         return Segmenter(self.pretrained.config, self.config.head, len(self.classes))
