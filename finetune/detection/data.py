@@ -18,7 +18,7 @@ from finetune.detection.coco import CocoFile, check_coco, read_coco
 from finetune.detection.config import DetectionData, JitterConfig
 from finetune.detection.rows import read_rows
 from finetune.detection.tta import Sizes, TestTimeAugmentation
-from finetune.held import HeldTensors
+from finetune.memory_cache import TensorCache
 from finetune.pixels import read_file, stacked
 from launch.data.data_sets import Cell, Cells, data_set_of
 from launch.data.folders import ImageFiles
@@ -128,7 +128,7 @@ class TrainPictures:
         if empty := len(objects) - len(self.used):
             split.notes.append(f"{empty} of {len(objects)} pictures of {split.title} have no object: not trained on")
         self.jitter = jitter
-        self._held: HeldTensors | None = None
+        self._cache: TensorCache | None = None
 
     def __len__(self) -> int:
         return len(self.used)
@@ -137,13 +137,13 @@ class TrainPictures:
         """File name."""
         return self.split.name(self.used[index])
 
-    def hold(self, workers: int | None) -> None:
+    def fill_cache(self, workers: int | None) -> None:
         """Decode all pictures and hold them in memory. Raises UserError where they do not fit."""
-        self._held = HeldTensors(lambda index: (self.split.picture(self.used[index]),), len(self), workers)
+        self._cache = TensorCache(lambda index: (self.split.picture(self.used[index]),), len(self), workers)
 
     def draw(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         """(c, h, w) uint8 or float32, boxes (n, 4), labels (n,), masks (n, h, w) uint8 where the config wants them."""
-        image = self.split.picture(self.used[index]) if self._held is None else self._held[index][0]
+        image = self.split.picture(self.used[index]) if self._cache is None else self._cache[index][0]
         objects, (height, width) = self.objects[self.used[index]], image.shape[1:]
         corners = [[x, y, x + w, y + h] for x, y, w, h in (entry["bbox"] for entry in objects)]
         boxes = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=(height, width), dtype=torch.float32)  # pyright: ignore

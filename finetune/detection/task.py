@@ -59,7 +59,7 @@ class DetectionTask(Task[DetectionConfig]):
         del device
         if self.config.data.cache == "memory" and not self.evaluates_only:
             assert isinstance(self.train, TrainPictures)
-            self.train.hold(self.config.data.workers)
+            self.train.fill_cache(self.config.data.workers)
 
     def new_model(self) -> Detector:
         """The detector with fresh weights."""

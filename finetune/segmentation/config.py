@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from finetune.config import FinetuneConfig, FinetuneOptim, LabelledData, Places
-from finetune.held import Cache
+from finetune.memory_cache import Cache
 from vim_backbone.errors import require
 
 

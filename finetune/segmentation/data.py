@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from finetune.config import Places, place_of
-from finetune.held import HeldTensors
+from finetune.memory_cache import TensorCache
 from finetune.pixels import fill_of, open_place, read_file, resize_pixels, stacked
 from finetune.segmentation.config import CropConfig, SegmentationData
 from launch.data.data_sets import Cell, Cells, DataSet, HubDataset, column_of, data_set_of, holds_pictures, is_image
@@ -285,25 +285,25 @@ class PairSamples:
     def __init__(self, pairs: Pairs, size: tuple[int, int]) -> None:
         self.pairs = pairs
         self.size = size
-        self._held: HeldTensors | None = None
+        self._cache: TensorCache | None = None
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def hold(self) -> None:
+    def fill_cache(self) -> None:
         """Decode all pictures and maps, and hold them in memory. Raises UserError where they do not fit."""
 
         def read(index: int) -> tuple[Tensor, Tensor]:
             picture, labels = self.pairs.pair(index)
             return picture, torch.from_numpy(labels)
 
-        self._held = HeldTensors(read, len(self), self.pairs.data.workers)
+        self._cache = TensorCache(read, len(self), self.pairs.data.workers)
 
     def pair(self, index: int) -> tuple[Tensor, np.ndarray]:
         """As `Pairs.pair`; neither is to be written to."""
-        if self._held is None:
+        if self._cache is None:
             return self.pairs.pair(index)
-        picture, labels = self._held[index]
+        picture, labels = self._cache[index]
         return picture, labels.numpy()
 
     def name(self, index: int) -> str:

@@ -52,7 +52,7 @@ class SegmentationTask(Task[SegmentationConfig]):
         del device
         if self.config.data.cache == "memory" and not self.evaluates_only:
             assert isinstance(self.train, TrainCrops)
-            self.train.hold()
+            self.train.fill_cache()
 
     def new_model(self) -> Segmenter:
         """The segmenter with fresh weights."""

@@ -11,7 +11,7 @@ from finetune.batches import training_batches
 from finetune.detection.config import DetectionConfig, DetectionData, JitterConfig
 from finetune.detection.data import TrainPictures, open_coco
 from finetune.detection.task import DetectionTask
-from finetune.held import HeldTensors
+from finetune.memory_cache import TensorCache
 from finetune.segmentation.config import CropConfig, SegmentationConfig, SegmentationData
 from finetune.segmentation.data import TrainCrops, class_names, open_pairs
 from finetune.segmentation.task import SegmentationTask
@@ -34,11 +34,11 @@ def batches_of(samples, workers):
 
 
 def test_tensors_of_any_shape_and_type_come_back():
-    made = [(torch.rand(3, 5), torch.arange(7, dtype=torch.uint8)[1:6]), (torch.full((0, 2), 1.5),), ()]
-    held = HeldTensors(made.__getitem__, 3, workers=2)
-    for index, tensors in enumerate(made):
-        assert len(held[index]) == len(tensors)
-        for back, tensor in zip(held[index], tensors, strict=True):
+    samples = [(torch.rand(3, 5), torch.arange(7, dtype=torch.uint8)[1:6]), (torch.full((0, 2), 1.5),), ()]
+    cache = TensorCache(samples.__getitem__, 3, workers=2)
+    for index, tensors in enumerate(samples):
+        assert len(cache[index]) == len(tensors)
+        for back, tensor in zip(cache[index], tensors, strict=True):
             assert (back.dtype, back.tolist()) == (tensor.dtype, tensor.tolist())
 
 
@@ -47,7 +47,7 @@ def test_crops_are_the_same_and_files_are_not_read_again(workers, sample_data, t
     folder = shutil.copytree(sample_data("segmentation"), tmp_path / "data")
     expected = batches_of(crops_of(folder), 0)
     crops = crops_of(folder)
-    crops.hold()
+    crops.fill_cache()
     shutil.rmtree(folder)
     batches = batches_of(crops, workers)
     assert len(batches) == len(expected) == 6  # 24 pictures: into the second epoch
@@ -59,9 +59,9 @@ def test_crops_are_the_same_and_files_are_not_read_again(workers, sample_data, t
 
 def test_pictures_of_a_detector_are_the_same(sample_data):
     split = open_coco(DetectionData(source=str(sample_data("detection"))), "train", masks=True)
-    read, held = (TrainPictures(split, (40, 40), JitterConfig(), masks=True) for _ in range(2))
-    held.hold(workers=1)
-    for batch, other in zip(batches_of(held, 0), batches_of(read, 0), strict=True):
+    read, cached = (TrainPictures(split, (40, 40), JitterConfig(), masks=True) for _ in range(2))
+    cached.fill_cache(workers=1)
+    for batch, other in zip(batches_of(cached, 0), batches_of(read, 0), strict=True):
         assert torch.equal(batch.images, other.images)
         for target, expected in zip(batch.targets, other.targets, strict=True):
             assert {name: value.tolist() for name, value in target.items()} == {
@@ -75,7 +75,7 @@ def test_a_bad_picture_is_passed_over_as_ever(sample_data, tmp_path):
     crops = crops_of(folder)
     first.write_bytes(first.read_bytes()[:300])
     expected = [(batch.names, batch.bad) for batch in batches_of(crops, 0)]
-    crops.hold()
+    crops.fill_cache()
     assert [(batch.names, batch.bad) for batch in batches_of(crops, 0)] == expected
     assert any(first.name in name for _, bad in expected for name, _ in bad)
     with pytest.raises(BadPictureError):
@@ -85,12 +85,12 @@ def test_a_bad_picture_is_passed_over_as_ever(sample_data, tmp_path):
 def test_what_does_not_fit_the_memory_is_one_line(monkeypatch):
     memory = psutil.virtual_memory()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=8000))
-    HeldTensors(lambda index: (torch.zeros(500),), 2, workers=1)
+    TensorCache(lambda index: (torch.zeros(500),), 2, workers=1)
     with pytest.raises(UserError, match=r"data\.cache is 'memory': 3 of 100 samples take 0\.0 GB, and each .* none"):
-        HeldTensors(lambda index: (torch.zeros(500),), 100, workers=1)
+        TensorCache(lambda index: (torch.zeros(500),), 100, workers=1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(UserError, match="2 of 2 samples"):
-        HeldTensors(lambda index: (torch.zeros(500),), 2, workers=1)
+        TensorCache(lambda index: (torch.zeros(500),), 2, workers=1)
 
 
 @pytest.mark.parametrize(

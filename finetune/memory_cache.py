@@ -21,7 +21,7 @@ ALIGNED = 8
 """Bytes that the place of a tensor is a multiple of, as its type may ask for."""
 
 
-class HeldTensors:
+class TensorCache:
     """What `read` gives of each index, one or more tensors; one tensor of bytes, which a forked process shares.
 
     Raises UserError where it takes more than MOST of the memory.
