@@ -11,6 +11,8 @@ SUPPORT = 2.0
 GRAIN = 2.0**14
 """Weights are whole multiples of its inverse: products with bytes, and sums of these, are then exact in float32,
 and a picture has the same values in every batch and on every device."""
+MOST_WEIGHTS = 2**22
+"""Of the filter along one side, in the pictures that are resized together: 32 MB in float64, a few times over."""
 
 
 def resized_parts(
@@ -31,6 +33,11 @@ def resized_parts(
     Returns:
         (b, c, height, width) uint8.
     """
+    together = max(1, MOST_WEIGHTS // max(size[0] * pictures.shape[-2], size[1] * pictures.shape[-1]))
+    if len(pictures) > together:
+        mirrors = [None] * -(-len(pictures) // together) if mirror is None else mirror.split(together)
+        parts = zip(pictures.split(together), boxes.split(together), mirrors, strict=True)
+        return torch.cat([resized_parts(part, its, size, flips, beyond=beyond) for part, its, flips in parts])
     left, upper, right, lower = boxes.double().unbind(1)
     across = filter_matrices(left, right, pictures.shape[-1], size[1], beyond=beyond)
     down = filter_matrices(upper, lower, pictures.shape[-2], size[0], beyond=beyond)

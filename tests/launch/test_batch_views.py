@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from launch.data import batch_views
 from launch.data.batch_views import filter_matrices, resized_parts
 from launch.data.crops import NUMBERS, centred_box, random_crop, random_crops
 from launch.run.randomness import hashes, uniforms
@@ -56,6 +57,24 @@ def test_a_picture_has_the_same_values_in_every_batch():
     plain = resized_parts(pictures, boxes, (40, 24), beyond=True)
     assert torch.equal(whole[::2], plain[::2].flip(-1))
     assert torch.equal(whole[1::2], plain[1::2])
+
+
+@pytest.mark.parametrize("mirrors", [True, False])
+def test_a_large_batch_is_resized_in_parts(mirrors, monkeypatch):
+    pictures = torch.from_numpy(np.random.default_rng(2).integers(0, 256, (21, 3, 33, 47), np.uint8))
+    boxes = torch.from_numpy(random_crops(uniforms(hashes(np.arange(21)), NUMBERS), 47, 33, 0.2))
+    mirror = torch.arange(21) % 3 == 0 if mirrors else None
+    whole = resized_parts(pictures, boxes, (40, 24), mirror, beyond=True)
+    together = []
+
+    def counted(start, *arguments, beyond):
+        together.append(len(start))
+        return filter_matrices(start, *arguments, beyond=beyond)
+
+    monkeypatch.setattr(batch_views, "MOST_WEIGHTS", 8 * 40 * 33)
+    monkeypatch.setattr(batch_views, "filter_matrices", counted)
+    assert torch.equal(resized_parts(pictures, boxes, (40, 24), mirror, beyond=True), whole)
+    assert together == [8, 8, 8, 8, 5, 5]
 
 
 class Replayed:
