@@ -88,11 +88,14 @@ class Host:
             self._stopped = number
         if self._launcher is None or self._launcher.poll() is not None:
             return
+        started: list[psutil.Process] = []
         if number == signal.SIGKILL:
             with suppress(psutil.NoSuchProcess):
-                for child in psutil.Process(self._launcher.pid).children(recursive=True):
-                    child.kill()
-        self._launcher.send_signal(number)
+                started = psutil.Process(self._launcher.pid).children(recursive=True)
+        self._launcher.send_signal(number)  # before them, or it could end for their loss with a code of its own
+        for process in started:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def parse_options() -> argparse.Namespace:
